@@ -1,0 +1,30 @@
+"""What flows between data, models, objectives and engine. Imports nothing but `core`.
+
+Shape legend, used across the package:
+
+- T  tokens of a pack (all samples laid end to end, no padding)
+- S  samples (sequences) of a pack
+- E  pooled samples of a pack or a batch (those that yield an embedding)
+- N  supervised positions of a pack (those that yield a token loss)
+- G  groups of a contrastive batch; K samples per group (query, positive, hard negatives...)
+- D  hidden size; H, H_kv query and key/value heads; d head size; V vocabulary
+"""
+
+from unified_lm.batch.loss import LossTerm
+from unified_lm.batch.pack import Batch, Pack, Supervision, make_batch, make_pack
+from unified_lm.batch.plan import AttentionMode, AttentionPlan, ModeRun
+from unified_lm.batch.sample import IGNORE, Sample
+
+__all__ = [
+    "IGNORE",
+    "AttentionMode",
+    "AttentionPlan",
+    "Batch",
+    "LossTerm",
+    "ModeRun",
+    "Pack",
+    "Sample",
+    "Supervision",
+    "make_batch",
+    "make_pack",
+]

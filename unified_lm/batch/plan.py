@@ -1,0 +1,163 @@
+"""The attention plan of a pack: who sees whom, said once, honoured by every kernel.
+
+Legend: `batch/__init__.py`. Offsets are in pack coordinates, spans in sample coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from itertools import groupby
+from typing import Any
+
+import torch
+
+
+class AttentionMode(Enum):
+    """What one sequence's mask looks like."""
+
+    CAUSAL = "causal"
+    BIDIRECTIONAL = "bidirectional"
+    SPAN = "span"
+
+
+@dataclass(frozen=True)
+class ModeRun:
+    """Neighbouring sequences of one mode: what a varlen kernel can take in one call.
+
+    Attributes:
+        mode: the mode they share.
+        first, last: sequences `[first, last)` of the pack.
+        start, stop: tokens `[start, stop)` of the pack.
+        cu_seqlens: int32 `[last - first + 1]`, offsets relative to `start`, on the plan's device.
+        max_seqlen: the longest of them, in tokens.
+    """
+
+    mode: AttentionMode
+    first: int
+    last: int
+    start: int
+    stop: int
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """Per-sequence attention of one pack.
+
+    Attributes:
+        lengths: tokens of each sequence, `S` host integers.
+        spans: per sequence the bidirectional span `[start, stop)` in sample coordinates (see `Sample.bidirectional`).
+        cu_seqlens: int32 `[S + 1]`, where each sequence starts in the pack, and the total.
+        max_seqlen: the longest sequence, in tokens.
+        runs: maximal stretches of sequences of equal mode, in pack order.
+        kernel_cache: what a kernel derives from the plan once per pack (block masks, gather indices), by its own key.
+    """
+
+    lengths: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    runs: tuple[ModeRun, ...]
+    kernel_cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        lengths: Sequence[int],
+        spans: Sequence[tuple[int, int]],
+        device: torch.device | str = "cpu",
+    ) -> AttentionPlan:
+        """Make a plan from sequence lengths and bidirectional spans (both per sequence, in pack order)."""
+        assert len(lengths) == len(spans) > 0
+        offsets = [0]
+        for length in lengths:
+            offsets.append(offsets[-1] + length)
+        modes = [mode_of(length, span) for length, span in zip(lengths, spans, strict=True)]
+        runs = []
+        for mode, members in groupby(range(len(lengths)), key=modes.__getitem__):
+            indices = list(members)
+            first, last = indices[0], indices[-1] + 1
+            relative = [offset - offsets[first] for offset in offsets[first : last + 1]]
+            cu_seqlens = torch.tensor(relative, dtype=torch.int32, device=device)
+            runs.append(ModeRun(mode, first, last, offsets[first], offsets[last], cu_seqlens, max(lengths[first:last])))
+        return cls(
+            lengths=tuple(lengths),
+            spans=tuple(spans),
+            cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
+            max_seqlen=max(lengths),
+            runs=tuple(runs),
+        )
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Host copy of `cu_seqlens`: `S + 1` integers."""
+        offsets = [0]
+        for length in self.lengths:
+            offsets.append(offsets[-1] + length)
+        return tuple(offsets)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the pack."""
+        return sum(self.lengths)
+
+    def mode(self, index: int) -> AttentionMode:
+        """The mode of sequence `index`."""
+        return mode_of(self.lengths[index], self.spans[index])
+
+    def to(self, device: torch.device) -> AttentionPlan:
+        """The same plan with its tensors on `device` and an empty kernel cache."""
+        runs = tuple(replace(run, cu_seqlens=run.cu_seqlens.to(device, non_blocking=True)) for run in self.runs)
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=True), runs=runs, kernel_cache={})
+
+    def dense_mask(self, sliding_window: int | None = None) -> torch.Tensor:
+        """The mask as a matrix: the reference that every kernel is tested against, and what `inspect` draws.
+
+        Args:
+            sliding_window: a causal token sees at most this many tokens, itself included; inside a bidirectional
+                span the distance is limited to `sliding_window - 1` on both sides. None: no limit.
+
+        Returns:
+            bool `[T, T]`, True where the row's token sees the column's token.
+        """
+        total, offsets = self.num_tokens, self.offsets
+        mask = torch.zeros(total, total, dtype=torch.bool)
+        for index, length in enumerate(self.lengths):
+            begin, end = offsets[index], offsets[index + 1]
+            mask[begin:end, begin:end] = sequence_mask(length, self.spans[index], sliding_window)
+        return mask
+
+
+def mode_of(length: int, span: tuple[int, int]) -> AttentionMode:
+    """The mode of a sequence of `length` tokens with the given bidirectional span.
+
+    A span of one token changes nothing: it is causal.
+    """
+    start, stop = span
+    if stop - start <= 1:
+        return AttentionMode.CAUSAL
+    return AttentionMode.BIDIRECTIONAL if (start, stop) == (0, length) else AttentionMode.SPAN
+
+
+def sequence_mask(length: int, span: tuple[int, int], sliding_window: int | None = None) -> torch.Tensor:
+    """The mask of one sequence alone.
+
+    Args:
+        length: tokens of the sequence.
+        span: its bidirectional span `[start, stop)`.
+        sliding_window: as in `AttentionPlan.dense_mask`.
+
+    Returns:
+        bool `[length, length]`, True where the row's token sees the column's token.
+    """
+    position = torch.arange(length)
+    query, key = position[:, None], position[None, :]
+    start, stop = span
+    visible = key <= query
+    visible = visible | ((query >= start) & (query < stop) & (key >= start) & (key < stop))
+    if sliding_window is not None:
+        visible = visible & ((query - key).abs() < sliding_window)
+    return visible

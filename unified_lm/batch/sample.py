@@ -1,0 +1,61 @@
+"""A sample: the unit that has its own attention mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+IGNORE = -100
+"""The label of a position that is not supervised."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """Token ids with everything that a forward and an objective need to know about them.
+
+    Attributes:
+        input_ids: int64 `[T]`, what the model reads.
+        bidirectional: `[start, stop)`, the span inside which every token sees every other. Empty: causal throughout.
+            The whole sample: an encoder. Partial: tokens of the span see the whole span and all that precedes it, all
+            other tokens are causal.
+        pool: `[start, stop)`, the tokens whose states are pooled into an embedding; None where none is wanted.
+        labels: int64 `[T]`, the token expected *at* each position (predicted from the state one position earlier), or
+            `IGNORE`. A label at position 0 has no predecessor and is never allowed. None where nothing is supervised.
+        token_weights: float32 `[T]`, the weight of each label in its objective's sum; None means 1 everywhere.
+        stream: name of the stream that the sample belongs to.
+        group: index of its group within this step's batch of the stream, over all ranks.
+        slot: place inside the group: 0 query, 1 positive, 2 and up hard negatives. 0 for samples that stand alone.
+        text_id: a 63-bit hash of the embedded text, for masking equal texts among the negatives; 0 where unused.
+    """
+
+    input_ids: np.ndarray
+    stream: str
+    bidirectional: tuple[int, int] = (0, 0)
+    pool: tuple[int, int] | None = None
+    labels: np.ndarray | None = None
+    token_weights: np.ndarray | None = None
+    group: int = 0
+    slot: int = 0
+    text_id: int = 0
+    truncated: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        length = len(self.input_ids)
+        assert length > 0, "a sample has at least one token"
+        start, stop = self.bidirectional
+        assert 0 <= start <= stop <= length, f"bidirectional span {self.bidirectional} outside [0, {length})"
+        if self.pool is not None:
+            assert 0 <= self.pool[0] < self.pool[1] <= length, f"pool span {self.pool} is empty or outside [0, {length})"
+        if self.labels is not None:
+            assert len(self.labels) == length and self.labels[0] == IGNORE, (
+                "labels cover the sample; position 0 is never supervised"
+            )
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """The number of positions with a label."""
+        return 0 if self.labels is None else int((self.labels != IGNORE).sum())

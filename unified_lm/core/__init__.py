@@ -1,0 +1,1 @@
+"""Lowest layer: errors, name tables, distributed helpers, random-state capture, durable files."""

@@ -1,0 +1,88 @@
+"""Rank helpers that also work without a process group, and the collectives that the engine uses."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def is_initialised() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if is_initialised() else 0
+
+
+def world_size() -> int:
+    """The number of processes; 1 without a process group."""
+    return dist.get_world_size() if is_initialised() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def local_device() -> torch.device:
+    """The accelerator of this process (by LOCAL_RANK), or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def initialise(timeout_minutes: float = 30.0) -> None:
+    """Join the process group that torchrun describes in the environment; does nothing when there is none."""
+    if is_initialised() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if is_initialised():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if is_initialised():
+        dist.barrier()
+
+
+def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over ranks, in place; returns it. Shapes must agree on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def all_gather_uneven(value: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """Gather tensors whose first dimension may differ between ranks (it may be 0).
+
+    Args:
+        value: `[N_rank, ...]`, same trailing shape and dtype on every rank. No gradient flows through the gather.
+
+    Returns:
+        The parts by rank, and this process's rank.
+    """
+    if world_size() == 1:
+        return [value.detach()], 0
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=value.device)
+    sizes[rank()] = value.shape[0]
+    dist.all_reduce(sizes)
+    longest = int(sizes.max())
+    padded = value.new_zeros((longest, *value.shape[1:]))
+    padded[: value.shape[0]] = value.detach()
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return [part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)], rank()

@@ -1,0 +1,52 @@
+"""Errors a user can act on.
+
+Every mistake that a user can make raises a `UserError` whose text says what is wrong, what was got, what was expected and
+how to mend it. Commands print that text without a traceback and exit with code 2. `assert` is for our own invariants.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(ValueError):
+    """A mistake outside our code: bad input, an impossible request, a missing file. Exit code 2, no traceback."""
+
+
+class ConfigError(UserError):
+    """A recipe, a key or a combination of settings is wrong. Carries every problem found, not only the first."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        if len(self.problems) == 1:
+            text = self.problems[0]
+        else:
+            text = f"{len(self.problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems)
+        super().__init__(text)
+
+
+class DataError(UserError):
+    """A source cannot be read or a row breaks its format. The text names file, line and field."""
+
+
+class ModelError(UserError):
+    """A model cannot be loaded or cannot do what was asked of it (attention family, kernel, LoRA target)."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or an export is missing, torn, of another model, or could not be written."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the closest known name, or the list of known names when none is close.
+
+    Args:
+        name: what was typed.
+        known: the names that exist.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(names)}." if names else ""

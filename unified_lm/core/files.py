@@ -1,0 +1,87 @@
+"""Files that are either wholly there or not there at all, and the cache folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unified_lm.core.errors import CheckpointError
+
+
+def cache_dir(*parts: str) -> Path:
+    """The folder for things that can be made again: ``$UNIFIED_LM_CACHE`` or ``~/.cache/unified_lm``, plus `parts`."""
+    root = os.environ.get("UNIFIED_LM_CACHE")
+    base = Path(root).expanduser() if root else Path("~/.cache/unified_lm").expanduser()
+    return base.joinpath(*parts)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a temporary sibling folder, flush it to disk, then rename it to `target`.
+
+    A crash or a full disk leaves `target` as it was; the half-written sibling is removed. An existing `target` is
+    replaced only after the new one is complete.
+
+    Args:
+        target: the folder to create or replace.
+        fill: writes the content into the folder it is given.
+
+    Raises:
+        CheckpointError: the operating system refused to write (disk full, no permission).
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = target.with_name(f".{target.name}.{os.getpid()}.building")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        building.mkdir()
+        fill(building)
+        for path in (*building.rglob("*"), building):
+            _sync(path)
+        _replace_directory(building, target)
+    except OSError as error:
+        shutil.rmtree(building, ignore_errors=True)
+        raise CheckpointError(f"could not write {target}: {error}. What was there before is untouched.") from error
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _replace_directory(new: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically (temporary sibling, fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(building, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    building.rename(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, indented, with a final newline."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

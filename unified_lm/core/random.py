@@ -1,0 +1,52 @@
+"""Random state: seeding, and capture and replay for GradCache and checkpoints.
+
+Everything random in training draws from torch's generators (numpy generators are derived from explicit integers), so
+these states are the whole of it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (all devices) with one integer."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a 63-bit seed that depends on every part and on nothing else (stable across processes and versions)."""
+    digest = blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass(frozen=True)
+class RngState:
+    """The state of torch's CPU generator and of the current accelerator's, if there is one.
+
+    Attributes:
+        cpu: uint8 state of the CPU generator.
+        device: uint8 state of the current CUDA device's generator, or None without CUDA.
+    """
+
+    cpu: torch.Tensor
+    device: torch.Tensor | None
+
+    @classmethod
+    def capture(cls) -> RngState:
+        """Copy the present state."""
+        device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return cls(torch.get_rng_state(), device)
+
+    def restore(self) -> None:
+        """Put the captured state back, so that the next random draws repeat."""
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.cuda.set_rng_state(self.device)

@@ -1,0 +1,33 @@
+"""Extension points: one visible name -> class table each, plus any dotted path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from unified_lm.core.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def resolve(name: str, table: Mapping[str, T], what: str) -> T | Any:
+    """Look a name up in a table, or import it when it is a dotted path such as ``my_package.module.Class``.
+
+    Args:
+        name: a key of `table` or a dotted path.
+        table: the built-in choices.
+        what: the kind of thing, for the error text ("objective", "template").
+
+    Raises:
+        ConfigError: neither a known name nor an importable path.
+    """
+    if name in table:
+        return table[name]
+    if "." not in name:
+        raise ConfigError(f"unknown {what} '{name}'.{did_you_mean(name, table)}")
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"cannot import the {what} '{name}': {error}") from error

@@ -1,0 +1,48 @@
+"""Validated rows. What a source yields and what formats turn into samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text to embed, with its instruction ("" for none)."""
+
+    text: str
+    instruction: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PairRecord:
+    """A query, the texts that answer it, and texts that do not (both may hold several)."""
+
+    query: Text
+    positives: tuple[Text, ...]
+    negatives: tuple[Text, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRecord:
+    """A conversation: (role, content) turns, role one of "system", "user", "assistant"; at least one assistant turn."""
+
+    turns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecord:
+    """Running text or a sentence."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRecord:
+    """A prompt, a completion, and whether the completion is desirable."""
+
+    prompt: str
+    completion: str
+    desirable: bool
+
+
+Record = PairRecord | ChatRecord | TextRecord | PreferenceRecord
