@@ -10,7 +10,7 @@ Shape legend, used across the package:
 - D  hidden size; H, H_kv query and key/value heads; d head size; V vocabulary
 """
 
-from unified_lm.batch.loss import LossTerm
+from unified_lm.batch.loss import LossTerm, OutputHead
 from unified_lm.batch.pack import Batch, Pack, Supervision, make_batch, make_pack
 from unified_lm.batch.plan import AttentionMode, AttentionPlan, ModeRun
 from unified_lm.batch.sample import IGNORE, Sample
@@ -22,6 +22,7 @@ __all__ = [
     "Batch",
     "LossTerm",
     "ModeRun",
+    "OutputHead",
     "Pack",
     "Sample",
     "Supervision",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Sample:
         group: index of its group within this step's batch of the stream, over all ranks.
         slot: place inside the group: 0 query, 1 positive, 2 and up hard negatives. 0 for samples that stand alone.
         text_id: a 63-bit hash of the embedded text, for masking equal texts among the negatives; 0 where unused.
+        truncated: whether the text was cut to its limit.
     """
 
     input_ids: np.ndarray
@@ -38,7 +39,7 @@ class Sample:
     group: int = 0
     slot: int = 0
     text_id: int = 0
-    truncated: bool = field(default=False)
+    truncated: bool = False
 
     def __post_init__(self) -> None:
         length = len(self.input_ids)
@@ -48,9 +49,8 @@ class Sample:
         if self.pool is not None:
             assert 0 <= self.pool[0] < self.pool[1] <= length, f"pool span {self.pool} is empty or outside [0, {length})"
         if self.labels is not None:
-            assert len(self.labels) == length and self.labels[0] == IGNORE, (
-                "labels cover the sample; position 0 is never supervised"
-            )
+            assert len(self.labels) == length, f"{len(self.labels)} labels for {length} tokens"
+            assert self.labels[0] == IGNORE, "position 0 has no predecessor and is never supervised"
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+
+
+class RecordKind(Enum):
+    """The shapes a row can have."""
+
+    PAIR = "pair"
+    CHAT = "chat"
+    TEXT = "text"
+    PREFERENCE = "preference"
 
 
 @dataclass(frozen=True, slots=True)
