@@ -81,7 +81,7 @@ class Batch:
     """The packs of one optimizer step on one rank.
 
     Attributes:
-        packs: packs with pooled samples first, then those without.
+        packs: packs with pooled samples first, then those without; only the last pooled one holds both kinds.
         group_sizes: per contrastive stream K, the samples per group (query + positive + hard negatives).
         num_groups: per contrastive stream the groups on this rank.
         text_ids: per contrastive stream int64 `[G, K]`, hashes of the embedded texts (`Sample.text_id`) on this rank.
@@ -162,24 +162,18 @@ def _supervise(samples: Sequence[Sample], offsets: Sequence[int]) -> dict[str, S
     }
 
 
-def make_batch(
-    samples: Iterable[Sample],
-    token_budget: int,
-    counts: Mapping[str, float] | None = None,
-    *,
-    share_packs: bool = True,
-) -> Batch:
+def make_batch(samples: Iterable[Sample], token_budget: int, counts: Mapping[str, float] | None = None) -> Batch:
     """Pack one rank's samples of one step.
 
-    Samples with a pool span fill the first packs (first-fit decreasing); the others fill what room is left and then packs
-    of their own. Within a contrastive stream the groups are numbered anew from 0 on this rank, in order of `Sample.group`.
+    Samples with a pool span fill the first packs (first-fit decreasing). The others fill what room is left in the last of
+    these, then packs of their own: GradCache forwards every pooled pack twice except the last, whose graph it keeps, so
+    nothing is computed twice in vain. Within a contrastive stream the groups are numbered anew from 0 on this rank, in
+    order of `Sample.group`.
 
     Args:
         samples: this rank's samples. Every group is complete: slots 0 to K-1, K the same for all groups of a stream.
         token_budget: the most tokens of a pack. A longer sample gets a pack of its own.
         counts: see `Batch.counts`.
-        share_packs: whether samples without a pool span may fill packs that hold pooled ones. Turn off where a pack is
-            forwarded twice and dropout must repeat (GradCache with dropout), so that nothing is computed twice in vain.
     """
     members = list(samples)
     groups = {name: sorted({s.group for s in members if s.stream == name}) for name in {s.stream for s in members if s.pool}}
@@ -196,7 +190,7 @@ def make_batch(
         sizes[name], text_ids[name] = size, ids
     pooled = first_fit([s for s in members if s.pool is not None], token_budget)
     plain = [s for s in members if s.pool is None]
-    bins = first_fit(plain, token_budget, pooled) if share_packs else pooled + first_fit(plain, token_budget)
+    bins = pooled[:-1] + first_fit(plain, token_budget, pooled[-1:])
     return Batch(
         packs=tuple(make_pack(content, rows) for content in bins),
         group_sizes=sizes,

@@ -117,8 +117,7 @@ class AttentionPlan:
         """The mask as a matrix: the reference that every kernel is tested against, and what `inspect` draws.
 
         Args:
-            sliding_window: a causal token sees at most this many tokens, itself included; inside a bidirectional
-                span the distance is limited to `sliding_window - 1` on both sides. None: no limit.
+            sliding_window: limit of the distance, see `visible`. None: no limit.
 
         Returns:
             bool `[T, T]`, True where the row's token sees the column's token.
@@ -142,22 +141,47 @@ def mode_of(length: int, span: tuple[int, int]) -> AttentionMode:
     return AttentionMode.BIDIRECTIONAL if (start, stop) == (0, length) else AttentionMode.SPAN
 
 
+def visible(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    start: torch.Tensor | int,
+    stop: torch.Tensor | int,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
+    """The one definition of who sees whom inside a sequence. Every mask of every kernel is made from it.
+
+    A window means what it means in transformers' mask builders (`masking_utils`, 5.23), and there the two directions differ by
+    one: a causal token sees `sliding_window` tokens, itself included, but in bidirectional attention a token sees
+    `sliding_window` tokens on either side, itself not counted. So an export read by stock tools gives the same vectors.
+
+    Args:
+        query: integer positions of the rows' tokens in their sequence; broadcasts against `key`.
+        key: integer positions of the columns' tokens.
+        start: first token of the sequence's bidirectional span; broadcasts.
+        stop: one past its last token.
+        sliding_window: the window in tokens; None: no limit.
+
+    Returns:
+        bool, of the broadcast shape, True where the query sees the key.
+    """
+    causal = key <= query
+    inside = (query >= start) & (query < stop) & (key >= start) & (key < stop)
+    if sliding_window is None:
+        return causal | inside
+    distance = query - key
+    return (causal & (distance < sliding_window)) | (inside & (distance.abs() <= sliding_window))
+
+
 def sequence_mask(length: int, span: tuple[int, int], sliding_window: int | None = None) -> torch.Tensor:
     """The mask of one sequence alone.
 
     Args:
         length: tokens of the sequence.
         span: its bidirectional span `[start, stop)`.
-        sliding_window: as in `AttentionPlan.dense_mask`.
+        sliding_window: limit of the distance, see `visible`.
 
     Returns:
         bool `[length, length]`, True where the row's token sees the column's token.
     """
     position = torch.arange(length)
-    query, key = position[:, None], position[None, :]
-    start, stop = span
-    visible = key <= query
-    visible = visible | ((query >= start) & (query < stop) & (key >= start) & (key < stop))
-    if sliding_window is not None:
-        visible = visible & ((query - key).abs() < sliding_window)
-    return visible
+    return visible(position[:, None], position[None, :], *span, sliding_window)

@@ -75,9 +75,11 @@ class SourceConfig:
     hub: str | None = None
     """Name of a Hub dataset."""
     subset: str | None = None
-    """Configuration name of the Hub dataset."""
+    """Configuration name of the Hub dataset, or part of a built-in one."""
+    revision: str | None = None
+    """Hub revision of the dataset (branch, tag or commit)."""
     builtin: str | None = None
-    """A data set built on the spot: "pydocs"."""
+    """A data set built on the spot: "pydocs"; its `subset` is "pairs", "chats", "text" or "sentences"."""
     split: str = "train"
     """Split of a Hub or built-in data set."""
     streaming: bool = False
@@ -92,6 +94,8 @@ class SourceConfig:
     """Instruction for every document of the source; None embeds documents without one."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column of the source for each field of the format, where names differ: {"query": "anchor"}."""
+    on_empty: str = "error"
+    """Rows with an empty text: "error", or "skip" (left out and counted). Running text always skips blank rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,8 @@ class ObjectiveConfig:
     """Token losses: "token", "sample", "mixed" (GritLM's mean of micro-batch means), "sum_per_sample" (GritLM's "token")."""
     micro_batch_size: int | None = None
     """Samples of one micro-batch under "mixed"."""
+    cross_entropy: str = "chunked"
+    """Token losses: "chunked" (every device), or "liger" (Liger's fused kernel; needs CUDA and the extra "liger")."""
     temperature: float = 0.02
     """Contrastive: cosine similarities are divided by it."""
     symmetric: bool = False
@@ -206,8 +212,6 @@ class PackingConfig:
 
     token_budget: int = 2048
     """The most tokens of one pack (one forward) on one rank."""
-    pad_instead: bool = False
-    """Pad every sample to the longest of its kind instead of packing: for comparison only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +314,8 @@ class RunConfig:
     """Measuring."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """The result."""
+    notices: tuple[str, ...] = ()
+    """What composition changed or wants to be known (a rehearsal's smaller batches, ...): printed before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,5 +328,5 @@ class ChainConfig:
     """What the chain does."""
     run_dir: str = ""
     """Folder of the chain; each stage runs in a folder of its own inside it."""
-    stages: tuple[str, ...]
-    """Recipes, in order."""
+    stages: tuple[RunConfig, ...]
+    """The composed runs, in order. Whoever runs them gives each its folder and what it starts from."""

@@ -1,0 +1,1 @@
+"""The one training loop: steps with GradCache, backends, optimizer, metrics, validation, checkpoints."""

@@ -1,0 +1,136 @@
+"""One GRIT step packed against the same samples padded to the longest of their kind.
+
+SmolLM2-135M in bfloat16, 32 pairs and 8 chats with log-normal lengths of up to 256 tokens, forward and backward. The padded
+side is what the reference systems do: queries, documents and chats each in a padded batch of their own through stock
+transformers (sdpa), queries and documents bidirectional. Losses are computed by the same functions on both sides.
+
+Usage: python benchmarks/packed_vs_padded.py [repetitions]
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from unified_lm.batch import IGNORE, Batch, Sample, make_batch
+from unified_lm.config.schema import ModelConfig, ObjectiveConfig
+from unified_lm.engine.step import GradCacheStep
+from unified_lm.engine.trainable import PackOutput, Trainable
+from unified_lm.models.backbone import Backbone
+from unified_lm.models.loading import load_model
+from unified_lm.models.pooling import pool
+from unified_lm.objectives import build_objective
+
+WEIGHTS = {"embedding": 1.0, "generation": 1.0}
+PROMPT = 12
+
+
+def make_samples(vocabulary: int, num_pairs: int = 32, num_chats: int = 8, longest: int = 256) -> list[Sample]:
+    """Random tokens with log-normal lengths: short queries, longer documents and chats."""
+    random = np.random.default_rng(0)
+
+    def tokens(median: float) -> np.ndarray:
+        length = int(np.clip(random.lognormal(np.log(median), 0.7), PROMPT + 4, longest))
+        return random.integers(100, vocabulary, size=length)
+
+    samples = []
+    for group in range(num_pairs):
+        for slot, median in enumerate((30, 60)):
+            ids = tokens(median)
+            span = (0, len(ids))
+            samples.append(
+                Sample(input_ids=ids, stream="embedding", bidirectional=span, pool=(PROMPT, len(ids)), group=group, slot=slot)
+            )
+    for group in range(num_chats):
+        ids = tokens(90)
+        labels = np.where(np.arange(len(ids)) >= len(ids) // 3, ids, IGNORE)
+        samples.append(Sample(input_ids=ids, stream="generation", labels=labels, group=group))
+    return samples
+
+
+def padded_forward(backbone: Backbone, batch: Batch, objective: Callable) -> Callable[..., PackOutput]:
+    """A `forward` that runs the pack's samples in padded batches, one per kind, through stock transformers."""
+
+    def forward(pack, *, tokens: bool = True) -> PackOutput:
+        hidden = torch.empty(len(pack), backbone.hidden_size, dtype=torch.bfloat16)
+        kinds: dict[tuple[str, int], list[int]] = {}
+        for index, sample in enumerate(pack.samples):
+            kinds.setdefault((sample.stream, sample.slot), []).append(index)
+        parts, places = [], []
+        for (stream, _), members in kinds.items():
+            states, where = padded_states(backbone, pack, members, causal=stream == "generation")
+            parts.append(states)
+            places.append(where)
+        hidden = torch.cat(parts)[torch.argsort(torch.cat(places))]
+        embeddings = pool(hidden, pack.pool_spans, "mean")
+        terms = {n: objective(hidden, backbone.output_head(), part) for n, part in pack.supervised.items()} if tokens else {}
+        return PackOutput(embeddings, terms)
+
+    return forward
+
+
+def padded_states(backbone: Backbone, pack, members: list[int], causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """States of some samples through a padded batch: `[tokens, D]`, and where each token lies in the pack."""
+    lengths = [pack.plan.lengths[index] for index in members]
+    ids = torch.zeros(len(members), max(lengths), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, (index, length) in enumerate(zip(members, lengths, strict=True)):
+        start = pack.plan.offsets[index]
+        ids[row, :length] = pack.input_ids[start : start + length]
+        mask[row, :length] = 1
+    decoder = backbone.causal_lm.model
+    states = decoder(input_ids=ids, attention_mask=mask, use_cache=False, is_causal=causal).last_hidden_state
+    where = [torch.arange(pack.plan.offsets[i], pack.plan.offsets[i] + n) for i, n in zip(members, lengths, strict=True)]
+    return states[mask.bool()], torch.cat(where)
+
+
+def main(repetitions: int = 3) -> None:
+    """Print tokens, seconds, losses and the ratio."""
+    loaded = load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama"))
+    samples = make_samples(loaded.causal_lm.config.vocab_size)
+    counts = {"generation": float(sum(s.num_supervised for s in samples))}
+    batch = make_batch(samples, 1_000_000, counts)
+    next_token = build_objective(ObjectiveConfig(name="next_token"))
+    contrastive = {"embedding": build_objective(ObjectiveConfig(name="contrastive"))}
+    backbone = Backbone(loaded.causal_lm, "sdpa")
+    trainable = Trainable(backbone, "mean", {"generation": next_token})
+    sides = {"packed": trainable, "padded": padded_forward(backbone, batch, next_token)}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    losses = {}
+    for _ in range(repetitions + 1):
+        for name, forward in sides.items():
+            loaded.causal_lm.zero_grad()
+            started = time.perf_counter()
+            if name == "padded":
+                with backbone.stock_attention():
+                    losses[name] = GradCacheStep(forward, torch.Tensor.backward, contrastive, WEIGHTS)(batch).by_stream
+            else:
+                losses[name] = GradCacheStep(forward, torch.Tensor.backward, contrastive, WEIGHTS)(batch).by_stream
+            seconds[name].append(time.perf_counter() - started)
+    report(samples, {name: values[1:] for name, values in seconds.items()}, losses)
+
+
+def report(samples: list[Sample], seconds: dict[str, list[float]], losses: dict[str, dict[str, float]]) -> None:
+    """Print what was measured; the first repetition warmed up and does not count."""
+    real = sum(map(len, samples))
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for sample in samples:
+        kinds.setdefault((sample.stream, sample.slot), []).append(len(sample))
+    padded = sum(len(lengths) * max(lengths) for lengths in kinds.values())
+    print(f"tokens: {real} packed, {padded} padded ({padded / real:.2f} times)")
+    for name, values in seconds.items():
+        shown = ", ".join(f"{stream} {loss:.5f}" for stream, loss in losses[name].items())
+        print(f"{name}: median {statistics.median(values):.2f} s of {[round(v, 2) for v in values]}; losses: {shown}")
+    ratios = [b / a for a, b in zip(seconds["packed"], seconds["padded"], strict=True)]
+    print(f"packed is {statistics.median(ratios):.2f} times faster (per repetition: {[round(r, 2) for r in ratios]})")
+    for stream, loss in losses["packed"].items():
+        print(f"{stream}: relative difference of the losses {abs(loss - losses['padded'][stream]) / abs(loss):.1e}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)

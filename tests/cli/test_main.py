@@ -1,0 +1,77 @@
+"""The command line: frozen, quick to start, and a user's mistake is one message and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+
+from unified_lm.cli.main import COMMANDS, main, run_command, usage
+from unified_lm.core.errors import DataError
+
+
+def test_the_public_commands() -> None:
+    assert set(COMMANDS) >= {"train", "inspect", "recipes", "demo"}
+    assert all(name in usage() for name in COMMANDS)
+    assert all(command.help for command in COMMANDS.values())
+
+
+def test_the_commands_lead_somewhere() -> None:
+    from importlib.util import find_spec
+
+    for command in COMMANDS.values():
+        assert find_spec(command.target.partition(":")[0]) is not None, command.target
+
+
+def test_help_is_instant_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from unified_lm.cli.main import main; code = main(['--help']); "
+        "heavy = [n for n in ('torch', 'transformers', 'hydra', 'rich') if n in sys.modules]; sys.exit(code or bool(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "usage: unified-lm COMMAND" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "launcher", [["-m", "unified_lm"], ["-c", "import unified_lm.cli.main as m; raise SystemExit(m.main())"]]
+)
+def test_a_mistake_is_a_message_and_exit_code_2(launcher: list[str]) -> None:
+    done = subprocess.run([sys.executable, *launcher, "trian"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown command 'trian'. Did you mean 'train'?\n"
+    assert done.stdout == ""
+
+
+def test_run_command_maps_outcomes_to_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> None:
+        raise error
+
+    assert run_command(lambda: None) == 0
+    assert run_command(lambda: fail(DataError("rows.jsonl, line 3: ..."))) == 2
+    assert capsys.readouterr().err == "error: rows.jsonl, line 3: ...\n"
+    assert run_command(lambda: fail(KeyboardInterrupt())) == 130
+    with pytest.raises(ZeroDivisionError):
+        run_command(lambda: fail(ZeroDivisionError()))
+
+
+def test_no_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert main(["train", "--help"]) == 0
+    assert "recipe=NAME" in capsys.readouterr().out
+
+
+def test_recipes_lists_names_descriptions_and_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("grit_smollm2", "llm2vec_mntp", "tiny_random", "lora=", "wikitext103"):
+        assert expected in text
+    assert main(["recipes", "x"]) == 2
+    assert "takes no arguments" in capsys.readouterr().err
+
+
+def test_inspect_composes_before_it_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "recipe=nothing"]) == 2
+    assert "unknown recipe 'nothing'" in capsys.readouterr().err
+    assert main(["inspect", "recipe=llm2vec"]) == 2
+    assert "choose one of its stages" in capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""Law 3 across processes: two ranks under gloo take the gradient that one process takes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from tests.engine.tiny import WEIGHTS, embedding_objectives, make_samples, make_trainable
+from unified_lm.batch import make_batch
+from unified_lm.config.schema import OptimConfig
+from unified_lm.core import distributed
+from unified_lm.engine.backend import TorchBackend
+from unified_lm.engine.step import GradCacheStep
+
+
+def step(rank: int, ranks: int, budget: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """One rank's part of a step; an uneven deal on purpose. Returns the loss and the gradients after the reduction."""
+    trainable = make_trainable()
+    backend = TorchBackend(trainable, OptimConfig())
+    samples, counts = make_samples()
+    shares = {1: [lambda s: True], 2: [lambda s: s.group < 2, lambda s: s.group >= 2]}
+    batch = make_batch([s for s in samples if shares[ranks][rank](s)], budget, counts)
+    losses = GradCacheStep(backend.forward, backend.backward, embedding_objectives(), WEIGHTS)(batch)
+    if ranks > 1:
+        backend._sum_gradients()
+    return losses.total, {name: master.grad for name, master in backend.optimizer.masters.items()}
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    distributed.initialise(timeout_minutes=1)
+    loss, gradients = step(rank, 2, 60)
+    torch.save({"loss": loss, "gradients": gradients}, Path(folder) / f"{rank}.pt")
+    distributed.shutdown()
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_ranks_equal_one_process(tmp_path):
+    loss, expected = step(0, 1, 10_000)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert result["loss"] == pytest.approx(loss, rel=1e-6)
+        difference = sum((result["gradients"][n] - expected[n]).double().square().sum() for n in expected)
+        norm = sum(g.double().square().sum() for g in expected.values())
+        assert float((difference / norm).sqrt()) < 1e-6

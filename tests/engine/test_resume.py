@@ -1,0 +1,85 @@
+"""Law 5: stop anywhere, also by SIGKILL, resume, and the parameters equal those of the uninterrupted run, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from unified_lm.build import train
+from unified_lm.core.errors import CheckpointError
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMON = [
+    "recipe=grit_smollm2",
+    "model=tiny_random",
+    "model.attention_dropout=0.1",
+    "max_steps=6",
+    "checkpoint.every=2",
+    "validation.every=3",
+    "export.enabled=false",
+    "logging.progress=false",
+]
+
+
+def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoints" / "step-00000006" / "optimizer.safetensors")
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    timing = ("seconds", "per_second")
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.endswith(timing)} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    return train([*COMMON, f"run_dir={tmp_path_factory.mktemp('whole')}/run"])
+
+
+@pytest.mark.parametrize("lines_before_kill", [1, 5])
+def test_sigkill_and_resume(uninterrupted, tmp_path, lines_before_kill):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *COMMON, f"run_dir={run_dir}"]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        written = (run_dir / "metrics.jsonl").read_text().count("\n") if (run_dir / "metrics.jsonl").exists() else 0
+        if written >= lines_before_kill:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run_dir / "checkpoints" / "step-00000006").exists(), "killed before the end"
+
+    train([*COMMON, f"run_dir={run_dir}", "resume=auto"])
+    expected, resumed = final_weights(uninterrupted), final_weights(run_dir)
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert metrics(run_dir) == metrics(uninterrupted)
+
+
+def test_another_seed_gives_other_weights(uninterrupted, tmp_path):
+    """The test above can fail."""
+    other = train([*COMMON, f"run_dir={tmp_path}/run", "seed=7"])
+    first, second = final_weights(uninterrupted), final_weights(other)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_finished_run_is_not_written_over(uninterrupted):
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        train([*COMMON, f"run_dir={uninterrupted}"])
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(uninterrupted, tmp_path):
+    arguments = [a.replace("grit_smollm2", "embedding_only") for a in COMMON]
+    with pytest.raises(CheckpointError, match="recipe: the checkpoint has 'grit_smollm2'"):
+        train([*arguments, f"run_dir={tmp_path}/run", f"resume={uninterrupted}"])

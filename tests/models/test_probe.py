@@ -1,0 +1,83 @@
+"""The leak probe finds what it is for, and leaves no trace."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from unified_lm.batch import AttentionPlan, OutputHead
+from unified_lm.core.errors import ModelError
+from unified_lm.models.attention import Heads, ReferenceKernel
+from unified_lm.models.backbone import Backbone
+from unified_lm.models.probe import probe_attention
+from unified_lm.models.tiny import tiny_model
+
+
+class Sabotaged:
+    """The reference kernel under another plan than it was given."""
+
+    name = "sabotaged"
+
+    def __init__(self, change: Callable[[AttentionPlan], AttentionPlan]) -> None:
+        self._change = change
+
+    def __call__(self, heads: Heads) -> torch.Tensor:
+        return ReferenceKernel()(replace(heads, plan=self._change(heads.plan)))
+
+
+def all_causal(plan: AttentionPlan) -> AttentionPlan:
+    return AttentionPlan.build(plan.lengths, [(0, 0)] * len(plan.lengths))
+
+
+def all_bidirectional(plan: AttentionPlan) -> AttentionPlan:
+    return AttentionPlan.build(plan.lengths, [(0, length) for length in plan.lengths])
+
+
+def one_sequence(plan: AttentionPlan) -> AttentionPlan:
+    return AttentionPlan.build([plan.num_tokens], [(0, 0)])
+
+
+def wide_spans(plan: AttentionPlan) -> AttentionPlan:
+    spans = [(0, stop) if stop else (0, 0) for _, stop in plan.spans]
+    return AttentionPlan.build(plan.lengths, spans)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (all_causal, "not bidirectional where it was asked to be"),
+        (all_bidirectional, "a causal token saw its future"),
+        (one_sequence, "changed another sample"),
+        (wide_spans, "a causal token saw its future"),
+    ],
+)
+def test_a_wrong_mask_is_found(change: Callable[[AttentionPlan], AttentionPlan], text: str, dtype: torch.dtype) -> None:
+    backbone = Backbone(tiny_model("llama", dtype=dtype), Sabotaged(change))
+    with pytest.raises(ModelError, match=f"(?s)'sabotaged'.*{text}"):
+        probe_attention(backbone)
+    probe_attention(Backbone(tiny_model("llama", dtype=dtype), Sabotaged(lambda plan: plan)))
+
+
+def test_a_head_that_is_not_what_it_says_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = Backbone(tiny_model("llama"), "sdpa")
+    head = OutputHead(backbone.causal_lm.lm_head.weight, scale=0.5)
+    monkeypatch.setattr(backbone, "output_head", lambda: head)
+    with pytest.raises(ModelError, match="output head of LlamaForCausalLM is not linear as assumed"):
+        probe_attention(backbone)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_and_random_state_are_restored(training: bool) -> None:
+    backbone = Backbone(tiny_model("gpt2"), "sdpa").train(training)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    probe_attention(backbone)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert backbone.training is training
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_a_vocabulary_smaller_than_the_probe_is_enough() -> None:
+    probe_attention(Backbone(tiny_model("llama", vocab_size=4, pad_token_id=0, eos_token_id=2, bos_token_id=1), "sdpa"))

@@ -1,0 +1,165 @@
+"""From a `RunConfig` to objects that train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from unified_lm.batch import Batch
+from unified_lm.checkpoint.state import Identity, find_checkpoint
+from unified_lm.config.schema import RunConfig
+from unified_lm.core import distributed
+from unified_lm.core.random import seed_everything
+from unified_lm.data.loader import StepLoader
+from unified_lm.data.retrieval import build_retrieval
+from unified_lm.data.streams import Stream, build_streams, build_validation_streams
+from unified_lm.engine.backend import make_backend
+from unified_lm.engine.fit import Training
+from unified_lm.engine.metrics import Reporter
+from unified_lm.engine.step import GradCacheStep
+from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.validation import RetrievalTask, Validator
+from unified_lm.models.backbone import Backbone
+from unified_lm.models.loading import LoadedModel, load_model
+from unified_lm.models.lora import LoraReport, apply_lora
+from unified_lm.models.pooling import Projection
+from unified_lm.models.probe import probe_attention
+from unified_lm.objectives import EmbeddingObjective, ObjectiveKind, TokenObjective, build_objective
+
+
+@dataclass
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        training: what `fit` takes.
+        loaded: model and tokenizer, with where they came from.
+        streams: the training streams, for their counts of rejected and truncated rows.
+        lora: what adapters were applied, or None.
+    """
+
+    training: Training
+    loaded: LoadedModel
+    streams: dict[str, Stream]
+    lora: LoraReport | None
+
+
+def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
+    """Load the model and the data, and put the parts of a run together."""
+    seed_everything(config.seed)
+    device = distributed.local_device()
+    quantize = config.lora is not None and config.lora.quantize_4bit
+    loaded = load_model(config.model, quantize_4bit=quantize)
+    lora = apply_lora(loaded.causal_lm, config.lora, config.seed) if config.lora else None
+    backbone = Backbone(loaded.causal_lm, config.model.attention_kernel).to(device)
+    if config.model.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    probe_attention(backbone)
+    streams = build_streams(config, loaded.tokenizer)
+    tokens, embeddings = _objectives(config)
+    trainable = _make_trainable(config, backbone, tokens).to(device)
+    backend = make_backend(trainable, config.optim, config.parallel)
+    weights = {name: stream.objective.weight for name, stream in config.streams.items()}
+    identity = _identity(config, loaded, trainable)
+    resume_from = find_checkpoint(config.resume, run_dir / "checkpoints")
+    training = Training(
+        config=config,
+        run_dir=run_dir,
+        trainable=trainable,
+        backend=backend,
+        step=GradCacheStep(backend.forward, backend.backward, embeddings, weights),
+        loader=_make_loader(config, streams),
+        validator=_make_validator(config, loaded, trainable, embeddings, weights),
+        reporter=Reporter(config.logging, run_dir, config.max_steps, asdict(config), console),
+        identity=identity,
+        resume_from=resume_from,
+    )
+    seed_everything(config.seed + 1 + distributed.rank())  # dropout differs between ranks, and from initialisation
+    return Run(training, loaded, streams, lora)
+
+
+def _objectives(config: RunConfig) -> tuple[dict[str, TokenObjective], dict[str, EmbeddingObjective]]:
+    """Token objectives and embedding objectives, each by stream."""
+    tokens: dict[str, TokenObjective] = {}
+    embeddings: dict[str, EmbeddingObjective] = {}
+    for name, stream in config.streams.items():
+        objective: Any = build_objective(stream.objective)
+        (tokens if objective.kind is ObjectiveKind.TOKEN else embeddings)[name] = objective
+    return tokens, embeddings
+
+
+def _make_trainable(config: RunConfig, backbone: Backbone, objectives: dict[str, TokenObjective]) -> Trainable:
+    projection = None
+    if config.model.projection_dim is not None:
+        projection = Projection(backbone.hidden_size, config.model.projection_dim)
+    return Trainable(
+        backbone,
+        config.model.pooling,
+        objectives,
+        projection,
+        torch.bfloat16 if config.model.autocast else None,
+    )
+
+
+def _make_loader(config: RunConfig, streams: dict[str, Stream]) -> StepLoader:
+    return StepLoader(
+        streams,
+        token_budget=config.packing.token_budget,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
+def _make_validator(
+    config: RunConfig,
+    loaded: LoadedModel,
+    trainable: Trainable,
+    objectives: dict[str, EmbeddingObjective],
+    weights: dict[str, float],
+) -> Validator | None:
+    streams = build_validation_streams(config, loaded.tokenizer)
+    held_out = build_retrieval(config, loaded.tokenizer)
+    if not streams and held_out is None:
+        return None
+    retrieval = RetrievalTask(held_out.queries, held_out.documents, held_out.relevant) if held_out else None
+    held_out_objectives = {name: objective for name, objective in objectives.items() if name in streams}
+    return Validator(
+        trainable,
+        _fixed_batches(config, streams),
+        held_out_objectives,
+        weights,
+        retrieval,
+        config.packing.token_budget,
+    )
+
+
+def _fixed_batches(config: RunConfig, streams: dict[str, Stream]) -> Callable[[], Iterator[Batch]]:
+    """The same held-out batches every time they are asked for."""
+    if not streams:
+        return lambda: iter(())
+    loader = _make_loader(config, streams)
+    start = loader.state_dict()
+
+    def batches() -> Iterator[Batch]:
+        loader.load_state_dict(start)
+        for _ in range(config.validation.num_batches):
+            yield loader.next_batch()
+
+    return batches
+
+
+def _identity(config: RunConfig, loaded: LoadedModel, trainable: Trainable) -> Identity:
+    shapes = [(name, tuple(p.shape)) for name, p in trainable.named_parameters() if p.requires_grad]
+    tokenizer = loaded.tokenizer.backend_tokenizer.to_str()
+    return Identity(
+        recipe=config.recipe,
+        model=f"{loaded.provenance['name']} {loaded.provenance['fingerprint']}",
+        tokenizer=blake2b(tokenizer.encode(), digest_size=16).hexdigest(),
+        trained=blake2b(repr(shapes).encode(), digest_size=16).hexdigest(),
+    )

@@ -1,0 +1,41 @@
+"""Sub-commands that are short enough to stand together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from unified_lm.config.compose import compose_run
+from unified_lm.config.locate import group_options, list_recipes
+
+
+def recipes(argv: Sequence[str]) -> None:
+    """Print every recipe with its description, and the options of every group; takes no arguments."""
+    from unified_lm.core.errors import UserError
+
+    if argv:
+        raise UserError(f"`unified-lm recipes` takes no arguments, got {' '.join(argv)}.")
+    table = Table("recipe=", "what it does", title="recipes", title_justify="left")
+    for name, description in list_recipes().items():
+        table.add_row(name, description)
+    groups = Table("group", "options", title="groups (group=option)", title_justify="left")
+    for group, options in group_options().items():
+        groups.add_row(f"{group}=", ", ".join([*options, *(["tiny_random"] if group == "model" else [])]))
+    console = Console()
+    console.print(table)
+    console.print(groups)
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """Show real samples, packing statistics and a mask picture of a recipe; `out=DIR` says where the picture goes."""
+    from unified_lm.cli.inspect import inspect_run
+
+    folders = [argument.partition("=")[2] for argument in argv if argument.startswith("out=")]
+    config = compose_run([argument for argument in argv if not argument.startswith("out=")])
+    console = Console()
+    for notice in config.notices:
+        console.print(notice, style="yellow", markup=False)
+    inspect_run(config, console, Path(folders[-1] if folders else "runs/inspect"))

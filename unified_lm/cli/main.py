@@ -1,0 +1,97 @@
+"""The `unified-lm` command, also `python -m unified_lm`. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from unified_lm.core.errors import UserError, did_you_mean
+
+USER_ERROR = 2
+_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: one line of help, and the function `(arguments) -> None` as "module:function"."""
+
+    help: str
+    target: str
+
+    def load(self) -> Callable[[Sequence[str]], object]:
+        """Import the function."""
+        module, _, name = self.target.partition(":")
+        function: Callable[[Sequence[str]], object] = getattr(import_module(module), name)
+        return function
+
+
+COMMANDS: Mapping[str, Command] = {
+    "train": Command(
+        "train a recipe: recipe=NAME key=value ... (dry_run=true: only show what it would do)", "unified_lm.build:train"
+    ),
+    "inspect": Command(
+        "show a recipe's real samples, packs and masks: recipe=NAME [out=DIR] ...", "unified_lm.cli.commands:inspect"
+    ),
+    "recipes": Command("list the recipes and what can be chosen", "unified_lm.cli.commands:recipes"),
+    "encode": Command(
+        "embed the lines of a file: MODEL TEXTS.txt --out VECTORS.npy [--instruction ...]", "unified_lm.cli.use:encode"
+    ),
+    "search": Command(
+        "find the lines of a file most similar to a query: MODEL QUERY TEXTS.txt [-k 5]", "unified_lm.cli.use:search"
+    ),
+    "generate": Command("answer a message: MODEL MESSAGE [--temperature 0.7]", "unified_lm.cli.use:generate"),
+    "demo": Command("train the embedded model, then search and answer with it (offline, CPU)", "unified_lm.cli.demo:demo"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sub-command.
+
+    Args:
+        argv: the arguments without the program's name; None takes the process's.
+
+    Returns:
+        The exit code: 0; 2 after a user's mistake, told in one message on stderr; 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if arguments else USER_ERROR
+    if arguments[0] in ("-V", "--version"):
+        from unified_lm import __version__
+
+        print(f"unified_lm {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        return run_command(lambda: _refuse(name))
+    if rest[:1] in (["-h"], ["--help"]):
+        print(f"unified-lm {name}: {COMMANDS[name].help}")
+        return 0
+    return run_command(lambda: COMMANDS[name].load()(rest))
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Call a command and turn what a user can mend into a message on stderr and exit code 2, without a traceback."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def usage() -> str:
+    """The help text."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: unified-lm COMMAND [key=value ...]", "", *lines])
+
+
+def _refuse(name: str) -> None:
+    raise UserError(f"unknown command '{name}'.{did_you_mean(name, COMMANDS)}")

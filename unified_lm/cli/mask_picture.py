@@ -1,0 +1,51 @@
+"""The attention mask of a pack as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from unified_lm.batch import AttentionMode, Pack
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+COLOURS = {AttentionMode.CAUSAL: "#3b6fb6", AttentionMode.SPAN: "#e08a2e", AttentionMode.BIDIRECTIONAL: "#3a9a5b"}
+"""The colour of each attention mode."""
+
+
+def mask_image(pack: Pack) -> np.ndarray:
+    """The mask of a pack, int64 `[T, T]`: 0 unseen, else 1 + the index in `COLOURS` of the mode of the sample there."""
+    image = pack.plan.dense_mask().numpy().astype(np.int64)
+    modes, offsets = list(COLOURS), pack.plan.offsets
+    for index in range(len(pack.plan.lengths)):
+        image[offsets[index] : offsets[index + 1]] *= 1 + modes.index(pack.plan.mode(index))
+    return image
+
+
+def save_mask_picture(pack: Pack, path: Path) -> None:
+    """Draw who sees whom in a pack: rows look, columns are seen, one colour per attention mode, lines between samples.
+
+    Args:
+        pack: the pack.
+        path: the PNG to write; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(figsize=(9, 9), layout="constrained")
+    colours = ListedColormap(["#ffffff", *COLOURS.values()])
+    axes.imshow(mask_image(pack), cmap=colours, vmin=0, vmax=len(COLOURS), interpolation="nearest")
+    borders = [offset - 0.5 for offset in pack.plan.offsets]
+    axes.hlines(borders, -0.5, len(pack) - 0.5, color="#999999", linewidth=0.4)
+    axes.vlines(borders, -0.5, len(pack) - 0.5, color="#999999", linewidth=0.4)
+    axes.set_xlabel("token that is seen")
+    axes.set_ylabel("token that looks")
+    axes.set_title(f"one pack: {len(pack.samples)} samples, {len(pack):,} tokens, no padding")
+    used = {pack.plan.mode(index) for index in range(len(pack.plan.lengths))}
+    axes.legend(handles=[Patch(color=c, label=mode.value) for mode, c in COLOURS.items() if mode in used], loc="upper right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,78 @@
+"""`unified-lm encode | search | generate`: a finished model from the shell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from unified_lm.core.errors import DataError
+from unified_lm.inference import UnifiedLM
+
+
+def encode(argv: Sequence[str]) -> None:
+    """Embed the lines of a file into a numpy array file."""
+    parser = _parser("encode", "embed the lines of a text file into a .npy file, float32 [lines, dimensions]")
+    parser.add_argument("texts", type=Path, help="a text file, one text a line")
+    parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
+    parser.add_argument("--instruction", default="", help="the task, for queries; documents have none")
+    options = parser.parse_args(list(argv))
+    vectors = _load(options).encode(_lines(options.texts), options.instruction, show_progress=sys.stderr.isatty())
+    with open(options.out, "wb") as handle:
+        np.save(handle, vectors)
+    print(f"{options.out}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
+
+
+def search(argv: Sequence[str]) -> None:
+    """Print the lines of a file that are most similar to a query."""
+    parser = _parser("search", "find the lines of a text file that are most similar to a query")
+    parser.add_argument("query", help="what to look for")
+    parser.add_argument("documents", type=Path, help="a text file, one document a line")
+    parser.add_argument("--instruction", default=None, help="the task; the export's own if left out")
+    parser.add_argument("-k", type=int, default=5, help="results (5)")
+    options = parser.parse_args(list(argv))
+    texts = _lines(options.documents)
+    for hit in _load(options).search(options.query, texts, options.k, options.instruction)[0]:
+        print(f"{hit.score:.3f}  {texts[hit.index]}")
+
+
+def generate(argv: Sequence[str]) -> None:
+    """Print the answer to one message."""
+    parser = _parser("generate", "answer one message")
+    parser.add_argument("message", help='the message; "-" reads it from stdin')
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="limit of the answer in tokens (256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    options = parser.parse_args(list(argv))
+    message = sys.stdin.read() if options.message == "-" else options.message
+    print(_load(options).generate(message, max_new_tokens=options.max_new_tokens, temperature=options.temperature))
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"unified-lm {name}", description=description)
+    parser.add_argument("model", help="the export folder of a run, or a Hub name")
+    parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+    return parser
+
+
+def _load(options: argparse.Namespace) -> UnifiedLM:
+    return UnifiedLM.from_pretrained(options.model, device=options.device, dtype=options.dtype)
+
+
+def _lines(path: Path) -> list[str]:
+    """The texts of a file, one a line; an empty line is an error, since results are counted by line.
+
+    Raises:
+        DataError: no such file, or an empty line.
+    """
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise DataError(f"{path}, line {number} is empty; every line is one text.")
+    return texts

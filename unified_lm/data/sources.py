@@ -1,0 +1,237 @@
+"""Where rows come from: files, folders, the Hub, built-in data. Every row is checked before training starts.
+
+The first opening parses and validates all rows, and writes them to the cache as memory-mapped arrow; later openings find
+them by content hash. A source therefore holds no rows in memory, be they ten or ten million.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from unified_lm.config.schema import SourceConfig
+from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.random import derive_seed
+from unified_lm.data.hub import hub_rows
+from unified_lm.data.pydocs import pydocs_file
+from unified_lm.data.readers import Rows, data_files, extension, read_rows
+from unified_lm.data.records import PairRecord, Record, RecordKind, Text
+from unified_lm.data.rows import RowParser
+from unified_lm.data.shards import Shard, open_shard, shard_key
+
+logger = logging.getLogger(__name__)
+
+_READ_BYTES = 1 << 20
+
+
+class RecordSource:
+    """Random access to the validated rows of one source.
+
+    Attributes:
+        name: what to call it in logs: file name, `folder/file`, Hub name, or "pydocs/pairs/train".
+        kind: the kind of every record.
+        fingerprint: hash of the rows and of the settings that choose or change them; the same in every process.
+        rejected: rows left out, by reason (over everything that was read, whatever the limit).
+    """
+
+    def __init__(
+        self, name: str, kind: RecordKind, shards: Sequence[Shard], config: SourceConfig, chosen: np.ndarray | None
+    ) -> None:
+        """Args: chosen: int64 `[rows]`, ascending positions in the shards laid end to end; None for all of them."""
+        self.name = name
+        self.kind = kind
+        self._shards = shards
+        self._ends = list(accumulate(len(shard) for shard in shards))
+        self._chosen = chosen
+        self._query_instruction = (config.instruction or "").strip()
+        self._document_instruction = (config.document_instruction or "").strip()
+        self.rejected: Counter[str] = sum((shard.rejected for shard in shards), Counter())
+        self.fingerprint = self._hash()
+
+    def _hash(self) -> str:
+        digest = blake2b(self.kind.value.encode(), digest_size=16)
+        for part in (*(shard.content for shard in self._shards), self._query_instruction, self._document_instruction):
+            digest.update(f"{len(part)}:{part}".encode())
+        if self._chosen is not None:
+            digest.update(self._chosen.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    @property
+    def num_rows_read(self) -> int:
+        """Valid rows there are without the limit."""
+        return self._ends[-1]
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._chosen is None else len(self._chosen)
+
+    def __getitem__(self, index: int) -> Record:
+        """The record at a position; negative positions count from the end."""
+        shard, row = self._find(index)
+        return self._instructed(shard[row])
+
+    def place(self, index: int) -> str:
+        """Where a record came from, for messages: ``data/rows.jsonl, line 7``."""
+        shard, row = self._find(index)
+        return shard.place(row)
+
+    def _find(self, index: int) -> tuple[Shard, int]:
+        size = len(self)
+        if not -size <= index < size:
+            raise IndexError(f"row {index} of {self.name}, which has {size}")
+        position = int(index) % size
+        if self._chosen is not None:
+            position = int(self._chosen[position])
+        shard = bisect_right(self._ends, position)
+        return self._shards[shard], position - (self._ends[shard - 1] if shard else 0)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    def _instructed(self, record: Record) -> Record:
+        """Fill in the source's instructions where the row has none of its own."""
+        if not isinstance(record, PairRecord) or not (self._query_instruction or self._document_instruction):
+            return record
+        document = self._document_instruction
+        return PairRecord(
+            _with_instruction(record.query, self._query_instruction),
+            tuple(_with_instruction(text, document) for text in record.positives),
+            tuple(_with_instruction(text, document) for text in record.negatives),
+        )
+
+    def summary(self) -> str:
+        """One line: name, rows used, rows rejected by reason."""
+        text = f"{self.name}: {len(self):,} rows"
+        if len(self) != self.num_rows_read:
+            text += f" of {self.num_rows_read:,}"
+        if self.rejected:
+            reasons = "; ".join(f"{count:,} x {reason}" for reason, count in sorted(self.rejected.items()))
+            text += f", {self.rejected.total():,} rejected ({reasons})"
+        return text
+
+
+def _with_instruction(text: Text, instruction: str) -> Text:
+    return text if text.instruction or not instruction else replace(text, instruction=instruction)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file, or one Hub split: what becomes one shard."""
+
+    name: str
+    origin: str
+    content: str
+    rows: Callable[[], Rows]
+
+
+def open_source(config: SourceConfig, kind: RecordKind, seed: int) -> RecordSource:
+    """Open everything that `config` names as one source (a folder's files are laid end to end, in sorted order).
+
+    Args:
+        config: where the rows are.
+        kind: the kind of record to read.
+        seed: chooses the rows kept under `limit`; their order stays that of the source.
+
+    Raises:
+        DataError: nothing there, not readable, or a row that breaks its format (file, line and field are named).
+    """
+    name, _, shards = _open_shards(config, kind)
+    source = RecordSource(name, kind, shards, config, _choose(config, sum(map(len, shards)), seed))
+    _report(source)
+    return source
+
+
+def open_sources(config: SourceConfig, kind: RecordKind, seed: int) -> list[RecordSource]:
+    """Like `open_source`, but one source per file of a folder (for single-dataset batches).
+
+    The rows of all the sources together are those of `open_source`: `limit` counts over the whole folder, and a file of
+    which it keeps nothing gives no source.
+    """
+    _, names, shards = _open_shards(config, kind)
+    chosen = _choose(config, sum(map(len, shards)), seed)
+    sources = []
+    start = 0
+    for name, shard in zip(names, shards, strict=True):
+        stop = start + len(shard)
+        own = None if chosen is None else chosen[(chosen >= start) & (chosen < stop)] - start
+        if own is None or len(own):
+            sources.append(RecordSource(name, kind, [shard], config, own))
+            _report(sources[-1])
+        start = stop
+    return sources
+
+
+def _report(source: RecordSource) -> None:
+    logger.log(logging.WARNING if source.rejected else logging.INFO, source.summary())
+
+
+def _open_shards(config: SourceConfig, kind: RecordKind) -> tuple[str, list[str], list[Shard]]:
+    """Name of the whole, names of the parts, shards of the parts."""
+    _check(config)
+    parser = RowParser(kind, config.columns)
+    # A blank line in running text is no mistake; an empty query or answer is.
+    skip_empty = config.on_empty == "skip" or kind is RecordKind.TEXT
+    parts = _parts(config, kind)
+    shards = [open_shard(shard_key(p.content, parser, skip_empty), p.origin, p.rows, parser, skip_empty) for p in parts]
+    whole = parts[0].name if len(parts) == 1 or config.path is None else Path(config.path).expanduser().resolve().name
+    return whole, [part.name for part in parts], shards
+
+
+def _check(config: SourceConfig) -> None:
+    named = {key: value for key in ("path", "hub", "builtin") if (value := getattr(config, key)) is not None}
+    if len(named) != 1:
+        got = " and ".join(f"{key}={value}" for key, value in named.items()) or "none of them"
+        raise DataError(f"a source takes its rows from one of path, hub or builtin: got {got}.")
+    if config.limit is not None and config.limit < 1:
+        raise DataError(f"limit of source {next(iter(named.values()))}: got {config.limit}, expected at least 1 row.")
+    if config.on_empty not in ("error", "skip"):
+        raise DataError(f"on_empty: got '{config.on_empty}', expected 'error' or 'skip'.")
+    if config.streaming and config.hub is None:
+        raise DataError("streaming=true is for Hub data sets (files and built-in data are memory-mapped): remove it.")
+    if config.streaming and config.limit is None:
+        raise DataError(f"streaming=true reads the first rows of {config.hub} only: say how many with limit=N.")
+
+
+def _parts(config: SourceConfig, kind: RecordKind) -> list[_Part]:
+    if config.path is not None:
+        root = Path(config.path).expanduser()
+        files = data_files(root)
+        names = [str(Path(root.resolve().name, file.relative_to(root))) for file in files]
+        return [_file_part(name, file) for name, file in zip(names, files, strict=True)]
+    if config.builtin is not None:
+        if config.builtin != "pydocs":
+            raise DataError(f"unknown built-in data set '{config.builtin}'.{did_you_mean(config.builtin, ['pydocs'])}")
+        name, file = pydocs_file(config.subset, config.split, kind)
+        return [_file_part(name, file)]
+    assert config.hub is not None
+    name, content, rows = hub_rows(config)
+    return [_Part(name, f"Hub data set {name}", content, rows)]
+
+
+def _file_part(name: str, path: Path) -> _Part:
+    digest = blake2b(digest_size=16)
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty: expected at least one row.")
+        with open(path, "rb") as handle:
+            while block := handle.read(_READ_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    # The format is part of the content: the same bytes mean something else as .txt than as .csv.
+    return _Part(name, str(path), f"{extension(path)}:{digest.hexdigest()}", lambda: read_rows(path))
+
+
+def _choose(config: SourceConfig, num_rows: int, seed: int) -> np.ndarray | None:
+    """The rows kept under `limit`: int64, ascending; None for all."""
+    if config.limit is None or config.limit >= num_rows:
+        return None
+    generator = np.random.default_rng(derive_seed(seed, "limit"))
+    return np.sort(generator.choice(num_rows, config.limit, replace=False))

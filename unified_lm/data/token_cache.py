@@ -1,0 +1,200 @@
+"""Tokenised rows: made once per source, tokenizer, template and limits, then memory-mapped.
+
+A table holds rows; a row holds items (a query and its documents, or one conversation or text); an item holds tokens and spans.
+All of it lies in flat arrays, so that a million rows cost no Python objects and several processes share one copy.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from unified_lm.core import distributed
+from unified_lm.core.files import cache_dir, write_directory
+from unified_lm.data.prompt_encoding import Encoded
+
+BUILDER_VERSION = 1
+"""Part of every key: raise it when the same input would give other tokens."""
+
+_PROGRESS_ROWS = 20_000
+"""Rows from which tokenising takes seconds, so that it is worth a progress bar."""
+
+_ARRAYS = {
+    "ids": np.int32,
+    "item_stops": np.int64,
+    "spans": np.int32,
+    "span_stops": np.int64,
+    "text_ids": np.int64,
+    "truncated": np.bool_,
+    "roles": np.int8,
+    "row_stops": np.int64,
+    "records": np.int64,
+}
+
+
+class Role(IntEnum):
+    """What an item is within its row."""
+
+    QUERY = 0
+    POSITIVE = 1
+    NEGATIVE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Item:
+    """One encoded text of a row, with its role and the hash of its text (0 where unused)."""
+
+    encoded: Encoded
+    role: Role = Role.QUERY
+    text_id: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What one record became: its number in the source, and at least one item."""
+
+    record: int
+    items: Sequence[Item]
+
+
+class TokenTable:
+    """Rows of one source as tokens.
+
+    Attributes:
+        rejected: records left out while tokenising, by reason.
+        roles: int8 `[items]`, the `Role` of every item.
+        row_starts: int64 `[rows + 1]`, the first item of every row.
+        records: int64 `[rows]`, each row's record in the source.
+        truncated: bool `[items]`.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], rejected: Mapping[str, int]) -> None:
+        self.rejected = Counter(rejected)
+        self.ids = arrays["ids"]
+        self.item_starts = np.concatenate([[0], arrays["item_stops"]])
+        self.spans = arrays["spans"].reshape(-1, 2)
+        self.span_starts = np.concatenate([[0], arrays["span_stops"]])
+        self.text_ids = arrays["text_ids"]
+        self.truncated = arrays["truncated"]
+        self.roles = arrays["roles"]
+        self.row_starts = np.concatenate([[0], arrays["row_stops"]])
+        self.records = arrays["records"]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def items(self, row: int, role: Role | None = None) -> np.ndarray:
+        """The numbers of a row's items, int64, all or those of one role."""
+        numbers = np.arange(self.row_starts[row], self.row_starts[row + 1])
+        return numbers if role is None else numbers[self.roles[numbers] == role]
+
+    def encoded(self, item: int) -> Encoded:
+        """The tokens of an item."""
+        spans = self.spans[self.span_starts[item] : self.span_starts[item + 1]]
+        return Encoded(
+            np.asarray(self.ids[self.item_starts[item] : self.item_starts[item + 1]]),
+            tuple((int(start), int(stop)) for start, stop in spans),
+            bool(self.truncated[item]),
+        )
+
+
+def table_key(**parts: Any) -> str:
+    """The content hash of everything that decides a table's tokens."""
+    text = json.dumps({"builder": BUILDER_VERSION, **parts}, sort_keys=True, default=repr)
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def cached_table(key: str, rows: Iterable[Row], rejected: Counter[str]) -> TokenTable:
+    """The table under `key`, built from `rows` if the cache does not have it whole.
+
+    With several processes the first one builds and the others wait; one that then finds nothing (another machine) builds its
+    own. A damaged table is built anew, with a warning.
+
+    Args:
+        key: see `table_key`.
+        rows: gives the rows; consumed only where the table must be built.
+        rejected: filled by whoever gives the rows, read after they are consumed.
+    """
+    folder = cache_dir("tokens", key)
+    if distributed.is_main() and _read(folder) is None:
+        write_directory(folder, lambda target: _write(target, rows, rejected))
+    distributed.barrier()
+    table = _read(folder)
+    if table is None:
+        write_directory(folder, lambda target: _write(target, rows, rejected))
+        table = _read(folder)
+        assert table is not None
+    return table
+
+
+def _read(folder: Path) -> TokenTable | None:
+    """The stored table, or None where there is none or it is damaged (which is said)."""
+    if not (folder / "table.json").exists():
+        return None
+    try:
+        meta = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+        for name in _ARRAYS:
+            if _checksum(folder / f"{name}.bin") != meta["checksums"][name]:
+                raise ValueError(f"{name}.bin is not what was written")
+        arrays = {name: _map(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
+        return TokenTable(arrays, meta["rejected"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"tokenised data in {folder} is damaged ({error}); it is built anew", stacklevel=2)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _map(path: Path, dtype: Any) -> np.ndarray:
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _write(folder: Path, rows: Iterable[Row], rejected: Counter[str]) -> None:
+    """Stream rows into one flat file per array; the description comes last."""
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in _ARRAYS}
+        tokens = spans = items = 0
+        for row in rows:
+            for item in row.items:
+                tokens += len(item.encoded.ids)
+                spans += len(item.encoded.spans)
+                values = (item.encoded.ids, tokens, item.encoded.spans, spans, item.text_id, item.encoded.truncated, item.role)
+                for (name, dtype), value in zip(_ARRAYS.items(), values):
+                    files[name].write(np.asarray(value, dtype=dtype).tobytes())
+            items += len(row.items)
+            files["row_stops"].write(np.int64(items).tobytes())
+            files["records"].write(np.int64(row.record).tobytes())
+    checksums = {name: _checksum(folder / f"{name}.bin") for name in _ARRAYS}
+    (folder / "table.json").write_text(json.dumps({"checksums": checksums, "rejected": dict(rejected)}), encoding="utf-8")
+
+
+def chunks(source: Sequence[Any], size: int = 512) -> Iterator[list[tuple[int, Any]]]:
+    """The records of a source with their numbers, `size` at a time; a source that takes long shows a progress bar."""
+    quiet = len(source) < _PROGRESS_ROWS or not distributed.is_main()
+    with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        task = progress.add_task(f"tokenising {getattr(source, 'name', 'rows')}", total=len(source))
+        for start in range(0, len(source), size):
+            stop = min(start + size, len(source))
+            yield [(index, source[index]) for index in range(start, stop)]
+            progress.update(task, completed=stop)

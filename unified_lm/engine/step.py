@@ -1,0 +1,220 @@
+"""One optimizer step's losses and gradients, exact for any number of packs and ranks.
+
+A contrastive loss couples every embedding of the global batch, but activations of a large batch do not fit in memory.
+GradCache (Gao et al., 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup") splits the chain
+rule at the embeddings e = f(x; w):
+
+    dL/dw = sum over packs of (dL/de_pack) * (de_pack/dw)
+
+1. forward every pooled pack without a graph, remembering the random state before it;
+2. compute the loss over all embeddings of all ranks, and its gradient with respect to this rank's embeddings;
+3. forward each pack again with a graph and the same random state, and backward the inner product with that gradient.
+
+The last pooled pack keeps its graph from (1), so a batch that fits one pack is the ordinary direct path, and N packs cost
+N - 1 extra forwards. Token losses are sums over positions: they need no cache and join whatever pack holds them.
+
+Every term is `weight * sum / count` with the count of the whole step over all ranks, known before any backward. Gradients
+of ranks are therefore *summed*, never averaged (`engine.backend`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from unified_lm.batch import Batch, Pack
+from unified_lm.core import distributed
+from unified_lm.core.random import RngState
+from unified_lm.engine.trainable import PackOutput
+from unified_lm.objectives import EmbeddingObjective
+
+Forward = Callable[..., PackOutput]
+Backward = Callable[[torch.Tensor], None]
+
+
+@dataclass
+class StepLosses:
+    """What a step measured, over all ranks.
+
+    Attributes:
+        by_stream: unweighted loss of every stream.
+        total: weighted sum of them.
+        metrics: further numbers of the embedding objectives, as "stream/name".
+    """
+
+    by_stream: dict[str, float] = field(default_factory=dict)
+    total: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Cached:
+    """A pooled pack between the first forward and its backward."""
+
+    pack: Pack
+    state: RngState
+    output: PackOutput | None  # kept, with its graph, for the packs that are not forwarded again
+    embeddings: torch.Tensor
+
+
+class GradCacheStep:
+    """Computes losses and accumulates gradients for one batch.
+
+    Args:
+        forward: pack -> `PackOutput`; takes `tokens=False` to leave token losses out.
+        backward: called with a scalar; adds its gradients.
+        embedding_objectives: per contrastive stream its objective.
+        weights: per stream the factor of its loss.
+        num_retained: pooled packs, counted from the last, whose graph is kept instead of being forwarded twice. One fits
+            in memory by construction; more trade memory for time.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        backward: Backward,
+        embedding_objectives: Mapping[str, EmbeddingObjective],
+        weights: Mapping[str, float],
+        num_retained: int = 1,
+    ) -> None:
+        self.forward = forward
+        self.backward = backward
+        self.embedding_objectives = embedding_objectives
+        self.weights = weights
+        self.num_retained = num_retained
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def __call__(self, batch: Batch) -> StepLosses:
+        """Accumulate the gradients of one batch (on the module's device) and return its losses."""
+        self._sums = {}
+        losses = StepLosses()
+        pooled = [pack for pack in batch.packs if len(pack.pool_rows)]
+        plain = [pack for pack in batch.packs if not len(pack.pool_rows)]
+        cached = [self._first_forward(pack, index >= len(pooled) - self.num_retained) for index, pack in enumerate(pooled)]
+        end = RngState.capture()
+        gradients = self._embedding_gradients(batch, cached, losses)
+        for entry, gradient in reversed(list(zip(cached, gradients, strict=True))):
+            self._backward_pooled(entry, gradient, batch)
+        end.restore()
+        for pack in plain:
+            loss = self._token_loss(self.forward(pack), batch)
+            if loss is not None:
+                self.backward(loss)
+        self._report(batch, losses)
+        return losses
+
+    @torch.no_grad()
+    def losses_only(self, batch: Batch) -> StepLosses:
+        """The losses of one batch (on the module's device) without gradients: what validation calls."""
+        self._sums = {}
+        losses = StepLosses()
+        cached = []
+        for pack in batch.packs:
+            state = RngState.capture()
+            output = self.forward(pack)
+            self._token_loss(output, batch)
+            if len(pack.pool_rows):
+                cached.append(_Cached(pack, state, None, output.embeddings))
+        self._embedding_gradients(batch, cached, losses)
+        self._report(batch, losses)
+        return losses
+
+    def _first_forward(self, pack: Pack, retain: bool) -> _Cached:
+        state = RngState.capture()
+        if retain:
+            output = self.forward(pack)
+            return _Cached(pack, state, output, output.embeddings.detach())
+        with torch.no_grad():
+            return _Cached(pack, state, None, self.forward(pack, tokens=False).embeddings)
+
+    def _embedding_gradients(self, batch: Batch, cached: list[_Cached], losses: StepLosses) -> list[torch.Tensor]:
+        """dL/d(embeddings) of every pooled pack, from the loss over the global batch."""
+        gradients = [torch.zeros_like(entry.embeddings) for entry in cached]
+        for stream, objective in self.embedding_objectives.items():
+            places = [_places(entry.pack, stream) for entry in cached]
+            local = _collect(cached, places, batch.num_groups.get(stream, 0), batch.group_sizes.get(stream, 0))
+            loss, gradient, metrics = contrastive_gradient(local, batch.text_ids.get(stream), objective)
+            losses.by_stream[stream] = loss
+            losses.metrics |= {f"{stream}/{name}": value for name, value in metrics.items()}
+            if not len(gradient):
+                continue
+            flat = gradient.flatten(0, 1) * self.weights[stream]
+            for (at, rows), target in zip(places, gradients, strict=True):
+                target[at] = flat[rows].to(target.dtype)
+        return gradients
+
+    def _backward_pooled(self, entry: _Cached, gradient: torch.Tensor, batch: Batch) -> None:
+        output = entry.output
+        if output is None:
+            entry.state.restore()
+            output = self.forward(entry.pack)
+        loss = (output.embeddings * gradient).sum()
+        tokens = self._token_loss(output, batch)
+        self.backward(loss if tokens is None else loss + tokens)
+        entry.output = None  # frees the graph before the next pack is forwarded
+
+    def _token_loss(self, output: PackOutput, batch: Batch) -> torch.Tensor | None:
+        total: torch.Tensor | None = None
+        for stream, term in output.terms.items():
+            self._sums[stream] = self._sums.get(stream, 0.0) + term.sum.detach()
+            share = term.sum * (self.weights[stream] / batch.counts[stream])
+            total = share if total is None else total + share
+        return total
+
+    def _report(self, batch: Batch, losses: StepLosses) -> None:
+        for stream, count in batch.counts.items():
+            value = self._sums.get(stream, torch.zeros((), dtype=torch.float32)).to(distributed.local_device())
+            losses.by_stream[stream] = float(distributed.all_reduce_sum(value.clone())) / count if count else 0.0
+        losses.total = sum(self.weights[stream] * loss for stream, loss in losses.by_stream.items())
+
+
+def _places(pack: Pack, stream: str) -> tuple[list[int], list[int]]:
+    """Where a stream's embeddings lie: indices within the pack, and rows of the stream's embedding matrix."""
+    at = [index for index, name in enumerate(pack.pool_streams) if name == stream]
+    return at, [pack.pool_rows[index] for index in at]
+
+
+def _collect(cached: list[_Cached], places: list[tuple[list[int], list[int]]], groups: int, size: int) -> torch.Tensor:
+    """This rank's embeddings of one stream as `[G, K, D]`; `[0, 0, 0]` on a rank without any."""
+    if not groups:
+        return torch.zeros(0, 0, 0, device=distributed.local_device())
+    local = cached[0].embeddings.new_empty(groups * size, cached[0].embeddings.shape[-1])
+    for (at, rows), entry in zip(places, cached, strict=True):
+        local[rows] = entry.embeddings[at]
+    return local.reshape(groups, size, -1)
+
+
+def contrastive_gradient(
+    local: torch.Tensor, text_ids: torch.Tensor | None, objective: EmbeddingObjective
+) -> tuple[float, torch.Tensor, dict[str, float]]:
+    """Loss over the embeddings of all ranks, and its gradient with respect to this rank's.
+
+    Every rank evaluates the whole loss on gathered constants with its own slice as the free variable. The gradients of
+    the ranks therefore add up to the gradient of the global loss: nothing shrinks with the world size.
+
+    Args:
+        local: `[G_rank, K, D]`; `[0, 0, 0]` on a rank without groups.
+        text_ids: int64 `[G_rank, K]` or None.
+        objective: takes the embeddings and text ids of the global batch.
+
+    Returns:
+        The mean loss, the gradient `[G_rank, K, D]`, and the objective's metrics.
+    """
+    shape = torch.tensor(local.shape[1:], device=local.device)
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(shape, op=torch.distributed.ReduceOp.MAX)
+    if not shape[0]:  # no rank has a group of this stream
+        return 0.0, local, {}
+    if not len(local):
+        local = local.new_zeros(0, *shape.tolist())
+    ids = torch.zeros(local.shape[:2], dtype=torch.int64, device=local.device) if text_ids is None else text_ids
+    parts, rank = distributed.all_gather_uneven(local)
+    id_parts, _ = distributed.all_gather_uneven(ids.reshape(local.shape[:2]).contiguous())
+    own = local.detach().requires_grad_()
+    parts[rank] = own
+    with torch.enable_grad():
+        term = objective(torch.cat(parts), torch.cat(id_parts))
+        (gradient,) = torch.autograd.grad(term.sum / term.count, own)
+    return float(term.sum.detach()) / term.count, gradient, dict(objective.metrics)

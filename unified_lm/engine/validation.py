@@ -1,0 +1,132 @@
+"""Held-out loss per stream and held-out retrieval, without a trace in the training run.
+
+The module is put into evaluation mode and back, and the random state is restored, so that a run with and without
+validation takes the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from unified_lm.batch import Batch, Sample
+from unified_lm.core import distributed
+from unified_lm.core.random import RngState
+from unified_lm.engine.step import GradCacheStep
+from unified_lm.engine.trainable import Trainable
+from unified_lm.models.embedding import embed_samples
+from unified_lm.objectives import EmbeddingObjective
+from unified_lm.objectives.ranking import ndcg_at_k, recall_at_k
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """Queries, the documents they search, and which documents answer them.
+
+    Attributes:
+        queries: samples with a pool span.
+        documents: samples with a pool span.
+        relevant: per query the indices of the documents that answer it.
+    """
+
+    queries: Sequence[Sample]
+    documents: Sequence[Sample]
+    relevant: Sequence[set[int]]
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, and the random state as it was."""
+    was_training = module.training
+    state = RngState.capture()
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+        state.restore()
+
+
+class Validator:
+    """Measures a module on fixed held-out data.
+
+    Args:
+        trainable: what is measured.
+        batches: gives the held-out batches anew each time it is called, the same ones always.
+        embedding_objectives: per contrastive stream its objective.
+        weights: per stream the factor of its loss.
+        retrieval: held-out retrieval, or None.
+        token_budget: tokens of one forward.
+    """
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        batches: Callable[[], Iterator[Batch]],
+        embedding_objectives: Mapping[str, EmbeddingObjective],
+        weights: Mapping[str, float],
+        retrieval: RetrievalTask | None,
+        token_budget: int,
+    ) -> None:
+        self.trainable = trainable
+        self.batches = batches
+        self.embedding_objectives = embedding_objectives
+        self.weights = weights
+        self.retrieval = retrieval
+        self.token_budget = token_budget
+
+    def __call__(self, *, both_masks: bool = False) -> dict[str, float]:
+        """Measure.
+
+        Args:
+            both_masks: also read the same weights causally for retrieval ("retrieval_causal/..."): how much of the result
+                is the mask.
+
+        Returns:
+            "heldout/STREAM" losses and "retrieval/ndcg@10", "retrieval/recall@1".
+        """
+        with evaluating(self.trainable):
+            values = {f"heldout/{name}": loss for name, loss in self._losses().items()}
+            if self.retrieval is not None:
+                values |= {f"retrieval/{name}": v for name, v in self.search(self.retrieval).items()}
+                if both_masks:
+                    causal = causal_task(self.retrieval)
+                    values |= {f"retrieval_causal/{name}": v for name, v in self.search(causal).items()}
+        return values
+
+    def _losses(self) -> dict[str, float]:
+        device = distributed.local_device()
+        step = GradCacheStep(self.trainable, lambda loss: None, self.embedding_objectives, self.weights, num_retained=0)
+        totals: dict[str, list[float]] = {}
+        for batch in self.batches():
+            for name, loss in step.losses_only(batch.to(device)).by_stream.items():
+                totals.setdefault(name, []).append(loss)
+        return {name: sum(losses) / len(losses) for name, losses in totals.items()}
+
+    def search(self, task: RetrievalTask) -> dict[str, float]:
+        """nDCG@10 and recall@1 of cosine similarity between pooled vectors."""
+        vectors = embed_samples(
+            self.trainable.hidden_states,
+            [*task.queries, *task.documents],
+            self.trainable.pooling,
+            token_budget=self.token_budget,
+            device=distributed.local_device(),
+            normalize=True,
+            projection=self.trainable.projection,
+        )
+        queries, documents = vectors[: len(task.queries)], vectors[len(task.queries) :]
+        scores = queries @ documents.T
+        return {"ndcg@10": ndcg_at_k(scores, task.relevant, 10), "recall@1": recall_at_k(scores, task.relevant, 1)}
+
+
+def causal_task(task: RetrievalTask) -> RetrievalTask:
+    """The same task with every sample's mask causal."""
+    return RetrievalTask(
+        [replace(s, bidirectional=(0, 0)) for s in task.queries],
+        [replace(s, bidirectional=(0, 0)) for s in task.documents],
+        task.relevant,
+    )

@@ -1,0 +1,103 @@
+"""Loading an export, or a plain causal language model, for inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from unified_lm.checkpoint.export import template_of
+from unified_lm.checkpoint.manifest import FILE_NAME, Manifest
+from unified_lm.checkpoint.verify import load_projection, quiet_transformers
+from unified_lm.core.distributed import local_device
+from unified_lm.core.errors import CheckpointError, ConfigError
+from unified_lm.data.templates import Template
+from unified_lm.models.pooling import Projection
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a folder holds.
+
+    Attributes:
+        causal_lm: the model, on its device, in evaluation mode.
+        tokenizer: its tokenizer.
+        manifest: None where the folder is no export.
+        template: the export's template, or None.
+        projection: the export's linear head, or None.
+    """
+
+    causal_lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    manifest: Manifest | None
+    template: Template | None
+    projection: Projection | None
+
+
+def load_parts(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    needs_manifest: bool = True,
+) -> Parts:
+    """Load what a folder or a Hub repository holds; no code that comes with it is run.
+
+    Args:
+        name_or_path: a folder, or a Hub name.
+        device: None takes the accelerator if there is one.
+        dtype: None takes the stored type.
+        revision: Hub revision.
+        needs_manifest: whether a folder that is no export is refused.
+
+    Raises:
+        CheckpointError: nothing there, no export, or files that cannot be loaded.
+        ConfigError: unknown dtype.
+    """
+    folder = _folder(name_or_path, revision)
+    manifest = Manifest.load(folder) if needs_manifest or (folder / FILE_NAME).is_file() else None
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype), local_files_only=True)
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
+    hidden_size = causal_lm.config.get_text_config().hidden_size
+    causal_lm.to(local_device() if device is None else torch.device(device))  # type: ignore[arg-type]
+    return Parts(
+        causal_lm=causal_lm.eval(),
+        tokenizer=tokenizer,
+        manifest=manifest,
+        template=None if manifest is None else template_of(manifest),
+        projection=None if manifest is None else load_projection(folder, manifest, hidden_size),
+    )
+
+
+def _folder(name_or_path: str | Path, revision: str | None) -> Path:
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    name = str(name_or_path)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or isinstance(name_or_path, Path):
+        raise CheckpointError(
+            f"there is no folder {name_or_path}. Give the 'export' folder of a run, or a Hub name (org/name)."
+        )
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{name}' is neither a folder nor a model that the Hub gives us: {error}") from error
+
+
+def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    resolved = getattr(torch, dtype, None)
+    if not isinstance(resolved, torch.dtype):
+        raise ConfigError(f"unknown dtype '{dtype}'; expected float32, bfloat16 or float16.")
+    return resolved

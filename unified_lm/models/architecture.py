@@ -1,0 +1,97 @@
+"""Which configurations a recipe may train: text decoders of the family it expects, with the dropout it asks for."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from unified_lm.core.errors import ModelError
+
+_ENCODERS = frozenset(
+    {
+        "albert",
+        "bert",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "ernie",
+        "eurobert",
+        "megatron-bert",
+        "modernbert",
+        "mpnet",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "xlm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xlnet",
+        "xmod",
+    }
+)
+_DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+def check_architecture(hf_config: PreTrainedConfig, family: str, name: str) -> None:
+    """Refuse what is not a text decoder, and what is not of the expected family.
+
+    Args:
+        hf_config: the configuration as loaded.
+        family: the expected `model_type`; empty accepts any.
+        name: of the model, for the error text.
+
+    Raises:
+        ModelError: an encoder-decoder, an encoder, a multimodal model, another family, or one transformers cannot build.
+    """
+    kind = hf_config.model_type
+    classes = ", ".join(hf_config.architectures or ()) or "no architecture named"
+    if getattr(hf_config, "is_encoder_decoder", False):
+        raise ModelError(f"'{name}' is an encoder-decoder model ({kind}: {classes}). A decoder-only language model is needed.")
+    if kind in _ENCODERS:
+        raise ModelError(f"'{name}' is an encoder ({kind}: {classes}): it cannot generate. A decoder-only model is needed.")
+    if getattr(hf_config, "vision_config", None) is not None or getattr(hf_config, "audio_config", None) is not None:
+        raise ModelError(f"'{name}' is a multimodal model ({kind}: {classes}). Use its text-only checkpoint.")
+    if family and kind != family:
+        raise ModelError(
+            f"'{name}' is a model of family '{kind}', but the recipe expects model.family={family}. Use a model of that "
+            f"family, or set model.family={kind} (its other settings may not fit)."
+        )
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(hf_config, "auto_map", None):
+        raise ModelError(f"'{name}' ({kind}: {classes}) has no causal language model in transformers.")
+
+
+def dropout_keys(hf_config: PreTrainedConfig) -> list[str]:
+    """The names under which the configuration holds its attention dropout; empty where the family has none."""
+    return [key for key in _DROPOUT_KEYS if hasattr(hf_config, key)]
+
+
+def override_dropout(hf_config: PreTrainedConfig, probability: float | None) -> list[str]:
+    """Write the recipe's attention dropout into the configuration.
+
+    Args:
+        hf_config: changed in place.
+        probability: of dropping an attention weight; None changes nothing.
+
+    Returns:
+        What was changed, in words.
+
+    Raises:
+        ModelError: the family has no attention dropout.
+    """
+    if probability is None:
+        return []
+    keys = dropout_keys(hf_config)
+    if not keys:
+        raise ModelError(
+            f"model.attention_dropout={probability}, but family '{hf_config.model_type}' has no attention dropout. "
+            "Set model.attention_dropout=null."
+        )
+    for key in keys:
+        setattr(hf_config, key, probability)
+    return [f"{', '.join(keys)} set to {probability} while training"]

@@ -1,0 +1,199 @@
+"""Flash attention over packed sequences: one varlen call per run of equal mode, on views of the pack.
+
+Partial spans take one more call: all their tokens causally, then the span's queries again, over every key up to the span's end.
+Legend: `attention/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from unified_lm.batch import AttentionMode, AttentionPlan, ModeRun
+from unified_lm.core.errors import ModelError
+from unified_lm.models.attention.heads import Heads
+
+VarlenFunction = Callable[..., torch.Tensor]
+"""A function with the signature of `flash_attn.flash_attn_varlen_func` (2.7): q `[T, H, d]`, k and v `[T, K, d]`,
+cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap."""
+
+
+class FlashKernel:
+    """One call per mode and layer.
+
+    Args:
+        varlen: what computes; None takes `flash_attn` if it is installed, else torch's own varlen attention.
+
+    Raises:
+        ModelError: neither is available.
+    """
+
+    name = "flash"
+
+    def __init__(self, varlen: VarlenFunction | None = None) -> None:
+        self._varlen = varlen or find_varlen()
+
+    def __call__(self, heads: Heads) -> torch.Tensor:
+        """Return `[T, H, e]`; see `AttentionKernel`.
+
+        Raises:
+            ModelError: sinks, or a sliding window together with a partial span.
+        """
+        if heads.sinks_H is not None:
+            raise ModelError("the flash kernel cannot add attention sinks (s_aux). Use model.attention_kernel=flex.")
+        q, k, v, width = heads.q_THd, heads.k_TKd, heads.v_TKe, heads.v_TKe.shape[-1]
+        if width < q.shape[-1]:  # flash wants equal head sizes (DeepSeek's values are narrower): pad here, cut below
+            v = functional.pad(v, (0, q.shape[-1] - width))
+        outputs = []
+        for run in heads.plan.runs:
+            part = slice(run.start, run.stop)
+            if run.mode is AttentionMode.SPAN:
+                output = self._spans(heads, run, q[part], k[part], v[part])
+            else:
+                output = self._call(heads, run.cu_seqlens, run.max_seqlen, run.mode, q[part], k[part], v[part])
+            outputs.append(output)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output[..., :width]
+
+    def _call(
+        self, heads: Heads, cu_seqlens: torch.Tensor, longest: int, mode: AttentionMode, *qkv: torch.Tensor
+    ) -> torch.Tensor:
+        causal = mode is AttentionMode.CAUSAL
+        return self._varlen(
+            *qkv,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            window_size=_window(heads.sliding_window, longest, causal),
+            causal=causal,
+            **_softmax_options(heads),
+        )
+
+    def _spans(self, heads: Heads, run: ModeRun, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if heads.sliding_window is not None and heads.sliding_window < run.max_seqlen:
+            raise ModelError(
+                f"the flash kernel cannot combine a sliding window ({heads.sliding_window} tokens) with partial bidirectional "
+                "spans in longer sequences. Use model.attention_kernel=flex."
+            )
+        causal = self._call(heads, run.cu_seqlens, run.max_seqlen, AttentionMode.CAUSAL, q, k, v)
+        rows = _span_rows(heads.plan, run, q.device)
+        within = self._varlen(
+            q.index_select(0, rows.queries),
+            k.index_select(0, rows.keys),
+            v.index_select(0, rows.keys),
+            cu_seqlens_q=rows.cu_queries,
+            cu_seqlens_k=rows.cu_keys,
+            max_seqlen_q=rows.longest_queries,
+            max_seqlen_k=rows.longest_keys,
+            window_size=(-1, -1),
+            causal=False,
+            **_softmax_options(heads),
+        )
+        return causal.index_copy(0, rows.queries, within)
+
+
+@cache
+def find_varlen() -> VarlenFunction:
+    """Return `flash_attn`'s varlen function, or torch's behind the same signature.
+
+    Raises:
+        ModelError: neither is installed.
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        try:
+            from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+        except ImportError as error:
+            raise ModelError(
+                "the flash kernel needs the package flash-attn, or torch with torch.nn.attention.varlen. "
+                "Install unified_lm[flash], or set model.attention_kernel=flex or sdpa."
+            ) from error
+        return torch_varlen
+    return flash_attn_varlen_func
+
+
+def torch_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Torch's varlen attention behind the signature of `flash_attn_varlen_func`; CUDA, half precision.
+
+    Raises:
+        ModelError: dropout or a score cap, which it does not have.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout_p or softcap:
+        asked = "attention dropout" if dropout_p else "a score cap (softcap)"
+        raise ModelError(
+            f"torch's varlen attention has no {asked}. Install unified_lm[flash] or set model.attention_kernel=flex."
+        )
+    output = varlen_attn(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=softmax_scale,
+        window_size=(window_size[0], 0) if causal else window_size,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(output, torch.Tensor)  # a pair only where the log-sum-exp is asked for
+    return output
+
+
+@dataclass(frozen=True, eq=False)
+class _SpanRows:
+    """Second call of a run of partial spans: token indices relative to the run, and their sequence boundaries (int32)."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    longest_queries: int
+    longest_keys: int
+
+
+def _span_rows(plan: AttentionPlan, run: ModeRun, device: torch.device) -> _SpanRows:
+    key = ("flash spans", run.first, device)
+    if key not in plan.kernel_cache:
+        begins = [plan.offsets[i] - run.start for i in range(run.first, run.last)]
+        spans = plan.spans[run.first : run.last]
+        queries = torch.cat([torch.arange(at + start, at + stop) for at, (start, stop) in zip(begins, spans, strict=True)])
+        keys = torch.cat([torch.arange(at, at + stop) for at, (_, stop) in zip(begins, spans, strict=True)])
+        num_queries, num_keys = [stop - start for start, stop in spans], [stop for _, stop in spans]
+        cu_queries, cu_keys = (torch.tensor([0, *counts]).cumsum(0).int() for counts in (num_queries, num_keys))
+        queries, keys, cu_queries, cu_keys = (tensor.to(device) for tensor in (queries, keys, cu_queries, cu_keys))
+        plan.kernel_cache[key] = _SpanRows(queries, keys, cu_queries, cu_keys, max(num_queries), max(num_keys))
+    return plan.kernel_cache[key]
+
+
+def _window(sliding_window: int | None, longest: int, causal: bool) -> tuple[int, int]:
+    """Flash's inclusive (left, right) distances for a window as `batch.plan.visible` defines it."""
+    if sliding_window is None or sliding_window >= longest:
+        return (-1, -1)
+    return (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)
+
+
+def _softmax_options(heads: Heads) -> dict[str, Any]:
+    return {"dropout_p": heads.dropout, "softmax_scale": heads.scaling, "softcap": heads.softcap or 0.0}

@@ -1,0 +1,92 @@
+"""Torch's flex attention: any mask of a plan as one block mask, made once per pack and shared by all layers.
+
+Compiled on CUDA. On CPU torch has no backward for it, so there it serves only to test the masks.
+Legend: `attention/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from unified_lm.batch import AttentionPlan
+from unified_lm.batch.plan import visible
+from unified_lm.core.errors import ModelError
+from unified_lm.models.attention.heads import Heads
+
+
+class FlexKernel:
+    """Every mask, window, score cap and sink; no dropout of attention weights."""
+
+    name = "flex"
+
+    def __init__(self) -> None:
+        self._compiled: Callable[..., Any] | None = None
+
+    def __call__(self, heads: Heads) -> torch.Tensor:
+        """Return `[T, H, e]`; see `AttentionKernel`.
+
+        Raises:
+            ModelError: attention dropout, or a gradient on CPU.
+        """
+        if heads.dropout:
+            raise ModelError(
+                f"the flex kernel has no attention dropout (got {heads.dropout}). "
+                "Set model.attention_dropout=0 or model.attention_kernel=flash."
+            )
+        q, k, v = (x.transpose(0, 1)[None] for x in (heads.q_THd, heads.k_TKd, heads.v_TKe))
+        if q.device.type == "cpu":
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+                raise ModelError("the flex kernel has no backward on CPU. Set model.attention_kernel=sdpa, or auto.")
+            q, k, v = (x.detach() for x in (q, k, v))  # torch refuses leaves that require gradients even where none is kept
+        output, lse = self._function(q.device)(
+            q,
+            k,
+            v,
+            score_mod=None if heads.softcap is None else _capped(heads.softcap),
+            block_mask=_block_mask(heads.plan, heads.sliding_window, q.device),
+            scale=heads.scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=heads.sinks_H is not None),
+        )
+        output_THe = output[0].transpose(0, 1)
+        if heads.sinks_H is None:
+            return output_THe
+        # Flex normalises by exp(lse); with a sink the denominator is exp(lse) + exp(sink).
+        share_TH = torch.sigmoid(lse.lse[0].transpose(0, 1) - heads.sinks_H.float())
+        return (output_THe * share_TH[..., None]).to(heads.v_TKe.dtype)
+
+    def _function(self, device: torch.device) -> Callable[..., Any]:
+        if device.type == "cpu":
+            return flex_attention
+        if self._compiled is None:
+            self._compiled = torch.compile(flex_attention, dynamic=True)
+        return self._compiled
+
+
+def _capped(softcap: float) -> Callable[..., torch.Tensor]:
+    def score_mod(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+def _block_mask(plan: AttentionPlan, sliding_window: int | None, device: torch.device) -> BlockMask:
+    key = ("flex", sliding_window, device)
+    if key not in plan.kernel_cache:
+        lengths = torch.tensor(plan.lengths, device=device)
+        sequence = torch.repeat_interleave(torch.arange(len(plan.lengths), device=device), lengths)
+        position = torch.cat([torch.arange(length) for length in plan.lengths]).to(device)
+        start, stop = torch.tensor(plan.spans, device=device).T.contiguous()
+
+        def mask_mod(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            own = sequence[query]
+            seen = visible(position[query], position[key], start[own], stop[own], sliding_window)
+            return (own == sequence[key]) & seen
+
+        total = plan.num_tokens
+        plan.kernel_cache[key] = create_block_mask(mask_mod, B=None, H=None, Q_LEN=total, KV_LEN=total, device=str(device))
+    return plan.kernel_cache[key]

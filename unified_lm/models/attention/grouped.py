@@ -1,0 +1,268 @@
+"""Dense attention for many short sequences: sort by length, pad within groups of similar length, multiply in batches.
+
+Why: on CPU a call of torch's fused attention costs 0.5 to 2 ms in the backward however short the sequence, and a pack holds
+dozens of sequences in each of dozens of layers. Short sequences are better served by a few batched matrix products per group;
+their score matrices are small enough to keep. `benchmarks/attention.py` measures both and is where the limits below come from.
+
+The rows are gathered by index, once in and once out; indices and masks are made once per pack and shared by all layers.
+Legend: `attention/__init__.py`; here also n sequences of a group, L its padded length, g = H / K query heads per key head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+from unified_lm.batch.plan import visible
+from unified_lm.models.dropout import draw_keep_mask, keep_probability
+
+GROUP_OVERHEAD = 4_000
+"""What one more group costs, in score elements per head: about 0.2 ms against 50 ns for one element of nine heads. Between
+1,000 and 6,000 the time is flat (`benchmarks/attention.py`)."""
+
+LENGTH_MULTIPLE = 16
+"""Groups are padded to a multiple of this: multiples of 8 were slower in bfloat16, of 32 in float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Sequences padded to one length.
+
+    Attributes:
+        size: n sequences.
+        length: L, their padded length in tokens.
+        mask: float `[n, 1, L, L]`, 0 where the row's token sees the column's and minus infinity elsewhere; None where every
+            token sees every other. A padding row sees key 0, so that no row is empty.
+    """
+
+    size: int
+    length: int
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where every head of every token goes. Query rows are `(n, K, g, L)`, key rows `(n, K, L)`, groups one after another.
+
+    Attributes:
+        groups: the groups, in row order.
+        q_rows: int64 `[R_q]`, for each padded query row the row of `[T * H, d]` that fills it.
+        kv_rows: int64 `[R_kv]`, for each padded key row the row of `[T * K, d]` that fills it.
+        q_places: int64 `[T * H]`, for each query row its padded row.
+        kv_places: int64 `[T * K]`, for each key row its padded row.
+        q_padding: int64, padded query rows that stand for no token.
+    """
+
+    groups: tuple[Group, ...]
+    q_rows: torch.Tensor
+    kv_rows: torch.Tensor
+    q_places: torch.Tensor
+    kv_places: torch.Tensor
+    q_padding: torch.Tensor
+
+
+def group_by_length(lengths: Sequence[int], overhead: int = GROUP_OVERHEAD) -> list[list[int]]:
+    """Split sequences into groups so that the padded score elements plus a fixed cost per group are fewest.
+
+    Exact, by dynamic programming over the sequences in order of length.
+
+    Args:
+        lengths: tokens of each sequence.
+        overhead: cost of one group, in score elements.
+
+    Returns:
+        Groups of indices into `lengths`, longest first.
+    """
+    order = np.argsort([-length for length in lengths], kind="stable")
+    padded = np.array([_round_up(lengths[i]) for i in order], dtype=np.int64)
+    total = len(order)
+    best = np.zeros(total + 1, dtype=np.int64)
+    begin = np.zeros(total + 1, dtype=np.int64)
+    for stop in range(1, total + 1):
+        cost = best[:stop] + overhead + (stop - np.arange(stop)) * padded[:stop] ** 2
+        begin[stop] = int(cost.argmin())
+        best[stop] = cost[begin[stop]]
+    groups: list[list[int]] = []
+    stop = total
+    while stop:
+        groups.append([int(i) for i in order[begin[stop] : stop]])
+        stop = int(begin[stop])
+    return groups[::-1]
+
+
+def build_layout(
+    lengths: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    heads: tuple[int, int],
+    sliding_window: int | None,
+    like: torch.Tensor,
+) -> Layout:
+    """Make the layout of sequences that lie end to end.
+
+    Args:
+        lengths: tokens of each sequence.
+        spans: their bidirectional spans.
+        heads: H and K, query and key heads.
+        sliding_window: as in `Heads`.
+        like: a tensor whose device and dtype the masks take.
+    """
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    num_q, num_kv = heads
+    groups, q_rows, kv_rows, valid = [], [], [], []
+    for members in group_by_length(lengths):
+        length = _round_up(max(lengths[i] for i in members))
+        size_n1 = torch.tensor([lengths[i] for i in members])[:, None]
+        start_n1 = torch.from_numpy(offsets[members])[:, None]
+        position_L = torch.arange(length)
+        real_nL = position_L < size_n1
+        token_nL = start_n1 + torch.where(real_nL, position_L, 0)
+        q_rows.append((token_nL[:, None] * num_q + torch.arange(num_q)[:, None]).flatten())
+        kv_rows.append((token_nL[:, None] * num_kv + torch.arange(num_kv)[:, None]).flatten())
+        valid.append(real_nL)
+        mask = _additive_mask(size_n1, [spans[i] for i in members], length, sliding_window, like.dtype)
+        groups.append(Group(len(members), length, None if mask is None else mask.to(like.device)))
+    q_valid = torch.cat([real[:, None].expand(-1, num_q, -1).flatten() for real in valid])
+    kv_valid = torch.cat([real[:, None].expand(-1, num_kv, -1).flatten() for real in valid])
+    all_q, all_kv = torch.cat(q_rows), torch.cat(kv_rows)
+    tensors = (all_q, all_kv, _invert(all_q, q_valid), _invert(all_kv, kv_valid), torch.nonzero(~q_valid)[:, 0])
+    return Layout(tuple(groups), *(tensor.to(like.device) for tensor in tensors))
+
+
+def grouped_attention(
+    q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKe: torch.Tensor, layout: Layout, scaling: float, dropout: float
+) -> torch.Tensor:
+    """Attention of every sequence of a layout; differentiable once.
+
+    Dropout draws from torch's default generator of the device, in group order, so restoring its state repeats it.
+
+    Args:
+        q_THd: `[T, H, d]`.
+        k_TKd: `[T, K, d]`.
+        v_TKe: `[T, K, e]`, same dtype.
+        layout: of exactly these T tokens.
+        scaling: factor of the scores.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        `[T, H, e]`.
+    """
+    return _GroupedAttention.apply(q_THd, k_TKd, v_TKe, layout, scaling, dropout)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def _invert(rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    places = torch.empty(int(valid.sum()), dtype=torch.int64)
+    places[rows[valid]] = torch.nonzero(valid)[:, 0]
+    return places
+
+
+def _additive_mask(
+    size_n1: torch.Tensor, spans: Sequence[tuple[int, int]], length: int, sliding_window: int | None, dtype: torch.dtype
+) -> torch.Tensor | None:
+    position = torch.arange(length)
+    start_n11, stop_n11 = torch.tensor(spans, dtype=torch.int64)[:, :, None, None].unbind(1)
+    seen_nLL = visible(position[:, None], position, start_n11, stop_n11, sliding_window)
+    seen_nLL = seen_nLL & (position < size_n1)[:, None, :]
+    seen_nLL[:, :, 0] |= position >= size_n1
+    if seen_nLL.all():
+        return None
+    return torch.zeros(seen_nLL.shape, dtype=dtype).masked_fill_(~seen_nLL, -torch.inf)[:, None]
+
+
+class _GroupedAttention(torch.autograd.Function):
+    """One graph node for all groups: in-place score arithmetic, and gathers whose backward is a gather."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_THd: torch.Tensor,
+        k_TKd: torch.Tensor,
+        v_TKe: torch.Tensor,
+        layout: Layout,
+        scaling: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        # Scaling the queries instead of the scores touches L / d times fewer numbers, and its backward is as small.
+        q_rows = _rows(q_THd).index_select(0, layout.q_rows).mul_(scaling)
+        k_rows = _rows(k_TKd).index_select(0, layout.kv_rows)
+        v_rows = _rows(v_TKe).index_select(0, layout.kv_rows)
+        out_rows = v_rows.new_empty(q_rows.shape[0], v_rows.shape[1])
+        keep_graph = any(ctx.needs_input_grad[:3])
+        saved: list[torch.Tensor] = []
+        for group, q, k, v, out in _blocks(layout, k_TKd.shape[1], q_rows, k_rows, v_rows, out_rows):
+            weights = torch.bmm(q, k.transpose(1, 2))
+            if group.mask is not None:
+                weights.view(group.size, -1, group.length, group.length).add_(group.mask)
+            torch.softmax(weights, dim=-1, out=weights)  # computed in float32 for the half types, rounded once
+            kept = _draw(weights, dropout) if dropout else None
+            torch.bmm(weights if kept is None else _drop(weights, kept, dropout), v, out=out)
+            if keep_graph:
+                saved += [weights] if kept is None else [weights, kept]
+        if keep_graph:
+            ctx.save_for_backward(q_rows, k_rows, v_rows, *saved)
+            ctx.settings = (layout, scaling, dropout, k_TKd.shape[1])
+        return out_rows.index_select(0, layout.q_places).view(*q_THd.shape[:2], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_THe: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q_rows, k_rows, v_rows, *saved = ctx.saved_tensors
+        layout, scaling, dropout, num_kv = ctx.settings
+        grad_rows = _rows(grad_THe).index_select(0, layout.q_rows)
+        grad_rows.index_fill_(0, layout.q_padding, 0)  # padding rows repeat a real token's row: they must not count
+        dq_rows, dk_rows, dv_rows = map(torch.empty_like, (q_rows, k_rows, v_rows))
+        stack = iter(saved)
+        blocks = _blocks(layout, num_kv, q_rows, k_rows, v_rows, grad_rows, dq_rows, dk_rows, dv_rows)
+        for _, q, k, v, grad, dq, dk, dv in blocks:
+            weights = next(stack)
+            kept = next(stack) if dropout else None
+            torch.bmm((weights if kept is None else _drop(weights, kept, dropout)).transpose(1, 2), grad, out=dv)
+            dscores = torch.bmm(grad, v.transpose(1, 2))
+            if kept is not None:
+                dscores = _drop(dscores, kept, dropout)
+            torch._softmax_backward_data(dscores, weights, -1, weights.dtype, grad_input=dscores)
+            torch.bmm(dscores, k, out=dq)
+            torch.bmm(dscores.transpose(1, 2), q, out=dk)
+        num_q = layout.q_places.shape[0] * num_kv // layout.kv_places.shape[0]
+        dq_THd = dq_rows.index_select(0, layout.q_places).mul_(scaling).view(-1, num_q, q_rows.shape[1])
+        dk_TKd = dk_rows.index_select(0, layout.kv_places).view(-1, num_kv, k_rows.shape[1])
+        dv_TKe = dv_rows.index_select(0, layout.kv_places).view(-1, num_kv, v_rows.shape[1])
+        return dq_THd, dk_TKd, dv_TKe, None, None, None
+
+
+def _rows(x_THd: torch.Tensor) -> torch.Tensor:
+    return x_THd.reshape(-1, x_THd.shape[-1])
+
+
+def _draw(weights: torch.Tensor, dropout: float) -> torch.Tensor:
+    if weights.device.type == "cpu":
+        return draw_keep_mask(weights.shape, dropout)
+    return torch.empty_like(weights, dtype=torch.int8).bernoulli_(keep_probability(dropout)).neg_()
+
+
+def _drop(weights: torch.Tensor, kept: torch.Tensor, dropout: float) -> torch.Tensor:
+    return (weights * kept).mul_(-1 / keep_probability(dropout))  # the mask is -1 where kept
+
+
+def _blocks(layout: Layout, num_kv: int, *rows: torch.Tensor) -> Any:
+    """Yield each group with its `[n * K, rows, width]` view of every row tensor (query-sized or key-sized, by its length)."""
+    q_begin = kv_begin = 0
+    num_q_rows = layout.q_rows.shape[0]
+    share = layout.q_places.shape[0] // layout.kv_places.shape[0]
+    for group in layout.groups:
+        batch = group.size * num_kv
+        q_stop, kv_stop = q_begin + batch * share * group.length, kv_begin + batch * group.length
+        views = []
+        for tensor in rows:
+            part = tensor[q_begin:q_stop] if tensor.shape[0] == num_q_rows else tensor[kv_begin:kv_stop]
+            views.append(part.view(batch, -1, tensor.shape[1]))
+        yield (group, *views)
+        q_begin, kv_begin = q_stop, kv_stop

@@ -1,0 +1,57 @@
+"""What a kernel takes: one layer's queries, keys and values of a pack, and everything that shapes the softmax.
+
+Legend: `attention/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from unified_lm.batch import AttentionPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """One layer's attention problem.
+
+    ``out_i = sum_j softmax_j(cap(scaling * q_i . k_j)) v_j`` over the tokens j that the plan lets token i see, where
+    ``cap(x) = softcap * tanh(x / softcap)`` if there is a cap, and a sink adds its exponential to the softmax's denominator.
+
+    Attributes:
+        q_THd: `[T, H, d]` queries, rotary positions applied.
+        k_TKd: `[T, K, d]` keys; every `H / K` neighbouring query heads share one.
+        v_TKe: `[T, K, e]` values.
+        plan: who sees whom.
+        scaling: factor of the scores.
+        dropout: probability of dropping an attention weight; 0 outside training.
+        sliding_window: limit of the distance in tokens, see `batch.plan.visible`; None: no limit.
+        softcap: Gemma 2's bound of the scores, or None.
+        sinks_H: `[H]`, gpt-oss's learned logit of seeing nothing, or None.
+    """
+
+    q_THd: torch.Tensor
+    k_TKd: torch.Tensor
+    v_TKe: torch.Tensor
+    plan: AttentionPlan
+    scaling: float
+    dropout: float = 0.0
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks_H: torch.Tensor | None = None
+
+
+class AttentionKernel(Protocol):
+    """Computes one layer's attention, honouring every field of `Heads` or refusing it by name."""
+
+    name: str
+
+    def __call__(self, heads: Heads) -> torch.Tensor:
+        """Return `[T, H, e]`, in the dtype of the values.
+
+        Raises:
+            ModelError: the kernel cannot do what a field asks for.
+        """
+        ...

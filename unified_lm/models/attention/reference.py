@@ -1,0 +1,43 @@
+"""The definition: one sequence at a time, softmax in float32, nothing clever. Other kernels are tested against it.
+
+Also what the `sdpa` kernel runs for score caps and sinks, which torch's own function does not know.
+Legend: `attention/__init__.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from unified_lm.batch.plan import sequence_mask
+from unified_lm.models.attention.heads import Heads
+
+
+class ReferenceKernel:
+    """Plain attention, sequence by sequence, any device, every feature."""
+
+    name = "reference"
+
+    def __call__(self, heads: Heads) -> torch.Tensor:
+        """Return `[T, H, e]`; see `AttentionKernel`."""
+        plan, outputs = heads.plan, []
+        for index, (begin, length) in enumerate(zip(plan.offsets, plan.lengths, strict=False)):
+            mask = sequence_mask(length, plan.spans[index], heads.sliding_window).to(heads.q_THd.device)
+            part = slice(begin, begin + length)
+            outputs.append(_attend(heads, heads.q_THd[part], heads.k_TKd[part], heads.v_TKe[part], mask))
+        return torch.cat(outputs)
+
+
+def _attend(heads: Heads, q_LHd: torch.Tensor, k_LKd: torch.Tensor, v_LKe: torch.Tensor, mask_LL: torch.Tensor) -> torch.Tensor:
+    share = q_LHd.shape[1] // k_LKd.shape[1]
+    k_LHd, v_LHe = k_LKd.repeat_interleave(share, dim=1), v_LKe.repeat_interleave(share, dim=1)
+    scores_HLL = torch.einsum("qhd,khd->hqk", q_LHd, k_LHd).float() * heads.scaling
+    if heads.softcap is not None:
+        scores_HLL = heads.softcap * torch.tanh(scores_HLL / heads.softcap)
+    scores_HLL = scores_HLL.masked_fill(~mask_LL, -torch.inf)
+    if heads.sinks_H is not None:
+        sinks_HL1 = heads.sinks_H.float()[:, None, None].expand(-1, scores_HLL.shape[1], 1)
+        scores_HLL = torch.cat([scores_HLL, sinks_HL1], dim=-1)
+    weights_HLL = torch.softmax(scores_HLL, dim=-1)[..., : k_LHd.shape[0]].to(v_LHe.dtype)
+    weights_HLL = functional.dropout(weights_HLL, heads.dropout, training=heads.dropout > 0)
+    return torch.einsum("hqk,khe->qhe", weights_HLL, v_LHe)

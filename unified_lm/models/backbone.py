@@ -1,0 +1,207 @@
+"""The decoder as the rest of the package sees it: a pack in, hidden states out.
+
+A stock transformers model is wrapped, not changed: its attention goes through our registered function while it is wrapped, and
+through transformers' own inside `stock_attention()`. Legend: `batch/__init__.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from unified_lm.batch import OutputHead, Pack
+from unified_lm.core.errors import ModelError, did_you_mean
+from unified_lm.models import families
+from unified_lm.models.attention import ATTENTION_NAME, KERNELS, AttentionKernel, register
+from unified_lm.models.attention.padded import pad
+
+logger = logging.getLogger(__name__)
+
+PADDED = "padded"
+"""The way to run families without the attention interface: rows with a 4-D mask."""
+
+
+class Backbone(nn.Module):
+    """A causal language model whose decoder runs packs.
+
+    Attributes:
+        causal_lm: the wrapped model, possibly with LoRA layers in it.
+        kernel: name of the attention kernel.
+        hidden_size: D.
+        vocab_size: V, rows of the output head.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, kernel: str | AttentionKernel = "auto") -> None:
+        """Wrap a model and route its attention through a kernel.
+
+        Args:
+            causal_lm: a transformers causal language model, on its device or still on the CPU.
+            kernel: "auto", "sdpa", "flash", "flex", "reference", "padded", or a kernel object.
+
+        Raises:
+            ModelError: the kernel is unknown or unavailable, or the family cannot run it.
+        """
+        super().__init__()
+        self.causal_lm = causal_lm
+        self._config = families.text_config(causal_lm)
+        self._attention: AttentionKernel | None = None
+        self._stock = _stock_implementation(causal_lm)
+        if kernel == PADDED:
+            families.check_padded(causal_lm)
+            logger.warning("attention kernel 'padded': every pack is padded to its longest sample, which costs time and memory")
+            self._packed = "eager" if families.has_interface(causal_lm) else self._stock
+        else:
+            families.check_packed(causal_lm)
+            self._attention = _make_kernel(kernel)
+            self._packed = ATTENTION_NAME
+            register()
+        _set_attention(causal_lm, self._packed)
+        self.kernel = PADDED if self._attention is None else self._attention.name
+        self.hidden_size = int(self._config.hidden_size)
+        self.vocab_size = int(self.output_head().weight.shape[0])
+
+    def forward(self, pack: Pack) -> torch.Tensor:
+        """Run the decoder over a pack.
+
+        Args:
+            pack: on the model's device.
+
+        Returns:
+            `[T, D]`, the last hidden states after the final norm.
+        """
+        return self._run(pack).last_hidden_state[0]
+
+    def router_logits(self, pack: Pack) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Run the decoder of a mixture of experts and keep what its routers said.
+
+        Args:
+            pack: on the model's device.
+
+        Returns:
+            The hidden states `[T, D]`, and for each layer with experts the raw router logits `[T, E]`, before any softmax.
+
+        Raises:
+            ModelError: the model has no routers, or runs padded.
+        """
+        if self._attention is None:
+            raise ModelError("router logits need packed attention; kernel padded mixes in those of padding tokens.")
+        outputs = self._run(pack, output_router_logits=True)
+        logits = getattr(outputs, "router_logits", None)
+        if not logits:
+            raise ModelError(f"family '{self._config.model_type}' gives no router logits: it has no mixture of experts.")
+        return outputs.last_hidden_state[0], tuple(logits)
+
+    def output_head(self) -> OutputHead:
+        """The language-model head as data.
+
+        Raises:
+            ModelError: the model has no plain linear head (none at all, or an adapter wraps it).
+        """
+        head = self.causal_lm.get_output_embeddings()
+        if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor) or hasattr(head, "base_layer"):
+            raise ModelError(
+                f"{type(self.causal_lm).__name__} has no plain linear output head (got {type(head).__name__}). "
+                "Adapt other layers than the head (lora.target_modules)."
+            )
+        return OutputHead(
+            weight=head.weight,
+            bias=getattr(head, "bias", None),
+            scale=families.logit_scale(self._config),
+            softcap=families.logit_softcap(self._config),
+        )
+
+    @contextmanager
+    def stock_attention(self) -> Iterator[PreTrainedModel]:
+        """Lend the model out with transformers' own attention, for `generate` and for its own logits.
+
+        The switch is in the model's configuration, so no pack may run meanwhile: threads must take turns.
+
+        Yields:
+            The wrapped model.
+        """
+        _set_attention(self.causal_lm, self._stock)
+        try:
+            yield self.causal_lm
+        finally:
+            _set_attention(self.causal_lm, self._packed)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each layer in the backward instead of keeping its activations. Works in training mode only."""
+        # Re-entrant checkpointing would cut the gradient of router logits and of frozen embeddings.
+        options = {"use_reentrant": False}
+        if hasattr(self.causal_lm, "activation_checkpointing_enable"):
+            self.causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep activations again."""
+        if hasattr(self.causal_lm, "activation_checkpointing_disable"):
+            self.causal_lm.activation_checkpointing_disable()
+        else:
+            self.causal_lm.gradient_checkpointing_disable()
+
+    def _run(self, pack: Pack, **options: Any) -> Any:
+        decoder = self.causal_lm.get_decoder()
+        if self._attention is None:
+            batch = pad(pack, self._config, self.causal_lm.dtype)
+            outputs = decoder(
+                input_ids=batch.input_ids,
+                attention_mask=batch.mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                **options,
+            )
+            hidden = outputs.last_hidden_state
+            outputs.last_hidden_state = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)[None]
+            return outputs
+        return decoder(
+            input_ids=pack.input_ids[None],
+            attention_mask=None,
+            position_ids=pack.position_ids[None],
+            use_cache=False,  # with a cache transformers would take the pack for one growing sequence
+            plan=pack.plan,
+            attention_kernel=self._attention,
+            **options,
+        )
+
+
+def _make_kernel(kernel: str | AttentionKernel) -> AttentionKernel:
+    if not isinstance(kernel, str):
+        return kernel
+    if kernel not in KERNELS:
+        raise ModelError(f"unknown attention kernel '{kernel}'.{did_you_mean(kernel, (*KERNELS, PADDED))}")
+    return KERNELS[kernel]()
+
+
+def _stock_implementation(causal_lm: PreTrainedModel) -> str:
+    """The attention of transformers that the model came with, or its default if it came wrapped already."""
+    current = causal_lm.config._attn_implementation
+    if current not in (None, ATTENTION_NAME):
+        return str(current)
+    return "sdpa" if causal_lm._supports_sdpa else "eager"
+
+
+def _set_attention(causal_lm: PreTrainedModel, name: str) -> None:
+    """Switch every attention layer, and see that it took effect: transformers only warns where it does not.
+
+    Raises:
+        ModelError: a layer's configuration still names another implementation.
+    """
+    found: list[Any] = [getattr(module, "config", None) for module in causal_lm.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
+    if not families.has_interface(causal_lm) and name == causal_lm.config._attn_implementation:
+        return  # these families choose their attention classes when they are built; there is nothing to switch
+    causal_lm.set_attn_implementation(name)
+    stubborn = {config._attn_implementation for config in configs.values()} - {name}
+    if stubborn:
+        raise ModelError(
+            f"family '{causal_lm.config.model_type}' keeps attention {sorted(map(str, stubborn))} instead of '{name}'. "
+            "Set model.attention_kernel=padded."
+        )

@@ -1,0 +1,135 @@
+"""The low-rank update of a linear layer, with dropout that is cheap on a CPU.
+
+torch's CPU dropout draws one Mersenne-Twister number per element in a single thread: with adapters on every layer that takes
+about as long as the weight gradients that LoRA saves. Here a mask is cut from the bytes of a 64-bit generator,
+applied by a bitwise AND, and its rescaling is folded into the update's own factor.
+
+Legend: T rows (tokens), I and O the layer's input and output features, r the adapter's rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+_INTEGER_VIEW = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def _thresholds(probability: float) -> tuple[int, int]:
+    """The probability as ``(first + second / 65536) / 256``, to the nearest 2**-24."""
+    levels = round(probability * (1 << 24))
+    return levels >> 16, levels & 0xFFFF
+
+
+def keep_probability(probability: float) -> float:
+    """The probability with which `draw_keep_mask` keeps an element: 1 - `probability`, to the nearest 2**-24."""
+    first, second = _thresholds(probability)
+    return 1.0 - (first + second / 65536) / 256
+
+
+def draw_keep_mask(shape: torch.Size | tuple[int, ...], probability: float) -> torch.Tensor:
+    """Draw independent Bernoulli variables for dropout on the CPU.
+
+    Each element gets one random byte; only the one in 256 that equals the threshold needs more bits to decide. Each call
+    takes one number from torch's default CPU generator and expands it (SFC64), so capturing and restoring that generator
+    repeats the mask.
+
+    Args:
+        shape: of the mask.
+        probability: of dropping an element, in [0, 1); exact to 2**-25.
+
+    Returns:
+        int8 of `shape`: -1 (all bits set) where the element is kept, 0 where it is dropped.
+    """
+    count = int(np.prod(shape))
+    first, second = _thresholds(probability)
+    generator = np.random.SFC64(int(torch.randint(1 << 62, ())))
+    drawn = generator.random_raw((count + 7) // 8).view(np.uint8)[:count]
+    kept = drawn >= first
+    if second:
+        undecided = np.flatnonzero(drawn == first)
+        kept[undecided] = generator.random_raw((len(undecided) + 3) // 4).view(np.uint16)[: len(undecided)] >= second
+    return torch.from_numpy(np.negative(kept.view(np.int8))).view(shape)
+
+
+def _bits(keep: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """The mask widened to the size of `dtype`: all bits set where kept."""
+    return None if keep is None else keep.to(_INTEGER_VIEW[dtype])
+
+
+def _apply(value: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor:
+    """Zero what the mask drops, without rescaling."""
+    return value if bits is None else (value.view(bits.dtype) & bits).view(value.dtype)
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    """``base + factor * (keep(x) @ a.T) @ b.T`` in place of `base`; see `add_low_rank_update`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        keep: torch.Tensor | None,
+        factor: float,
+    ) -> torch.Tensor:
+        reduced = _apply(x, _bits(keep, x.dtype)) @ a.T
+        ctx.save_for_backward(x, a, b, reduced, keep)
+        ctx.factor = factor
+        ctx.mark_dirty(base)
+        return base.addmm_(reduced, b.T, alpha=factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        x, a, b, reduced, keep = ctx.saved_tensors
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[1:4]
+        grad_x = grad_a = grad_b = None
+        if needs_b:
+            grad_b = (grad.T @ reduced).mul_(ctx.factor)
+        if needs_x or needs_a:
+            bits = _bits(keep, x.dtype)
+            grad_reduced = (grad @ b).mul_(ctx.factor)
+            if needs_a:
+                grad_a = grad_reduced.T @ _apply(x, bits)
+            if needs_x:
+                grad_x = _apply(grad_reduced @ a, bits)
+        return grad, grad_x, grad_a, grad_b, None, None
+
+
+def add_low_rank_update(
+    base: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Add a LoRA update (Hu et al. 2021, arXiv 2106.09685, eq. 3) to a linear layer's output: ``base + s * b a drop(x)``.
+
+    The same function of the same inputs as peft's layer; only the passes over memory differ. What is kept for the
+    backward is `x`, which the base layer keeps anyway, one byte per element for the mask, and `[T, r]`.
+
+    Args:
+        base: `[T, O]`, the base layer's output. It is overwritten and returned.
+        x: `[T, I]`, the layer's input, contiguous, same dtype as `base`.
+        a: `[r, I]`, same dtype.
+        b: `[O, r]`, same dtype.
+        scaling: factor of the update (alpha / r).
+        dropout: probability of dropping an element of `x`, on the CPU only.
+        keep: `[T, I]`, a mask drawn before (`draw_keep_mask`); None draws one if `dropout` is not 0.
+
+    Returns:
+        `[T, O]`.
+    """
+    if dropout > 0.0 and keep is None:
+        keep = draw_keep_mask(x.shape, dropout)
+    factor = scaling / keep_probability(dropout)
+    return _LowRankUpdate.apply(base, x, a, b, keep, factor)

@@ -1,0 +1,115 @@
+"""What differs between model families: which attention they can run, and how their hidden states become logits.
+
+Nothing here is needed for a family to work that follows transformers' attention interface; these are the exceptions, refused by
+name where a wrong mask would otherwise go unnoticed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from unified_lm.core.errors import ModelError
+
+_PLANNED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Layer types whose mask the plan describes. Others (linear, chunked, state space) carry state across packed sequences."""
+
+_NO_PADDED = {
+    "bloom": "its position bias (alibi) is computed from a 2-D mask",
+    "mpt": "its position bias (alibi) does not restart with a 4-D mask",
+    "gpt_neo": "its causal and local masks are fixed inside the attention layers",
+    "codegen": "its causal mask is fixed inside the attention layers",
+}
+"""Families that cannot take a 4-D mask, and why."""
+
+
+def text_config(causal_lm: PreTrainedModel) -> Any:
+    """The configuration of the decoder (nested in that of a multimodal model)."""
+    return causal_lm.config.get_text_config(decoder=True)
+
+
+def has_interface(causal_lm: PreTrainedModel) -> bool:
+    """Whether the family calls transformers' attention interface (by its source, as transformers itself decides)."""
+    return bool(causal_lm._can_set_attn_implementation())
+
+
+def check_packed(causal_lm: PreTrainedModel) -> None:
+    """Refuse families whose packed attention would be wrong.
+
+    Raises:
+        ModelError: the family has no attention interface, has layers that are not attention, or has sliding windows that its
+            attention layers do not tell us of.
+    """
+    config = text_config(causal_lm)
+    family = config.model_type
+    if not has_interface(causal_lm):
+        reason = _NO_PADDED.get(family)
+        fix = "Set model.attention_kernel=padded." if reason is None else f"Kernel padded cannot serve it either: {reason}."
+        raise ModelError(f"family '{family}' does not call transformers' attention interface, so it cannot run packs. {fix}")
+    _check_layers(config)
+    if _windows_only_in_masks(causal_lm, config):
+        raise ModelError(
+            f"family '{family}' applies its sliding window ({config.sliding_window} tokens) only in transformers' own masks, "
+            "so packed attention would ignore it. Set model.attention_kernel=padded, or, if no sample is longer than it, "
+            "sliding_window=null in the model's config."
+        )
+
+
+def check_padded(causal_lm: PreTrainedModel) -> None:
+    """Refuse families that cannot take a 4-D mask.
+
+    Raises:
+        ModelError: naming the family and the reason.
+    """
+    config = text_config(causal_lm)
+    family = config.model_type
+    reason = _NO_PADDED.get(family)
+    if reason is None and getattr(config, "alibi", False):
+        reason = "its position bias (alibi) is computed from a 2-D mask"
+    if reason is not None:
+        raise ModelError(f"kernel padded cannot serve family '{family}': {reason}. Choose another model.")
+    current = causal_lm.config._attn_implementation
+    if not has_interface(causal_lm) and current not in ("eager", "sdpa"):
+        raise ModelError(
+            f"family '{family}' was loaded with attention '{current}', which takes no 4-D mask and cannot be switched "
+            "afterwards. Load it with attn_implementation='eager'."
+        )
+    _check_layers(config)
+
+
+def logit_scale(config: Any) -> float:
+    """The factor between the head's output and the logits (see `batch.OutputHead`).
+
+    Cohere multiplies by `logit_scale`, HyperCLOVA X by `logits_scaling`, Granite and MiniCPM 3 divide by `logits_scaling`.
+    """
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None:
+        return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+    scale = getattr(config, "logit_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+def logit_softcap(config: Any) -> float | None:
+    """Gemma's bound of the logits, or None."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return None if softcap is None else float(softcap)
+
+
+def _check_layers(config: Any) -> None:
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _PLANNED_LAYERS)
+    if strange:
+        raise ModelError(
+            f"family '{config.model_type}' has layers of type {', '.join(strange)}, whose masks cannot be planned per sample. "
+            "Only full and sliding-window attention can. Choose another model."
+        )
+
+
+def _windows_only_in_masks(causal_lm: PreTrainedModel, config: Any) -> bool:
+    layer_types = getattr(config, "layer_types", None)
+    if not getattr(config, "sliding_window", None) or (layer_types and "sliding_attention" not in layer_types):
+        return False
+    source = inspect.getsource(sys.modules[type(causal_lm.get_decoder()).__module__])
+    return "create_sliding_window_causal_mask" in source and "sliding_window=" not in source

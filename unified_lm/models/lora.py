@@ -1,0 +1,335 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), injected into the model in place through peft.
+
+The only models file that knows peft. Adapters have the dtype of the weights that they adapt (the engine keeps float32 master
+copies of what it trains): with peft's default, float32 adapters, every activation is cast and multiplied in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from unified_lm.config.schema import LoraConfig
+from unified_lm.core.errors import ModelError, did_you_mean
+from unified_lm.core.random import derive_seed
+from unified_lm.models.dropout import add_low_rank_update
+
+ADAPTER = "default"
+"""peft's name of the one adapter a model has here."""
+
+ALL_LINEAR = "all-linear"
+"""Target: every linear layer but the output head."""
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What was adapted.
+
+    Attributes:
+        targets: full names of the adapted modules, and of fused expert parameters, in model order.
+        num_trainable: trainable parameters (elements).
+        num_total: all parameters (elements), adapters included.
+        notices: what a user should know about what was not adapted, or not with dropout.
+    """
+
+    targets: tuple[str, ...]
+    num_trainable: int
+    num_total: int
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class LoraDelta:
+    """The update of one weight.
+
+    Attributes:
+        name: the weight's name in the model without adapters ("model.layers.0.self_attn.q_proj.weight").
+        base: the frozen weight as it is stored, dequantised where it is 4-bit.
+        delta: float32, of the shape of `base`: alpha / r * B @ A.
+    """
+
+    name: str
+    base: torch.Tensor
+    delta: torch.Tensor
+
+
+class LoraLinear(PeftLinear):
+    """peft's layer with the same maths in fewer passes on a CPU; anything unusual takes peft's own path."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``base_layer(x) + scaling * B A dropout(x)``; `x` is `[..., in_features]`."""
+        a, b = _factors(self)
+        # under ZeRO-3 (ds_id) weights are gathered by the hooks of the modules that own them, so these must be called
+        if x.device.type != "cpu" or args or kwargs or self.disable_adapters or self.merged or hasattr(a, "ds_id"):
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer(x)
+        flat = x.reshape(-1, x.shape[-1]).to(base.dtype)  # autocast: the base layer's output has the compute dtype
+        dropout = self.lora_dropout[ADAPTER]
+        probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        updated = add_low_rank_update(
+            base.reshape(-1, base.shape[-1]),
+            flat.contiguous(),
+            a.to(base.dtype),
+            b.to(base.dtype),
+            self.scaling[ADAPTER],
+            probability,
+        )
+        return updated.view(base.shape)
+
+
+def apply_lora(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> LoraReport:
+    """Inject adapters in place and freeze everything else. The inner decoder, called directly, uses them too.
+
+    A is drawn from U(-1/sqrt(I), 1/sqrt(I)) as in peft and B is zero, so the model's function is unchanged at first. The
+    draw depends on `seed` and the module's name alone; the global generators are left as they were.
+
+    Args:
+        causal_lm: a model without adapters.
+        config: rank, scaling, dropout, targets. A target is a module name or its last parts ("q_proj",
+            "mlp.down_proj"), or for mixture-of-experts models a fused expert parameter ("experts.down_proj"): peft adapts
+            those per expert, without dropout.
+        seed: of A.
+
+    Raises:
+        ModelError: a target matches nothing, or is the output head; the model has adapters already.
+    """
+    if any(isinstance(module, LoraLayer) for module in causal_lm.modules()):
+        raise ModelError("the model already carries an adapter. Merge it (an export is merged) before adding another.")
+    if (
+        config.quantize_4bit
+        and not getattr(causal_lm, "is_quantized", False)
+        and not causal_lm.get_input_embeddings().weight.is_meta
+    ):
+        raise ModelError("lora.quantize_4bit=true, but the model was not loaded in 4 bit. Load it with quantize_4bit=True.")
+    modules, experts = _match_targets(causal_lm, config.target_modules)
+    with torch.random.fork_rng(devices=[]):  # peft's own initialisation, redone below
+        if modules:
+            _inject(causal_lm, config, modules)
+        if experts:
+            _inject_experts(causal_lm, config, experts)
+    causal_lm.requires_grad_(False)
+    for name, layer in _lora_layers(causal_lm):
+        _initialise(layer, derive_seed("lora", seed, name))
+    return LoraReport(
+        targets=tuple(name.removesuffix(".weight") for name, _ in _lora_layers(causal_lm)),
+        num_trainable=sum(p.numel() for p in causal_lm.parameters() if p.requires_grad),
+        num_total=sum(_num_elements(p) for p in causal_lm.parameters()),
+        notices=_notices(causal_lm, config, experts),
+    )
+
+
+def _peft_config(config: LoraConfig, dropout: float, **targets: Any) -> PeftLoraConfig:
+    return PeftLoraConfig(lora_dropout=dropout, bias="none", **_scale(config), **targets)
+
+
+def _scale(config: LoraConfig) -> dict[str, Any]:
+    return {"r": config.r, "lora_alpha": config.alpha}  # peft says int, and takes any number
+
+
+def _inject(causal_lm: PreTrainedModel, config: LoraConfig, modules: list[str]) -> None:
+    if getattr(causal_lm, "is_quantized", False):  # quantised layers have peft classes of their own
+        inject_adapter_in_model(_peft_config(config, config.dropout, target_modules=modules), causal_lm, ADAPTER)
+        return
+    # not by peft's injection: for mixture-of-experts families it rewrites names such as gate_proj into fused experts
+    peft_config = _peft_config(config, config.dropout)
+    for name in modules:
+        base = causal_lm.get_submodule(name)
+        _replace(causal_lm, name, LoraLinear(base, ADAPTER, config=peft_config, **_scale(config)))
+
+
+def _inject_experts(causal_lm: PreTrainedModel, config: LoraConfig, parameters: list[str]) -> None:
+    peft_config = _peft_config(config, 0.0)  # a parameter's update cannot have dropout on its input
+    for name in parameters:
+        owner, _, parameter = name.rpartition(".")
+        base = causal_lm.get_submodule(owner)  # the second parameter of a module wraps the wrapper of the first
+        wrapper = ParamWrapper(base, ADAPTER, parameter_name=parameter, config=peft_config, **_scale(config))
+        _replace(causal_lm, owner, wrapper)
+
+
+def _replace(causal_lm: PreTrainedModel, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    module.train(causal_lm.training)
+    setattr(causal_lm.get_submodule(parent), child, module)
+
+
+def _initialise(layer: LoraLayer, seed: int) -> None:
+    a, b = _factors(layer)
+    a.requires_grad_(True)
+    b.requires_grad_(True)
+    if a.is_meta:  # a model without storage, for an estimate
+        return
+    generator = torch.Generator().manual_seed(seed)
+    bound = a.shape[1] ** -0.5
+    with torch.no_grad():
+        a.copy_(torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+        b.zero_()
+
+
+def _num_elements(parameter: nn.Parameter) -> int:
+    packed = parameter.__class__.__name__ == "Params4bit"  # two 4-bit weights per stored byte
+    return parameter.numel() * parameter.element_size() * 2 if packed else parameter.numel()
+
+
+def linear_module_names(causal_lm: PreTrainedModel) -> tuple[str, ...]:
+    """Full names of every linear layer except the output head, in model order."""
+    head = causal_lm.get_output_embeddings()
+    return tuple(
+        name for name, module in causal_lm.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
+    )
+
+
+def expert_parameter_names(causal_lm: PreTrainedModel) -> tuple[str, ...]:
+    """Full names of fused expert matrices (`[experts, ., .]` parameters outside of any linear layer), in model order."""
+    return tuple(name for name, parameter in causal_lm.named_parameters() if parameter.ndim == 3 and ".experts." in f".{name}")
+
+
+def _match_targets(causal_lm: PreTrainedModel, targets: tuple[str, ...] | str) -> tuple[list[str], list[str]]:
+    """Full names of the linear modules and of the expert parameters that the targets name.
+
+    Raises:
+        ModelError: one of the targets matches nothing. Every such target is named.
+    """
+    linear, experts = linear_module_names(causal_lm), expert_parameter_names(causal_lm)
+    if targets == ALL_LINEAR:
+        return list(linear), []
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
+    modules = [name for name in linear if any(_is_suffix(target, name) for target in wanted)]
+    parameters = [name for name in experts if any(_is_suffix(target, name) for target in wanted)]
+    lost = [target for target in wanted if not any(_is_suffix(target, name) for name in (*modules, *parameters))]
+    if lost or not wanted:
+        raise ModelError(_no_match_text(causal_lm, lost, linear, experts))
+    return modules, parameters
+
+
+def _is_suffix(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _no_match_text(causal_lm: PreTrainedModel, lost: list[str], linear: tuple[str, ...], experts: tuple[str, ...]) -> str:
+    short = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    fused = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in experts))
+    text = f"LoRA: {', '.join(map(repr, lost))} matches no linear layer" if lost else "LoRA: target_modules is empty"
+    text += f" of this {causal_lm.config.model_type} model."
+    head = next((n for n, m in causal_lm.named_modules() if m is causal_lm.get_output_embeddings()), None)
+    if head in lost:
+        text += f" '{head}' is the output head, which is never adapted."
+    elif lost:
+        text += did_you_mean(lost[0], short) if len(lost) == 1 and "Did" in did_you_mean(lost[0], short) else ""
+    text += f" Its linear layers: {', '.join(short)}."
+    if fused:
+        text += f" Its experts are fused parameters: {', '.join(fused)}."
+    return text + f' Set lora.target_modules to some of these, or to "{ALL_LINEAR}".'
+
+
+def _notices(causal_lm: PreTrainedModel, config: LoraConfig, experts: list[str]) -> tuple[str, ...]:
+    fused = sorted({".".join(name.split(".")[-2:]) for name in expert_parameter_names(causal_lm)} if not experts else ())
+    if fused and config.target_modules == ALL_LINEAR:
+        return (
+            f'the experts are fused parameters ({", ".join(fused)}), not linear layers, and are not adapted by "{ALL_LINEAR}"; '
+            "list them in lora.target_modules, next to the linear layers, to adapt them too (without dropout, and with a "
+            "copy of the adapted experts per layer in memory).",
+        )
+    if experts and config.dropout:
+        return (f"lora.dropout={config.dropout} applies to linear layers; fused experts are adapted without dropout.",)
+    return ()
+
+
+def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of the one adapter."""
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    return cast(nn.Parameter, a), cast(nn.Parameter, b)
+
+
+def _lora_layers(causal_lm: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Adapted weights by their name in the model without adapters, with the layer that adapts them."""
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, LoraLayer):
+            owner = ".".join(part for part in name.split(".") if part != "base_layer")
+            yield f"{owner}.{getattr(module, 'parameter_name', 'weight')}", module
+
+
+def adapter_state(causal_lm: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, detached, by name.
+
+    Linear layers: "model.layers.0.self_attn.q_proj.lora_A.weight" `[r, I]`, "...lora_B.weight" `[O, r]`.
+    Fused experts: "...experts.down_proj.lora_A.weight" `[E * r, I]`, "...lora_B.weight" `[O, r * E]`.
+
+    Raises:
+        ModelError: the model has no adapter.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for name, layer in _lora_layers(causal_lm):
+        owner = name.removesuffix(".weight")
+        a, b = _factors(layer)
+        state |= {f"{owner}.lora_A.weight": a.detach(), f"{owner}.lora_B.weight": b.detach()}
+    if not state:
+        raise ModelError("the model has no adapter. Call apply_lora first.")
+    return state
+
+
+def load_adapter_state(causal_lm: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+    """Copy tensors of `adapter_state` into the adapter, in place.
+
+    Raises:
+        ModelError: names or shapes differ from the model's adapter.
+    """
+    own = adapter_state(causal_lm)
+    if missing := sorted(set(own) ^ set(state)):
+        raise ModelError(
+            f"the adapter does not fit: {len(missing)} of {len(own)} tensors are only on one side, e.g. '{missing[0]}'. "
+            "It was made with other lora.target_modules, or for another model."
+        )
+    for name, target in own.items():
+        if target.shape != state[name].shape:
+            raise ModelError(
+                f"the adapter does not fit: '{name}' has shape {list(state[name].shape)}, expected {list(target.shape)}. "
+                "It was made with another lora.r, or for another model."
+            )
+        target.copy_(state[name])
+
+
+@torch.no_grad()
+def lora_deltas(causal_lm: PreTrainedModel) -> Iterator[LoraDelta]:
+    """The updates of all adapted weights, one at a time: what a merge adds, in float32 whatever the weights' dtype."""
+    for name, layer in _lora_layers(causal_lm):
+        a, b = (factor.float() for factor in _factors(layer))
+        scaling = layer.scaling[ADAPTER]
+        owner: Any = layer.get_base_layer()
+        if isinstance(layer, ParamWrapper):
+            base = layer.get_param()
+            delta = _expert_delta(layer, a, b) * scaling
+        else:
+            stored = owner.weight
+            base = stored if stored.is_floating_point() else dequantize_module_weight(owner)
+            delta = (b @ a) * scaling
+            delta = delta.T.contiguous() if isinstance(owner, Conv1D) else delta
+        yield LoraDelta(name, base.detach(), delta)
+
+
+def _expert_delta(layer: ParamWrapper, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """peft's layout: A `[E * r, I]` expert-major, B `[O, r * E]` rank-major; the result has the parameter's own layout."""
+    experts = layer.num_experts
+    a_ERI, b_ORE = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts)
+    delta_EOI = torch.einsum("ore,eri->eoi", b_ORE, a_ERI)
+    return delta_EOI if tuple(delta_EOI.shape) == tuple(layer.get_param().shape) else delta_EOI.transpose(1, 2)
+
+
+def remove_lora(causal_lm: PreTrainedModel) -> None:
+    """Take the adapters off in place: the model is as it was before `apply_lora`, with every parameter trainable again."""
+    for name, module in list(causal_lm.named_modules()):
+        if isinstance(module, LoraLayer) and "base_layer" not in name.split("."):
+            _replace(causal_lm, name, module.get_base_layer())
+    for parameter in causal_lm.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)

@@ -1,0 +1,111 @@
+"""From token states to one vector per sample: pooling over packed spans, and an optional linear head.
+
+Legend: `batch/__init__.py`; P is the number of pooled tokens of a pack.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unified_lm.core.errors import ConfigError, did_you_mean
+
+
+class Pooling(Enum):
+    """How the states of a pool span become one vector.
+
+    Attributes:
+        MEAN: their mean.
+        WEIGHTED_MEAN: their mean with weights 1, 2, ..., n (SGPT, arXiv:2202.08904, eq. 2): for causal states, of which
+            later ones have seen more.
+        LAST_TOKEN: the last one.
+        CLS: the first one. GritLM's "cls" takes position 0 even where the instruction is not pooled; for that, a span has
+            to start at 0.
+    """
+
+    MEAN = "mean"
+    WEIGHTED_MEAN = "weighted_mean"
+    LAST_TOKEN = "last_token"
+    CLS = "cls"
+
+    @classmethod
+    def parse(cls, name: str | Pooling) -> Pooling:
+        """The method of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            raise ConfigError(f"unknown pooling '{name}'.{did_you_mean(str(name), [p.value for p in cls])}") from None
+
+
+def pool(hidden: torch.Tensor, spans: torch.Tensor, method: str | Pooling) -> torch.Tensor:
+    """Pool packed spans, in float32 with autocast off, whatever the states' dtype.
+
+    Args:
+        hidden: `[T, D]`, states of a pack.
+        spans: int64 `[E, 2]`, pooled `[start, stop)` in pack coordinates, none empty (`Sample` sees to that); E may be 0.
+        method: a `Pooling` or its name.
+
+    Returns:
+        float32 `[E, D]` (float64 for float64 states), not normalised, differentiable. Each row depends on its own span alone.
+
+    Raises:
+        ConfigError: unknown method.
+    """
+    kind = Pooling.parse(method)
+    work = torch.promote_types(hidden.dtype, torch.float32)
+    start_E, stop_E = spans.unbind(1)
+    if kind is Pooling.CLS:
+        return hidden[start_E].to(work)
+    if kind is Pooling.LAST_TOKEN:
+        return hidden[stop_E - 1].to(work)
+    if not len(spans):
+        return hidden[:0].to(work)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _mean(hidden, start_E, stop_E - start_E, work, weighted=kind is Pooling.WEIGHTED_MEAN)
+
+
+def _mean(
+    hidden_TD: torch.Tensor, start_E: torch.Tensor, length_E: torch.Tensor, work: torch.dtype, *, weighted: bool
+) -> torch.Tensor:
+    """Mean of each span, its tokens weighted equally or 1..n.
+
+    The sum is a segment reduction: it has one order, where an index_add on CUDA adds in any order, and does not lose
+    precision in differences, as one of running sums does.
+    """
+    row_P = torch.repeat_interleave(torch.arange(len(length_E), device=length_E.device), length_E)
+    place_P = torch.arange(len(row_P), device=row_P.device) - (length_E.cumsum(0) - length_E)[row_P]
+    states_PD = hidden_TD[start_E[row_P] + place_P].to(work)
+    total_E = length_E.to(work)
+    if weighted:
+        states_PD = states_PD * (place_P + 1).to(work)[:, None]
+        total_E = total_E * (total_E + 1) / 2
+    summed_ED = torch.segment_reduce(states_PD, "sum", lengths=length_E, unsafe=True)
+    return summed_ED / total_E[:, None]
+
+
+class Projection(nn.Module):
+    """A linear head with a bias on the pooled vector, computed in float32.
+
+    GritLM projects token states before pooling, without an activation; for mean pooling that is the same map.
+
+    Args:
+        in_features: hidden size of the model.
+        out_features: dimensions of the embeddings.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Map float32 `[E, D]` to float32 `[E, out_features]`, whatever the head's own dtype."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            weight, bias = self.linear.weight, self.linear.bias
+            return F.linear(pooled, weight.to(pooled.dtype), bias.to(pooled.dtype))

@@ -1,0 +1,241 @@
+"""Contrastive learning over the whole global batch.
+
+Legend: `batch/__init__.py`. Here also M documents (positives first, then all hard negatives), R rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from unified_lm.batch import LossTerm
+from unified_lm.config.schema import ObjectiveConfig
+from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.objectives.protocol import ObjectiveKind
+
+SCORE_BYTES = 256 * 2**20
+"""Scores larger than this are computed in chunks of rows, each of which is computed again in the backward."""
+
+
+class GradientScale(Enum):
+    """What the embeddings' gradient is multiplied by.
+
+    Attributes:
+        EXACT: nothing: the gradient of the loss.
+        INVERSE_WORLD_SIZE: 1 / world size of the published run. GritLM gathers embeddings without gradient and lets the
+            trainer average gradients over ranks, so that its contrastive gradient (not its loss) shrinks by the world size
+            and its published settings contain that factor.
+    """
+
+    EXACT = "exact"
+    INVERSE_WORLD_SIZE = "inverse_world_size"
+
+    @classmethod
+    def parse(cls, name: str) -> GradientScale:
+        """The scale of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            raise ConfigError(f"unknown gradient_scale '{name}'.{did_you_mean(name, [s.value for s in cls])}") from None
+
+
+class ContrastiveSums(NamedTuple):
+    """Scalars summed over queries.
+
+    Attributes:
+        loss: cross-entropy in nats, with gradient.
+        correct: queries that score their positive above every other document that counts, without gradient.
+        positive: cosine with the positive, without gradient.
+        negative: cosine with all other documents, without gradient.
+    """
+
+    loss: torch.Tensor
+    correct: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor
+
+
+class Contrastive:
+    """InfoNCE with hard negatives (van den Oord et al., arXiv:1807.03748, eq. 4; GRIT, arXiv:2402.09906, eq. 1).
+
+    ``L = -sum_i log( exp(cos(q_i, p_i) / t) / sum_j exp(cos(q_i, d_j) / t) )``, d running over the positives and hard negatives
+    of *every* query of the global batch. The temperature t divides (the GRIT paper prints a product, its code divides;
+    LLM2Vec's scale of 50 is a temperature of 0.02). Runs in float32 (float64 for float64 embeddings) with autocast off.
+
+    Args:
+        config: `temperature`, `symmetric`, `mask_same_text`, `matryoshka_dims`, `gradient_scale`, `reference_world_size`.
+        score_bytes: see `SCORE_BYTES`.
+
+    Raises:
+        ConfigError: a temperature that is not positive, dimensions below 1, an unknown gradient scale, or one by world size
+            without a world size.
+    """
+
+    kind = ObjectiveKind.EMBEDDING
+
+    def __init__(self, config: ObjectiveConfig, *, score_bytes: int = SCORE_BYTES) -> None:
+        if not config.temperature > 0:
+            raise ConfigError(f"temperature: got {config.temperature}, expected a number above 0, such as 0.02.")
+        if any(dim < 1 for dim in config.matryoshka_dims):
+            raise ConfigError(f"matryoshka_dims: got {config.matryoshka_dims}, expected numbers of dimensions from 1.")
+        self.temperature = config.temperature
+        self.symmetric = config.symmetric
+        self.mask_same_text = config.mask_same_text
+        self.matryoshka_dims = config.matryoshka_dims
+        self.gradient_factor = _gradient_factor(config)
+        self.score_bytes = score_bytes
+        self._metrics: dict[str, torch.Tensor] = {}
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Of the last call (the longest of `matryoshka_dims`, query to document).
+
+        "accuracy": share of queries that score their positive above all negatives; "positive_similarity" and
+        "negative_similarity": mean cosine with the positive, and with all other documents. Reading waits for the device.
+        """
+        return {name: float(value) for name, value in self._metrics.items()}
+
+    def __call__(self, embeddings: torch.Tensor, text_ids: torch.Tensor | None = None) -> LossTerm:
+        """See `EmbeddingObjective`.
+
+        Args:
+            embeddings: `[G, K, D]`, K at least 2; normalised here. G may be 0.
+            text_ids: int64 `[G, K]`; needed with `mask_same_text`, where 0 equals nothing, not even 0.
+
+        Returns:
+            Sum over the G queries, and G.
+
+        Raises:
+            ConfigError: groups of one, more Matryoshka dimensions than the embeddings have, or `mask_same_text` without
+                text ids.
+        """
+        num_groups, size, dim = embeddings.shape
+        self._metrics = {}
+        if num_groups == 0:
+            return LossTerm(embeddings.sum(), 0.0)
+        if size < 2:
+            raise ConfigError(f"contrastive: groups need a query and a positive (2 samples or more), got groups of {size}.")
+        if self.mask_same_text and text_ids is None:
+            raise ConfigError("contrastive: mask_same_text needs the text ids of the batch, got none.")
+        dims = self.matryoshka_dims or (dim,)
+        if max(dims) > dim:
+            raise ConfigError(f"matryoshka_dims: got {max(dims)}, but embeddings have only {dim} dimensions.")
+        ids = text_ids if self.mask_same_text else None
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            losses = [self._loss(embeddings[..., :part], ids, record=part == max(dims)) for part in dims]
+            loss = torch.stack(losses).mean()
+        if self.gradient_factor != 1.0:
+            loss = loss * self.gradient_factor + loss.detach() * (1.0 - self.gradient_factor)
+        return LossTerm(loss, float(num_groups))
+
+    def _loss(self, embeddings_GKD: torch.Tensor, ids_GK: torch.Tensor | None, *, record: bool) -> torch.Tensor:
+        query_GD, positive_GD = embeddings_GKD[:, 0], embeddings_GKD[:, 1]
+        document_MD = embeddings_GKD[:, 1:].transpose(0, 1).flatten(0, 1)  # slot-major: the positive of query i is row i
+        document_ids = None if ids_GK is None else ids_GK[:, 1:].T.flatten()
+        own_ids = None if ids_GK is None else ids_GK[:, :2]
+        forward = info_nce(query_GD, document_MD, self.temperature, own_ids, document_ids, self.score_bytes)
+        if record:
+            self._record(forward, len(query_GD), len(document_MD))
+        if not self.symmetric:
+            return forward.loss
+        query_ids = None if ids_GK is None else ids_GK[:, 0]
+        backward = info_nce(positive_GD, query_GD, self.temperature, own_ids, query_ids, self.score_bytes)
+        return (forward.loss + backward.loss) / 2
+
+    def _record(self, sums: ContrastiveSums, num_queries: int, num_documents: int) -> None:
+        self._metrics = {
+            "accuracy": sums.correct / num_queries,
+            "positive_similarity": sums.positive / num_queries,
+        }
+        if num_documents > 1:
+            self._metrics["negative_similarity"] = sums.negative / (num_queries * (num_documents - 1))
+
+
+def info_nce(
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    temperature: float,
+    own_ids: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    score_bytes: int = SCORE_BYTES,
+) -> ContrastiveSums:
+    """Cross-entropy of every query over all documents, query i's positive being document i.
+
+    Args:
+        queries: `[G, D]`, float32 or float64, normalised here.
+        documents: `[M, D]`, M at least G: all positives, then any number of negatives; normalised here.
+        temperature: cosines are divided by it; above 0.
+        own_ids: int64 `[G, 2]`, text ids of each query and its positive; None compares no texts.
+        document_ids: int64 `[M]`, text ids of the documents. One that equals an own id, is not 0 and is not the query's
+            positive is left out of the query's sum.
+        score_bytes: see `SCORE_BYTES`.
+    """
+    left_GD, right_MD = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
+    chunks = list(_row_chunks(len(left_GD), len(right_MD) * left_GD.element_size(), score_bytes))
+    parts = []
+    for rows in chunks:
+        own_ids_R2 = None if own_ids is None else own_ids[rows]
+        arguments = (left_GD[rows], right_MD, own_ids_R2, document_ids, rows.start, temperature)
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            parts.append(checkpoint(_score_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_score_rows(*arguments))
+    return ContrastiveSums(*(torch.stack(values).sum() for values in zip(*parts, strict=True)))
+
+
+def _score_rows(
+    left_RD: torch.Tensor,
+    right_MD: torch.Tensor,
+    own_ids_R2: torch.Tensor | None,
+    ids_M: torch.Tensor | None,
+    first: int,
+    temperature: float,
+) -> ContrastiveSums:
+    """Sums over the rows `[first, first + R)` of the score matrix."""
+    similarity_RM = left_RD @ right_MD.T
+    target_R = torch.arange(first, first + len(left_RD), device=left_RD.device)
+    score_RM = similarity_RM / temperature
+    if own_ids_R2 is not None and ids_M is not None:
+        score_RM = score_RM.masked_fill(_same_text(own_ids_R2, ids_M, target_R), -torch.inf)
+    loss = F.cross_entropy(score_RM, target_R, reduction="sum")
+    with torch.no_grad():
+        positive_R = similarity_RM.gather(1, target_R[:, None])[:, 0]
+        chosen_R = score_RM.gather(1, target_R[:, None])[:, 0]
+        rivals_R = score_RM.scatter(1, target_R[:, None], -torch.inf).amax(1)
+        correct = (chosen_R > rivals_R).sum().to(loss.dtype)
+        negative = similarity_RM.sum() - positive_R.sum()
+    return ContrastiveSums(loss, correct, positive_R.sum(), negative)
+
+
+def _same_text(own_ids_R2: torch.Tensor, ids_M: torch.Tensor, target_R: torch.Tensor) -> torch.Tensor:
+    """Bool `[R, M]`, True where a column is not the row's target but has the text of the row's query or positive."""
+    same_RM = (own_ids_R2[:, :1] == ids_M) | (own_ids_R2[:, 1:2] == ids_M)
+    same_RM &= ids_M != 0
+    return same_RM.scatter(1, target_R[:, None], False)
+
+
+def _row_chunks(num_rows: int, row_bytes: int, limit: int) -> Iterator[slice]:
+    height = max(1, limit // max(1, row_bytes))
+    for start in range(0, num_rows, height):
+        yield slice(start, min(start + height, num_rows))
+
+
+def _gradient_factor(config: ObjectiveConfig) -> float:
+    if GradientScale.parse(config.gradient_scale) is GradientScale.EXACT:
+        return 1.0
+    if config.reference_world_size is None or config.reference_world_size < 1:
+        raise ConfigError(
+            "gradient_scale 'inverse_world_size' needs reference_world_size, the number of devices of the run to reproduce "
+            f"(GRIT 7B: 8); got {config.reference_world_size}."
+        )
+    return 1.0 / config.reference_world_size

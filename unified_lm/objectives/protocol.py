@@ -1,0 +1,77 @@
+"""What an objective is: the two protocols that the engine knows.
+
+A new objective is a class with one of these shapes, named in a recipe by a dotted path or added to the tables of
+`objectives/__init__.py`. It never touches a model: it sees hidden states or embeddings, and returns a `LossTerm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from unified_lm.batch import LossTerm, OutputHead, Supervision
+
+
+class ObjectiveKind(Enum):
+    """What an objective is computed from.
+
+    Attributes:
+        TOKEN: hidden states at supervised positions, pack by pack.
+        EMBEDDING: pooled vectors of the whole global batch.
+    """
+
+    TOKEN = "token"
+    EMBEDDING = "embedding"
+
+
+@runtime_checkable
+class TokenObjective(Protocol):
+    """A sum over supervised positions. Made from an `ObjectiveConfig`; has the class attribute `kind = ObjectiveKind.TOKEN`."""
+
+    kind: ObjectiveKind
+
+    def __call__(self, hidden: torch.Tensor, head: OutputHead, supervision: Supervision) -> LossTerm:
+        """One pack's share.
+
+        Args:
+            hidden: `[T, D]`, last hidden states of the pack (after the final norm), in the model's dtype.
+            head: the output head.
+            supervision: where, what and how much; its weights carry the normalisation (`batch/normalization.py`).
+
+        Returns:
+            The weighted sum, and the number of supervised positions. The engine divides the sum over packs and ranks by
+            `Batch.counts`.
+        """
+        ...
+
+
+@runtime_checkable
+class EmbeddingObjective(Protocol):
+    """A loss over the embeddings of the global batch. Made from an `ObjectiveConfig`; `kind = ObjectiveKind.EMBEDDING`.
+
+    Attributes:
+        metrics: numbers of the last call, by name, for the log: means over its queries.
+    """
+
+    kind: ObjectiveKind
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers of the last call."""
+        ...
+
+    def __call__(self, embeddings: torch.Tensor, text_ids: torch.Tensor | None = None) -> LossTerm:
+        """The loss of a step.
+
+        Args:
+            embeddings: `[G, K, D]` float32 (or float64), not normalised, every group of the global batch in one order on all
+                ranks: slot 0 query, 1 positive, 2 and up hard negatives. Ranks may hold different numbers of groups.
+            text_ids: int64 `[G, K]`, hashes of the texts, 0 where unknown; None where nothing is known.
+
+        Returns:
+            The sum over queries, and G.
+        """
+        ...
