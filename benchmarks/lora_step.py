@@ -43,8 +43,7 @@ class MasterAdamW:
             parameter.grad = None
         self.optimizer.step()
         with torch.no_grad():
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                parameter.copy_(master)
+            torch._foreach_copy_(self.parameters, self.masters)
 
 
 def load(attention: str = "sdpa") -> PreTrainedModel:

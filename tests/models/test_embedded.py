@@ -86,4 +86,4 @@ def test_it_can_be_saved_and_is_plain(smollm2, tmp_path) -> None:
     config = smollm2.causal_lm.config
     assert (config.model_type, config.rms_norm_eps, config.num_hidden_layers) == ("llama", 1e-5, 30)
     assert not hasattr(config, "quantization_config")
-    assert config.dtype == torch.bfloat16
+    assert smollm2.causal_lm.dtype == torch.bfloat16

@@ -10,7 +10,7 @@ from torch import nn
 from unified_lm.config.schema import LoraConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
-from unified_lm.models.dropout import add_low_rank_update, draw_keep_mask, keep_probability
+from unified_lm.models.dropout import adapted_linear, draw_keep_mask, keep_probability
 from unified_lm.models.lora import (
     adapter_state,
     apply_lora,
@@ -153,29 +153,28 @@ def test_outputs_and_gradients_equal_pefts_own_layers(family: str) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7, msg=name)
 
 
-def plain_formula(base, x, a, b, scaling, keep, dropout):
+def plain_formula(x, weight, bias, a, b, scaling, dropout, keep):
     dropped = x * (keep != 0).to(x.dtype) / keep_probability(dropout) if keep is not None else x
-    return base + scaling * (dropped @ a.T) @ b.T
+    return x @ weight.T + bias + scaling * (dropped @ a.T) @ b.T
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_update_equals_the_plain_formula_under_a_given_mask(dropout: float) -> None:
+def test_layer_equals_the_plain_formula_under_a_given_mask(dropout: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(s, generator=generator, dtype=torch.float32) for s in ((12, 10), (12, 6), (3, 6), (10, 3))]
+    shapes = {"x": (12, 6), "weight": (10, 6), "bias": (10,), "a": (3, 6), "b": (10, 3)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     keep = draw_keep_mask((12, 6), dropout) if dropout else None
     upstream = torch.randn(12, 10, generator=generator)
     results = []
-    for update in (add_low_rank_update, plain_formula):
-        base, x, a, b = (t.clone().requires_grad_(True) for t in tensors)
-        arguments = (base.clone(), x, a, b, 2.0)
-        out = update(*arguments, dropout, keep) if update is add_low_rank_update else update(*arguments, keep, dropout)
+    for layer in (adapted_linear, plain_formula):
+        inputs = {name: t.clone().requires_grad_(name in "xab") for name, t in tensors.items()}
+        out = layer(**inputs, scaling=2.0, dropout=dropout, keep=keep)
         out.backward(upstream)
-        results.append((out, base.grad, x.grad, a.grad, b.grad))
+        results.append((out, *(inputs[name].grad for name in "xab")))
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
     if dropout:  # able to fail: another mask gives another result
-        base, x, a, b = tensors
-        other = add_low_rank_update(base.clone(), x, a, b, 2.0, dropout, draw_keep_mask((12, 6), dropout))
+        other = adapted_linear(**tensors, scaling=2.0, dropout=dropout, keep=draw_keep_mask((12, 6), dropout))
         assert (other - results[0][0]).abs().max() > 1e-2
 
 

@@ -24,7 +24,7 @@ from unified_lm.engine.fit import Training
 from unified_lm.engine.metrics import Reporter
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.trainable import Trainable
-from unified_lm.engine.validation import RetrievalTask, Validator
+from unified_lm.engine.validation import Validator
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.loading import LoadedModel, load_model
 from unified_lm.models.lora import LoraReport, apply_lora
@@ -124,10 +124,9 @@ def _make_validator(
     weights: dict[str, float],
 ) -> Validator | None:
     streams = build_validation_streams(config, loaded.tokenizer)
-    held_out = build_retrieval(config, loaded.tokenizer)
-    if not streams and held_out is None:
+    retrieval = build_retrieval(config, loaded.tokenizer)
+    if not streams and retrieval is None:
         return None
-    retrieval = RetrievalTask(held_out.queries, held_out.documents, held_out.relevant) if held_out else None
     held_out_objectives = {name: objective for name, objective in objectives.items() if name in streams}
     return Validator(
         trainable,

@@ -31,7 +31,8 @@ def check_export(run: Run) -> None:
     obstacle = sentence_transformers_obstacle(manifest, get_template(manifest.template), run.loaded.tokenizer)
     if obstacle:
         raise ConfigError(
-            f"the result could not be exported for sentence-transformers: {obstacle} Change the recipe, or set export.enabled=false."
+            f"the result could not be exported for sentence-transformers: {obstacle} "
+            "Change the recipe, or set export.enabled=false."
         )
 
 

@@ -306,7 +306,7 @@ def _export(config: RunConfig) -> Iterator[str]:
     templates = {name: s.template for name, s in config.streams.items() if s.format in ("pairs", "views", "chat")}
     if export.enabled and len(set(templates.values())) > 1:
         listed = ", ".join(f"streams.{name}.template is '{template}'" for name, template in templates.items())
-        yield f"export: has one template for embedding and generation, but {listed}; make them equal, or set export.enabled=false."
+        yield f"export: has one template for all modes, but {listed}; make them equal, or set export.enabled=false."
     if export.push_to_hub is None:
         return
     owner, _, name = export.push_to_hub.partition("/")

@@ -162,6 +162,7 @@ def _save(training: Training, steps_taken: int) -> None:
 
 def _resume(training: Training) -> int:
     if training.resume_from is None:
+        training.reporter.log.cut(0)  # of a run that ended before its first checkpoint
         return 0
     state = load_state(training.resume_from, training.identity)
     training.backend.optimizer.load_state_dict(state.optimizer)

@@ -6,35 +6,21 @@ validation takes the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from unified_lm.batch import Batch, Sample
+from unified_lm.batch import Batch
 from unified_lm.core import distributed
 from unified_lm.core.random import RngState
+from unified_lm.data.retrieval import RetrievalSet
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.trainable import Trainable
 from unified_lm.models.embedding import embed_samples
 from unified_lm.objectives import EmbeddingObjective
 from unified_lm.objectives.ranking import ndcg_at_k, recall_at_k
-
-
-@dataclass(frozen=True)
-class RetrievalTask:
-    """Queries, the documents they search, and which documents answer them.
-
-    Attributes:
-        queries: samples with a pool span.
-        documents: samples with a pool span.
-        relevant: per query the indices of the documents that answer it.
-    """
-
-    queries: Sequence[Sample]
-    documents: Sequence[Sample]
-    relevant: Sequence[set[int]]
 
 
 @contextmanager
@@ -69,7 +55,7 @@ class Validator:
         batches: Callable[[], Iterator[Batch]],
         embedding_objectives: Mapping[str, EmbeddingObjective],
         weights: Mapping[str, float],
-        retrieval: RetrievalTask | None,
+        retrieval: RetrievalSet | None,
         token_budget: int,
     ) -> None:
         self.trainable = trainable
@@ -94,7 +80,7 @@ class Validator:
             if self.retrieval is not None:
                 values |= {f"retrieval/{name}": v for name, v in self.search(self.retrieval).items()}
                 if both_masks:
-                    causal = causal_task(self.retrieval)
+                    causal = causal_set(self.retrieval)
                     values |= {f"retrieval_causal/{name}": v for name, v in self.search(causal).items()}
         return values
 
@@ -107,7 +93,7 @@ class Validator:
                 totals.setdefault(name, []).append(loss)
         return {name: sum(losses) / len(losses) for name, losses in totals.items()}
 
-    def search(self, task: RetrievalTask) -> dict[str, float]:
+    def search(self, task: RetrievalSet) -> dict[str, float]:
         """nDCG@10 and recall@1 of cosine similarity between pooled vectors."""
         vectors = embed_samples(
             self.trainable.hidden_states,
@@ -123,9 +109,9 @@ class Validator:
         return {"ndcg@10": ndcg_at_k(scores, task.relevant, 10), "recall@1": recall_at_k(scores, task.relevant, 1)}
 
 
-def causal_task(task: RetrievalTask) -> RetrievalTask:
+def causal_set(task: RetrievalSet) -> RetrievalSet:
     """The same task with every sample's mask causal."""
-    return RetrievalTask(
+    return RetrievalSet(
         [replace(s, bidirectional=(0, 0)) for s in task.queries],
         [replace(s, bidirectional=(0, 0)) for s in task.documents],
         task.relevant,

@@ -65,63 +65,71 @@ def _apply(value: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor:
     return value if bits is None else (value.view(bits.dtype) & bits).view(value.dtype)
 
 
-class _LowRankUpdate(torch.autograd.Function):
-    """``base + factor * (keep(x) @ a.T) @ b.T`` in place of `base`; see `add_low_rank_update`."""
+def _apply_in_place(value: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor:
+    if bits is not None:
+        value.view(bits.dtype).bitwise_and_(bits)
+    return value
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """A frozen linear layer with its low-rank update; see `adapted_linear`."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        base: torch.Tensor,
         x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
         keep: torch.Tensor | None,
         factor: float,
     ) -> torch.Tensor:
         reduced = _apply(x, _bits(keep, x.dtype)) @ a.T
-        ctx.save_for_backward(x, a, b, reduced, keep)
+        ctx.save_for_backward(x, weight, a, b, reduced, keep)
         ctx.factor = factor
-        ctx.mark_dirty(base)
-        return base.addmm_(reduced, b.T, alpha=factor)
+        return torch.nn.functional.linear(x, weight, bias).addmm_(reduced, b.T, alpha=factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        x, a, b, reduced, keep = ctx.saved_tensors
-        needs_x, needs_a, needs_b = ctx.needs_input_grad[1:4]
+        x, weight, a, b, reduced, keep = ctx.saved_tensors
+        needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         grad_x = grad_a = grad_b = None
         if needs_b:
-            grad_b = (grad.T @ reduced).mul_(ctx.factor)
+            grad_b = (reduced.T @ grad).T.mul(ctx.factor).contiguous()
         if needs_x or needs_a:
             bits = _bits(keep, x.dtype)
             grad_reduced = (grad @ b).mul_(ctx.factor)
             if needs_a:
                 grad_a = grad_reduced.T @ _apply(x, bits)
             if needs_x:
-                grad_x = _apply(grad_reduced @ a, bits)
-        return grad, grad_x, grad_a, grad_b, None, None
+                grad_x = _apply_in_place(grad_reduced @ a, bits).addmm_(grad, weight)
+        return grad_x, None, None, grad_a, grad_b, None, None
 
 
-def add_low_rank_update(
-    base: torch.Tensor,
+def adapted_linear(
     x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
     scaling: float,
     dropout: float = 0.0,
     keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Add a LoRA update (Hu et al. 2021, arXiv 2106.09685, eq. 3) to a linear layer's output: ``base + s * b a drop(x)``.
+    """A frozen linear layer with a LoRA update (Hu et al. 2021, arXiv 2106.09685, eq. 3): ``W x + bias + s b a drop(x)``.
 
     The same function of the same inputs as peft's layer; only the passes over memory differ. What is kept for the
-    backward is `x`, which the base layer keeps anyway, one byte per element for the mask, and `[T, r]`.
+    backward is `x`, one byte per element of it for the mask, and `[T, r]`.
 
     Args:
-        base: `[T, O]`, the base layer's output. It is overwritten and returned.
-        x: `[T, I]`, the layer's input, contiguous, same dtype as `base`.
-        a: `[r, I]`, same dtype.
-        b: `[O, r]`, same dtype.
+        x: `[T, I]`, contiguous; every matrix has its dtype.
+        weight: `[O, I]`. It gets no gradient, and neither does the bias.
+        bias: `[O]` or None.
+        a: `[r, I]`.
+        b: `[O, r]`.
         scaling: factor of the update (alpha / r).
         dropout: probability of dropping an element of `x`, on the CPU only.
         keep: `[T, I]`, a mask drawn before (`draw_keep_mask`); None draws one if `dropout` is not 0.
@@ -131,5 +139,4 @@ def add_low_rank_update(
     """
     if dropout > 0.0 and keep is None:
         keep = draw_keep_mask(x.shape, dropout)
-    factor = scaling / keep_probability(dropout)
-    return _LowRankUpdate.apply(base, x, a, b, keep, factor)
+    return _AdaptedLinear.apply(x, weight, bias, a, b, keep, scaling / keep_probability(dropout))

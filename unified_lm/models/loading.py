@@ -107,6 +107,22 @@ def load_model(
     return _finish(causal_lm, tokenizer, config, origin, notices)
 
 
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_model` would give, without loading weights.
+
+    Raises:
+        ModelError: not found, no network or gated.
+    """
+    if config.tiny_random and config.init_from is None:
+        origin = _Origin("tiny_random", config.tokenizer or "", f"tiny random {config.family}")
+        tokenizer = _load_tokenizer(origin, config) if config.tokenizer else tiny_tokenizer()
+    else:
+        origin = _locate(config)
+        tokenizer = _load_tokenizer(origin, config)
+    _ensure_pad_token(tokenizer, origin.name)
+    return tokenizer
+
+
 def _load_tiny(config: ModelConfig, dtype: torch.dtype, device: torch.device | str | None, quantize_4bit: bool) -> LoadedModel:
     if not config.family:
         raise ModelError("model.tiny_random needs to know which family to build: set model.family (for example llama).")

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from unified_lm.config.schema import LoraConfig
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.core.random import derive_seed
-from unified_lm.models.dropout import add_low_rank_update
+from unified_lm.models.dropout import adapted_linear
 
 ADAPTER = "default"
 """peft's name of the one adapter a model has here."""
@@ -69,23 +69,25 @@ class LoraLinear(PeftLinear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``base_layer(x) + scaling * B A dropout(x)``; `x` is `[..., in_features]`."""
+        base: Any = self.base_layer
         a, b = _factors(self)
+        unusual = args or kwargs or self.disable_adapters or self.merged
         # under ZeRO-3 (ds_id) weights are gathered by the hooks of the modules that own them, so these must be called
-        if x.device.type != "cpu" or args or kwargs or self.disable_adapters or self.merged or hasattr(a, "ds_id"):
+        if unusual or x.device.type != "cpu" or hasattr(a, "ds_id") or base.weight.requires_grad:
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer(x)
-        flat = x.reshape(-1, x.shape[-1]).to(base.dtype)  # autocast: the base layer's output has the compute dtype
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else base.weight.dtype
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
         dropout = self.lora_dropout[ADAPTER]
-        probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        updated = add_low_rank_update(
-            base.reshape(-1, base.shape[-1]),
-            flat.contiguous(),
-            a.to(base.dtype),
-            b.to(base.dtype),
+        out = adapted_linear(
+            x.reshape(-1, x.shape[-1]).to(dtype).contiguous(),
+            weight.to(dtype),
+            None if base.bias is None else base.bias.to(dtype),
+            a.to(dtype),
+            b.to(dtype),
             self.scaling[ADAPTER],
-            probability,
+            dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0,
         )
-        return updated.view(base.shape)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def apply_lora(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> LoraReport:
