@@ -24,7 +24,7 @@ demo: $(READY) ## train the embedded model with GRIT, export it, search and answ
 	$(BIN)/unified-lm demo
 
 test: $(READY) ## fast tests, offline, on the CPU
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY) ## the tests that take minutes: the real embedded model
 	$(BIN)/python -m pytest -m slow

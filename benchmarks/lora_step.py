@@ -1,7 +1,7 @@
 """A LoRA training step against full fine-tuning of the same batch on the CPU.
 
 SmolLM2-135M in bfloat16; one batch of 8 x 128 tokens through stock causal attention; the loss is the mean cross-entropy at 200
-positions; forward, backward and an AdamW step on float32 master weights. Repetitions are interleaved, so that another
+positions; forward, backward, clipping and an AdamW step on float32 master weights. Repetitions are interleaved, so that another
 process on the machine disturbs all contestants alike.
 
     python benchmarks/lora_step.py [--repetitions 5] [--threads 2] [--peft]
@@ -41,6 +41,7 @@ class MasterAdamW:
         for master, parameter in zip(self.masters, self.parameters, strict=True):
             master.grad = parameter.grad.float() if parameter.grad is not None else None
             parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, self.masters)

@@ -9,12 +9,14 @@ Legend: T rows (tokens), I and O the layer's input and output features, r the ad
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+_BLOCK = 1 << 17  # elements handled at a time, so that temporaries stay in the cache
 _INTEGER_VIEW = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
@@ -25,12 +27,12 @@ def _thresholds(probability: float) -> tuple[int, int]:
 
 
 def keep_probability(probability: float) -> float:
-    """The probability with which `draw_keep_mask` keeps an element: 1 - `probability`, to the nearest 2**-24."""
+    """The probability with which a mask keeps an element: 1 - `probability`, to the nearest 2**-24."""
     first, second = _thresholds(probability)
     return 1.0 - (first + second / 65536) / 256
 
 
-def draw_keep_mask(shape: torch.Size | tuple[int, ...], probability: float) -> torch.Tensor:
+def draw_keep_mask(shape: tuple[int, ...] | torch.Size, probability: float) -> torch.Tensor:
     """Draw independent Bernoulli variables for dropout on the CPU.
 
     Each element gets one random byte; only the one in 256 that equals the threshold needs more bits to decide. Each call
@@ -38,37 +40,75 @@ def draw_keep_mask(shape: torch.Size | tuple[int, ...], probability: float) -> t
     repeats the mask.
 
     Args:
-        shape: of the mask.
+        shape: any.
         probability: of dropping an element, in [0, 1); exact to 2**-25.
 
     Returns:
         int8 of `shape`: -1 (all bits set) where the element is kept, 0 where it is dropped.
     """
-    count = int(np.prod(shape))
+    generator = _fresh_generator()
+    keep = np.empty(int(np.prod(shape)), dtype=np.int8)
+    for block in _blocks(len(keep), 1):
+        np.negative(_draw_kept(generator, len(keep[block]), probability).view(np.int8), out=keep[block])
+    return torch.from_numpy(keep).view(shape)
+
+
+def draw_packed_mask(shape: tuple[int, int] | torch.Size, probability: float) -> torch.Tensor:
+    """As `draw_keep_mask`, in an eighth of the memory.
+
+    Args:
+        shape: `[T, I]`.
+        probability: of dropping an element.
+
+    Returns:
+        uint8 `[T, ceil(I / 8)]`: one bit per element, set where it is kept; `unpack_mask` undoes it.
+    """
+    generator = _fresh_generator()
+    rows, columns = shape
+    packed = np.empty((rows, -(-columns // 8)), dtype=np.uint8)
+    for block in _blocks(rows, columns):
+        height = len(packed[block])
+        kept = _draw_kept(generator, height * columns, probability)
+        packed[block] = np.packbits(kept.reshape(height, columns), axis=1)
+    return torch.from_numpy(packed)
+
+
+def _fresh_generator() -> np.random.SFC64:
+    return np.random.SFC64(int(torch.randint(1 << 62, ())))
+
+
+def _draw_kept(generator: np.random.SFC64, count: int, probability: float) -> np.ndarray:
+    """bool `[count]`."""
     first, second = _thresholds(probability)
-    generator = np.random.SFC64(int(torch.randint(1 << 62, ())))
     drawn = generator.random_raw((count + 7) // 8).view(np.uint8)[:count]
     kept = drawn >= first
     if second:
         undecided = np.flatnonzero(drawn == first)
         kept[undecided] = generator.random_raw((len(undecided) + 3) // 4).view(np.uint16)[: len(undecided)] >= second
-    return torch.from_numpy(np.negative(kept.view(np.int8))).view(shape)
+    return kept
 
 
-def _bits(keep: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """The mask widened to the size of `dtype`: all bits set where kept."""
-    return None if keep is None else keep.to(_INTEGER_VIEW[dtype])
+def unpack_mask(packed: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """The mask of `draw_packed_mask` as int8 `[T, num_columns]`: -1 (all bits set) where kept, 0 where dropped."""
+    kept = np.unpackbits(packed.numpy(), axis=1, count=num_columns).view(np.int8)
+    return torch.from_numpy(np.negative(kept, out=kept))
 
 
-def _apply(value: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor:
-    """Zero what the mask drops, without rescaling."""
-    return value if bits is None else (value.view(bits.dtype) & bits).view(value.dtype)
+def _blocks(rows: int, columns: int) -> Iterator[slice]:
+    height = max(1, _BLOCK // columns)
+    return (slice(start, start + height) for start in range(0, rows, height))
 
 
-def _apply_in_place(value: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor:
-    if bits is not None:
-        value.view(bits.dtype).bitwise_and_(bits)
-    return value
+def _apply_mask(value: torch.Tensor, packed: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
+    """Write `value`, zero where the mask drops it and not rescaled, into `out`, which may be `value` itself."""
+    if packed is None:
+        return value
+    bits = _INTEGER_VIEW[value.dtype]
+    source, target = value.view(bits), out.view(bits)
+    for block in _blocks(*value.shape):
+        keep = unpack_mask(packed[block], value.shape[1]).to(bits)
+        torch.bitwise_and(source[block], keep, out=target[block])
+    return out
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -85,7 +125,7 @@ class _AdaptedLinear(torch.autograd.Function):
         keep: torch.Tensor | None,
         factor: float,
     ) -> torch.Tensor:
-        reduced = _apply(x, _bits(keep, x.dtype)) @ a.T
+        reduced = _apply_mask(x, keep, torch.empty_like(x)) @ a.T
         ctx.save_for_backward(x, weight, a, b, reduced, keep)
         ctx.factor = factor
         return torch.nn.functional.linear(x, weight, bias).addmm_(reduced, b.T, alpha=factor)
@@ -98,14 +138,15 @@ class _AdaptedLinear(torch.autograd.Function):
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         grad_x = grad_a = grad_b = None
         if needs_b:
-            grad_b = (reduced.T @ grad).T.mul(ctx.factor).contiguous()
+            grad_b = (grad.T @ reduced).mul_(ctx.factor)
         if needs_x or needs_a:
-            bits = _bits(keep, x.dtype)
             grad_reduced = (grad @ b).mul_(ctx.factor)
+            buffer = torch.empty_like(x)  # first for the dropped input, then for the input's gradient
             if needs_a:
-                grad_a = grad_reduced.T @ _apply(x, bits)
+                grad_a = grad_reduced.T @ _apply_mask(x, keep, buffer)
             if needs_x:
-                grad_x = _apply_in_place(grad_reduced @ a, bits).addmm_(grad, weight)
+                torch.mm(grad_reduced, a, out=buffer)
+                grad_x = _apply_mask(buffer, keep, buffer).addmm_(grad, weight)
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
@@ -122,7 +163,7 @@ def adapted_linear(
     """A frozen linear layer with a LoRA update (Hu et al. 2021, arXiv 2106.09685, eq. 3): ``W x + bias + s b a drop(x)``.
 
     The same function of the same inputs as peft's layer; only the passes over memory differ. What is kept for the
-    backward is `x`, one byte per element of it for the mask, and `[T, r]`.
+    backward is `x`, one bit per element of it for the mask, and `[T, r]`.
 
     Args:
         x: `[T, I]`, contiguous; every matrix has its dtype.
@@ -132,11 +173,11 @@ def adapted_linear(
         b: `[O, r]`.
         scaling: factor of the update (alpha / r).
         dropout: probability of dropping an element of `x`, on the CPU only.
-        keep: `[T, I]`, a mask drawn before (`draw_keep_mask`); None draws one if `dropout` is not 0.
+        keep: a mask for `x` drawn before (`draw_packed_mask`); None draws one if `dropout` is not 0.
 
     Returns:
         `[T, O]`.
     """
     if dropout > 0.0 and keep is None:
-        keep = draw_keep_mask(x.shape, dropout)
+        keep = draw_packed_mask(x.shape, dropout)
     return _AdaptedLinear.apply(x, weight, bias, a, b, keep, scaling / keep_probability(dropout))

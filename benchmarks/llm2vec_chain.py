@@ -1,0 +1,100 @@
+"""What the LLM2Vec chain does to sentence similarity: STS-B dev before, after MNTP, and after SimCSE on the embedded model.
+
+Spearman correlation of cosine similarity and human scores, mean pooling, no prompt. The text is a WikiText file; its
+tokenisation is undone (" @-@ ", spaces before punctuation), headings and sentences with unknown words are left out. STS-B is
+only read for measuring.
+
+Usage: python benchmarks/llm2vec_chain.py WIKITEXT.txt STS_DEV.csv RUN_DIR [key=value ...]
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from unified_lm import UnifiedLM
+from unified_lm.build import train
+from unified_lm.config.schema import ModelConfig
+from unified_lm.models.loading import load_model
+
+_UNDO = (
+    (re.compile(r" @([-,.])@ "), r"\1"),
+    (re.compile(r" ([,.;:!?%)\]])"), r"\1"),
+    (re.compile(r"([(\[]) "), r"\1"),
+    (re.compile(r'" ([^"]*?) "'), r'"\1"'),
+    (re.compile(r" ('s|n't|'re|'ve|'ll|'d|'m)\b"), r"\1"),
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z])")
+_WORDS = range(6, 31)
+
+
+def prepare(wikitext: Path, folder: Path) -> tuple[Path, Path]:
+    """Write paragraphs and sentences, one a line; returns the two files."""
+    paragraphs, sentences = [], []
+    for line in wikitext.read_text(encoding="utf-8").splitlines():
+        text = line.strip()
+        if not text or text.startswith("="):
+            continue
+        for pattern, replacement in _UNDO:
+            text = pattern.sub(replacement, text)
+        whole = [s for s in _SENTENCE_END.split(text) if "<unk>" not in s]
+        if whole:
+            paragraphs.append(" ".join(whole))
+        sentences += [s for s in whole if len(s.split()) in _WORDS]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / "paragraphs.txt", folder / "sentences.txt"
+    for file, texts in zip(files, (paragraphs, sentences), strict=True):
+        file.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    print(f"{len(paragraphs)} paragraphs, {len(sentences)} sentences")
+    return files
+
+
+def similarity(model: UnifiedLM, rows: list[list[str]]) -> float:
+    """Spearman correlation, times 100."""
+    texts = [row[5] for row in rows] + [row[6] for row in rows]
+    vectors = model.encode(texts, normalize=True, token_budget=4096)
+    cosine = np.sum(vectors[: len(rows)] * vectors[len(rows) :], axis=1)
+    return float(spearmanr(cosine, [float(row[4]) for row in rows]).statistic) * 100
+
+
+def main(wikitext: str, sts: str, run_dir: str, *overrides: str) -> None:
+    """Run the chain and print the table."""
+    folder = Path(run_dir)
+    paragraphs, sentences = prepare(Path(wikitext), folder / "text")
+    with open(sts, encoding="utf-8", newline="") as handle:
+        rows = [row for row in csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE) if len(row) >= 7]
+    started = time.perf_counter()
+    scores = {}
+
+    def measure(name: str, model: UnifiedLM) -> None:
+        scores[name] = round(similarity(model, rows), 2)
+        print(f"{name}: {scores[name]} after {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+        (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+
+    for attention in ("causal", "bidirectional"):
+        loaded = load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama"))
+        model = UnifiedLM(loaded.causal_lm, loaded.tokenizer, template="plain", pooling="mean", attention=attention)
+        measure(f"{attention}, untrained", model)
+    common = [
+        "model=smollm2_135m",
+        "data=files",
+        f"data.text_path={paragraphs}",
+        f"data.sentences_path={sentences}",
+        "logging.progress=false",
+        *overrides,
+    ]
+    mntp = train(["recipe=llm2vec_mntp", f"run_dir={folder}/1-mntp", *common])
+    measure("MNTP", UnifiedLM.from_pretrained(mntp / "export"))
+    simcse = train(["recipe=llm2vec_simcse", f"run_dir={folder}/2-simcse", f"model.init_from={mntp}", *common])
+    measure("MNTP, SimCSE", UnifiedLM.from_pretrained(simcse / "export"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
