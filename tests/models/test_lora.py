@@ -10,7 +10,7 @@ from torch import nn
 from unified_lm.config.schema import LoraConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
-from unified_lm.models.dropout import adapted_linear, draw_keep_mask, draw_packed_mask, keep_probability, unpack_mask
+from unified_lm.models.dropout import adapted_linear, draw_keep_mask, keep_probability
 from unified_lm.models.lora import (
     adapter_state,
     apply_lora,
@@ -154,7 +154,7 @@ def test_outputs_and_gradients_equal_pefts_own_layers(family: str) -> None:
 
 
 def plain_formula(x, weight, bias, a, b, scaling, dropout, keep):
-    kept = 1.0 if keep is None else -unpack_mask(keep, x.shape[1]).to(x.dtype) / keep_probability(dropout)
+    kept = 1.0 if keep is None else -keep.to(x.dtype) / keep_probability(dropout)
     return x @ weight.T + bias + scaling * ((x * kept) @ a.T) @ b.T
 
 
@@ -163,7 +163,7 @@ def test_layer_equals_the_plain_formula_under_a_given_mask(dropout: float) -> No
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (12, 6), "weight": (10, 6), "bias": (10,), "a": (3, 6), "b": (10, 3)}
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    keep = draw_packed_mask((12, 6), dropout) if dropout else None
+    keep = draw_keep_mask((12, 6), dropout) if dropout else None
     upstream = torch.randn(12, 10, generator=generator)
     results = []
     for layer in (adapted_linear, plain_formula):
@@ -174,16 +174,15 @@ def test_layer_equals_the_plain_formula_under_a_given_mask(dropout: float) -> No
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
     if dropout:  # able to fail: another mask gives another result
-        other = adapted_linear(**tensors, scaling=2.0, dropout=dropout, keep=draw_packed_mask((12, 6), dropout))
+        other = adapted_linear(**tensors, scaling=2.0, dropout=dropout, keep=draw_keep_mask((12, 6), dropout))
         assert (other - results[0][0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.1, 0.5])
-@pytest.mark.parametrize("packed", [False, True])
-def test_dropout_rate_and_independence(probability: float, packed: bool) -> None:
+def test_dropout_rate_and_independence(probability: float) -> None:
     torch.manual_seed(0)
     shape = (1000, 1001)  # several blocks, and no multiple of eight
-    keep = unpack_mask(draw_packed_mask(shape, probability), 1001) if packed else draw_keep_mask(shape, probability)
+    keep = draw_keep_mask(shape, probability)
     assert keep.shape == shape
     assert set(keep.unique().tolist()) == {-1, 0}
     kept = -keep.double()

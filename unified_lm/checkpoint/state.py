@@ -3,7 +3,7 @@
 A checkpoint is `run_dir/checkpoints/step-00000050/` with
 
 - `optimizer.safetensors`: float32 trained weights and AdamW's moments,
-- `rng.safetensors`: the random state,
+- `rng.safetensors`: the random state of every rank,
 - `state.json`: step, data cursors, metrics position, and the identity of what is trained.
 
 A folder under its final name is complete (`core.files.write_directory`), so the newest one is the one to resume.
@@ -53,7 +53,7 @@ class RunState:
         step: optimizer steps taken.
         optimizer: float32 weights and moments, by name.
         loader: cursors of every stream, as JSON values.
-        rng: the random state.
+        rng: the random state of every rank, by rank.
         metrics_bytes: length of metrics.jsonl; what was written after it is cut off on resume.
         identity: what the state belongs to.
     """
@@ -61,7 +61,7 @@ class RunState:
     step: int
     optimizer: dict[str, torch.Tensor]
     loader: dict[str, Any]
-    rng: RngState
+    rng: tuple[RngState, ...]
     metrics_bytes: int
     identity: Identity
 
@@ -80,7 +80,11 @@ def save_state(state: RunState, folder: Path, keep_last: int) -> Path:
 
 
 def _fill(state: RunState, building: Path) -> None:
-    rng = {"cpu": state.rng.cpu} | ({} if state.rng.device is None else {"device": state.rng.device})
+    rng = {}
+    for rank, captured in enumerate(state.rng):
+        rng[f"cpu/{rank}"] = captured.cpu
+        if captured.device is not None:
+            rng[f"device/{rank}"] = captured.device
     try:
         save_file({name: t.detach().contiguous() for name, t in state.optimizer.items()}, building / "optimizer.safetensors")
         save_file(rng, building / "rng.safetensors")
@@ -90,6 +94,7 @@ def _fill(state: RunState, building: Path) -> None:
         "step": state.step,
         "loader": state.loader,
         "metrics_bytes": state.metrics_bytes,
+        "num_ranks": len(state.rng),
         "identity": asdict(state.identity),
     }
     (building / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -153,7 +158,7 @@ def load_state(path: Path, identity: Identity) -> RunState:
         step=content["step"],
         optimizer=optimizer,
         loader=content["loader"],
-        rng=RngState(rng["cpu"], rng.get("device")),
+        rng=tuple(RngState(rng[f"cpu/{rank}"], rng.get(f"device/{rank}")) for rank in range(content["num_ranks"])),
         metrics_bytes=content["metrics_bytes"],
         identity=identity,
     )

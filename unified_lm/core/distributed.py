@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def is_initialised() -> bool:
@@ -64,6 +67,15 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(value)
     return value
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """A picklable value of every rank, by rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return cast("list[T]", values)
 
 
 def all_gather_uneven(value: torch.Tensor) -> tuple[list[torch.Tensor], int]:

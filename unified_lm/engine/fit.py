@@ -147,12 +147,13 @@ def _validate(training: Training, step: int, *, both_masks: bool) -> None:
 
 def _save(training: Training, steps_taken: int) -> None:
     """Write a checkpoint. Every rank holds the same weights, so rank 0 writes; the others wait for it."""
+    rng = tuple(distributed.all_gather_objects(RngState.capture()))
     if distributed.is_main():
         state = RunState(
             step=steps_taken,
             optimizer=training.backend.optimizer.state_dict(),
             loader=training.loader.state_dict(),
-            rng=RngState.capture(),
+            rng=rng,
             metrics_bytes=training.reporter.log.num_bytes,
             identity=training.identity,
         )
@@ -167,7 +168,10 @@ def _resume(training: Training) -> int:
     state = load_state(training.resume_from, training.identity)
     training.backend.optimizer.load_state_dict(state.optimizer)
     training.loader.load_state_dict(state.loader)
-    state.rng.restore()
+    if len(state.rng) == distributed.world_size():
+        state.rng[distributed.rank()].restore()
+    else:
+        training.reporter.say(f"checkpoint of {len(state.rng)} ranks: the order of the data continues, dropout draws anew")
     training.reporter.log.cut(state.metrics_bytes)
     training.reporter.say(f"resuming from {training.resume_from.name}")
     return state.step

@@ -9,7 +9,6 @@ Legend: T rows (tokens), I and O the layer's input and output features, r the ad
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -46,35 +45,12 @@ def draw_keep_mask(shape: tuple[int, ...] | torch.Size, probability: float) -> t
     Returns:
         int8 of `shape`: -1 (all bits set) where the element is kept, 0 where it is dropped.
     """
-    generator = _fresh_generator()
+    generator = np.random.SFC64(int(torch.randint(1 << 62, ())))
     keep = np.empty(int(np.prod(shape)), dtype=np.int8)
-    for block in _blocks(len(keep), 1):
-        np.negative(_draw_kept(generator, len(keep[block]), probability).view(np.int8), out=keep[block])
+    for start in range(0, len(keep), _BLOCK):
+        block = keep[start : start + _BLOCK]
+        np.negative(_draw_kept(generator, len(block), probability).view(np.int8), out=block)
     return torch.from_numpy(keep).view(shape)
-
-
-def draw_packed_mask(shape: tuple[int, int] | torch.Size, probability: float) -> torch.Tensor:
-    """As `draw_keep_mask`, in an eighth of the memory.
-
-    Args:
-        shape: `[T, I]`.
-        probability: of dropping an element.
-
-    Returns:
-        uint8 `[T, ceil(I / 8)]`: one bit per element, set where it is kept; `unpack_mask` undoes it.
-    """
-    generator = _fresh_generator()
-    rows, columns = shape
-    packed = np.empty((rows, -(-columns // 8)), dtype=np.uint8)
-    for block in _blocks(rows, columns):
-        height = len(packed[block])
-        kept = _draw_kept(generator, height * columns, probability)
-        packed[block] = np.packbits(kept.reshape(height, columns), axis=1)
-    return torch.from_numpy(packed)
-
-
-def _fresh_generator() -> np.random.SFC64:
-    return np.random.SFC64(int(torch.randint(1 << 62, ())))
 
 
 def _draw_kept(generator: np.random.SFC64, count: int, probability: float) -> np.ndarray:
@@ -88,27 +64,11 @@ def _draw_kept(generator: np.random.SFC64, count: int, probability: float) -> np
     return kept
 
 
-def unpack_mask(packed: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """The mask of `draw_packed_mask` as int8 `[T, num_columns]`: -1 (all bits set) where kept, 0 where dropped."""
-    kept = np.unpackbits(packed.numpy(), axis=1, count=num_columns).view(np.int8)
-    return torch.from_numpy(np.negative(kept, out=kept))
-
-
-def _blocks(rows: int, columns: int) -> Iterator[slice]:
-    height = max(1, _BLOCK // columns)
-    return (slice(start, start + height) for start in range(0, rows, height))
-
-
-def _apply_mask(value: torch.Tensor, packed: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    """Write `value`, zero where the mask drops it and not rescaled, into `out`, which may be `value` itself."""
-    if packed is None:
+def _apply_mask(value: torch.Tensor, bits: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+    """Write `value`, zero where the mask drops it and not rescaled, into `out`: either argument itself or a third."""
+    if bits is None or out is None:
         return value
-    bits = _INTEGER_VIEW[value.dtype]
-    source, target = value.view(bits), out.view(bits)
-    for block in _blocks(*value.shape):
-        keep = unpack_mask(packed[block], value.shape[1]).to(bits)
-        torch.bitwise_and(source[block], keep, out=target[block])
-    return out
+    return torch.bitwise_and(value.view(bits.dtype), bits, out=out.view(bits.dtype)).view(value.dtype)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -125,7 +85,8 @@ class _AdaptedLinear(torch.autograd.Function):
         keep: torch.Tensor | None,
         factor: float,
     ) -> torch.Tensor:
-        reduced = _apply_mask(x, keep, torch.empty_like(x)) @ a.T
+        bits = None if keep is None else keep.to(_INTEGER_VIEW[x.dtype])
+        reduced = _apply_mask(x, bits, bits) @ a.T
         ctx.save_for_backward(x, weight, a, b, reduced, keep)
         ctx.factor = factor
         return torch.nn.functional.linear(x, weight, bias).addmm_(reduced, b.T, alpha=factor)
@@ -141,12 +102,13 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_b = (grad.T @ reduced).mul_(ctx.factor)
         if needs_x or needs_a:
             grad_reduced = (grad @ b).mul_(ctx.factor)
+            bits = None if keep is None else keep.to(_INTEGER_VIEW[x.dtype])
             buffer = torch.empty_like(x)  # first for the dropped input, then for the input's gradient
             if needs_a:
-                grad_a = grad_reduced.T @ _apply_mask(x, keep, buffer)
+                grad_a = grad_reduced.T @ _apply_mask(x, bits, buffer)
             if needs_x:
                 torch.mm(grad_reduced, a, out=buffer)
-                grad_x = _apply_mask(buffer, keep, buffer).addmm_(grad, weight)
+                grad_x = _apply_mask(buffer, bits, buffer).addmm_(grad, weight)
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
@@ -163,7 +125,7 @@ def adapted_linear(
     """A frozen linear layer with a LoRA update (Hu et al. 2021, arXiv 2106.09685, eq. 3): ``W x + bias + s b a drop(x)``.
 
     The same function of the same inputs as peft's layer; only the passes over memory differ. What is kept for the
-    backward is `x`, one bit per element of it for the mask, and `[T, r]`.
+    backward is `x`, one byte per element of it for the mask, and `[T, r]`.
 
     Args:
         x: `[T, I]`, contiguous; every matrix has its dtype.
@@ -173,11 +135,11 @@ def adapted_linear(
         b: `[O, r]`.
         scaling: factor of the update (alpha / r).
         dropout: probability of dropping an element of `x`, on the CPU only.
-        keep: a mask for `x` drawn before (`draw_packed_mask`); None draws one if `dropout` is not 0.
+        keep: a mask for `x` drawn before (`draw_keep_mask`); None draws one if `dropout` is not 0.
 
     Returns:
         `[T, O]`.
     """
     if dropout > 0.0 and keep is None:
-        keep = draw_packed_mask(x.shape, dropout)
+        keep = draw_keep_mask(x.shape, dropout)
     return _AdaptedLinear.apply(x, weight, bias, a, b, keep, scaling / keep_probability(dropout))
