@@ -1,8 +1,8 @@
 """A LoRA training step against full fine-tuning of the same batch on the CPU, through the engine.
 
-SmolLM2-135M in bfloat16; one pack of 8 samples of 128 tokens, causal, 200 supervised positions; a whole optimizer step: forward,
-backward, clipping, AdamW on float32 master weights. Repetitions are interleaved, so that another process on the machine
-disturbs all contestants alike.
+SmolLM2-135M in bfloat16; one pack of 8 samples of 128 tokens, causal, 200 supervised positions; a whole optimizer step:
+forward, backward, clipping, AdamW on float32 master weights. Repetitions are interleaved, so that another process on the
+machine disturbs all contestants alike.
 
     python benchmarks/lora_step.py [--repetitions 5] [--threads 2] [--peft]
 

@@ -39,7 +39,7 @@ def demo(argv: Sequence[str]) -> None:
     model = UnifiedLM.from_pretrained(run_dir / "export")
     _search(model, run_dir, console)
     _answer(model, console)
-    console.print(f"\nplot    {plot_run(run_dir)}\nexport  {run_dir / 'export'}", highlight=False)
+    console.print(f"\nplot    {plot_run(run_dir)}\nexport  {run_dir / 'export'}", highlight=False, soft_wrap=True)
     console.print(f"{(time.perf_counter() - started) / 60:.1f} minutes", highlight=False)
 
 
@@ -77,10 +77,10 @@ def _search(model: UnifiedLM, run_dir: Path, console: Console) -> None:
         console.print(f"  {query}", style="bold", highlight=False)
         for hit in hits:
             found = " ".join(texts[hit.index].split())[:90]
-            console.print(f"    {hit.score:.3f}  {found}", highlight=False, markup=False)
+            console.print(f"    {hit.score:.3f}  {found}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _answer(model: UnifiedLM, console: Console) -> None:
     answer = model.generate([{"role": "user", "content": QUESTION}], max_new_tokens=60)
     console.print("\n[bold]answer[/], from the same weights")
-    console.print(f"  {QUESTION}\n  {answer}", highlight=False, markup=False)
+    console.print(f"  {QUESTION}\n  {answer}", highlight=False, markup=False, soft_wrap=True)
