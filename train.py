@@ -1,5 +1,6 @@
 """Train a recipe: `torchrun train.py recipe=NAME key=value`, or `python train.py` for one process."""
 
+import os
 import sys
 
 from unified_lm.cli.main import run_command
@@ -9,7 +10,9 @@ def main(argv: list[str]) -> None:
     """Compose the recipe, train it, export it; the folder of the run is the last line of output."""
     from unified_lm.build import train
 
-    print(train(argv))
+    run_dir = train(argv)
+    if os.environ.get("RANK", "0") == "0":
+        print(run_dir)
 
 
 if __name__ == "__main__":

@@ -83,3 +83,23 @@ def test_a_checkpoint_of_another_recipe_is_refused(uninterrupted, tmp_path):
     arguments = [a.replace("grit_smollm2", "embedding_only") for a in COMMON]
     with pytest.raises(CheckpointError, match="recipe: the checkpoint has 'grit_smollm2'"):
         train([*arguments, f"run_dir={tmp_path}/run", f"resume={uninterrupted}"])
+
+
+def test_an_older_checkpoint_is_not_continued_over_newer_ones(uninterrupted):
+    """Pruning keeps the highest steps: new checkpoints with lower ones would vanish."""
+    oldest = sorted((uninterrupted / "checkpoints").iterdir())[0]
+    with pytest.raises(CheckpointError, match="checkpoints newer than step-00000004"):
+        train([*COMMON, f"run_dir={uninterrupted}", f"resume={oldest}"])
+
+
+def test_resuming_leaves_the_saved_configuration_of_a_refused_run(uninterrupted):
+    before = (uninterrupted / "config.yaml").read_text()
+    with pytest.raises(CheckpointError, match="trained: the checkpoint has"):
+        train([*COMMON, f"run_dir={uninterrupted}", "resume=auto", "lora=all_linear"])
+    assert (uninterrupted / "config.yaml").read_text() == before
+
+
+def test_fewer_steps_than_the_checkpoint_has_taken_are_refused(uninterrupted):
+    arguments = [a.replace("max_steps=6", "max_steps=3") for a in COMMON]
+    with pytest.raises(CheckpointError, match="has taken 6 steps"):
+        train([*arguments, f"run_dir={uninterrupted}", "resume=auto"])

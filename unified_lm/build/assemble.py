@@ -12,9 +12,12 @@ import torch
 from rich.console import Console
 
 from unified_lm.batch import Batch
-from unified_lm.checkpoint.state import Identity, find_checkpoint
+from unified_lm.checkpoint.manifest import Manifest
+from unified_lm.checkpoint.state import Identity, check_identity, find_checkpoint
+from unified_lm.checkpoint.verify import load_projection
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
+from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.core.random import seed_everything
 from unified_lm.data.loader import StepLoader
 from unified_lm.data.retrieval import build_retrieval
@@ -60,14 +63,19 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     backbone = Backbone(loaded.causal_lm, config.model.attention_kernel).to(device)
     if config.model.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    probe_attention(backbone)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
+        probe_attention(backbone)
     streams = build_streams(config, loaded.tokenizer)
     tokens, embeddings = _objectives(config)
-    trainable = _make_trainable(config, backbone, tokens).to(device)
+    trainable = _make_trainable(config, loaded, backbone, tokens).to(device)
     backend = make_backend(trainable, config.optim, config.parallel)
     weights = {name: stream.objective.weight for name, stream in config.streams.items()}
     identity = _identity(config, loaded, trainable)
     resume_from = find_checkpoint(config.resume, run_dir / "checkpoints")
+    if resume_from is not None:
+        taken = check_identity(resume_from, identity)["step"]
+        if taken > config.max_steps:
+            raise CheckpointError(f"{resume_from} has taken {taken} steps, max_steps is {config.max_steps}. Raise max_steps.")
     training = Training(
         config=config,
         run_dir=run_dir,
@@ -94,10 +102,29 @@ def _objectives(config: RunConfig) -> tuple[dict[str, TokenObjective], dict[str,
     return tokens, embeddings
 
 
-def _make_trainable(config: RunConfig, backbone: Backbone, objectives: dict[str, TokenObjective]) -> Trainable:
-    projection = None
-    if config.model.projection_dim is not None:
-        projection = Projection(backbone.hidden_size, config.model.projection_dim)
+def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
+    """The head on pooled vectors: that of the export the run starts from, or a new one.
+
+    Raises:
+        ConfigError: the recipe's size is not that of the export.
+    """
+    earlier = (loaded.provenance.get("manifest") or {}).get("projection_dim")
+    wanted = config.model.projection_dim
+    if earlier is not None:
+        if wanted != earlier:
+            raise ConfigError(
+                f"model.projection_dim is {wanted}, and {config.model.init_from} has a projection to {earlier} dimensions. "
+                f"Set model.projection_dim={earlier}."
+            )
+        folder = Path(loaded.provenance["init_from"])
+        return load_projection(folder, Manifest.load(folder), hidden_size)
+    return None if wanted is None else Projection(hidden_size, wanted)
+
+
+def _make_trainable(
+    config: RunConfig, loaded: LoadedModel, backbone: Backbone, objectives: dict[str, TokenObjective]
+) -> Trainable:
+    projection = _make_projection(config, loaded, backbone.hidden_size)
     return Trainable(
         backbone,
         config.model.pooling,
@@ -143,11 +170,11 @@ def _fixed_batches(config: RunConfig, streams: dict[str, Stream]) -> Callable[[]
     if not streams:
         return lambda: iter(())
     loader = _make_loader(config, streams)
-    start = loader.state_dict()
+    one_epoch = min(max(1, stream.num_rows // stream.batch_size) for stream in streams.values())
 
     def batches() -> Iterator[Batch]:
-        loader.load_state_dict(start)
-        for _ in range(config.validation.num_batches):
+        loader.reset()
+        for _ in range(min(config.validation.num_batches, one_epoch)):
             yield loader.next_batch()
 
     return batches
@@ -158,7 +185,7 @@ def _identity(config: RunConfig, loaded: LoadedModel, trainable: Trainable) -> I
     tokenizer = loaded.tokenizer.backend_tokenizer.to_str()
     return Identity(
         recipe=config.recipe,
-        model=f"{loaded.provenance['name']} {loaded.provenance['fingerprint']}",
+        model=f"{loaded.provenance['family']} {loaded.provenance['fingerprint']}",
         tokenizer=blake2b(tokenizer.encode(), digest_size=16).hexdigest(),
         trained=blake2b(repr(shapes).encode(), digest_size=16).hexdigest(),
     )

@@ -132,18 +132,16 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     )
 
 
-def load_state(path: Path, identity: Identity) -> RunState:
-    """Read a checkpoint and check that it belongs to this run.
+def check_identity(path: Path, identity: Identity) -> dict[str, Any]:
+    """Check that a checkpoint belongs to this run, without reading its tensors; returns the content of state.json.
 
     Raises:
         CheckpointError: it is torn, or of another recipe, model or tokenizer (every difference is named).
     """
     try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        optimizer = load_file(path / "optimizer.safetensors")
-        rng = load_file(path / "rng.safetensors")
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}. Remove it to resume from an earlier one.") from error
+        content: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise _unreadable(path, error) from error
     found = content["identity"]
     differences = [
         f"{name}: the checkpoint has {found.get(name)!r}, this run {value!r}"
@@ -154,6 +152,25 @@ def load_state(path: Path, identity: Identity) -> RunState:
         raise CheckpointError(
             f"checkpoint {path} belongs to another run. " + "; ".join(differences) + ". Use another run_dir, or resume=none."
         )
+    return content
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"checkpoint {path} cannot be read: {error}. Remove it to resume from an earlier one.")
+
+
+def load_state(path: Path, identity: Identity) -> RunState:
+    """Read a checkpoint of this run.
+
+    Raises:
+        CheckpointError: see `check_identity`.
+    """
+    content = check_identity(path, identity)
+    try:
+        optimizer = load_file(path / "optimizer.safetensors")
+        rng = load_file(path / "rng.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
     return RunState(
         step=content["step"],
         optimizer=optimizer,

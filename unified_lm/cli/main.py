@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from unified_lm.core.errors import UserError, did_you_mean
 
 USER_ERROR = 2
 _INTERRUPTED = 130
+_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+"""Errors of the operating system that a user can mend: a full or read-only disk, a missing permission."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,14 @@ def run_command(command: Callable[[], object]) -> int:
         command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.errno not in _MENDABLE:
+            raise
+        print(
+            f"error: {error.strerror}: {error.filename or 'the disk'}. Nothing that was complete before is lost.",
+            file=sys.stderr,
+        )
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

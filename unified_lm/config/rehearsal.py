@@ -28,11 +28,12 @@ def rehearse(values: dict[str, Any], given: Collection[str], *, keep_data: bool)
         One sentence for everything that was changed.
     """
     notices = [f"rehearsal: a tiny random {values['model'].get('family')} model in float32 instead of real weights."]
-    values["model"].update(tiny_random=True, autocast=False)
+    values["model"]["tiny_random"] = True
+    _set(values["model"], "model", "autocast", False, given)
     _set(values["model"], "model", "dtype", "float32", given)
     _set(values["model"], "model", "tokenizer", None, given)
     if isinstance(values.get("lora"), dict):
-        values["lora"]["quantize_4bit"] = False
+        _set(values["lora"], "lora", "quantize_4bit", False, given)
     if isinstance(values.get("streams"), dict):
         notices += _shrink(values, given)
         if not keep_data:

@@ -73,6 +73,9 @@ def longest_sample(stream: StreamConfig) -> int:
 def _chain(config: ChainConfig) -> Iterator[str]:
     if not config.stages:
         yield "chain: got no stages, expected the names of at least one recipe."
+    for stage in config.stages[:-1]:
+        if not stage.export.enabled:
+            yield f"export.enabled: the stage after {stage.recipe} starts from its export, which is turned off."
     for stage in config.stages:
         if stage.resume not in ("none", "auto"):
             yield f"resume: got '{stage.resume}', a chain takes 'none' or 'auto'."
@@ -154,11 +157,14 @@ def _stream(path: str, stream: StreamConfig) -> Iterator[str]:
         yield f"{path}.sources: is empty; choose data=... that offers such rows, or give {path}.sources=[{{path: FILE}}]."
     for index, source in enumerate(stream.sources):
         yield from _source(f"{path}.sources.{index}", source)
-    yield from _choice(f"{path}.format", stream.format, FORMATS)
+        if (source.instruction or source.document_instruction) and stream.format != "pairs":
+            yield f"{path}.sources.{index}.instruction: only pairs have instructions, got format {stream.format}."
+    yield from _choice(f"{path}.format", stream.format, FORMATS, open_ended=True)
     yield from _choice(f"{path}.attention", stream.attention, ATTENTIONS)
     yield from _choice(f"{path}.chunking", stream.chunking, ("record", "concatenate"))
-    for name in ("batch_size", "max_query_tokens", "max_document_tokens", "max_tokens"):
-        yield from _at_least(f"{path}.{name}", getattr(stream, name), 1)
+    yield from _at_least(f"{path}.batch_size", stream.batch_size, 1)
+    for name in ("max_query_tokens", "max_document_tokens", "max_tokens"):
+        yield from _at_least(f"{path}.{name}", getattr(stream, name), 4)
     yield from _at_least(f"{path}.num_hard_negatives", stream.num_hard_negatives, 0)
     if not 0 <= stream.source_temperature <= 1:
         yield f"{path}.source_temperature: got {stream.source_temperature}, expected 0 to 1."
@@ -290,6 +296,8 @@ def _validation(config: RunConfig) -> Iterator[str]:
     for name, sources in validation.sources.items():
         if name not in config.streams:
             yield f"validation.sources.{name}: there is no stream '{name}'.{did_you_mean(name, config.streams)}"
+        elif config.streams[name].format == "views":
+            yield f"validation.sources.{name}: two views are equal without dropout, so a held-out loss would say nothing."
         for index, source in enumerate(sources):
             yield from _source(f"validation.sources.{name}.{index}", source)
     if validation.retrieval is None:
@@ -307,6 +315,14 @@ def _export(config: RunConfig) -> Iterator[str]:
     if export.enabled and len(set(templates.values())) > 1:
         listed = ", ".join(f"streams.{name}.template is '{template}'" for name, template in templates.items())
         yield f"export: has one template for all modes, but {listed}; make them equal, or set export.enabled=false."
+    if export.dtype == "float32" and config.model.dtype == "bfloat16":
+        yield "export.dtype: the weights are bfloat16 (model.dtype), so a float32 export would only be larger; use bfloat16."
+    for name, stream in config.streams.items():
+        if export.enabled and stream.attention == "bidirectional_prompt":
+            yield (
+                f"streams.{name}.attention: stock tools generate causally and cannot repeat 'bidirectional_prompt'; "
+                "train with 'causal', or set export.enabled=false."
+            )
     if export.push_to_hub is None:
         return
     owner, _, name = export.push_to_hub.partition("/")

@@ -224,8 +224,23 @@ class Text(Format):
     def _usable(self, ids: np.ndarray) -> bool:
         return len(ids) >= 2
 
-    def _records(self, source: Any, rejected: Counter[str]) -> Iterator[tuple[int, Encoded]]:
+    @property
+    def _room(self) -> int:
+        """Tokens of text in one sample.
+
+        Raises:
+            ConfigError: the limit leaves none.
+        """
         room = self.config.max_tokens - len(self.leading)
+        if room < 1:
+            raise ConfigError(
+                f"streams.{self.name}.max_tokens is {self.config.max_tokens}, and {len(self.leading)} tokens precede every "
+                "text; raise the limit."
+            )
+        return room
+
+    def _records(self, source: Any, rejected: Counter[str]) -> Iterator[tuple[int, Encoded]]:
+        room = self._room
         for chunk in chunks(source):
             texts = [record.text.strip() for _, record in chunk]
             for (number, _), text, ids in zip(chunk, texts, self.encoder.running_text(texts), strict=True):
@@ -236,7 +251,7 @@ class Text(Format):
 
     def _concatenated(self, source: Any) -> Iterator[tuple[int, Encoded]]:
         """Rows joined by newlines and cut into pieces of the limit; the last piece may be shorter. Attention crosses rows."""
-        room = self.config.max_tokens - len(self.leading)
+        room = self._room
         held, first = np.zeros(0, dtype=np.int32), 0
         for chunk in chunks(source):
             texts: list[TextRecord] = [record for _, record in chunk]

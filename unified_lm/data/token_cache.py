@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
 
@@ -121,8 +122,8 @@ def table_key(**parts: Any) -> str:
 def cached_table(key: str, rows: Iterable[Row], rejected: Counter[str]) -> TokenTable:
     """The table under `key`, built from `rows` if the cache does not have it whole.
 
-    With several processes the first one builds and the others wait; one that then finds nothing (another machine) builds its
-    own. A damaged table is built anew, with a warning.
+    With several processes on a machine the first one builds and the others wait for its lock. A damaged table is built anew,
+    with a warning.
 
     Args:
         key: see `table_key`.
@@ -130,14 +131,13 @@ def cached_table(key: str, rows: Iterable[Row], rejected: Counter[str]) -> Token
         rejected: filled by whoever gives the rows, read after they are consumed.
     """
     folder = cache_dir("tokens", key)
-    if distributed.is_main() and _read(folder) is None:
-        write_directory(folder, lambda target: _write(target, rows, rejected))
-    distributed.barrier()
-    table = _read(folder)
-    if table is None:
-        write_directory(folder, lambda target: _write(target, rows, rejected))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
         table = _read(folder)
-        assert table is not None
+        if table is None:
+            write_directory(folder, lambda target: _write(target, rows, rejected))
+            table = _read(folder)
+    assert table is not None, f"{folder} was just written"
     return table
 
 

@@ -71,13 +71,14 @@ def fit(training: Training) -> None:
     config = training.config
     steps_taken = _resume(training)
     with training.reporter:
+        training.reporter.start_at(steps_taken)
         if steps_taken == 0:
             _validate(training, 0, both_masks=True)
         while steps_taken < config.max_steps:
             values = _train_step(training, steps_taken)
             steps_taken += 1
-            training.reporter.step(steps_taken, values)
             last = steps_taken == config.max_steps
+            training.reporter.step(steps_taken, values, last=last)
             if last or _due(steps_taken, config.validation.every):
                 _validate(training, steps_taken, both_masks=last)
             if last or _due(steps_taken, config.checkpoint.every):

@@ -98,17 +98,22 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
-    def step(self, step: int, values: dict[str, Any]) -> None:
+    def start_at(self, step: int) -> None:
+        """Begin the bar at a step that an earlier process reached."""
+        self._progress.reset(self._task, completed=step)
+
+    def step(self, step: int, values: dict[str, Any], *, last: bool = False) -> None:
         """Report one optimizer step.
 
         Args:
             step: optimizer steps taken, this one included.
             values: numbers by name; "loss/STREAM" and "tokens_per_second" are shown in the bar.
+            last: whether the run ends here; its last step is always written.
         """
         losses = " ".join(f"{key[5:]} {value:.3f}" for key, value in values.items() if key.startswith("loss/"))
         note = f"{losses}  {values.get('tokens_per_second', 0):,.0f} tok/s"
         self._progress.update(self._task, completed=step, note=note)
-        if step % self.config.every == 0:
+        if last or step % self.config.every == 0:
             self.write(step, values)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -132,12 +137,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def held_out(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
     """What a run measured on held-out data before its first and after its last step (empty where it did not)."""
-    measured = [
-        {name: value for name, value in line.items() if name != "step"}
-        for line in read_metrics(run_dir)
-        if any(name.startswith(("heldout/", "retrieval/")) for name in line)
-    ]
-    return (measured[0], measured[-1]) if measured else ({}, {})
+    measured = [line for line in read_metrics(run_dir) if any(name.startswith(("heldout/", "retrieval/")) for name in line)]
+    if not measured or measured[0]["step"] != 0:  # continued from the checkpoint of another run
+        return {}, {}
+    before, after = ({name: value for name, value in line.items() if name != "step"} for line in (measured[0], measured[-1]))
+    return before, after
 
 
 def _start_wandb(config: LoggingConfig, run_dir: Path, settings: dict[str, Any]) -> Any:

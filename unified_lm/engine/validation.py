@@ -87,11 +87,14 @@ class Validator:
     def _losses(self) -> dict[str, float]:
         device = distributed.local_device()
         step = GradCacheStep(self.trainable, lambda loss: None, self.embedding_objectives, self.weights, num_retained=0)
-        totals: dict[str, list[float]] = {}
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
         for batch in self.batches():
             for name, loss in step.losses_only(batch.to(device)).by_stream.items():
-                totals.setdefault(name, []).append(loss)
-        return {name: sum(losses) / len(losses) for name, losses in totals.items()}
+                count = batch.counts.get(name, 1.0)  # contrastive batches are of one size
+                sums[name] = sums.get(name, 0.0) + loss * count
+                counts[name] = counts.get(name, 0.0) + count
+        return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 
     def search(self, task: RetrievalSet) -> dict[str, float]:
         """nDCG@10 and recall@1 of cosine similarity between pooled vectors."""

@@ -75,8 +75,11 @@ class AutoKernel:
         """Return the name of the kernel that serves this problem."""
         if heads.q_THd.device.type != "cuda" or heads.q_THd.dtype == torch.float32:
             return "sdpa"
+        stock_varlen = find_varlen() is torch_varlen  # has neither dropout nor a score cap
+        if heads.dropout and stock_varlen:
+            return "sdpa"
         partial_spans = any(run.mode is AttentionMode.SPAN for run in heads.plan.runs)
-        uncapped = heads.softcap is not None and find_varlen() is torch_varlen
+        uncapped = heads.softcap is not None and stock_varlen
         return "flex" if partial_spans or heads.sinks_H is not None or uncapped else "flash"
 
 

@@ -144,7 +144,7 @@ def torch_varlen(
     if dropout_p or softcap:
         asked = "attention dropout" if dropout_p else "a score cap (softcap)"
         raise ModelError(
-            f"torch's varlen attention has no {asked}. Install unified_lm[flash] or set model.attention_kernel=flex."
+            f"torch's varlen attention has no {asked}. Install unified_lm[flash] or set model.attention_kernel=sdpa."
         )
     output = varlen_attn(
         q,
