@@ -1,8 +1,8 @@
 """What the LLM2Vec chain does to sentence similarity: STS-B dev before, after MNTP, and after SimCSE on the embedded model.
 
 Spearman correlation of cosine similarity and human scores, mean pooling, no prompt. The text is a WikiText file; its
-tokenisation is undone (" @-@ ", spaces before punctuation), headings and sentences with unknown words are left out. STS-B is
-only read for measuring.
+tokenisation is undone (" @-@ ", spaces before punctuation), headings and unknown words are left out. STS-B is only read for
+measuring.
 
 Usage: python benchmarks/llm2vec_chain.py WIKITEXT.txt STS_DEV.csv RUN_DIR [key=value ...]
 """
@@ -44,10 +44,8 @@ def prepare(wikitext: Path, folder: Path) -> tuple[Path, Path]:
             continue
         for pattern, replacement in _UNDO:
             text = pattern.sub(replacement, text)
-        whole = [s for s in _SENTENCE_END.split(text) if "<unk>" not in s]
-        if whole:
-            paragraphs.append(" ".join(whole))
-        sentences += [s for s in whole if len(s.split()) in _WORDS]
+        sentences += [s for s in _SENTENCE_END.split(text) if "<unk>" not in s and len(s.split()) in _WORDS]
+        paragraphs.append(" ".join(text.replace("<unk>", "").split()))
     folder.mkdir(parents=True, exist_ok=True)
     files = folder / "paragraphs.txt", folder / "sentences.txt"
     for file, texts in zip(files, (paragraphs, sentences), strict=True):

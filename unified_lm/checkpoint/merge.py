@@ -19,8 +19,8 @@ from unified_lm.core.errors import CheckpointError
 from unified_lm.models.lora import lora_deltas, remove_lora
 
 TOLERANCE = 1e-4
-"""Largest difference of hidden states, merged against adapter, in float32 and relative to the largest state. The two add in another
-order: a tiny model differs by 1e-6, SmolLM2's 30 layers after SimCSE by 1.25e-5. Merging in bfloat16 gives 1e-3 and more."""
+"""Largest difference of hidden states, merged against adapter, in float32 and relative to the largest state. The two add in
+another order: a tiny model differs by 1e-6, SmolLM2's 30 layers after SimCSE by 1.25e-5. Merging in bfloat16 gives 1e-3."""
 
 _PROBE_SHAPE = (2, 24)
 
