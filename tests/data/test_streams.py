@@ -210,7 +210,7 @@ def test_rows_are_tokenised_once(monkeypatch):
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "meta"])
 def test_a_damaged_cache_is_built_anew_with_a_warning(own_cache: Path, damage):
     expected = content(make_stream(pairs(5)).draw(5))
-    (folder,) = (own_cache / "tokens").iterdir()
+    (folder,) = (path for path in (own_cache / "tokens").iterdir() if path.is_dir())
     ids = folder / "ids.bin"
     if damage == "flip":
         data = bytearray(ids.read_bytes())
@@ -237,7 +237,7 @@ def test_rejections_are_remembered_by_the_cache():
 def test_a_failing_source_leaves_no_cache_behind(own_cache: Path):
     with pytest.raises(DataError):
         make_stream(pairs(3), max_query_tokens=8)
-    assert list((own_cache / "tokens").iterdir()) == []
+    assert [path for path in (own_cache / "tokens").iterdir() if path.is_dir()] == []
 
 
 # -- from a configuration ---------------------------------------------------------------------------------------------------
