@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 4
+STEPS = 2
 
 
 def start(run_dir: Path) -> tuple[float, list[dict]]:
