@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from unified_lm.batch import IGNORE, Batch, Sample, make_batch
 from unified_lm.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig
+from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.engine.backend import TorchBackend
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.trainable import Trainable
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--peft", action="store_true", help="also time peft's own layers")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
 
     adapted = load()
     report = apply_lora(adapted, LORA, seed=0)

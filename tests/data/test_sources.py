@@ -260,7 +260,12 @@ def test_all_rows_rejected(tmp_path: Path) -> None:
         ("e.csv", b'query,positive\nq,"p\n', PAIR, r"e\.csv, line 2: malformed table: unexpected end of data"),
         ("e.parquet", b"not parquet at all", PAIR, r"e\.parquet: not a readable parquet file"),
         ("e.jsonl.gz", b"not gzip", TEXT, r"e\.jsonl\.gz: the compressed file is cut short or damaged"),
-        ("e.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:30], TEXT, r"the compressed file is cut short or damaged"),
+        (
+            "e.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:30],
+            TEXT,
+            r"the compressed file is cut short or damaged",
+        ),
         (
             "e.jsnl",
             b"{}",

@@ -1,5 +1,6 @@
 import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from unified_lm.config.schema import LoraConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
-from unified_lm.models.dropout import adapted_linear, draw_keep_mask, keep_probability
+from unified_lm.models.dropout import adapted_linear, draw_dropped, draw_keep_mask, keep_probability
 from unified_lm.models.lora import (
     adapter_state,
     apply_lora,
@@ -153,9 +154,11 @@ def test_outputs_and_gradients_equal_pefts_own_layers(family: str) -> None:
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7, msg=name)
 
 
-def plain_formula(x, weight, bias, a, b, scaling, dropout, keep):
-    kept = 1.0 if keep is None else -keep.to(x.dtype) / keep_probability(dropout)
-    return x @ weight.T + bias + scaling * ((x * kept) @ a.T) @ b.T
+def plain_formula(x, weight, bias, a, b, scaling, dropout, dropped):
+    kept = torch.ones(x.numel())
+    if dropped is not None:
+        kept[dropped] = 0.0
+    return x @ weight.T + bias + scaling * ((x * kept.view(x.shape) / (1 - dropout)) @ a.T) @ b.T
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -163,35 +166,46 @@ def test_layer_equals_the_plain_formula_under_a_given_mask(dropout: float) -> No
     generator = torch.Generator().manual_seed(0)
     shapes = {"x": (12, 6), "weight": (10, 6), "bias": (10,), "a": (3, 6), "b": (10, 3)}
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    keep = draw_keep_mask((12, 6), dropout) if dropout else None
+    dropped = draw_dropped(72, dropout) if dropout else None
     upstream = torch.randn(12, 10, generator=generator)
     results = []
     for layer in (adapted_linear, plain_formula):
         inputs = {name: t.clone().requires_grad_(name in "xab") for name, t in tensors.items()}
-        out = layer(**inputs, scaling=2.0, dropout=dropout, keep=keep)
+        out = layer(**inputs, scaling=2.0, dropout=dropout, dropped=dropped)
         out.backward(upstream)
         results.append((out, *(inputs[name].grad for name in "xab")))
     for mine, expected in zip(*results, strict=True):
         torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
     if dropout:  # able to fail: another mask gives another result
-        other = adapted_linear(**tensors, scaling=2.0, dropout=dropout, keep=draw_keep_mask((12, 6), dropout))
+        other = adapted_linear(**tensors, scaling=2.0, dropout=dropout, dropped=draw_dropped(72, dropout))
         assert (other - results[0][0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("probability", [0.05, 0.1, 0.5])
-def test_dropout_rate_and_independence(probability: float) -> None:
-    torch.manual_seed(0)
-    shape = (1000, 1001)  # several blocks, and no multiple of eight
+def kept_by_mask(shape: tuple[int, int], probability: float) -> torch.Tensor:
     keep = draw_keep_mask(shape, probability)
     assert keep.shape == shape
     assert set(keep.unique().tolist()) == {-1, 0}
-    kept = -keep.double()
-    deviation = (probability * (1 - probability) / keep.numel()) ** 0.5
-    assert abs(kept.mean() - keep_probability(probability)) < 5 * deviation
-    assert abs(keep_probability(probability) - (1 - probability)) < 1e-4
+    return -keep.double()
+
+
+def kept_by_places(shape: tuple[int, int], probability: float) -> torch.Tensor:
+    kept = torch.ones(shape[0] * shape[1], dtype=torch.float64)
+    kept[draw_dropped(len(kept), probability)] = 0.0
+    return kept.view(shape)
+
+
+@pytest.mark.parametrize("draw", [kept_by_mask, kept_by_places])
+@pytest.mark.parametrize("probability", [0.05, 0.1, 0.5])
+def test_dropout_rate_and_independence(probability: float, draw: Callable[[tuple[int, int], float], torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    shape = (1000, 1001)  # several blocks, and no multiple of eight
+    kept = draw(shape, probability)
+    deviation = (probability * (1 - probability) / kept.numel()) ** 0.5
+    assert abs(kept.mean() - (1 - probability)) < 5 * deviation
+    assert abs(keep_probability(probability) - (1 - probability)) < 2**-24
     centred = kept - kept.mean()
     for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(4, 1)):
-        assert abs((centred * shifted).mean()) < 5 * deviation**2 * keep.numel() ** 0.5
+        assert abs((centred * shifted).mean()) < 5 * deviation**2 * kept.numel() ** 0.5
 
 
 def test_dropout_repeats_with_the_generator_and_differs_between_modules() -> None:

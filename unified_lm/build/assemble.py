@@ -17,6 +17,7 @@ from unified_lm.checkpoint.state import Identity, check_identity, find_checkpoin
 from unified_lm.checkpoint.verify import load_projection
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
+from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.core.random import seed_everything
 from unified_lm.data.loader import StepLoader
@@ -57,6 +58,8 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     """Load the model and the data, and put the parts of a run together."""
     seed_everything(config.seed)
     device = distributed.local_device()
+    if device.type == "cpu":
+        keep_freed_memory()
     quantize = config.lora is not None and config.lora.quantize_4bit
     loaded = load_model(config.model, quantize_4bit=quantize)
     lora = apply_lora(loaded.causal_lm, config.lora, config.seed) if config.lora else None

@@ -1,14 +1,16 @@
-"""The low-rank update of a linear layer, with dropout that is cheap on a CPU.
+"""The low-rank update of a linear layer, and dropout that is cheap on a CPU.
 
 torch's CPU dropout draws one Mersenne-Twister number per element in a single thread: with adapters on every layer that takes
-about as long as the weight gradients that LoRA saves. Here a mask is cut from the bytes of a 64-bit generator,
-applied by a bitwise AND, and its rescaling is folded into the update's own factor.
+about as long as the weight gradients that LoRA saves. Adapters drop few elements, so there the dropped ones are drawn
+rather than the kept ones, and the rescaling is folded into the update's own factor. Attention weights drop many; their mask is
+cut from the bytes of a 64-bit generator.
 
 Legend: T rows (tokens), I and O the layer's input and output features, r the adapter's rank.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 1 << 17  # elements handled at a time, so that temporaries stay in the cache
-_INTEGER_VIEW = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
 def _thresholds(probability: float) -> tuple[int, int]:
@@ -64,11 +65,30 @@ def _draw_kept(generator: np.random.SFC64, count: int, probability: float) -> np
     return kept
 
 
-def _apply_mask(value: torch.Tensor, bits: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-    """Write `value`, zero where the mask drops it and not rescaled, into `out`: either argument itself or a third."""
-    if bits is None or out is None:
-        return value
-    return torch.bitwise_and(value.view(bits.dtype), bits, out=out.view(bits.dtype)).view(value.dtype)
+def draw_dropped(num_elements: int, probability: float) -> torch.Tensor:
+    """Draw which elements dropout drops, on the CPU: work grows with their number, not with the number of elements.
+
+    A Poisson number of places with mean ``-ln(1 - probability) * num_elements`` is drawn with replacement. The hits of any one
+    element are then Poisson with mean ``-ln(1 - probability)``, independent of the other elements' (thinning), and it
+    escapes them all with probability ``1 - probability``: independent Bernoulli variables. Everything comes from torch's
+    default CPU generator.
+
+    Args:
+        num_elements: of the flattened tensor.
+        probability: of dropping an element, in [0, 1).
+
+    Returns:
+        int64 `[N]`: flat indices in no order, some of them more than once.
+    """
+    mean = torch.tensor(-math.log1p(-probability) * num_elements, dtype=torch.float64)
+    return torch.randint(num_elements, (int(torch.poisson(mean)),))
+
+
+def _drop_in_place(value: torch.Tensor, dropped: torch.Tensor | None) -> torch.Tensor:
+    """Zero the dropped elements of a contiguous tensor, without rescaling the others."""
+    if dropped is not None:
+        value.view(-1).index_fill_(0, dropped, 0.0)
+    return value
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -82,12 +102,12 @@ class _AdaptedLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
-        keep: torch.Tensor | None,
+        dropped: torch.Tensor | None,
         factor: float,
     ) -> torch.Tensor:
-        bits = None if keep is None else keep.to(_INTEGER_VIEW[x.dtype])
-        reduced = _apply_mask(x, bits, bits) @ a.T
-        ctx.save_for_backward(x, weight, a, b, reduced, keep)
+        read = x if dropped is None else _drop_in_place(x.clone(), dropped)  # by a; the frozen weight's backward needs no input
+        reduced = read @ a.T
+        ctx.save_for_backward(read, weight, a, b, reduced, dropped)
         ctx.factor = factor
         return torch.nn.functional.linear(x, weight, bias).addmm_(reduced, b.T, alpha=factor)
 
@@ -95,20 +115,17 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        x, weight, a, b, reduced, keep = ctx.saved_tensors
+        read, weight, a, b, reduced, dropped = ctx.saved_tensors
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         grad_x = grad_a = grad_b = None
         if needs_b:
-            grad_b = (grad.T @ reduced).mul_(ctx.factor)
+            grad_b = (reduced.T @ grad).mul_(ctx.factor).T  # faster than with grad transposed
         if needs_x or needs_a:
             grad_reduced = (grad @ b).mul_(ctx.factor)
-            bits = None if keep is None else keep.to(_INTEGER_VIEW[x.dtype])
-            buffer = torch.empty_like(x)  # first for the dropped input, then for the input's gradient
             if needs_a:
-                grad_a = grad_reduced.T @ _apply_mask(x, bits, buffer)
+                grad_a = grad_reduced.T @ read
             if needs_x:
-                torch.mm(grad_reduced, a, out=buffer)
-                grad_x = _apply_mask(buffer, bits, buffer).addmm_(grad, weight)
+                grad_x = _drop_in_place(grad_reduced @ a, dropped).addmm_(grad, weight)
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
@@ -120,12 +137,12 @@ def adapted_linear(
     b: torch.Tensor,
     scaling: float,
     dropout: float = 0.0,
-    keep: torch.Tensor | None = None,
+    dropped: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A frozen linear layer with a LoRA update (Hu et al. 2021, arXiv 2106.09685, eq. 3): ``W x + bias + s b a drop(x)``.
 
     The same function of the same inputs as peft's layer; only the passes over memory differ. What is kept for the
-    backward is `x`, one byte per element of it for the mask, and `[T, r]`.
+    backward is `x` as `a` reads it (a copy, with dropout), eight bytes for every dropped element, and `[T, r]`.
 
     Args:
         x: `[T, I]`, contiguous; every matrix has its dtype.
@@ -135,11 +152,11 @@ def adapted_linear(
         b: `[O, r]`.
         scaling: factor of the update (alpha / r).
         dropout: probability of dropping an element of `x`, on the CPU only.
-        keep: a mask for `x` drawn before (`draw_keep_mask`); None draws one if `dropout` is not 0.
+        dropped: what is dropped from `x`, drawn before (`draw_dropped`); None draws it if `dropout` is not 0.
 
     Returns:
         `[T, O]`.
     """
-    if dropout > 0.0 and keep is None:
-        keep = draw_keep_mask(x.shape, dropout)
-    return _AdaptedLinear.apply(x, weight, bias, a, b, keep, scaling / keep_probability(dropout))
+    if dropout > 0.0 and dropped is None:
+        dropped = draw_dropped(x.numel(), dropout)
+    return _AdaptedLinear.apply(x, weight, bias, a, b, dropped, scaling / (1.0 - dropout))
