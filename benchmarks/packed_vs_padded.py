@@ -1,7 +1,7 @@
 """One GRIT step packed against the same samples padded to the longest of their kind.
 
-SmolLM2-135M in bfloat16, 32 pairs and 8 chats with log-normal lengths of up to 256 tokens, forward and backward. The padded
-side is what the reference systems do: queries, documents and chats each in a padded batch of their own through stock
+SmolLM2-135M in bfloat16, 32 pairs and 8 chats with log-normal lengths of up to 256 tokens, forward and backward, at the embedded
+recipe's temperature. The text is running text of pydocs; a pair's document is what follows its query. The padded side is what the reference systems do: queries, documents and chats each in a padded batch of their own through stock
 transformers (sdpa), queries and documents bidirectional. Losses are computed by the same functions on both sides.
 
 Usage: python benchmarks/packed_vs_padded.py [repetitions]
@@ -9,6 +9,7 @@ Usage: python benchmarks/packed_vs_padded.py [repetitions]
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -16,9 +17,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from unified_lm.batch import IGNORE, Batch, Sample, make_batch
 from unified_lm.config.schema import ModelConfig, ObjectiveConfig
+from unified_lm.core.allocator import keep_freed_memory
+from unified_lm.data.pydocs import pydocs_file
+from unified_lm.data.records import RecordKind
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.trainable import PackOutput, Trainable
 from unified_lm.models.backbone import Backbone
@@ -28,26 +33,32 @@ from unified_lm.objectives import build_objective
 
 WEIGHTS = {"embedding": 1.0, "generation": 1.0}
 PROMPT = 12
+TEMPERATURE = 0.05
 
 
-def make_samples(vocabulary: int, num_pairs: int = 32, num_chats: int = 8, longest: int = 256) -> list[Sample]:
-    """Random tokens with log-normal lengths: short queries, longer documents and chats."""
+def make_samples(tokenizer: PreTrainedTokenizerBase, num_pairs: int = 32, num_chats: int = 8, longest: int = 256) -> list[Sample]:
+    """Real text, cut to log-normal lengths: short queries, longer documents and chats."""
     random = np.random.default_rng(0)
+    _, file = pydocs_file("text", "train", RecordKind.TEXT)
+    rows = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
 
-    def tokens(median: float) -> np.ndarray:
-        length = int(np.clip(random.lognormal(np.log(median), 0.7), PROMPT + 4, longest))
-        return random.integers(100, vocabulary, size=length)
+    def length(median: float) -> int:
+        return int(np.clip(random.lognormal(np.log(median), 0.7), PROMPT + 4, longest))
+
+    def text(count: int) -> np.ndarray:
+        start = int(random.integers(len(rows) - 20))  # twenty rows in sequence are more than two of the longest samples
+        return np.array(tokenizer("\n".join(rows[start : start + 20]))["input_ids"][:count])
 
     samples = []
     for group in range(num_pairs):
-        for slot, median in enumerate((30, 60)):
-            ids = tokens(median)
+        sizes = length(30), length(60)
+        for slot, ids in enumerate(np.split(text(sum(sizes)), [sizes[0]])):
             span = (0, len(ids))
             samples.append(
                 Sample(input_ids=ids, stream="embedding", bidirectional=span, pool=(PROMPT, len(ids)), group=group, slot=slot)
             )
     for group in range(num_chats):
-        ids = tokens(90)
+        ids = text(length(90))
         labels = np.where(np.arange(len(ids)) >= len(ids) // 3, ids, IGNORE)
         samples.append(Sample(input_ids=ids, stream="generation", labels=labels, group=group))
     return samples
@@ -91,12 +102,13 @@ def padded_states(backbone: Backbone, pack, members: list[int], causal: bool) ->
 
 def main(repetitions: int = 3) -> None:
     """Print tokens, seconds, losses and the ratio."""
+    keep_freed_memory()
     loaded = load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama"))
-    samples = make_samples(loaded.causal_lm.config.vocab_size)
+    samples = make_samples(loaded.tokenizer)
     counts = {"generation": float(sum(s.num_supervised for s in samples))}
     batch = make_batch(samples, 1_000_000, counts)
     next_token = build_objective(ObjectiveConfig(name="next_token"))
-    contrastive = {"embedding": build_objective(ObjectiveConfig(name="contrastive"))}
+    contrastive = {"embedding": build_objective(ObjectiveConfig(name="contrastive", temperature=TEMPERATURE))}
     backbone = Backbone(loaded.causal_lm, "sdpa")
     trainable = Trainable(backbone, "mean", {"generation": next_token})
     sides = {"packed": trainable, "padded": padded_forward(backbone, batch, next_token)}
