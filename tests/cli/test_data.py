@@ -1,0 +1,90 @@
+"""`unified-lm data ...` from argument list to files and messages."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.inference.conftest import exported  # noqa: F401 - the fixture
+from unified_lm.cli.data_mine import source_config
+from unified_lm.cli.main import main
+from unified_lm.config.schema import SourceConfig
+from unified_lm.core.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIFIED_LM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def pairs(path: Path, count: int = 12) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"query": f"question {i} about tea", "pos": [f"answer {i} on {'tea' * i}"]} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_mine(exported: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    rows, model = pairs(tmp_path / "rows.jsonl"), str(exported())
+    arguments = ["--model", model, "--negatives", "2", "--depth", "5", "--max-fraction", "0", "--instruction", "Find it"]
+    assert main(["data", "mine", str(rows), *arguments, "--out", str(tmp_path / "mined.jsonl"), "--shard", "1/1"]) == 0
+    assert "mean similarity to the query: mined" in capsys.readouterr().out
+    mined = [json.loads(line) for line in (tmp_path / "mined.jsonl").read_text().splitlines()]
+    assert [row["query"] for row in mined] == [["Find it", f"question {i} about tea"] for i in range(12)]
+    assert all(len(row["neg"]) == 2 for row in mined)
+    assert main(["data", "mine", str(rows), *arguments, "--out", str(tmp_path / "other.jsonl"), "--shard", "3/2"]) == 2
+    assert "expected i/n with i from 1 to n" in capsys.readouterr().err
+
+
+def test_each_file_of_a_folder_is_mined_by_itself(exported: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    for name in ("a", "b"):
+        pairs(tmp_path / "rows" / f"{name}.jsonl", 8)
+    arguments = ["--model", str(exported()), "--out", str(tmp_path / "mined"), "--negatives", "1", "--depth", "3"]
+    assert main(["data", "mine", str(tmp_path / "rows"), *arguments]) == 0
+    found = sorted(path.name for path in (tmp_path / "mined").iterdir() if not path.name.startswith("."))
+    assert found == ["a.jsonl", "a.report.yaml", "b.jsonl", "b.report.yaml"]
+
+
+def test_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = pairs(tmp_path / "rows.jsonl")
+    (tmp_path / "eval.tsv").write_text("sentence1\tsentence2\nquestion 3 about tea\tsomething else altogether here\n")
+    out, report = tmp_path / "clean.jsonl", tmp_path / "overlap.yaml"
+    arguments = [str(rows), str(tmp_path / "eval.tsv"), "--write", str(out), "--report", str(report), "--kinds", "exact,ngram"]
+    assert main(["data", "overlap", *arguments]) == 0
+    assert "1 of 12 training rows (8.33%) overlap with 2 evaluation texts" in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 11
+    assert yaml.safe_load(report.read_text())["kinds"]["exact"] == 1
+    assert main(["data", "overlap", *arguments[:2], "--kinds", "exat"]) == 2
+    assert "Did you mean 'exact'" in capsys.readouterr().err
+
+
+def test_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wiki1m_for_simcse.txt").write_text("One sentence.\n\nAnother one.\n")
+    out = tmp_path / "data"
+    assert main(["data", "prepare", "wiki1m", "--out", str(out), "--from", str(tmp_path / "wiki1m_for_simcse.txt")]) == 0
+    told = capsys.readouterr().out
+    assert "2 rows in 1 file(s), 0 left out" in told
+    assert f"data=wiki1m data.wiki1m_path={out}/wiki1m_for_simcse.txt" in told
+    assert (out / "wiki1m_for_simcse.txt").read_text() == "One sentence.\nAnother one.\n"
+    assert main(["data", "prepare", "wiki2m", "--out", str(out)]) == 2
+    assert "Did you mean 'wiki1m'" in capsys.readouterr().err
+
+
+def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data"]) == 2
+    assert "no command given. Known: mine, overlap, prepare." in capsys.readouterr().err
+    assert main(["data", "mien"]) == 2
+    assert "Did you mean 'mine'" in capsys.readouterr().err
+
+
+def test_sources_on_the_command_line() -> None:
+    assert source_config("rows.jsonl", "train", "") == SourceConfig(path="rows.jsonl")
+    assert source_config("hub:a/b:c", "dev", "query=q,positive=p") == SourceConfig(
+        hub="a/b", subset="c", split="dev", columns={"query": "q", "positive": "p"}
+    )
+    assert source_config("builtin:pydocs", "test", "") == SourceConfig(builtin="pydocs", split="test")
+    with pytest.raises(UserError, match="expected field=column"):
+        source_config("rows.jsonl", "train", "query")

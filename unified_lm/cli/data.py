@@ -1,0 +1,157 @@
+"""`unified-lm data mine | overlap | prepare`: make training data, and check it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from unified_lm.core.errors import UserError, did_you_mean
+from unified_lm.data.overlap import (
+    OverlapConfig,
+    OverlapKind,
+    OverlapReport,
+    build_index,
+    find_overlap,
+)
+from unified_lm.data.row_files import write_report
+from unified_lm.data.row_texts import open_rows
+
+
+def data(argv: Sequence[str]) -> None:
+    """Run one of the data commands.
+
+    Raises:
+        UserError: none, or an unknown one.
+    """
+    from unified_lm.cli.data_mine import mine
+
+    commands: dict[str, Callable[[Sequence[str]], None]] = {"mine": mine, "overlap": overlap, "prepare": prepare}
+    if not argv or argv[0] not in commands:
+        hint = did_you_mean(argv[0], commands) if argv else f" Known: {', '.join(commands)}."
+        raise UserError(f"unified-lm data: {f'unknown command {argv[0]!r}' if argv else 'no command given'}.{hint}")
+    commands[argv[0]](argv[1:])
+
+
+def overlap(argv: Sequence[str]) -> None:
+    """Report how training data overlap with evaluation sets; `--write` the rows that do not."""
+    parser = argparse.ArgumentParser(
+        prog="unified-lm data overlap",
+        description="find training rows that evaluation sets contain, exactly or nearly",
+        epilog="TRAIN and EVAL are files, folders, or hub:NAME[:SUBSET[:SPLIT]]",
+    )
+    parser.add_argument("train", help="training rows of any kind")
+    parser.add_argument("evaluation", nargs="+", metavar="EVAL", help="evaluation sets; every column of texts is compared")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the rows without overlap (a folder if TRAIN is one)")
+    parser.add_argument("--report", type=Path, metavar="FILE.yaml", help="write the report, with examples")
+    parser.add_argument("--columns", default="", help="columns of the evaluation sets to compare, a,b,c; all if left out")
+    parser.add_argument(
+        "--kinds", default=",".join(kind.value for kind in OverlapKind), help="tests to make: %(default)s if left out"
+    )
+    parser.add_argument("--ngram", type=int, default=13, help="words of a shared run (13)")
+    parser.add_argument("--near", type=float, default=0.8, help="Jaccard similarity of near-duplicates (0.8)")
+    parser.add_argument("--min-words", type=int, default=4, help="shorter texts are not compared (4 words)")
+    parser.add_argument("--examples", type=int, default=5, help="examples kept per kind (5)")
+    options = parser.parse_args(list(argv))
+    config = OverlapConfig(
+        ngram_words=options.ngram,
+        near_threshold=options.near,
+        min_words=options.min_words,
+        kinds=_kinds(options.kinds),
+        columns=tuple(filter(None, options.columns.split(","))),
+        num_examples=options.examples,
+    )
+    train = open_rows(options.train)
+    index = build_index([(name, file) for name in options.evaluation for file in open_rows(name)], config)
+    with counting("comparing rows") as progress:
+        report = find_overlap(train, index, write=options.write, progress=progress)
+    _print_overlap(report, config, Console(soft_wrap=True))
+    if options.report is not None:
+        write_report(options.report, report.as_dict())
+    if options.write is not None:
+        print(f"{options.write}: {report.num_rows - report.num_overlapping:,} rows without overlap")
+
+
+def _kinds(names: str) -> tuple[OverlapKind, ...]:
+    known = {kind.value: kind for kind in OverlapKind}
+    for name in filter(None, names.split(",")):
+        if name not in known:
+            raise UserError(f"--kinds: unknown kind '{name}'.{did_you_mean(name, known)}")
+    return tuple(kind for name, kind in known.items() if name in names.split(","))
+
+
+def _print_overlap(report: OverlapReport, config: OverlapConfig, console: Console) -> None:
+    share = report.num_overlapping / report.num_rows if report.num_rows else 0.0
+    console.print(
+        f"{report.num_overlapping:,} of {report.num_rows:,} training rows ({share:.2%}) overlap with "
+        f"{report.num_evaluation_texts:,} evaluation texts ({report.num_short_texts:,} more were too short to compare).",
+        highlight=False,
+    )
+    if not report.num_overlapping:
+        return
+    names = {
+        OverlapKind.EXACT: "exact",
+        OverlapKind.NORMALISED: "normalised",
+        OverlapKind.NGRAM: f"{config.ngram_words} words",
+        OverlapKind.NEAR: f"Jaccard {config.near_threshold:g}",
+    }
+    table = Table("evaluation set", *(names[kind] for kind in config.kinds))
+    for set_name, counts in report.by_set.items():
+        table.add_row(set_name, *(f"{counts[kind.value]:,}" for kind in config.kinds))
+    console.print(table)
+    console.print("fields: " + ", ".join(f"{name} {count:,}" for name, count in report.by_field.most_common()), highlight=False)
+    for kind, examples in report.examples.items():
+        for example in examples[:2]:
+            console.print(f"\n{kind}: {example['train']} ~ {example['evaluation']}", markup=False, highlight=False)
+            for key in ("train_text", "evaluation_text", "shared"):
+                console.print(f"  {example[key]}", markup=False, highlight=False)
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """Write a published data set in our formats, with a manifest."""
+    from unified_lm.data.prepare import FORMATS
+    from unified_lm.data.prepare import prepare as write
+    from unified_lm.data.published import PUBLISHED
+
+    parser = argparse.ArgumentParser(
+        prog="unified-lm data prepare",
+        description="write a published data set as files that the recipes read",
+        epilog=f"NAME is one of {', '.join(PUBLISHED)}",
+    )
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--from", dest="local", type=Path, metavar="LOCAL", help="read this copy, not the Hub")
+    parser.add_argument("--revision", help="Hub revision; the newest if left out, and its commit stands in the manifest")
+    parser.add_argument("--format", choices=[ending.lstrip(".") for ending in FORMATS], default="jsonl", help="(jsonl)")
+    parser.add_argument("--limit", type=int, help="read only the first rows of each file, for a trial")
+    options = parser.parse_args(list(argv))
+    done = write(
+        options.name,
+        options.out,
+        local=options.local,
+        revision=options.revision,
+        suffix=f".{options.format}",
+        limit=options.limit,
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{done.num_rows:,} rows in {len(done.files)} file(s), {done.dropped.total():,} left out", markup=False)
+    for reason, count in sorted(done.dropped.items()):
+        console.print(f"  {count:,} x {reason}", markup=False)
+    console.print(f"licence   {PUBLISHED[options.name].licence}\nmanifest  {done.manifest}\ntrain on  {done.use}", markup=False)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int], None] | None]:
+    """A counter on stderr; None where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with Progress(*Progress.get_default_columns()[:1], "{task.completed:,.0f}", console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda count: bar.advance(task, count)

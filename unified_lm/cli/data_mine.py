@@ -1,0 +1,191 @@
+"""`unified-lm data mine SOURCE --model MODEL --out FILE`: hard negatives for pair rows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from unified_lm.config.schema import SourceConfig
+from unified_lm.core.distributed import local_device
+from unified_lm.core.errors import UserError
+from unified_lm.core.files import cache_dir
+from unified_lm.data.negatives import Given, MiningConfig, Sampling
+from unified_lm.data.records import RecordKind
+from unified_lm.data.row_texts import HUB_PREFIX
+from unified_lm.data.sources import open_source, open_sources
+from unified_lm.evaluation.embedders import load_embedder
+from unified_lm.evaluation.mining import Mining, WorkShare
+from unified_lm.evaluation.mining import Progress as Report
+
+BUILTIN_PREFIX = "builtin:"
+
+
+def mine(argv: Sequence[str]) -> None:
+    """Mine hard negatives; each file of a folder is mined by itself, since batches are made of one file's rows."""
+    options = _parser().parse_args(list(argv))
+    config = MiningConfig(
+        num_negatives=options.negatives,
+        skip=options.skip,
+        depth=options.depth,
+        max_fraction=None if options.max_fraction == 0 else options.max_fraction,
+        margin=options.margin,
+        max_score=options.max_score,
+        min_score=options.min_score,
+        near_duplicate=None if options.near_duplicate == 0 else options.near_duplicate,
+        sampling=Sampling(options.sampling),
+        given=Given(options.given),
+        seed=options.seed,
+    )
+    share = WorkShare.parse(options.shard)
+    where = replace(
+        source_config(options.source, options.split, options.columns),
+        limit=options.limit,
+        instruction=options.instruction,
+        document_instruction=options.document_instruction,
+        on_empty="skip" if options.skip_empty else "error",
+    )
+    sources = open_sources(where, RecordKind.PAIR, options.seed)
+    corpus = open_source(SourceConfig(path=options.corpus), RecordKind.TEXT, options.seed) if options.corpus else None
+    embedder = load_embedder(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        max_tokens=options.max_tokens,
+        query_prompt=options.query_prompt,
+        document_prompt=options.document_prompt,
+        batch_size=options.batch_size,
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    for source in sources:
+        out = options.out if len(sources) == 1 else options.out / f"{Path(source.name).stem}.jsonl"
+        job = Mining(
+            source,
+            embedder,
+            config,
+            out,
+            cache=options.cache or cache_dir("vectors"),
+            corpus=corpus,
+            device=options.device or str(local_device()),
+        )
+        with _progress() as told:
+            report = job.run(share, told)
+        if report is None:
+            console.print(f"{out}: shard {options.shard} is done; the file is written when the last shard is.", markup=False)
+        else:
+            console.print(mining_table(report))
+            console.print(f"{out}: {report['rows']:,} rows\n{job.report_path}", markup=False)
+
+
+def source_config(named: str, split: str, columns: str) -> SourceConfig:
+    """What a command line calls a source: a path, ``hub:NAME[:SUBSET]``, ``builtin:pydocs``.
+
+    Raises:
+        UserError: columns that are not ``field=column,...``.
+    """
+    pairs = [item.partition("=") for item in columns.split(",") if item]
+    if any(not name or not column for name, _, column in pairs):
+        raise UserError(f"--columns: got '{columns}', expected field=column,... such as query=question,positive=answer.")
+    renamed = {name: column for name, _, column in pairs}
+    if named.startswith(HUB_PREFIX):
+        hub, _, subset = named[len(HUB_PREFIX) :].partition(":")
+        return SourceConfig(hub=hub, subset=subset or None, columns=renamed, split=split)
+    if named.startswith(BUILTIN_PREFIX):
+        return SourceConfig(builtin=named[len(BUILTIN_PREFIX) :], columns=renamed, split=split)
+    return SourceConfig(path=named, columns=renamed)
+
+
+def mining_table(report: dict[str, Any]) -> Table:
+    """A report of `Mining.run` as a table."""
+    table = Table(title=f"hard negatives for {report['source']}", title_justify="left", show_header=False)
+    for name, value in report["mean_similarity"].items():
+        table.add_row(f"mean similarity to the query: {name}", "none" if value is None else f"{value:.3f}")
+    table.add_row("mined negatives", f"{report['mined_negatives']:,}")
+    table.add_row("rows with fewer than asked for (kept)", f"{report['rows_with_too_few']:,} of {report['rows']:,}")
+    table.add_row("rows with none (kept)", f"{report['rows_with_none']:,}")
+    for reason, count in report["filtered"].items():
+        if count:
+            table.add_row(f"turned down: {reason}", f"{count:,}")
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unified-lm data mine",
+        description="mine hard negatives for pair rows with any model that embeds",
+        epilog="a killed command goes on where it stopped when it is given again",
+    )
+    parser.add_argument("source", help="pair rows: a file, a folder, hub:NAME[:SUBSET] or builtin:pydocs")
+    parser.add_argument(
+        "--model", required=True, help="an export of ours, a sentence-transformers folder, or a Hub name of either"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the .jsonl file to write (a folder, for a folder of files)")
+    parser.add_argument("--corpus", help="a file or folder of texts to mine from as well")
+    parser.add_argument("--shard", default="1/1", metavar="i/n", help="this process's part of the work (1/1)")
+    _add_choice(parser.add_argument_group("which negatives"))
+    rows = parser.add_argument_group("reading the rows")
+    rows.add_argument("--split", default="train", help="split of a Hub or built-in data set (train)")
+    rows.add_argument("--columns", default="", metavar="FIELD=COLUMN,...", help="where names differ")
+    rows.add_argument("--limit", type=int, help="at most this many rows, a seeded choice")
+    rows.add_argument("--instruction", help="for queries without one; it is written to the rows")
+    rows.add_argument("--document-instruction", help="for documents without one; it is written to the rows")
+    rows.add_argument("--skip-empty", action="store_true", help="leave out rows with an empty text, and count them")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--device", help="cpu, cuda...; the accelerator if there is one")
+    model.add_argument("--dtype", help="float32, bfloat16...; the stored type if left out")
+    model.add_argument("--max-tokens", type=int, help="limit of a text with its prompt; the model's own if left out")
+    model.add_argument("--batch-size", type=int, default=32, help="texts per forward, sentence-transformers only (32)")
+    model.add_argument("--query-prompt", help="for sentence-transformers: put before queries; {instruction} is the row's")
+    model.add_argument("--document-prompt", help="the same for documents")
+    model.add_argument("--cache", type=Path, help="folder for embeddings ($UNIFIED_LM_CACHE/vectors)")
+    return parser
+
+
+def _add_choice(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--negatives", type=int, default=7, help="mined per row (7)")
+    group.add_argument("--skip", type=int, default=0, help="pass over the best-ranked k documents (0)")
+    group.add_argument("--depth", type=int, default=100, help="look at this many documents per query (100)")
+    group.add_argument(
+        "--max-fraction",
+        type=float,
+        default=0.95,
+        help="a negative scores at most this share of the positive (0.95; 0: no limit)",
+    )
+    group.add_argument("--margin", type=float, help="a negative scores at least this much less than the positive")
+    group.add_argument("--max-score", type=float, help="greatest similarity of a negative")
+    group.add_argument("--min-score", type=float, help="least similarity of a negative")
+    group.add_argument(
+        "--near-duplicate",
+        type=float,
+        default=0.8,
+        help="turn down documents that share this much of a positive's word triples (0.8; 0: only equal texts)",
+    )
+    group.add_argument("--sampling", choices=[kind.value for kind in Sampling], default="top", help="(top)")
+    group.add_argument("--given", choices=[kind.value for kind in Given], default="keep", help="the rows' own negatives (keep)")
+    group.add_argument("--seed", type=int, default=42, help="of draws (42)")
+
+
+@contextmanager
+def _progress() -> Iterator[Report | None]:
+    """One bar per kind of work, on stderr; None where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield told
