@@ -1,0 +1,185 @@
+"""`unified-lm eval mteb MODEL --tasks ...`: a model on benchmark tasks or on files of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from unified_lm.core.errors import ConfigError, DataError, UserError, did_you_mean
+from unified_lm.core.files import write_json
+from unified_lm.evaluation.instructions import instructions_of, require_known, table_names
+from unified_lm.evaluation.offline import find_tasks, read_task
+from unified_lm.evaluation.task_sets import RegistryTask, task_sets
+
+if TYPE_CHECKING:
+    from unified_lm.evaluation.mteb_adapter import AbsTask, ModelIdentity, TaskScore
+    from unified_lm.inference import UnifiedLM
+
+_SETTINGS = ("template", "pooling", "attention", "max_tokens", "dtype")
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Run the evaluation named by the first argument."""
+    kinds = {"mteb": evaluate_mteb}
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: unified-lm eval {mteb} MODEL ...; `unified-lm eval mteb --help` shows more")
+        return
+    if argv[0] not in kinds:
+        raise UserError(f"unknown evaluation '{argv[0]}'.{did_you_mean(argv[0], kinds)}")
+    kinds[argv[0]](argv[1:])
+
+
+def evaluate_mteb(argv: Sequence[str]) -> None:
+    """Evaluate a model with mteb.
+
+    Raises:
+        UserError: a mistake in the arguments, the tasks, their files or the model, all found before the model is loaded
+            where that is possible.
+    """
+    options = _parser().parse_args(list(argv))
+    adapter = _adapter()
+    from unified_lm.evaluation.embedders import folder_hash
+    from unified_lm.inference import UnifiedLM
+    from unified_lm.inference.loading import model_folder
+
+    console = Console(stderr=True)
+    tasks = select_tasks(options.tasks, options.languages, console)
+    folder = model_folder(options.model, None)
+    model = UnifiedLM.from_pretrained(
+        folder,
+        device=options.device,
+        dtype=options.dtype,
+        template=options.template,
+        pooling=options.pooling,
+        attention=options.attention,
+    )
+    instructions = instructions_of(options.instructions, model.manifest.instructions if model.manifest else {})
+    require_known(instructions, [adapter.task_key(task.metadata) for task in adapter.leaf_tasks(tasks)])
+    if options.prompts is not None:
+        write_json(options.prompts, adapter.model_prompts(model, instructions, tasks))
+        print(options.prompts)
+        return
+    settings = {name: str(value) for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    if instructions.label:
+        settings["instructions"] = instructions.label
+    identity = adapter.ModelIdentity(name=options.name or _name(folder), revision=folder_hash(folder), settings=settings)
+    encoder = adapter.UnifiedEncoder(
+        model, instructions, identity, max_tokens=options.max_tokens, show_progress=sys.stderr.isatty()
+    )
+    out = options.out or (folder.parent / "mteb" if Path(options.model).is_dir() else Path("mteb"))
+    scores = adapter.run_tasks(
+        encoder, tasks, out, overwrite=options.overwrite, report=lambda score: console.print(_line(score), markup=False)
+    )
+    _print(scores, identity, model)
+    print(f"results: {scores[0].path.parent}")
+
+
+def select_tasks(names: Sequence[str], languages: Sequence[str], console: Console) -> list[AbsTask]:
+    """The tasks that names stand for: sets, tasks of mteb's registry, and folders of offline tasks.
+
+    A name with a path separator, or one that is no task but a folder, is a folder.
+
+    Raises:
+        DataError: an unknown name, or a folder that holds no sound task.
+        ConfigError: two tasks of one name.
+    """
+    adapter = _adapter()
+    sets = task_sets()
+    tasks: list[AbsTask] = []
+    for name in names:
+        if name in sets:
+            tasks += [adapter.registry_task(task) for task in sets[name].tasks]
+        elif os.sep in name or name in (".", "..") or (Path(name).is_dir() and not adapter.in_registry(name)):
+            for folder in find_tasks(Path(name).expanduser()):
+                source = read_task(folder)
+                for notice in source.notices:
+                    console.print(f"{source.name}: {notice}", style="yellow", markup=False)
+                tasks.append(adapter.offline_task(source))
+        else:
+            hint = did_you_mean(name, sets)
+            if "Did you" in hint and not adapter.in_registry(name):
+                raise DataError(f"unknown task '{name}'.{hint}")
+            tasks.append(adapter.registry_task(RegistryTask(name=name), languages))
+    found = [task.metadata.name for task in tasks]
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"--tasks names {', '.join(twice)} more than once; an offline task is renamed by `name:` in task.yaml."
+        )
+    return tasks
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unified-lm eval mteb",
+        description="evaluate a model on tasks of mteb, or on folders of files; finished tasks are skipped",
+    )
+    add = parser.add_argument
+    add("model", help="the export folder of a run, or a Hub name")
+    add("--tasks", nargs="+", required=True, metavar="TASK", help=f"mteb's names, sets ({', '.join(task_sets())}), or folders")
+    add("--instructions", default="export", help=f"export (default), none, task, {', '.join(table_names())}, or a .json table")
+    add("--languages", nargs="+", default=[], metavar="LANG", help="keep only subsets in these languages (eng)")
+    add("--out", type=Path, default=None, help="mteb's cache folder (default: mteb beside the export)")
+    add("--name", default=None, help='name in the results, "organization/model"')
+    add("--overwrite", action="store_true", help="run finished tasks again")
+    add("--prompts", type=Path, default=None, help="only write the prompts, for running plain mteb, to this .json file")
+    add("--max-tokens", type=_positive, default=None, help="limit of a text with its prompt; the export's own if left out")
+    add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
+    add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+    add("--template", default=None, help="prompt template; needed for a model that is no export")
+    add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
+    add("--attention", default=None, help="bidirectional or causal, in place of the export's")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _adapter():  # type: ignore[no-untyped-def]  # a module has no type of its own
+    try:
+        from unified_lm.evaluation import mteb_adapter
+    except ImportError as error:
+        raise ConfigError(
+            f"this needs mteb ({error}): pip install 'unified_lm[eval]', on Python 3.11 or newer "
+            f"(this is {sys.version.split()[0]})."
+        ) from error
+    return mteb_adapter
+
+
+def _name(folder: Path) -> str:
+    """A name for results: an export is called after its run."""
+    folder = folder.resolve()
+    return f"unified_lm/{folder.parent.name if folder.name == 'export' else folder.name}"
+
+
+def _line(score: TaskScore) -> str:
+    how = "finished before" if score.resumed else f"{score.seconds:.1f} s"
+    return f"{score.name}: {score.metric} {score.score:.4f} ({how})"
+
+
+def _print(scores: Sequence[TaskScore], identity: ModelIdentity, model: UnifiedLM) -> None:
+    """Tasks, then means: over the tasks of a type, and over all tasks (as MTEB's tables do)."""
+    table = Table("task", "type", "metric", "score", title=f"{identity.name} @ {identity.revision[:12]}", title_justify="left")
+    types: dict[str, list[float]] = defaultdict(list)
+    for score in scores:
+        table.add_row(score.name, score.type, score.metric, f"{score.score:.4f}")
+        types[score.type].append(score.score)
+    if len(scores) > 1:
+        table.add_section()
+        for name, values in types.items():
+            table.add_row(f"mean of {len(values)}", name, "", f"{sum(values) / len(values):.4f}")
+        table.add_row(f"mean of {len(scores)}", "all", "", f"{sum(score.score for score in scores) / len(scores):.4f}")
+    Console().print(table)
+    if model.num_truncated:
+        print(f"{model.num_truncated} texts were cut to the limit in tokens")

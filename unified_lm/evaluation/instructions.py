@@ -1,0 +1,234 @@
+"""Which instruction precedes a text of an evaluation task: tables as data, and the rules that read them.
+
+Embedding papers publish one instruction per task. Queries always carry it; whether documents do depends on the paper, so it
+is a field of the table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+from unified_lm.core.errors import ConfigError, DataError, did_you_mean
+
+TABLES = Path(__file__).parent / "tables"
+"""Folder of the tables that come with the package."""
+
+ASYMMETRIC_TYPES = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
+"""Task types of mteb that tell queries from documents."""
+
+_FIELDS = ("name", "source", "documents_with_instruction", "types", "tasks")
+_VARIANT = re.compile(r"(HardNegatives)?(\.v\d+)?$")
+
+
+class Role(Enum):
+    """What a text is to its task."""
+
+    QUERY = "query"
+    DOCUMENT = "document"
+    TEXT = "text"
+    """A text of a task that makes no difference: similarity, classification, clustering."""
+
+
+@dataclass(frozen=True)
+class TaskKey:
+    """What an instruction is chosen by.
+
+    Attributes:
+        name: the task's name.
+        type: mteb's task type, "Retrieval", "STS"...
+        prompt: the instruction that the task itself names: one for all, or one per role; None for none.
+    """
+
+    name: str
+    type: str
+    prompt: str | Mapping[str, str] | None = None
+
+
+class Instructions(Protocol):
+    """A source of instructions."""
+
+    @property
+    def label(self) -> str:
+        """Tells results apart; "" where an export's own instructions are used."""
+        ...
+
+    def find(self, task: TaskKey, role: Role) -> str | None:
+        """The instruction, "" for none on purpose, None where the source knows nothing about the task."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExportInstructions:
+    """What the export says: its "query" instruction before queries, its "document" instruction before everything else.
+
+    This is what stock sentence-transformers does under mteb.
+    """
+
+    instructions: Mapping[str, str]
+    label: str = ""
+
+    def find(self, task: TaskKey, role: Role) -> str:
+        """The export's instruction for the role."""
+        return self.instructions.get("query" if role is Role.QUERY else "document", "")
+
+
+@dataclass(frozen=True)
+class NoInstructions:
+    """No instruction before any text."""
+
+    label: str = "none"
+
+    def find(self, task: TaskKey, role: Role) -> str:
+        """Always ""."""
+        return ""
+
+
+@dataclass(frozen=True)
+class TaskInstructions:
+    """The instruction that each task names itself; documents have none unless the task gives them one."""
+
+    label: str = "task"
+
+    def find(self, task: TaskKey, role: Role) -> str | None:
+        """The task's own instruction, None where it names none."""
+        if task.prompt is None:
+            return None
+        if isinstance(task.prompt, str):
+            return "" if role is Role.DOCUMENT else task.prompt
+        return task.prompt.get(role.value, "") if role is not Role.TEXT else next(iter(task.prompt.values()), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionTable:
+    """The instructions of a paper.
+
+    Attributes:
+        label: name of the table, with a hash of its content where it is the user's own.
+        tasks: task name -> instruction, or role -> instruction.
+        types: task type -> instruction, for tasks that `tasks` does not list.
+        documents_with_instruction: task types whose documents carry the instruction of the queries; those of other types
+            have none.
+        source: where the instructions were published.
+    """
+
+    label: str
+    tasks: Mapping[str, str | Mapping[str, str]]
+    types: Mapping[str, str | Mapping[str, str]] = field(default_factory=dict)
+    documents_with_instruction: tuple[str, ...] = ()
+    source: str = ""
+
+    def find(self, task: TaskKey, role: Role) -> str | None:
+        """The table's instruction; a variant of a task (".v2", "HardNegatives") has that of the task.
+
+        A task that the table does not know falls back on the instruction that the task itself names (an offline task's
+        description), else None.
+        """
+        base = _VARIANT.sub("", task.name)
+        for entry in (self.tasks.get(task.name), self.tasks.get(base), self.types.get(task.type)):
+            if entry is not None:
+                return self._for_role(entry, task, role)
+        return TaskInstructions().find(task, role)
+
+    def _for_role(self, entry: str | Mapping[str, str], task: TaskKey, role: Role) -> str:
+        if not isinstance(entry, str):
+            return entry.get(role.value, "")
+        bare = role is Role.DOCUMENT and task.type not in self.documents_with_instruction
+        return "" if bare else entry
+
+
+def table_names() -> list[str]:
+    """Names of the tables that come with the package."""
+    return sorted(path.stem for path in TABLES.glob("*.json") if path.stem != "task_sets")
+
+
+def load_table(name_or_path: str) -> InstructionTable:
+    """Read a table that comes with the package, or a JSON file of the same form.
+
+    Raises:
+        ConfigError: no such table.
+        DataError: a file that is no table.
+    """
+    own = name_or_path.endswith(".json")
+    path = Path(name_or_path).expanduser() if own else TABLES / f"{name_or_path}.json"
+    if not own and name_or_path not in table_names():
+        known = ["export", "none", "task", *table_names()]
+        raise ConfigError(f"unknown instructions '{name_or_path}'.{did_you_mean(name_or_path, known)} Or give a .json file.")
+    try:
+        content = path.read_bytes()
+        value = json.loads(content)
+    except OSError as error:
+        raise DataError(f"cannot read the instructions {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}).") from error
+    _check_table(value, path)
+    name = str(value.get("name", path.stem))
+    return InstructionTable(
+        label=f"{name}-{blake2b(content, digest_size=4).hexdigest()}" if own else name,
+        tasks=value["tasks"],
+        types=value.get("types", {}),
+        documents_with_instruction=tuple(value.get("documents_with_instruction", ())),
+        source=str(value.get("source", "")),
+    )
+
+
+def _check_table(value: Any, path: Path) -> None:
+    if not isinstance(value, dict) or not isinstance(value.get("tasks"), dict):
+        raise DataError(f'{path}: expected an object with "tasks": {{task: instruction}}.')
+    for name in value:
+        if name not in _FIELDS:
+            raise DataError(f"{path}: unknown field '{name}'.{did_you_mean(name, _FIELDS)}")
+    for part in ("tasks", "types"):
+        for task, entry in value.get(part, {}).items():
+            roles = entry if isinstance(entry, dict) else {"query": entry}
+            if not set(roles) <= {role.value for role in Role} or not all(isinstance(text, str) for text in roles.values()):
+                raise DataError(
+                    f"{path}: {part}.{task} is {entry!r}; expected a string, or "
+                    '{"query": ..., "document": ..., "text": ...} with strings.'
+                )
+
+
+def instructions_of(name: str, export: Mapping[str, str]) -> Instructions:
+    """The source that a user names.
+
+    Args:
+        name: "export", "none", "task", a table's name, or a .json file.
+        export: the export's own instructions.
+
+    Raises:
+        ConfigError: unknown name.
+        DataError: a file that is no table.
+    """
+    if name == "export":
+        return ExportInstructions(export)
+    if name == "none":
+        return NoInstructions()
+    if name == "task":
+        return TaskInstructions()
+    return load_table(name)
+
+
+def roles_of(task_type: str) -> tuple[Role, ...]:
+    """The roles that the texts of a task type have."""
+    return (Role.QUERY, Role.DOCUMENT) if task_type in ASYMMETRIC_TYPES else (Role.TEXT,)
+
+
+def require_known(instructions: Instructions, tasks: list[TaskKey]) -> None:
+    """Refuse tasks without an instruction before any of them is run.
+
+    Raises:
+        ConfigError: the source knows nothing about some of them.
+    """
+    missing = [task.name for task in tasks if any(instructions.find(task, role) is None for role in roles_of(task.type))]
+    if missing:
+        raise ConfigError(
+            f"the instructions '{instructions.label}' have none for {', '.join(missing)}. Write a table (.json, see "
+            "docs/evaluation.md) that lists them, put `instruction:` into an offline task's task.yaml, or choose "
+            "--instructions export or none."
+        )
