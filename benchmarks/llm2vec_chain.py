@@ -2,7 +2,7 @@
 
 Spearman correlation of cosine similarity and human scores, mean pooling, no prompt. The text is a WikiText file; its
 tokenisation is undone (" @-@ ", spaces before punctuation), headings and unknown words are left out. STS-B is only read for
-measuring.
+measuring. With `checkpoint.every=20 checkpoint.keep_last=99` every checkpoint is measured too: the curve.
 
 Usage: python benchmarks/llm2vec_chain.py WIKITEXT.txt STS_DEV.csv RUN_DIR [key=value ...]
 """
@@ -14,13 +14,18 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from scipy.stats import spearmanr
 
 from unified_lm import UnifiedLM
 from unified_lm.build import train
+from unified_lm.build.checkpoints import load_run
+from unified_lm.checkpoint.state import PREFIX
+from unified_lm.checkpoint.store import list_checkpoints
 from unified_lm.config.schema import ModelConfig
 from unified_lm.models.loading import load_model
 
@@ -62,6 +67,16 @@ def similarity(model: UnifiedLM, rows: list[list[str]]) -> float:
     return float(spearmanr(cosine, [float(row[4]) for row in rows]).statistic) * 100
 
 
+def measure_curve(run_dir: Path, measure: Callable[[str, UnifiedLM], None]) -> None:
+    """Measure the checkpoints of a run, oldest first, but for the last, whose weights are those of the export."""
+    for checkpoint in list_checkpoints(run_dir / "checkpoints")[:-1]:
+        step = int(checkpoint.name.removeprefix(PREFIX))
+        run = load_run(run_dir, Console(quiet=True), step)
+        causal_lm = run.training.trainable.backbone.causal_lm
+        model = UnifiedLM(causal_lm, run.loaded.tokenizer, template="plain", pooling="mean", attention="bidirectional")
+        measure(f"{run_dir.name}, step {step}", model)
+
+
 def main(wikitext: str, sts: str, run_dir: str, *overrides: str) -> None:
     """Run the chain and print the table."""
     folder = Path(run_dir)
@@ -89,8 +104,10 @@ def main(wikitext: str, sts: str, run_dir: str, *overrides: str) -> None:
         *overrides,
     ]
     mntp = train(["recipe=llm2vec_mntp", f"run_dir={folder}/1-mntp", *common])
+    measure_curve(mntp, measure)
     measure("MNTP", UnifiedLM.from_pretrained(mntp / "export"))
     simcse = train(["recipe=llm2vec_simcse", f"run_dir={folder}/2-simcse", f"model.init_from={mntp}", *common])
+    measure_curve(simcse, measure)
     measure("MNTP, SimCSE", UnifiedLM.from_pretrained(simcse / "export"))
 
 

@@ -1,8 +1,9 @@
 """One GRIT step packed against the same samples padded to the longest of their kind.
 
-SmolLM2-135M in bfloat16, 32 pairs and 8 chats with log-normal lengths of up to 256 tokens, forward and backward, at the embedded
-recipe's temperature. The text is running text of pydocs; a pair's document is what follows its query. The padded side is what the reference systems do: queries, documents and chats each in a padded batch of their own through stock
-transformers (sdpa), queries and documents bidirectional. Losses are computed by the same functions on both sides.
+SmolLM2-135M in bfloat16, 32 pairs and 8 chats with log-normal lengths of up to 256 tokens, forward and backward, at the
+embedded recipe's temperature. The text is running text of pydocs; a pair's document is what follows its query. The padded side
+is what the reference systems do: queries, documents and chats each in a padded batch of their own through stock transformers
+(sdpa), queries and documents bidirectional. Losses are computed by the same functions on both sides.
 
 Usage: python benchmarks/packed_vs_padded.py [repetitions]
 """
@@ -36,7 +37,9 @@ PROMPT = 12
 TEMPERATURE = 0.05
 
 
-def make_samples(tokenizer: PreTrainedTokenizerBase, num_pairs: int = 32, num_chats: int = 8, longest: int = 256) -> list[Sample]:
+def make_samples(
+    tokenizer: PreTrainedTokenizerBase, num_pairs: int = 32, num_chats: int = 8, longest: int = 256
+) -> list[Sample]:
     """Real text, cut to log-normal lengths: short queries, longer documents and chats."""
     random = np.random.default_rng(0)
     _, file = pydocs_file("text", "train", RecordKind.TEXT)

@@ -34,6 +34,8 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     [
         ("grit_smollm2", "~streams.generation.sources", "streams.generation.sources: is empty"),
         ("grit_smollm2", "max_steps=0", "max_steps: got 0, expected at least 1"),
+        ("grit_smollm2", "optim.max_skipped_steps=0", "optim.max_skipped_steps: got 0, expected at least 1"),
+        ("grit_smollm2", "checkpoint={every: 10, keep_every: 25}", "expected a multiple of checkpoint.every (10)"),
         ("grit_smollm2", "streams.embedding.objective.name=next_token", "format pairs trains contrastive, got next_token"),
         ("grit_smollm2", "streams.embedding.objective.name=contrastiv", "Did you mean 'contrastive'?"),
         ("llm2vec_simcse", "streams.simcse.objective={name: next_token, temperature: 0.02}", "format views trains contrastive"),
@@ -104,6 +106,10 @@ def test_contradictions_are_found(resolved: Callable[[str], Path], recipe: str, 
     [
         (["recipe=grit_smollm2", "lora=qlora"], "lora.quantize_4bit: needs weights from the Hub"),
         (["recipe=llm2vec_mntp", "optim=constant"], "'constant' does not decay"),
+        (
+            ["recipe=grit_smollm2", "run_dir=a", "checkpoint.copy_to=a/checkpoints"],
+            "checkpoint.copy_to: a/checkpoints is where",
+        ),
     ],
 )
 def test_contradictions_between_groups_are_found(arguments: list[str], message: str) -> None:

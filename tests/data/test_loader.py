@@ -8,9 +8,10 @@ import torch
 
 from tests.data.fake_source import FakeSource, chats, pairs, stream_config, texts
 from unified_lm.batch import Batch, Sample
+from unified_lm.batch.plan import sequence_mask
 from unified_lm.config.schema import ObjectiveConfig
 from unified_lm.core.errors import CheckpointError, ConfigError
-from unified_lm.data.loader import StepLoader, deal
+from unified_lm.data.loader import SampleCost, StepLoader, deal, imbalance
 from unified_lm.data.streams import Stream
 from unified_lm.models.tiny import tiny_tokenizer
 
@@ -97,14 +98,99 @@ def test_groups_stay_whole_and_embedding_rows_are_numbered_per_rank():
             assert int(batch.text_ids["emb"][row // 3, row % 3]) == sample.text_id
 
 
+COSTS = {"tokens": SampleCost(), "tokens and attention": SampleCost(1.0, 0.01), "mostly attention": SampleCost(1.0, 1.0)}
+
+
+def random_step(seed: int) -> dict[str, list[Sample]]:
+    """Streams of random sizes with log-normal lengths; pairs of three with bidirectional samples, chats alone."""
+    rng = np.random.default_rng(seed)
+    streams: dict[str, list[Sample]] = {}
+    for name in ("first", "second", "third")[: rng.integers(1, 4)]:
+        size = int(rng.choice([1, 3]))
+        samples = []
+        for group in range(int(rng.integers(1, 40))):
+            for slot in range(size):
+                length = int(rng.lognormal(4, 1)) + 2
+                span = (0, length) if size > 1 else (0, 0)
+                pool = (1, length) if size > 1 else None
+                ids = np.ones(length, int)
+                samples.append(Sample(input_ids=ids, stream=name, bidirectional=span, pool=pool, group=group, slot=slot))
+        streams[name] = samples
+    return streams
+
+
+@pytest.mark.parametrize("cost", COSTS.values(), ids=COSTS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 17])
+def test_properties_of_a_deal(world_size, cost):
+    for seed in range(8):
+        step = random_step(seed)
+        shares = deal(step, world_size, cost)
+        dealt = [id(sample) for share in shares for sample in share]
+        assert sorted(dealt) == sorted(id(s) for samples in step.values() for s in samples), "every sample once"
+        owners: dict[tuple[str, int], set[int]] = {}
+        for rank, share in enumerate(shares):
+            for sample in share:
+                owners.setdefault((sample.stream, sample.group), set()).add(rank)
+        assert all(len(ranks) == 1 for ranks in owners.values()), "groups stay whole"
+        for name in step:
+            num_groups = sum(stream == name for stream, _ in owners)
+            holders = {rank for (stream, _), ranks in owners.items() if stream == name for rank in ranks}
+            assert len(holders) == min(num_groups, world_size), "as many ranks hold the stream as can"
+        loads = [sum(map(cost, share)) for share in shares]
+        prices = [sum(cost(s) for samples in step.values() for s in samples if (s.stream, s.group) == unit) for unit in owners]
+        assert max(loads) - min(loads) <= max(prices) * (1 + 1e-9), "ranks differ by at most one group"
+        assert max(loads) <= sum(loads) / world_size + max(prices) * (1 + 1e-9)
+
+
+def test_one_large_stream_keeps_the_bound_of_lpt():
+    """At most 4/3 of the best deal (Graham, 1969); no deal is better than the mean or than the largest group."""
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        lengths = rng.lognormal(4, 1.5, size=30).astype(int) + 1
+        samples = [Sample(input_ids=np.ones(n, int), stream="gen", group=i) for i, n in enumerate(lengths)]
+        loads = [sum(map(len, share)) for share in deal({"gen": samples}, 4)]
+        assert max(loads) <= 4 / 3 * max(lengths.sum() / 4, lengths.max())
+
+
+def test_a_sample_costs_its_tokens_and_the_pairs_that_see_each_other():
+    for start, stop in ((0, 0), (0, 9), (2, 7), (3, 4)):
+        sample = Sample(input_ids=np.ones(9, int), stream="a", bidirectional=(start, stop))
+        pairs = int(sequence_mask(9, (start, stop)).sum())
+        assert SampleCost(5.0, 2.0)(sample) == 5 * 9 + 2 * pairs
+        assert SampleCost()(sample) == 9
+
+
+def test_attention_counts_where_it_costs():
+    """One sample of 1,000 tokens has as many tokens as ten of 100, and ten times the attention."""
+    lengths = [1000] + [100] * 200
+    samples = [Sample(input_ids=np.ones(n, int), stream="gen", group=i) for i, n in enumerate(lengths)]
+    cost = SampleCost(1.0, 0.01)
+
+    def waste(dealt_by: SampleCost) -> float:
+        return imbalance([sum(map(cost, share)) for share in deal({"gen": samples}, 4, dealt_by)])
+
+    assert waste(cost) < 1.02 < 1.3 < waste(SampleCost())
+
+
 def test_dealing_balances_tokens():
     rng = np.random.default_rng(0)
     lengths = rng.lognormal(4, 0.8, size=64).astype(int) + 1
     samples = {"gen": [Sample(input_ids=np.ones(n, int), stream="gen", group=i) for i, n in enumerate(lengths)]}
     loads = [sum(map(len, share)) for share in deal(samples, 4)]
-    assert max(loads) / (sum(loads) / 4) < 1.02
     in_order = [lengths[rank::4].sum() for rank in range(4)]
-    assert max(loads) < max(in_order)
+    assert imbalance(loads) < 1.02 < imbalance(in_order)
+
+
+def test_imbalance_is_the_wait_for_the_slowest():
+    assert imbalance([5, 5, 5]) == 1.0
+    assert imbalance([4, 8]) == pytest.approx(4 / 3)
+    assert imbalance([0, 0, 9]) == pytest.approx(3.0)
+    assert imbalance([0, 0]) == 1.0, "nothing to wait for"
+
+
+def test_the_loader_deals_by_its_cost():
+    costly = StepLoader(make_streams(), token_budget=256, rank=0, world_size=2, cost=SampleCost(1.0, 1.0))
+    assert everything([costly.next_batch()]) != everything([make_loader(0, 2).next_batch()])
 
 
 def test_a_stream_of_few_groups_leaves_no_rank_without_one():

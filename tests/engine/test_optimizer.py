@@ -1,7 +1,13 @@
+import math
+
+import pytest
 import torch
 from torch import nn
 
+from tests.engine.tiny import make_trainable
 from unified_lm.config.schema import OptimConfig
+from unified_lm.core.errors import CheckpointError
+from unified_lm.engine.backend import TorchBackend
 from unified_lm.engine.optimizer import MasterAdamW
 
 
@@ -61,7 +67,7 @@ def test_state_restores_bit_for_bit():
 
     second = linear(torch.bfloat16)
     resumed = MasterAdamW(second.named_parameters(), OptimConfig())
-    resumed.load_state_dict(saved)
+    resumed.load_state(saved.__getitem__, frozenset(saved))
     train(second, resumed, 3)
     assert torch.equal(resumed.masters["weight"], optimizer.masters["weight"])
     assert torch.equal(first.weight, second.weight)
@@ -74,3 +80,28 @@ def test_decay_spares_vectors():
     optimizer.step(0.1)
     assert torch.equal(module.bias, bias)
     assert torch.allclose(module.weight, weight * 0.95)
+
+
+def test_a_state_of_other_parameters_is_refused():
+    optimizer = MasterAdamW(linear(torch.float32).named_parameters(), OptimConfig())
+    saved = dict(optimizer.state_dict())
+    with pytest.raises(CheckpointError, match="1 tensors are missing"):
+        optimizer.load_state(saved.__getitem__, frozenset(saved) - {"weight/bias"})
+    with pytest.raises(CheckpointError, match="1 belong to nothing that is trained"):
+        optimizer.load_state(saved.__getitem__, frozenset(saved) | {"weight/other"})
+    with pytest.raises(CheckpointError, match=r"weight/weight has shape \[2, 3\], expected \[4, 6\]"):
+        optimizer.load_state((saved | {"weight/weight": torch.zeros(2, 3)}).__getitem__, frozenset(saved))
+
+
+def test_a_gradient_that_is_not_finite_leaves_weights_and_moments():
+    trainable = make_trainable()
+    backend = TorchBackend(trainable, OptimConfig())
+    for gradient in backend.optimizer.gradients():
+        gradient.fill_(0.1)
+    assert 0 < backend.update(1e-3, 1.0) < math.inf
+    before = {name: t.clone() for name, t in backend.optimizer_state()}
+    for poison in (math.nan, math.inf):
+        next(backend.optimizer.gradients()).view(-1)[0] = poison
+        assert not math.isfinite(backend.update(1e-3, 1.0))
+        assert all(torch.equal(before[name], t) for name, t in backend.optimizer_state())
+        assert all((gradient == 0).all() for gradient in backend.optimizer.gradients())

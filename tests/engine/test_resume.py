@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.engine.small_run import metrics, tensors
 from unified_lm.build import train
 from unified_lm.core.errors import CheckpointError
 
@@ -31,13 +31,7 @@ COMMON = [
 
 
 def final_weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "checkpoints" / "step-00000006" / "optimizer.safetensors")
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    timing = ("seconds", "per_second")
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.endswith(timing)} for line in lines]
+    return tensors(run_dir / "checkpoints" / "step-00000006")
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +81,14 @@ def test_a_checkpoint_of_another_recipe_is_refused(uninterrupted, tmp_path):
 
 def test_an_older_checkpoint_is_not_continued_over_newer_ones(uninterrupted):
     """Pruning keeps the highest steps: new checkpoints with lower ones would vanish."""
-    oldest = sorted((uninterrupted / "checkpoints").iterdir())[0]
+    oldest = sorted((uninterrupted / "checkpoints").glob("step-*"))[0]
     with pytest.raises(CheckpointError, match="checkpoints newer than step-00000004"):
         train([*COMMON, f"run_dir={uninterrupted}", f"resume={oldest}"])
 
 
 def test_resuming_leaves_the_saved_configuration_of_a_refused_run(uninterrupted):
     before = (uninterrupted / "config.yaml").read_text()
-    with pytest.raises(CheckpointError, match="trained: the checkpoint has"):
+    with pytest.raises(CheckpointError, match=r"trained: .* parameters differ, e\.g\. backbone"):
         train([*COMMON, f"run_dir={uninterrupted}", "resume=auto", "lora=all_linear"])
     assert (uninterrupted / "config.yaml").read_text() == before
 
@@ -103,3 +97,33 @@ def test_fewer_steps_than_the_checkpoint_has_taken_are_refused(uninterrupted):
     arguments = [a.replace("max_steps=6", "max_steps=3") for a in COMMON]
     with pytest.raises(CheckpointError, match="has taken 6 steps"):
         train([*arguments, f"run_dir={uninterrupted}", "resume=auto"])
+
+
+def test_a_torn_checkpoint_is_skipped_with_a_message(uninterrupted, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(uninterrupted, run_dir)
+    newest = run_dir / "checkpoints" / "step-00000006"
+    shard = next(newest.glob("optimizer-*"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    train([*COMMON, f"run_dir={run_dir}", "resume=auto"])
+    told = capsys.readouterr().err
+    assert f"checkpoint {newest} is torn and skipped: {shard.name} has" in told
+    assert "resuming from step-00000004" in told
+    expected, resumed = final_weights(uninterrupted), final_weights(run_dir)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_lost_run_is_resumed_from_its_copies(uninterrupted, tmp_path, capsys):
+    run_dir, copies = tmp_path / "run", tmp_path / "copies"
+    arguments = [*COMMON, f"run_dir={run_dir}", f"checkpoint.copy_to={copies}"]
+    train(arguments)
+    assert sorted(path.name for path in copies.iterdir()) == ["latest", "step-00000004", "step-00000006"]
+    shutil.rmtree(run_dir)
+    shutil.rmtree(copies / "step-00000006")
+    with pytest.raises(CheckpointError, match=r"copy_to .* already holds checkpoints"):
+        train(arguments)
+    train([*arguments, "resume=auto"])
+    assert "using the copy" in capsys.readouterr().err
+    expected, resumed = final_weights(uninterrupted), final_weights(run_dir)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert metrics(run_dir) == metrics(uninterrupted)

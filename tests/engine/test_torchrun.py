@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
+from tests.engine.small_run import tensors
 from unified_lm.build import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def test_two_processes_train_and_export(tmp_path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     together = tmp_path / "together"
-    weights = [load_file(run / "checkpoints" / "step-00000002" / "optimizer.safetensors") for run in (alone, together)]
+    weights = [tensors(run / "checkpoints" / "step-00000002") for run in (alone, together)]
     assert weights[0].keys() == weights[1].keys()
     squared = sum((weights[0][n] - weights[1][n]).double().square().sum() for n in weights[0] if n.startswith("weight/"))
     norm = sum(weights[0][n].double().square().sum() for n in weights[0] if n.startswith("weight/"))

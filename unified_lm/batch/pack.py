@@ -220,3 +220,17 @@ def first_fit(samples: Sequence[Sample], token_budget: int, bins: Sequence[Seque
         filled[place].append(sample)
         room[place] -= len(sample)
     return filled
+
+
+def padded_tokens(samples: Sequence[Sample]) -> int:
+    """Positions that would be computed if every sample were padded to the longest of its kind.
+
+    A kind is a stream, and within one whose samples are pooled queries and documents apart: what the usual trainers pad.
+
+    Args:
+        samples: of one step on one rank.
+    """
+    lengths: dict[tuple[str, bool], list[int]] = {}
+    for sample in samples:
+        lengths.setdefault((sample.stream, sample.slot == 0), []).append(len(sample))
+    return sum(len(kind) * max(kind) for kind in lengths.values())

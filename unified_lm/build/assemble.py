@@ -13,20 +13,27 @@ from rich.console import Console
 
 from unified_lm.batch import Batch
 from unified_lm.checkpoint.manifest import Manifest
-from unified_lm.checkpoint.state import Identity, check_identity, find_checkpoint
+from unified_lm.checkpoint.state import Identity, load_state
+from unified_lm.checkpoint.store import find_checkpoint, restore_metrics
 from unified_lm.checkpoint.verify import load_projection
 from unified_lm.config.schema import RunConfig
+from unified_lm.config.validate import zero_stage
 from unified_lm.core import distributed
+from unified_lm.core.agreement import on_main
 from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.core.errors import CheckpointError, ConfigError
+from unified_lm.core.places import within
 from unified_lm.core.random import seed_everything
-from unified_lm.data.loader import StepLoader
+from unified_lm.data.loader import SampleCost, StepLoader
 from unified_lm.data.retrieval import build_retrieval
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
-from unified_lm.engine.backend import make_backend
+from unified_lm.engine.backend import Backend, check_backend, make_backend
+from unified_lm.engine.deepspeed import ZeroSharding
 from unified_lm.engine.fit import Training
+from unified_lm.engine.flops import ModelFlops
 from unified_lm.engine.metrics import Reporter
 from unified_lm.engine.step import GradCacheStep
+from unified_lm.engine.throughput import ComputeClock, StepMeter
 from unified_lm.engine.trainable import Trainable
 from unified_lm.engine.validation import Validator
 from unified_lm.models.backbone import Backbone
@@ -34,6 +41,7 @@ from unified_lm.models.loading import LoadedModel, load_model
 from unified_lm.models.lora import LoraReport, apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.probe import probe_attention
+from unified_lm.models.sharded import load_sharded
 from unified_lm.objectives import EmbeddingObjective, ObjectiveKind, TokenObjective, build_objective
 
 
@@ -56,43 +64,80 @@ class Run:
 
 def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     """Load the model and the data, and put the parts of a run together."""
+    check_backend(config.parallel)
     seed_everything(config.seed)
     device = distributed.local_device()
     if device.type == "cpu":
         keep_freed_memory()
     quantize = config.lora is not None and config.lora.quantize_4bit
-    loaded = load_model(config.model, quantize_4bit=quantize)
+    if zero_stage(config.parallel.backend) == 3:
+        loaded = load_sharded(config.model, ZeroSharding(config.parallel))
+    else:
+        loaded = load_model(config.model, quantize_4bit=quantize)
     lora = apply_lora(loaded.causal_lm, config.lora, config.seed) if config.lora else None
     backbone = Backbone(loaded.causal_lm, config.model.attention_kernel).to(device)
     if config.model.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
-        probe_attention(backbone)
     streams = build_streams(config, loaded.tokenizer)
     tokens, embeddings = _objectives(config)
     trainable = _make_trainable(config, loaded, backbone, tokens).to(device)
     backend = make_backend(trainable, config.optim, config.parallel)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
+        probe_attention(backbone, whole=backend.whole)
     weights = {name: stream.objective.weight for name, stream in config.streams.items()}
     identity = _identity(config, loaded, trainable)
-    resume_from = find_checkpoint(config.resume, run_dir / "checkpoints")
-    if resume_from is not None:
-        taken = check_identity(resume_from, identity)["step"]
-        if taken > config.max_steps:
-            raise CheckpointError(f"{resume_from} has taken {taken} steps, max_steps is {config.max_steps}. Raise max_steps.")
+    resume_from = on_main(lambda: _checkpoint_to_resume(config, run_dir, identity, console))
+    clock = ComputeClock()
+    forward, backward = within("forward", clock.timed(backend.forward)), within("backward", clock.timed(backend.backward))
+    step = GradCacheStep(forward, backward, embeddings, weights, equal_forwards=backend.equal_forwards)
+    meter = StepMeter(trainable, step.num_retained, clock, recomputes=config.model.gradient_checkpointing)
     training = Training(
         config=config,
         run_dir=run_dir,
         trainable=trainable,
         backend=backend,
-        step=GradCacheStep(backend.forward, backend.backward, embeddings, weights),
-        loader=_make_loader(config, streams),
-        validator=_make_validator(config, loaded, trainable, embeddings, weights),
-        reporter=Reporter(config.logging, run_dir, config.max_steps, asdict(config), console),
+        step=step,
+        loader=_make_loader(config, streams, trainable),
+        validator=_make_validator(config, loaded, backend, trainable, embeddings, weights),
+        reporter=Reporter(config.logging, run_dir, config.max_steps, asdict(config), console, _facts(meter)),
+        meter=meter,
         identity=identity,
+        decode=lambda ids: str(loaded.tokenizer.decode(list(ids))),
         resume_from=resume_from,
     )
     seed_everything(config.seed + 1 + distributed.rank())  # dropout differs between ranks, and from initialisation
     return Run(training, loaded, streams, lora)
+
+
+def _checkpoint_to_resume(config: RunConfig, run_dir: Path, identity: Identity, console: Console) -> Path | None:
+    """Find and check the checkpoint, on rank 0: files of a shared disk may show up on other nodes later.
+
+    Raises:
+        CheckpointError: there is one, and it does not belong to this run or is ahead of it.
+    """
+    copies = config.checkpoint.copy_to
+    found = find_checkpoint(config.resume, run_dir / "checkpoints", Path(copies) if copies else None)
+    for notice in found.notices:
+        console.print(notice, highlight=False, soft_wrap=True)
+    if found.path is None:
+        return None
+    taken = load_state(found.path, identity).step
+    if taken > config.max_steps:
+        raise CheckpointError(f"{found.path} has taken {taken} steps, max_steps is {config.max_steps}. Raise max_steps.")
+    restore_metrics(found.path, run_dir)
+    return found.path
+
+
+def _facts(meter: StepMeter) -> dict[str, Any]:
+    """What a reader of the metrics must know about the machine."""
+    device = distributed.local_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "world_size": distributed.world_size(),
+        "device": name,
+        "peak_teraflops_per_device": meter.peak.flops / 1e12,
+        "peak_source": meter.peak.source,
+    }
 
 
 def _objectives(config: RunConfig) -> tuple[dict[str, TokenObjective], dict[str, EmbeddingObjective]]:
@@ -137,18 +182,22 @@ def _make_trainable(
     )
 
 
-def _make_loader(config: RunConfig, streams: dict[str, Stream]) -> StepLoader:
+def _make_loader(config: RunConfig, streams: dict[str, Stream], trainable: Trainable) -> StepLoader:
+    flops = ModelFlops.of(trainable)
+    per_token = 2 * (flops.trained + flops.frozen)
     return StepLoader(
         streams,
         token_budget=config.packing.token_budget,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        cost=SampleCost(per_token, flops.pair * sum(flops.windows.values())),
     )
 
 
 def _make_validator(
     config: RunConfig,
     loaded: LoadedModel,
+    backend: Backend,
     trainable: Trainable,
     objectives: dict[str, EmbeddingObjective],
     weights: dict[str, float],
@@ -158,21 +207,28 @@ def _make_validator(
     if not streams and retrieval is None:
         return None
     held_out_objectives = {name: objective for name, objective in objectives.items() if name in streams}
-    return Validator(
-        trainable,
-        _fixed_batches(config, streams),
+    held_out = GradCacheStep(
+        within("forward", backend.forward),
+        backend.backward,
         held_out_objectives,
         weights,
+        num_retained=0,
+        equal_forwards=backend.equal_forwards,
+    )
+    return Validator(
+        trainable,
+        held_out,
+        _fixed_batches(config, streams, trainable),
         retrieval,
         config.packing.token_budget,
     )
 
 
-def _fixed_batches(config: RunConfig, streams: dict[str, Stream]) -> Callable[[], Iterator[Batch]]:
+def _fixed_batches(config: RunConfig, streams: dict[str, Stream], trainable: Trainable) -> Callable[[], Iterator[Batch]]:
     """The same held-out batches every time they are asked for."""
     if not streams:
         return lambda: iter(())
-    loader = _make_loader(config, streams)
+    loader = _make_loader(config, streams, trainable)
     one_epoch = min(max(1, stream.num_rows // stream.batch_size) for stream in streams.values())
 
     def batches() -> Iterator[Batch]:
@@ -184,11 +240,12 @@ def _fixed_batches(config: RunConfig, streams: dict[str, Stream]) -> Callable[[]
 
 
 def _identity(config: RunConfig, loaded: LoadedModel, trainable: Trainable) -> Identity:
-    shapes = [(name, tuple(p.shape)) for name, p in trainable.named_parameters() if p.requires_grad]
+    # a parameter that ZeRO-3 has shared out is empty, and remembers its shape
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable.named_parameters() if p.requires_grad}
     tokenizer = loaded.tokenizer.backend_tokenizer.to_str()
     return Identity(
         recipe=config.recipe,
         model=f"{loaded.provenance['family']} {loaded.provenance['fingerprint']}",
         tokenizer=blake2b(tokenizer.encode(), digest_size=16).hexdigest(),
-        trained=blake2b(repr(shapes).encode(), digest_size=16).hexdigest(),
+        trained=shapes,
     )

@@ -36,8 +36,8 @@ def check_export(run: Run) -> None:
         )
 
 
-def export_run(run: Run, console: Console) -> Path:
-    """Merge, verify and write `run_dir/export`, and upload it where the recipe asks for that.
+def export_run(run: Run, console: Console, target: Path | None = None) -> Path:
+    """Merge, verify and write `target` (`run_dir/export`), and upload it where the recipe asks for that.
 
     Call it on one rank.
 
@@ -46,7 +46,7 @@ def export_run(run: Run, console: Console) -> Path:
     """
     training = run.training
     config = training.config
-    target = training.run_dir / "export"
+    target = target or training.run_dir / "export"
     console.print(f"exporting to {target}", highlight=False)
     manifest = make_manifest(run)
     causal_lm = training.trainable.backbone.causal_lm
@@ -73,7 +73,7 @@ def make_manifest(run: Run) -> Manifest:
     earlier: dict[str, Any] = provenance.get("manifest") or {}
     embedding = _embedding_stream(config)
     template = (_chat_stream(config) or embedding or next(iter(config.streams.values()))).template
-    before, after = held_out(run.training.run_dir)
+    before, after = held_out(run.training.run_dir, config.max_steps)
     return Manifest(
         recipe=config.recipe,
         base_model=earlier.get("base_model") or provenance["name"],

@@ -7,23 +7,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from unified_lm.build.assemble import Run, build_run
 from unified_lm.build.publish import check_export, export_run
-from unified_lm.checkpoint.state import find_checkpoint, list_checkpoints
+from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
 from unified_lm.config.compose import compose, to_yaml
 from unified_lm.config.schema import ChainConfig, RunConfig
 from unified_lm.core import distributed
+from unified_lm.core.agreement import on_main, share
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import write_text
+from unified_lm.core.watchdog import long_on_main, watching
 from unified_lm.engine.dry_run import print_dry_run
 from unified_lm.engine.fit import fit
+from unified_lm.engine.wandb_run import check_wandb
 
 
 def train(argv: Sequence[str]) -> Path:
     """Compose a recipe from `key=value` arguments and run it: what `train.py` and `unified-lm train` call.
+
+    A run that a signal stops (see `engine.fit`) returns like one that is finished; its export is not written.
 
     Returns:
         The folder of the run (of the last stage, for a chain).
@@ -31,54 +35,69 @@ def train(argv: Sequence[str]) -> Path:
     config = compose(argv)
     first = config.stages[0] if isinstance(config, ChainConfig) else config
     distributed.initialise(first.parallel.timeout_minutes)
-    try:
-        return run_chain(config) if isinstance(config, ChainConfig) else run_stage(config)
-    finally:
-        distributed.shutdown()
+    with watching(first.parallel.timeout_minutes):
+        run_dir = run_chain(config) if isinstance(config, ChainConfig) else run_stage(config)
+    # Not after an error: leaving the group may wait for the others, and they must first hear why (`core.failures`).
+    distributed.shutdown()
+    return run_dir
 
 
 def run_chain(chain: ChainConfig) -> Path:
-    """Run the stages in order, each from the merged result of the one before.
+    """Run the stages in order, each from the merged result of the one before, until one is stopped by a signal.
 
     With `resume=auto` a finished stage takes no further step; it is only exported again.
     """
-    run_dir = Path(_agree(chain.run_dir or f"runs/{chain.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    run_dir = Path(share(chain.run_dir or f"runs/{chain.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
     previous: Path | None = None
     for index, stage in enumerate(chain.stages):
-        config = replace(stage, run_dir=str(run_dir / f"{index + 1}-{stage.recipe}"))
+        name = f"{index + 1}-{stage.recipe}"
+        config = replace(stage, run_dir=str(run_dir / name))
+        if stage.checkpoint.copy_to is not None:
+            config = replace(config, checkpoint=replace(stage.checkpoint, copy_to=str(Path(stage.checkpoint.copy_to) / name)))
+        if stage.logging.wandb_group is None:
+            config = replace(config, logging=replace(stage.logging, wandb_group=run_dir.name))
         if previous is not None:
             config = replace(config, model=replace(config.model, init_from=str(previous)))
-        previous = run_stage(config)
+        previous, is_finished = _run_stage(config)
+        if not is_finished:
+            break
     assert previous is not None, "a chain has stages"
     return previous
 
 
 def run_stage(config: RunConfig) -> Path:
-    """Run one recipe to its export, or print what it would do.
+    """Run one recipe to its export, or print what it would do; returns the folder of the run.
 
     Raises:
         CheckpointError: `run_dir` already holds a run and nothing was said about resuming it.
     """
+    return _run_stage(config)[0]
+
+
+def _run_stage(config: RunConfig) -> tuple[Path, bool]:
+    """The folder of a run, and whether the run is finished (not stopped by a signal)."""
     console = Console(stderr=True, quiet=not distributed.is_main())
     for notice in config.notices:
         console.print(f"note: {notice}", highlight=False, soft_wrap=True)
     if config.dry_run:
         print_dry_run(config, Console(quiet=not distributed.is_main()))
-        return Path(config.run_dir)
-    config = replace(config, run_dir=_agree(config.run_dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        return Path(config.run_dir), True
+    config = replace(config, run_dir=share(config.run_dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
     run_dir = Path(config.run_dir)
-    _refuse_to_overwrite(config, run_dir)
+    on_main(lambda: _refuse_to_overwrite(config, run_dir))
+    on_main(lambda: check_wandb(config.logging))
     run = build_run(config, run_dir, console)
     _report(run, console)
     if config.export.enabled:
         check_export(run)
     if distributed.is_main():
         write_text(run_dir / "config.yaml", to_yaml(config))
-    fit(run.training)
-    if config.export.enabled and distributed.is_main():
-        export_run(run, console)
-    distributed.barrier()
-    return run_dir
+    is_finished = fit(run.training)
+    if is_finished and config.export.enabled:
+        with run.training.backend.gathered():
+            long_on_main(lambda: export_run(run, console), "export")
+    run.training.backend.close()
+    return run_dir, is_finished
 
 
 def _refuse_to_overwrite(config: RunConfig, run_dir: Path) -> None:
@@ -90,9 +109,12 @@ def _refuse_to_overwrite(config: RunConfig, run_dir: Path) -> None:
     metrics = run_dir / "metrics.jsonl"
     own = list_checkpoints(run_dir / "checkpoints")
     used = bool(own) or (metrics.exists() and metrics.stat().st_size > 0)
-    if not used or config.resume == "auto":
+    if config.resume == "auto":
         return
-    chosen = find_checkpoint(config.resume, run_dir / "checkpoints")
+    _refuse_to_mix_copies(config)
+    if not used:
+        return
+    chosen = find_checkpoint(config.resume, run_dir / "checkpoints").path
     inside = [path.resolve() for path in own]
     if chosen is None or chosen.resolve() not in inside:
         raise CheckpointError(
@@ -107,6 +129,20 @@ def _refuse_to_overwrite(config: RunConfig, run_dir: Path) -> None:
         )
 
 
+def _refuse_to_mix_copies(config: RunConfig) -> None:
+    """Raise when a new run would put its copies among those of another, where either would remove the other's.
+
+    Raises:
+        CheckpointError: `checkpoint.copy_to` holds checkpoints.
+    """
+    copies = config.checkpoint.copy_to
+    if config.resume == "none" and copies and list_checkpoints(Path(copies)):
+        raise CheckpointError(
+            f"checkpoint.copy_to {copies} already holds checkpoints of a run; nothing was changed. "
+            "Continue it with resume=auto, or choose another folder."
+        )
+
+
 def _report(run: Run, console: Console) -> None:
     """Say what became of every source's rows, and what loading and adapting changed."""
     for notice in (*run.loaded.provenance["notices"], *(run.lora.notices if run.lora else ())):
@@ -118,12 +154,3 @@ def _report(run: Run, console: Console) -> None:
             console.print(f"{name}: {source}, {rows:,} rows{cut}", highlight=False, soft_wrap=True)
         for reason, count in stats.rejected.items():
             console.print(f"{name}: {count:,} left out: {reason}", highlight=False, soft_wrap=True)
-
-
-def _agree(value: str) -> str:
-    """Rank 0's value on every rank (clocks differ)."""
-    if distributed.world_size() == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]

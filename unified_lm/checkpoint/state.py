@@ -1,18 +1,21 @@
-"""Checkpoints of a run in progress: all that a bit-exact resume needs, written whole or not at all.
+"""Checkpoints of a run in progress: all that a bit-exact resume needs, written by all ranks, whole or not at all.
 
 A checkpoint is `run_dir/checkpoints/step-00000050/` with
 
-- `optimizer.safetensors`: float32 trained weights and AdamW's moments,
+- `optimizer-00001-of-00002.safetensors`, ...: float32 trained weights (adapters among them) and AdamW's moments, shared out
+  among the ranks that wrote it (`checkpoint.shards`),
 - `rng.safetensors`: the random state of every rank,
-- `state.json`: step, data cursors, metrics position, and the identity of what is trained.
+- `state.json`: step, data cursors, metrics position, identity of what is trained, and every file with its size.
 
-A folder under its final name is complete (`core.files.write_directory`), so the newest one is the one to resume.
+The same tensors whatever the backend and the number of ranks, so it resumes on any other. Which checkpoints there are, and
+which one to resume, is `checkpoint.store`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from unified_lm.checkpoint.shards import ShardReader, shard_name, write_share
+from unified_lm.core import distributed
+from unified_lm.core.agreement import failures
 from unified_lm.core.errors import CheckpointError
-from unified_lm.core.files import write_directory
+from unified_lm.core.files import commit_directory, write_json, write_text
 from unified_lm.core.random import RngState
 
-_PREFIX = "step-"
+FORMAT = 2
+"""Version of the folder's content."""
+
+PREFIX = "step-"
+"""A checkpoint's folder is this and the number of steps, eight digits."""
+
+LATEST = "latest"
+"""The pointer: a text file beside the checkpoints with the name of the newest one."""
+
+_RNG = "rng.safetensors"
+_STATE = "state.json"
+_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,146 +53,189 @@ class Identity:
         recipe: name of the recipe.
         model: name and content of the starting weights.
         tokenizer: hash of the tokenizer.
-        trained: hash of the names and shapes of the trained parameters (tells LoRA from full, and one rank from another).
+        trained: name -> shape of every trained parameter (tells LoRA from full, and one rank from another).
     """
 
     recipe: str
     model: str
     tokenizer: str
-    trained: str
+    trained: Mapping[str, tuple[int, ...]]
+
+    def differences(self, found: Mapping[str, Any]) -> list[str]:
+        """What a saved identity (as JSON) has otherwise, in words."""
+        texts = [
+            f"{name}: the checkpoint has {found.get(name)!r}, this run {getattr(self, name)!r}"
+            for name in ("recipe", "model", "tokenizer")
+            if found.get(name) != getattr(self, name)
+        ]
+        saved = {name: tuple(shape) for name, shape in found.get("trained", {}).items()}
+        different = [name for name in {**saved, **self.trained} if saved.get(name) != self.trained.get(name)]
+        if different:
+            shapes = [(name, _shape(saved.get(name)), _shape(self.trained.get(name))) for name in different[:_SHOWN]]
+            examples = ", ".join(f"{name} ({there} there, {here} here)" for name, there, here in shapes)
+            texts.append(f"trained: {len(different)} parameters differ, e.g. {examples}")
+        return texts
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """A run between two optimizer steps.
+    """A run between two optimizer steps, but for its tensors.
 
     Attributes:
-        step: optimizer steps taken.
-        optimizer: float32 weights and moments, by name.
+        step: optimizer steps taken, skipped ones included.
+        skipped: steps whose update was skipped because it was not finite, in all.
+        skipped_in_a_row: of those, the ones without a good step since.
         loader: cursors of every stream, as JSON values.
-        rng: the random state of every rank, by rank.
         metrics_bytes: length of metrics.jsonl; what was written after it is cut off on resume.
+        num_ranks: processes of the run that wrote it.
+        backend: name of the backend of that run; for information.
         identity: what the state belongs to.
     """
 
     step: int
-    optimizer: dict[str, torch.Tensor]
+    skipped: int = 0
+    skipped_in_a_row: int = 0
     loader: dict[str, Any]
-    rng: tuple[RngState, ...]
     metrics_bytes: int
+    num_ranks: int
+    backend: str
     identity: Identity
 
 
-def save_state(state: RunState, folder: Path, keep_last: int) -> Path:
-    """Write a checkpoint under `folder`, then remove all but the newest `keep_last`.
+def save_state(state: RunState, rng: RngState, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> Path:
+    """Write a checkpoint under `folder`, and the pointer to it. Collective; `folder` is one that all ranks share.
+
+    Args:
+        state: the run; rank 0's counts.
+        rng: this rank's random state.
+        tensors: whole tensors by name, the same on every rank in the same order; each may be overwritten by the next.
+        folder: where the checkpoints of the run are.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
-        CheckpointError: the disk refused; earlier checkpoints are untouched.
+        CheckpointError: the disk refused, on any rank; raised on every rank. Earlier checkpoints are untouched.
     """
-    target = folder / f"{_PREFIX}{state.step:08d}"
-    write_directory(target, lambda building: _fill(state, building))
-    for old in list_checkpoints(folder)[: -max(1, keep_last)]:
-        shutil.rmtree(old)
+    target = folder / f"{PREFIX}{state.step:08d}"
+    building = folder / f".{target.name}.building"
+    _raise_together(_start(building), building, target)
+    names, failure = write_share(tensors, building)
+    _raise_together(failure, building, target)
+    shares = distributed.all_gather_objects(names)
+    rngs = distributed.all_gather_objects(rng)
+    _raise_together(_finish(state, shares, rngs, building, target) if distributed.is_main() else None, building, target)
     return target
 
 
-def _fill(state: RunState, building: Path) -> None:
-    rng = {}
-    for rank, captured in enumerate(state.rng):
-        rng[f"cpu/{rank}"] = captured.cpu
-        if captured.device is not None:
-            rng[f"device/{rank}"] = captured.device
-    try:
-        save_file({name: t.detach().contiguous() for name, t in state.optimizer.items()}, building / "optimizer.safetensors")
-        save_file(rng, building / "rng.safetensors")
-    except SafetensorError as error:  # a full disk arrives as this type, not as OSError
-        raise OSError(str(error)) from error
-    content = {
-        "step": state.step,
-        "loader": state.loader,
-        "metrics_bytes": state.metrics_bytes,
-        "num_ranks": len(state.rng),
-        "identity": asdict(state.identity),
-    }
-    (building / "state.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _raise_together(failure: Exception | None, building: Path, target: Path) -> None:
+    found = failures(failure)
+    if found is None:
+        return
+    if distributed.is_main():
+        shutil.rmtree(building, ignore_errors=True)
+    raise CheckpointError(f"could not write {target}: {found}. What was there before is untouched.") from failure
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints under `folder`, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / "state.json").is_file())
-
-
-def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that `resume` names.
-
-    Args:
-        resume: "none", "auto" (the newest under `folder`, None when there is none) or a path.
-        folder: where this run keeps its checkpoints.
-
-    Raises:
-        CheckpointError: a path was given that is no checkpoint.
-    """
-    if resume == "none":
+def _start(building: Path) -> OSError | None:
+    if not distributed.is_main():
         return None
-    if resume == "auto":
-        found = list_checkpoints(folder)
-        return found[-1] if found else None
-    path = Path(resume)
-    if (path / "state.json").is_file():
-        return path
-    inside = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
-    if inside:
-        return inside[-1]
-    raise CheckpointError(
-        f"resume={resume} is no checkpoint: expected a folder with state.json, or a run with checkpoints/. "
-        "Use resume=auto to continue the newest checkpoint of run_dir."
-    )
+    try:
+        if building.exists():
+            shutil.rmtree(building)
+        building.mkdir(parents=True)
+    except OSError as error:
+        return error
+    return None
 
 
-def check_identity(path: Path, identity: Identity) -> dict[str, Any]:
-    """Check that a checkpoint belongs to this run, without reading its tensors; returns the content of state.json.
+def _finish(state: RunState, shares: list[list[str]], rngs: list[RngState], building: Path, target: Path) -> Exception | None:
+    """Rank 0's part: what is not shared out, the rename, the pointer."""
+    try:
+        save_file(_rng_tensors(rngs), building / _RNG)
+        files = {path.name: path.stat().st_size for path in sorted(building.iterdir())}
+        tensors = _by_file(shares)
+        missing = sorted(set(tensors) - set(files))
+        if missing:
+            raise OSError(f"rank 0 does not see {missing[0]}: run_dir must be on a file system that all nodes share")
+        content = {"format": FORMAT, **asdict(state), "files": files, "tensors": tensors}
+        write_json(building / _STATE, content)
+        commit_directory(building, target)
+        write_text(target.parent / LATEST, f"{target.name}\n")
+    except (OSError, SafetensorError) as error:  # a full disk arrives as either
+        return error
+    return None
+
+
+def _by_file(shares: list[list[str]]) -> dict[str, list[str]]:
+    return {shard_name(rank, len(shares)): names for rank, names in enumerate(shares) if names}
+
+
+def _rng_tensors(rngs: list[RngState]) -> dict[str, torch.Tensor]:
+    tensors = {f"cpu/{rank}": rng.cpu for rank, rng in enumerate(rngs)}
+    return tensors | {f"device/{rank}": rng.device for rank, rng in enumerate(rngs) if rng.device is not None}
+
+
+def torn(path: Path) -> str | None:
+    """Why a folder is no complete checkpoint, or None where it is one: its index is read and its files are measured."""
+    try:
+        content = _read_index(path)
+        for name, size in content["files"].items():
+            found = (path / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"{_STATE} cannot be read ({error})"
+    return None
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    if content.get("format") != FORMAT:
+        raise ValueError(f"format {content.get('format')}, expected {FORMAT}")
+    return content
+
+
+def load_state(path: Path, identity: Identity) -> RunState:
+    """Read all of a checkpoint but its tensors, and check that it belongs to this run.
 
     Raises:
         CheckpointError: it is torn, or of another recipe, model or tokenizer (every difference is named).
     """
-    try:
-        content: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise _unreadable(path, error) from error
-    found = content["identity"]
-    differences = [
-        f"{name}: the checkpoint has {found.get(name)!r}, this run {value!r}"
-        for name, value in asdict(identity).items()
-        if found.get(name) != value
-    ]
+    reason = torn(path)
+    if reason is not None:
+        raise CheckpointError(f"checkpoint {path} is not complete: {reason}. Remove it to resume from an earlier one.")
+    content = _read_index(path)
+    differences = identity.differences(content["identity"])
     if differences:
         raise CheckpointError(
             f"checkpoint {path} belongs to another run. " + "; ".join(differences) + ". Use another run_dir, or resume=none."
         )
-    return content
+    fields = {name: content[name] for name in RunState.__dataclass_fields__ if name != "identity"}
+    return RunState(**fields, identity=identity)
 
 
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} cannot be read: {error}. Remove it to resume from an earlier one.")
+def open_tensors(path: Path) -> ShardReader:
+    """The tensors of a complete checkpoint."""
+    return ShardReader(path, _read_index(path)["tensors"])
 
 
-def load_state(path: Path, identity: Identity) -> RunState:
-    """Read a checkpoint of this run.
+def load_rng(path: Path, rank: int) -> RngState:
+    """The random state of one rank of the run that wrote a checkpoint.
 
     Raises:
-        CheckpointError: see `check_identity`.
+        CheckpointError: the file cannot be read.
     """
-    content = check_identity(path, identity)
     try:
-        optimizer = load_file(path / "optimizer.safetensors")
-        rng = load_file(path / "rng.safetensors")
+        tensors = load_file(path / _RNG)
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
-    return RunState(
-        step=content["step"],
-        optimizer=optimizer,
-        loader=content["loader"],
-        rng=tuple(RngState(rng[f"cpu/{rank}"], rng.get(f"device/{rank}")) for rank in range(content["num_ranks"])),
-        metrics_bytes=content["metrics_bytes"],
-        identity=identity,
-    )
+        raise CheckpointError(
+            f"checkpoint {path}: {_RNG} cannot be read: {error}. Remove the checkpoint to resume from an earlier one."
+        ) from error
+    return RngState(tensors[f"cpu/{rank}"], tensors.get(f"device/{rank}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,19 @@ def recipes(argv: Sequence[str]) -> None:
     console = Console()
     console.print(table)
     console.print(groups)
+
+
+def export(argv: Sequence[str]) -> None:
+    """Export the weights of a checkpoint of a run; the newest one without `--step`."""
+    from unified_lm.build.checkpoints import export_checkpoint
+
+    parser = argparse.ArgumentParser(prog="unified-lm export", description="export a checkpoint as a finished run is exported")
+    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("--step", type=int, default=None, help="the checkpoint's step; the newest if left out")
+    parser.add_argument("--out", type=Path, default=None, help="folder to write; RUN/export (with --step: RUN/export-STEP)")
+    options = parser.parse_args(list(argv))
+    name = "export" if options.step is None else f"export-{options.step}"
+    print(export_checkpoint(options.run, options.out or options.run / name, Console(stderr=True), options.step))
 
 
 def inspect(argv: Sequence[str]) -> None:

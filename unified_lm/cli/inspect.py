@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from unified_lm.batch import IGNORE, AttentionMode, Batch, Pack, Sample
+from unified_lm.batch.pack import padded_tokens
 from unified_lm.batch.plan import mode_of
 from unified_lm.cli.mask_picture import save_mask_picture
 from unified_lm.config.schema import RunConfig
@@ -109,10 +110,10 @@ def stream_table(streams: Mapping[str, Stream]) -> Table:
 
 
 def packing_table(batches: Sequence[Batch], token_budget: int) -> Table:
-    """How full the packs are, and what padding every sample to the longest of its stream would cost instead."""
+    """How full the packs are, and what padding every sample to the longest of its kind would cost instead."""
     tokens = sum(batch.num_tokens for batch in batches)
     packs = sum(len(batch.packs) for batch in batches)
-    padded = sum(_padded_tokens([s for pack in batch.packs for s in pack.samples]) for batch in batches)
+    padded = sum(padded_tokens([s for pack in batch.packs for s in pack.samples]) for batch in batches)
     lengths = [len(s) for batch in batches for pack in batch.packs for s in pack.samples]
     table = Table(title=f"packing over {len(batches)} steps", show_header=False)
     table.add_row("samples per step", f"{len(lengths) / len(batches):,.1f}")
@@ -126,14 +127,6 @@ def packing_table(batches: Sequence[Batch], token_budget: int) -> Table:
     table.add_row("padded instead", f"{padded / len(batches):,.0f} tokens per step, {1 - tokens / padded:.1%} of them padding")
     table.add_row("truncated samples", f"{sum(batch.num_truncated for batch in batches):,} of {len(lengths):,}")
     return table
-
-
-def _padded_tokens(samples: Sequence[Sample]) -> int:
-    total = 0
-    for name in {sample.stream for sample in samples}:
-        lengths = [len(sample) for sample in samples if sample.stream == name]
-        total += len(lengths) * max(lengths)
-    return total
 
 
 def most_varied_pack(batches: Sequence[Batch]) -> Pack:

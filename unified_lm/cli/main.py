@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+from unified_lm.core import failures
 from unified_lm.core.errors import UserError, did_you_mean
 
 USER_ERROR = 2
@@ -34,6 +35,9 @@ COMMANDS: Mapping[str, Command] = {
     "train": Command(
         "train a recipe: recipe=NAME key=value ... (dry_run=true: only show what it would do)", "unified_lm.build:train"
     ),
+    "export": Command(
+        "export a checkpoint of a run, finished or not: RUN [--step N] [--out DIR]", "unified_lm.cli.commands:export"
+    ),
     "inspect": Command(
         "show a recipe's real samples, packs and masks: recipe=NAME [out=DIR] ...", "unified_lm.cli.commands:inspect"
     ),
@@ -45,6 +49,17 @@ COMMANDS: Mapping[str, Command] = {
         "find the lines of a file most similar to a query: MODEL QUERY TEXTS.txt [-k 5]", "unified_lm.cli.use:search"
     ),
     "generate": Command("answer a message: MODEL MESSAGE [--temperature 0.7]", "unified_lm.cli.use:generate"),
+    "eval": Command(
+        "evaluate a model with mteb, on its tasks or on files of yours: mteb MODEL --tasks NAME|FOLDER ...",
+        "unified_lm.cli.evaluate:evaluate",
+    ),
+    "plot": Command(
+        "draw loss, learning rate, speed and validation of runs as PNG and HTML: RUN... [--out DIR]", "unified_lm.cli.plot:plot"
+    ),
+    "data": Command(
+        "mine hard negatives, find overlap with evaluation sets, prepare published data: mine|overlap|prepare ...",
+        "unified_lm.cli.data:data",
+    ),
     "demo": Command("train the embedded model, then search and answer with it (offline, CPU)", "unified_lm.cli.demo:demo"),
 }
 
@@ -77,23 +92,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Call a command and turn what a user can mend into a message on stderr and exit code 2, without a traceback."""
+    """Call a command and turn what a user can mend into a message on stderr and exit code 2, without a traceback.
+
+    Under torchrun the message appears once, however many ranks fail (`core.failures`).
+    """
+    failures.quieten_other_ranks()
     try:
         command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except OSError as error:
-        if error.errno not in _MENDABLE:
-            raise
-        print(
-            f"error: {error.strerror}: {error.filename or 'the disk'}. Nothing that was complete before is lost.",
-            file=sys.stderr,
-        )
+        failures.report(str(error))
         return USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if failures.is_main_process():
+            print("interrupted", file=sys.stderr)
         return _INTERRUPTED
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _MENDABLE:
+            failures.report(f"{error.strerror}: {error.filename or 'the disk'}. Nothing that was complete before is lost.")
+            return USER_ERROR
+        if failures.is_consequence(error):
+            return USER_ERROR
+        raise
     return 0
 
 

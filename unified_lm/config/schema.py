@@ -194,6 +194,8 @@ class OptimConfig:
     """Decay over this many steps instead of those taken (LLM2Vec stops long before its schedule ends)."""
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
+    max_skipped_steps: int = 5
+    """A step without a finite loss and gradient changes nothing; after this many in a row the run ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +203,14 @@ class ParallelConfig:
     """How ranks share the work."""
 
     backend: str = "auto"
-    """"single" (one process), "ddp" (torchrun), or "auto" by the number of processes."""
+    """"single" (one process), "ddp" (torchrun), "auto" (one of the two, by the number of processes), or DeepSpeed's "zero0",
+    "zero1", "zero2", "zero3" or "zero3_offload"."""
+    bucket_elements: int = 50_000_000
+    """ZeRO: gradients reduced, and weights fetched ahead, at a time, in elements."""
+    persistence_threshold: int = 100_000
+    """ZeRO-3: parameters of at most this many elements stay whole on every rank."""
+    offload_parameters: bool = True
+    """"zero3_offload": keep the weights on the CPU too, not only the optimizer's state."""
     timeout_minutes: float = 30.0
     """A collective that waits longer than this many minutes raises."""
 
@@ -224,6 +233,14 @@ class LoggingConfig:
     """"disabled", "offline" or "online"."""
     wandb_project: str = "unified_lm"
     """wandb project."""
+    wandb_entity: str | None = None
+    """wandb team or user; None takes the default of the key's owner."""
+    wandb_group: str | None = None
+    """Runs of one group are shown together; None: the chain's folder for stages of a chain, else no group."""
+    wandb_name: str | None = None
+    """Name shown at wandb; None takes that of the run's folder."""
+    wandb_tags: tuple[str, ...] = ()
+    """Labels to filter runs by."""
     progress: bool = True
     """Show a progress bar on rank 0."""
 
@@ -236,6 +253,10 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only the last."""
     keep_last: int = 2
     """Checkpoints kept; older ones are removed after a newer one is complete."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none but the last ones."""
+    copy_to: str | None = None
+    """A second folder for this run's checkpoints, to which each is copied while training goes on; None for none."""
 
 
 @dataclass(frozen=True, kw_only=True)

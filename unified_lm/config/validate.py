@@ -27,6 +27,7 @@ FORMATS = ("pairs", "chat", "text", "masked_text", "views")
 OBJECTIVES = ("contrastive", "next_token", "masked_next_token")
 ATTENTIONS = ("causal", "bidirectional", "bidirectional_prompt")
 NORMALIZATIONS = ("token", "sample", "mixed", "sum_per_sample")
+BACKENDS = ("auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "zero3_offload")
 SCHEDULES = ("linear", "cosine", "constant")
 
 _OBJECTIVE_OF_FORMAT = {
@@ -70,6 +71,11 @@ def longest_sample(stream: StreamConfig) -> int:
     return stream.max_tokens
 
 
+def zero_stage(backend: str) -> int | None:
+    """The ZeRO stage of a backend; None where DeepSpeed is not used."""
+    return int(backend[len("zero")]) if backend.startswith("zero") and backend in BACKENDS else None
+
+
 def _chain(config: ChainConfig) -> Iterator[str]:
     if not config.stages:
         yield "chain: got no stages, expected the names of at least one recipe."
@@ -93,19 +99,43 @@ def _run(config: RunConfig) -> Iterator[str]:
         if stream.format == "views" and config.model.attention_dropout == 0 and not _adapter_dropout(config):
             yield f"streams.{name}: two views differ by dropout alone, and model.attention_dropout and lora.dropout are 0."
     yield from _optim(config.optim)
-    yield from _choice("parallel.backend", config.parallel.backend, ("auto", "single", "ddp"))
-    yield from _above("parallel.timeout_minutes", config.parallel.timeout_minutes, 0)
+    yield from _parallel(config)
     yield from _at_least("packing.token_budget", config.packing.token_budget, 1)
     yield from _at_least("logging.every", config.logging.every, 1)
     yield from _choice("logging.wandb", config.logging.wandb, ("disabled", "offline", "online"))
-    yield from _at_least("checkpoint.every", config.checkpoint.every, 0)
-    yield from _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    if not config.logging.wandb_project:
+        yield "logging.wandb_project: is empty; give the wandb project a name."
+    yield from _checkpoint(config)
     yield from _validation(config)
     yield from _export(config)
     if config.resume not in ("none", "auto") and not Path(config.resume).is_dir():
         yield f"resume: got '{config.resume}', expected 'none', 'auto' or the folder of a checkpoint; there is no such folder."
     if config.resume == "auto" and not config.run_dir:
         yield "resume: 'auto' looks for checkpoints in run_dir, which is not set; add run_dir=FOLDER."
+
+
+def _parallel(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    yield from _choice("parallel.backend", parallel.backend, BACKENDS)
+    yield from _above("parallel.timeout_minutes", parallel.timeout_minutes, 0)
+    yield from _at_least("parallel.bucket_elements", parallel.bucket_elements, 1)
+    yield from _at_least("parallel.persistence_threshold", parallel.persistence_threshold, 0)
+    stage = zero_stage(parallel.backend)
+    if stage == 0 and config.model.dtype == "bfloat16":
+        yield (
+            "parallel.backend: zero0 adds bfloat16 gradients up in bfloat16, and model.dtype is bfloat16; use parallel=ddp or "
+            "zero1, which add them up in float32."
+        )
+    if stage == 3 and config.model.autocast:
+        yield (
+            f"model.autocast: keeps a bfloat16 copy of every weight while it runs, so {parallel.backend} would save nothing; "
+            "set model.dtype=bfloat16 and model.autocast=false, or use parallel=zero2."
+        )
+    if stage is not None and config.lora is not None and config.lora.quantize_4bit:
+        yield (
+            f"lora.quantize_4bit: 4-bit weights cannot be partitioned or flattened, got parallel.backend={parallel.backend}; "
+            "use parallel=ddp."
+        )
 
 
 def _model(config: RunConfig) -> Iterator[str]:
@@ -267,7 +297,24 @@ def _unused(path: str, objective: ObjectiveConfig, names: tuple[str, ...]) -> It
             yield f"{path}.{name}: does not apply to the objective {objective.name}, and is set to {value!r}."
 
 
+def _checkpoint(config: RunConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    yield from _at_least("checkpoint.every", checkpoint.every, 0)
+    yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
+    yield from _at_least("checkpoint.keep_every", checkpoint.keep_every, 0)
+    if checkpoint.keep_every > 0 and checkpoint.every > 0 and checkpoint.keep_every % checkpoint.every:
+        yield (
+            f"checkpoint.keep_every: got {checkpoint.keep_every}, expected a multiple of checkpoint.every "
+            f"({checkpoint.every}): there is no checkpoint at the steps between."
+        )
+    if checkpoint.copy_to is not None and config.run_dir:
+        own = Path(config.run_dir, "checkpoints").resolve()
+        if Path(checkpoint.copy_to).resolve() == own:
+            yield f"checkpoint.copy_to: {checkpoint.copy_to} is where the run keeps its checkpoints; name another folder."
+
+
 def _optim(optim: OptimConfig) -> Iterator[str]:
+    yield from _at_least("optim.max_skipped_steps", optim.max_skipped_steps, 1)
     yield from _choice("optim.schedule", optim.schedule, SCHEDULES)
     yield from _above("optim.learning_rate", optim.learning_rate, 0)
     yield from _above("optim.eps", optim.eps, 0)

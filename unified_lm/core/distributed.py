@@ -9,6 +9,9 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from unified_lm.core.parent import follow_agent
+from unified_lm.core.places import place
+
 T = TypeVar("T")
 
 
@@ -41,13 +44,27 @@ def local_device() -> torch.device:
 
 def initialise(timeout_minutes: float = 30.0) -> None:
     """Join the process group that torchrun describes in the environment; does nothing when there is none."""
+    follow_agent()
     if is_initialised() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    # the watchdog (core.watchdog) knows more than the library's timeout, so it speaks first
+    dist.init_process_group(backend, timeout=timedelta(minutes=1.25 * timeout_minutes + 1))
+
+
+def initialise_alone() -> None:
+    """Make a group of this process alone, for libraries that need one; does nothing where a group exists."""
+    if not is_initialised():
+        backend = "nccl" if local_device().type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a parameter, also where this rank holds only a part of it (ZeRO-3)."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def shutdown() -> None:
@@ -59,14 +76,26 @@ def shutdown() -> None:
 def barrier() -> None:
     """Wait for every rank."""
     if is_initialised():
-        dist.barrier()
+        with place("wait for every rank"):
+            dist.barrier()
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over ranks, in place; returns it. Shapes must agree on every rank."""
     if world_size() > 1:
-        dist.all_reduce(value)
+        with place("sum over ranks"):
+            dist.all_reduce(value)
     return value
+
+
+def all_reduce_max(values: list[int]) -> list[int]:
+    """The largest over ranks of every integer."""
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.int64, device=local_device())
+    with place("maximum over ranks"):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [int(value) for value in tensor.tolist()]
 
 
 def all_gather_objects(value: T) -> list[T]:
@@ -74,7 +103,8 @@ def all_gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with place("gather from every rank"):
+        dist.all_gather_object(values, value)
     return cast("list[T]", values)
 
 
@@ -89,12 +119,13 @@ def all_gather_uneven(value: torch.Tensor) -> tuple[list[torch.Tensor], int]:
     """
     if world_size() == 1:
         return [value.detach()], 0
-    sizes = torch.zeros(world_size(), dtype=torch.int64, device=value.device)
-    sizes[rank()] = value.shape[0]
-    dist.all_reduce(sizes)
-    longest = int(sizes.max())
-    padded = value.new_zeros((longest, *value.shape[1:]))
-    padded[: value.shape[0]] = value.detach()
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
+    with place("gather tensors from every rank"):
+        sizes = torch.zeros(world_size(), dtype=torch.int64, device=value.device)
+        sizes[rank()] = value.shape[0]
+        dist.all_reduce(sizes)
+        longest = int(sizes.max())
+        padded = value.new_zeros((longest, *value.shape[1:]))
+        padded[: value.shape[0]] = value.detach()
+        parts = [torch.empty_like(padded) for _ in range(world_size())]
+        dist.all_gather(parts, padded)
     return [part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)], rank()

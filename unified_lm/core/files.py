@@ -19,7 +19,12 @@ def cache_dir(*parts: str) -> Path:
     return base.joinpath(*parts)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or a folder written through to the disk.
+
+    Raises:
+        OSError: the disk refused.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,15 +51,24 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     try:
         building.mkdir()
         fill(building)
-        for path in (*building.rglob("*"), building):
-            _sync(path)
-        _replace_directory(building, target)
+        commit_directory(building, target)
     except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
         raise CheckpointError(f"could not write {target}: {error}. What was there before is untouched.") from error
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def commit_directory(building: Path, target: Path) -> None:
+    """Flush a filled folder to disk, then rename it to `target`; what `target` was before is removed after that.
+
+    Raises:
+        OSError: the disk refused; `target` is as it was.
+    """
+    for path in (*building.rglob("*"), building):
+        sync(path)
+    _replace_directory(building, target)
 
 
 def _replace_directory(new: Path, target: Path) -> None:
@@ -67,7 +81,7 @@ def _replace_directory(new: Path, target: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

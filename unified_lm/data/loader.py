@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -10,6 +11,35 @@ from unified_lm.batch import Batch, Sample, make_batch
 from unified_lm.batch.normalization import normalize
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.data.streams import Stream
+
+
+@dataclass(frozen=True)
+class SampleCost:
+    """What a sample costs to train on: a term per token, and one per pair of tokens that see each other.
+
+    Only the ratio of the two matters. A decoder's forward takes 2 operations per parameter and token (leaving out the embedding
+    table, and the output head, which is used at few positions), and 4 per layer, unit of width and visible pair, for scores
+    and for the sum of values: a third of PaLM's 6N + 12LHQT for forward and backward (arXiv:2204.02311, appendix B).
+    For a 7B model the two are equal at 27,000 visible tokens, for a 135M model at 3,000.
+
+    Attributes:
+        per_token: cost of a token in every matrix product.
+        per_pair: cost of a (query, key) pair of attention. 0: attention is free.
+    """
+
+    per_token: float = 1.0
+    per_pair: float = 0.0
+
+    def __post_init__(self) -> None:
+        assert self.per_token > 0
+        assert self.per_pair >= 0
+
+    def __call__(self, sample: Sample) -> float:
+        """The cost of a sample; sliding windows are not taken into account."""
+        length = len(sample)
+        span = sample.bidirectional[1] - sample.bidirectional[0]
+        pairs = (length * (length + 1) + span * max(span - 1, 0)) // 2
+        return self.per_token * length + self.per_pair * pairs
 
 
 class StepLoader:
@@ -24,6 +54,7 @@ class StepLoader:
         token_budget: the most tokens of a pack.
         rank: this process.
         world_size: the number of processes.
+        cost: what a sample costs; ranks get equal shares of it. By default its tokens.
 
     Raises:
         ConfigError: no stream, or a step too small to give every rank a part of it.
@@ -36,6 +67,7 @@ class StepLoader:
         token_budget: int,
         rank: int = 0,
         world_size: int = 1,
+        cost: SampleCost | None = None,
     ) -> None:
         if not streams:
             raise ConfigError("there is no stream to draw from")
@@ -52,11 +84,12 @@ class StepLoader:
         self.token_budget = token_budget
         self.rank = rank
         self.world_size = world_size
+        self.cost = cost or SampleCost()
 
     def next_batch(self) -> Batch:
         """This rank's share of the next step."""
         samples, counts = self.draw()
-        shares = deal(samples, self.world_size)
+        shares = deal(samples, self.world_size, self.cost)
         return make_batch(shares[self.rank], self.token_budget, counts)
 
     def draw(self) -> tuple[dict[str, list[Sample]], dict[str, float]]:
@@ -94,32 +127,54 @@ class StepLoader:
             stream.load_state_dict(state[name])
 
 
-def deal(samples: Mapping[str, Sequence[Sample]], world_size: int) -> list[list[Sample]]:
-    """Share a step's samples among ranks: whole groups, balanced by tokens.
+def deal(samples: Mapping[str, Sequence[Sample]], world_size: int, cost: SampleCost | None = None) -> list[list[Sample]]:
+    """Share a step's samples among ranks: whole groups, balanced by cost.
 
-    Longest first, each to the rank with the fewest tokens so far (LPT). Streams whose samples are pooled come first, and the
-    first units of a stream go to different ranks, so that no rank is left without a group.
+    Stream by stream, and within a stream the costliest group first, each to the rank with the least so far (LPT; Graham, 1969).
+    The first `world_size` groups of a stream go to different ranks, so that no rank is left without one. Streams with large
+    groups come first: the small ones level out what they leave. Whatever the streams, no rank is ahead of another by more
+    than one group, so each holds at most the mean and the largest group.
 
     Args:
         samples: per stream its samples of the step, group after group.
         world_size: ranks.
+        cost: of a sample; by default its tokens.
 
     Returns:
-        Per rank its samples, in the order in which they were drawn.
+        Per rank its samples, stream by stream in the order in which they were drawn.
     """
-    load = [0] * world_size
+    price = cost or SampleCost()
+    units = {name: [list(members) for _, members in groupby(drawn, key=lambda s: s.group)] for name, drawn in samples.items()}
+    costs = {name: [sum(map(price, unit)) for unit in stream] for name, stream in units.items()}
+    load = [0.0] * world_size
+    owners = {name: _assign(costs[name], load) for name in sorted(units, key=lambda n: -max(costs[n], default=0.0))}
     shares: list[list[Sample]] = [[] for _ in range(world_size)]
-    for name in sorted(samples, key=lambda name: not any(s.pool is not None for s in samples[name])):
-        units = [list(members) for _, members in groupby(samples[name], key=lambda sample: sample.group)]
-        sizes = [sum(map(len, unit)) for unit in units]
-        owners: list[int] = [0] * len(units)
-        held = [0] * world_size
-        for place, index in enumerate(sorted(range(len(units)), key=lambda i: (-sizes[i], i))):
-            candidates = [r for r in range(world_size) if place >= world_size or not held[r]]
-            owner = min(candidates, key=lambda r: (load[r], r))
-            owners[index] = owner
-            load[owner] += sizes[index]
-            held[owner] += 1
-        for unit, owner in zip(units, owners, strict=True):
+    for name, stream in units.items():
+        for unit, owner in zip(stream, owners[name], strict=True):
             shares[owner].extend(unit)
     return shares
+
+
+def _assign(costs: Sequence[float], load: list[float]) -> list[int]:
+    """The rank of every unit of one stream; adds their costs to `load`, the cost that each rank holds already."""
+    ranks = range(len(load))
+    owners = [0] * len(costs)
+    without = set(ranks)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owner = min(without or ranks, key=lambda r: (load[r], r))
+        without.discard(owner)
+        owners[index] = owner
+        load[owner] += costs[index]
+    return owners
+
+
+def imbalance(loads: Sequence[float]) -> float:
+    """The most that a rank has over what ranks have on average: 1.0 where all have the same, N where one of N has everything.
+
+    The others wait for that rank, so a step takes this many times as long as one that is dealt perfectly.
+
+    Args:
+        loads: cost (or tokens, or seconds) of every rank; not negative.
+    """
+    mean = sum(loads) / len(loads)
+    return max(loads) / mean if mean else 1.0

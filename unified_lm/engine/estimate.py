@@ -21,13 +21,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from unified_lm.config.schema import ModelConfig, RunConfig, StreamConfig
 from unified_lm.config.validate import longest_sample
 from unified_lm.core.errors import ModelError
+from unified_lm.engine.state_bytes import Sizes, state_bytes
 from unified_lm.models.lora import apply_lora, linear_module_names
 from unified_lm.models.tiny import tiny_config
 from unified_lm.objectives.cross_entropy import TILE_BYTES
 
 _FLOAT32 = 4
-_ADAM_MOMENTS = 2 * _FLOAT32
-_REDUCTION_BUCKET = 64 * 2**20
 _HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmoe")  # families that normalise queries and keys
 _NF4_BYTES = 0.5 + 0.127 / 8  # QLoRA (2023), section 3: double quantisation leaves 0.127 bits of constants per parameter
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "embeddings", "communication")
@@ -71,7 +70,7 @@ def estimate(config: RunConfig, world_size: int = 1) -> Estimate:
 
     Args:
         config: the run.
-        world_size: ranks; each holds the whole model (DDP).
+        world_size: ranks; what each holds depends on `parallel.backend`.
 
     Raises:
         ModelError: the family is unknown to transformers, or the model's configuration cannot be found.
@@ -80,20 +79,33 @@ def estimate(config: RunConfig, world_size: int = 1) -> Estimate:
     model = _build_without_storage(model_config)
     base = sum(parameter.numel() for parameter in model.parameters())
     weights = _weight_bytes(config, model)
+    threshold = config.parallel.persistence_threshold
+    small = sum(parameter.numel() for parameter in model.parameters() if parameter.numel() <= threshold)
     largest = max(parameter.numel() for parameter in model.parameters())
     adapters = apply_lora(model, config.lora, config.seed).num_trainable if config.lora is not None else 0
     projection = _projection_parameters(config, model_config)
     trainable = projection + (base if config.lora is None else adapters)
     tokens = {name: tokens_per_step(stream) for name, stream in config.streams.items()}
     pack = pack_tokens(config, world_size)
+    state = state_bytes(
+        config.parallel,
+        world_size,
+        Sizes(
+            weights=weights + (adapters + projection) * _weight_bytes_each(config.model),
+            num_parameters=base + adapters + projection,
+            num_trainable=trainable,
+            num_small=small,
+            weight_bytes=_weight_bytes_each(config.model),
+            is_bfloat16=config.model.dtype == "bfloat16",
+            transient=_transient_gradient(config, largest),
+        ),
+    )
     parts = {
-        "weights": weights + (adapters + projection) * _weight_bytes_each(config.model),
-        "gradients": trainable * _FLOAT32 + _transient_gradient(config, largest),
-        "optimizer": trainable * (_ADAM_MOMENTS + (_FLOAT32 if config.model.dtype == "bfloat16" else 0)),
+        **{part: state[part] for part in ("weights", "gradients", "optimizer")},
         "activations": activation_bytes(config, model_config, pack),
         "logits": _logit_bytes(config, model_config, pack),
         "embeddings": sum(_contrastive_bytes(config, model_config, stream) for stream in config.streams.values()),
-        "communication": min(_REDUCTION_BUCKET, trainable * _FLOAT32) if world_size > 1 else 0,
+        "communication": state["communication"],
     }
     assert tuple(parts) == _PARTS
     return Estimate(

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
-import torch
-
 from unified_lm.batch import Batch
-from unified_lm.checkpoint.state import Identity, RunState, load_state, save_state
+from unified_lm.checkpoint.state import Identity, RunState, load_rng, load_state, open_tensors, save_state
+from unified_lm.checkpoint.store import CheckpointCopier, prune, sweep
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
-from unified_lm.core.errors import ModelError
+from unified_lm.core.agreement import on_main
+from unified_lm.core.places import place
 from unified_lm.core.random import RngState
 from unified_lm.engine.backend import Backend
+from unified_lm.engine.interruption import StopRequest
 from unified_lm.engine.metrics import Reporter
 from unified_lm.engine.schedule import learning_rate
+from unified_lm.engine.skipping import SkippedSteps, finite, save_rows
 from unified_lm.engine.step import GradCacheStep, StepLosses
+from unified_lm.engine.throughput import StepMeter
 from unified_lm.engine.trainable import Trainable
 from unified_lm.engine.validation import Validator
 
@@ -50,7 +57,9 @@ class Training:
         loader: batches.
         validator: held-out measurements, or None.
         reporter: what the run says.
+        meter: speed, use of the device, memory and balance of a step.
         identity: what checkpoints of this run belong to.
+        decode: token ids -> text, for rows that are shown to the user.
         resume_from: the checkpoint to continue, or None.
     """
 
@@ -62,77 +71,103 @@ class Training:
     loader: Loader
     validator: Validator | None
     reporter: Reporter
+    meter: StepMeter
     identity: Identity
+    decode: Callable[[Sequence[int]], str]
     resume_from: Path | None = None
 
 
-def fit(training: Training) -> None:
-    """Train to `max_steps`, from the start or from a checkpoint."""
+def fit(training: Training) -> bool:
+    """Train to `max_steps`, from the start or from a checkpoint.
+
+    SIGTERM or SIGUSR1, on any rank, ends it after the step under way, with a checkpoint.
+
+    Returns:
+        Whether the run is finished; False when a signal stopped it before.
+
+    Raises:
+        ModelError: too many steps in a row without a finite loss and gradient.
+        CheckpointError: a checkpoint could not be written or read.
+    """
     config = training.config
-    steps_taken = _resume(training)
-    with training.reporter:
-        training.reporter.start_at(steps_taken)
-        if steps_taken == 0:
+    progress = _resume(training)
+    with training.reporter, _Saver(training, progress) as saver, StopRequest() as stop:
+        training.reporter.start_at(progress.step)
+        if progress.step == 0:
             _validate(training, 0, both_masks=True)
-        while steps_taken < config.max_steps:
-            values = _train_step(training, steps_taken)
-            steps_taken += 1
-            last = steps_taken == config.max_steps
-            training.reporter.step(steps_taken, values, last=last)
-            if last or _due(steps_taken, config.validation.every):
-                _validate(training, steps_taken, both_masks=last)
-            if last or _due(steps_taken, config.checkpoint.every):
-                _save(training, steps_taken)
+        while progress.step < config.max_steps:
+            values, stopped_by = _train_step(training, progress, stop)
+            last = progress.step == config.max_steps
+            training.reporter.step(progress.step, values, last=last)
+            if last or (_due(progress.step, config.validation.every) and stopped_by is None):
+                _validate(training, progress.step, both_masks=last)
+            if last or stopped_by is not None or _due(progress.step, config.checkpoint.every):
+                saver.save()
+            if stopped_by is not None and not last:
+                training.reporter.say(_requeue_hint(stopped_by, progress.step))
+                return False
+    return True
+
+
+@dataclass
+class _Progress:
+    """How far the run is.
+
+    Attributes:
+        step: optimizer steps taken, skipped ones included.
+        skipped: those without an update.
+    """
+
+    step: int
+    skipped: SkippedSteps
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _train_step(training: Training, steps_taken: int) -> dict[str, float]:
-    """Take one optimizer step and return what it measured."""
+def _train_step(training: Training, progress: _Progress, stop: StopRequest) -> tuple[dict[str, float], str | None]:
+    """Take one optimizer step; returns what it measured, and the signal that asks the run to stop."""
     config = training.config
     started = time.perf_counter()
-    batch = training.loader.next_batch().to(distributed.local_device())
+    with place("load a batch", waits=False):
+        batch = training.loader.next_batch().to(distributed.local_device())
     loaded = time.perf_counter()
     training.trainable.train()
-    losses = training.step(batch)
-    rate = learning_rate(config.optim, steps_taken, config.max_steps)
-    norm = training.backend.update(rate, config.optim.max_grad_norm)
-    _require_finite(losses, norm, steps_taken + 1)
-    seconds = time.perf_counter() - started
-    return _measurements(batch, losses, rate, norm, seconds, loaded - started)
+    rate = learning_rate(config.optim, progress.step, config.max_steps)
+    progress.step += 1
+    with place(f"step {progress.step}"):
+        losses = training.step(batch)
+        with place("update"):
+            norm = training.backend.update(rate, config.optim.max_grad_norm)
+        with place("agree whether to stop"):
+            (number,) = distributed.all_reduce_max([stop.number])
+    skipped = not math.isfinite(norm)
+    progress.skipped.count(skipped=skipped)
+    values = _measurements(losses, rate, norm) | {"skipped_steps": float(progress.skipped.total)}
+    values |= training.meter(batch, time.perf_counter() - started, loaded - started)
+    if skipped:
+        _report_skipped(training, progress, batch, losses, norm)
+    return (finite(values) if skipped else values), (signal.Signals(number).name if number else None)
 
 
-def _require_finite(losses: StepLosses, norm: float, step: int) -> None:
-    if math.isfinite(losses.total) and math.isfinite(norm):
-        return
-    parts = ", ".join(f"{name} {value}" for name, value in losses.by_stream.items())
-    raise ModelError(
-        f"step {step}: the loss or its gradient is not finite (losses: {parts}; gradient norm {norm}). The weights in memory "
-        "are spoilt, the checkpoints are not. Lower optim.learning_rate, or look at the rows of this step, and resume=auto."
+def _report_skipped(training: Training, progress: _Progress, batch: Batch, losses: StepLosses, norm: float) -> None:
+    forward = None if training.backend.equal_forwards else training.backend.forward
+    rows = save_rows(training.run_dir, progress.step, batch, training.decode, forward)
+    training.reporter.say(
+        f"step {progress.step}: skipped, its loss or gradient is not finite (loss {losses.total}, gradient norm {norm}); "
+        f"rows in {rows.name}"
     )
+    progress.skipped.require_progress(progress.step, losses.by_stream, norm, rows)
 
 
-def _measurements(
-    batch: Batch, losses: StepLosses, rate: float, norm: float, seconds: float, data_seconds: float
-) -> dict[str, float]:
-    totals = torch.tensor([batch.num_tokens, batch.num_samples, len(batch.packs), batch.num_truncated], dtype=torch.float64)
-    tokens, samples, packs, truncated = distributed.all_reduce_sum(totals.to(distributed.local_device())).tolist()
+def _measurements(losses: StepLosses, rate: float, norm: float) -> dict[str, float]:
     return {
         **{f"loss/{name}": value for name, value in losses.by_stream.items()},
         "loss": losses.total,
         **losses.metrics,
         "learning_rate": rate,
         "gradient_norm": norm,
-        "tokens": tokens,
-        "samples": samples,
-        "packs": packs,
-        "truncated": truncated,
-        "tokens_per_second": tokens / seconds,
-        "samples_per_second": samples / seconds,
-        "data_seconds": data_seconds,
-        "step_seconds": seconds,
     }
 
 
@@ -146,33 +181,91 @@ def _validate(training: Training, step: int, *, both_masks: bool) -> None:
     training.reporter.say(f"step {step}: {shown}")
 
 
-def _save(training: Training, steps_taken: int) -> None:
-    """Write a checkpoint. Every rank holds the same weights, so rank 0 writes; the others wait for it."""
-    rng = tuple(distributed.all_gather_objects(RngState.capture()))
-    if distributed.is_main():
+class _Saver:
+    """Writes checkpoints, removes old ones and has them copied. Collective.
+
+    Args:
+        training: the run.
+        progress: how far it is; read at each save.
+    """
+
+    def __init__(self, training: Training, progress: _Progress) -> None:
+        self.training = training
+        self.progress = progress
+        self.settings = training.config.checkpoint
+        self.folder = training.run_dir / "checkpoints"
+        self._copier: CheckpointCopier | None = None
+        if self.settings.copy_to is not None and distributed.is_main():
+            self._copier = CheckpointCopier(Path(self.settings.copy_to), self.settings.keep_last, self.settings.keep_every)
+
+    def __enter__(self) -> _Saver:
+        on_main(self._sweep)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._copier is not None:
+            self._say(self._copier.close())
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state."""
+        training = self.training
         state = RunState(
-            step=steps_taken,
-            optimizer=training.backend.optimizer.state_dict(),
+            step=self.progress.step,
+            skipped=self.progress.skipped.total,
+            skipped_in_a_row=self.progress.skipped.in_a_row,
             loader=training.loader.state_dict(),
-            rng=rng,
             metrics_bytes=training.reporter.log.num_bytes,
+            num_ranks=distributed.world_size(),
+            backend=training.backend.name,
             identity=training.identity,
         )
-        save_state(state, training.run_dir / "checkpoints", training.config.checkpoint.keep_last)
-    distributed.barrier()
+        with place(f"checkpoint of step {state.step}"):
+            path = save_state(state, RngState.capture(), training.backend.optimizer_state(), self.folder)
+            on_main(lambda: self._settle(path))
+
+    def _sweep(self) -> None:
+        for folder in (self.folder, *([Path(self.settings.copy_to)] if self.settings.copy_to else [])):
+            self._say(f"removed {path.name}, left by a run that was killed" for path in sweep(folder))
+
+    def _settle(self, path: Path) -> None:
+        """What follows a complete checkpoint."""
+        spare: set[Path] = set()
+        if self._copier is not None:
+            self._say(self._copier.problems())
+            self._copier.submit(path, self.training.reporter.log.path)
+            spare = self._copier.busy
+        prune(self.folder, self.settings.keep_last, self.settings.keep_every, spare)
+
+    def _say(self, texts: Iterable[str]) -> None:
+        for text in texts:
+            self.training.reporter.say(text)
 
 
-def _resume(training: Training) -> int:
-    if training.resume_from is None:
+def _requeue_hint(signal_name: str, step: int) -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    slurm = f" (Slurm: scontrol requeue {job})" if job else ""
+    return f"stopped by {signal_name} after step {step}, which is saved. Start it again with resume=auto to go on{slurm}."
+
+
+def _resume(training: Training) -> _Progress:
+    skipped = SkippedSteps(training.config.optim.max_skipped_steps)
+    path = training.resume_from
+    if path is None:
         training.reporter.log.cut(0)  # of a run that ended before its first checkpoint
-        return 0
-    state = load_state(training.resume_from, training.identity)
-    training.backend.optimizer.load_state_dict(state.optimizer)
+        return _Progress(0, skipped)
+    state = load_state(path, training.identity)
+    with open_tensors(path) as read, place("read the checkpoint"):
+        training.backend.load_optimizer_state(read, read.names)
     training.loader.load_state_dict(state.loader)
-    if len(state.rng) == distributed.world_size():
-        state.rng[distributed.rank()].restore()
-    else:
-        training.reporter.say(f"checkpoint of {len(state.rng)} ranks: the order of the data continues, dropout draws anew")
+    ranks = distributed.world_size()
+    if state.num_ranks == ranks:
+        load_rng(path, distributed.rank()).restore()
     training.reporter.log.cut(state.metrics_bytes)
-    training.reporter.say(f"resuming from {training.resume_from.name}")
-    return state.step
+    training.reporter.say(f"resuming from {path.name}")
+    if (state.num_ranks, state.backend) != (ranks, training.backend.name):
+        training.reporter.say(
+            f"it was written by {state.backend} on {state.num_ranks} processes, this is {training.backend.name} on {ranks}: "
+            f"the order of the data continues{'' if state.num_ranks == ranks else ', dropout draws anew'}"
+        )
+    skipped.total, skipped.in_a_row = state.skipped, state.skipped_in_a_row
+    return _Progress(state.step, skipped)

@@ -13,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unified_lm.config.schema import LoggingConfig
 from unified_lm.core import distributed
-from unified_lm.core.errors import ConfigError
+from unified_lm.core.agreement import on_main
+from unified_lm.core.errors import DataError
+from unified_lm.engine.wandb_run import WandbRun
 
 
 class MetricsLog:
@@ -61,6 +63,7 @@ class Reporter:
         total_steps: optimizer steps of the run.
         settings: the resolved configuration, for wandb.
         console: where the progress bar goes.
+        facts: further entries of wandb's config (ranks, device, peak).
     """
 
     def __init__(
@@ -70,11 +73,15 @@ class Reporter:
         total_steps: int,
         settings: dict[str, Any],
         console: Console | None = None,
+        facts: dict[str, Any] | None = None,
     ) -> None:
         self.config = config
         self.log = MetricsLog(run_dir / "metrics.jsonl")
         self.console = console or Console(stderr=True)
-        self._wandb = _start_wandb(config, run_dir, settings)
+        self._run_dir = run_dir
+        self._settings = settings
+        self._facts = facts
+        self._wandb: WandbRun | None = None
         self._progress = Progress(
             TextColumn("[bold]training"),
             BarColumn(bar_width=24),
@@ -89,6 +96,8 @@ class Reporter:
         self._task = self._progress.add_task("train", total=total_steps, note="")
 
     def __enter__(self) -> Reporter:
+        if self.config.wandb != "disabled":
+            on_main(self._start_wandb)
         self._progress.start()
         return self
 
@@ -96,7 +105,10 @@ class Reporter:
         self._progress.stop()
         self.log.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+            self._wandb.finish(failed=error is not None)
+
+    def _start_wandb(self) -> None:
+        self._wandb = WandbRun(self.config, self._run_dir, self._settings, self._facts)
 
     def start_at(self, step: int) -> None:
         """Begin the bar at a step that an earlier process reached."""
@@ -111,7 +123,7 @@ class Reporter:
             last: whether the run ends here; its last step is always written.
         """
         losses = " ".join(f"{key[5:]} {value:.3f}" for key, value in values.items() if key.startswith("loss/"))
-        note = f"{losses}  {values.get('tokens_per_second', 0):,.0f} tok/s"
+        note = f"{losses}  {values.get('tokens_per_second', 0):,.0f} tokens/s (no padding)"
         self._progress.update(self._task, completed=step, note=note)
         if last or step % self.config.every == 0:
             self.write(step, values)
@@ -120,7 +132,7 @@ class Reporter:
         """Append numbers to metrics.jsonl, and to wandb where it runs."""
         self.log.write({"step": step, **values})
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(step, values)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0."""
@@ -129,30 +141,33 @@ class Reporter:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, oldest first; a torn last line is left out."""
+    """The lines of a run's metrics.jsonl, oldest first.
+
+    A killed run may leave a torn last line, and a machine that loses power a stretch of zero bytes: both are left out.
+
+    Raises:
+        DataError: another line is no JSON object.
+    """
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.split("\n")[:-1]
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip("\0 "):
+            continue
+        try:
+            found.append(json.loads(line.lstrip("\0")))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} is not JSON ({error}). Remove the line to read the others.") from error
+    return found
 
 
-def held_out(run_dir: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """What a run measured on held-out data before its first and after its last step (empty where it did not)."""
+def held_out(run_dir: Path, step: int | None = None) -> tuple[dict[str, float], dict[str, float]]:
+    """Held-out measurements before a run's first step and after `step`, or after its last; empty where there are none."""
     measured = [line for line in read_metrics(run_dir) if any(name.startswith(("heldout/", "retrieval/")) for name in line)]
-    if not measured or measured[0]["step"] != 0:  # continued from the checkpoint of another run
+    if step is not None and measured:
+        measured = [measured[0], *(line for line in measured[1:] if line["step"] == step)]
+    if len(measured) < 2 or measured[0]["step"] != 0:  # continued from the checkpoint of another run
         return {}, {}
     before, after = ({name: value for name, value in line.items() if name != "step"} for line in (measured[0], measured[-1]))
     return before, after
-
-
-def _start_wandb(config: LoggingConfig, run_dir: Path, settings: dict[str, Any]) -> Any:
-    """A wandb run, or None when it is disabled or this is not rank 0."""
-    if config.wandb == "disabled" or not distributed.is_main():
-        return None
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            f"logging.wandb={config.wandb} needs wandb. Install it with `pip install 'unified_lm[wandb]'`, "
-            "or use logging.wandb=disabled (metrics.jsonl is always written)."
-        ) from error
-    return wandb.init(project=config.wandb_project, name=run_dir.name, dir=str(run_dir), mode=config.wandb, config=settings)

@@ -7,12 +7,17 @@ takes the gradient of every pack as soon as autograd has it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from unified_lm.config.schema import OptimConfig
+from unified_lm.core.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's two running means, by their names in torch."""
 
 
 class MasterAdamW:
@@ -34,14 +39,9 @@ class MasterAdamW:
             for name, p in self.parameters.items()
             if self.masters[name] is not p
         ]
-        decayed = [m for m in self.masters.values() if m.ndim >= 2]
-        others = [m for m in self.masters.values() if m.ndim < 2]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        groups = adamw_groups([(m, m.ndim) for m in self.masters.values()], config.weight_decay)
         self.inner = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=config.learning_rate,
             betas=config.betas,
             eps=config.eps,
@@ -111,11 +111,67 @@ class MasterAdamW:
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Put a saved state back; `state` must come from the same set of parameters."""
+    def load_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
+        """Put a saved state back.
+
+        Args:
+            read: name -> tensor; called in the order of `state_dict`.
+            names: what the saved state holds.
+
+        Raises:
+            CheckpointError: it is not of the same trained parameters.
+        """
+        check_names(names, self.masters)
         for name, master in self.masters.items():
-            master.copy_(state[f"weight/{name}"])
-            moments = {key: state[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in state}
-            if moments:
-                self.inner.state[master] = {key: value.clone().to(master.device) for key, value in moments.items()}
+            master.copy_(read_shaped(read, f"weight/{name}", master.shape))
+            self.inner.state.pop(master, None)
+            if f"step/{name}" in names:
+                moments = {key: read_shaped(read, f"{key}/{name}", master.shape).to(master.device) for key in MOMENTS}
+                self.inner.state[master] = {"step": read(f"step/{name}").clone().reshape(()), **moments}
         self.write_back()
+
+
+def adamw_groups(parameters: Sequence[tuple[torch.Tensor, int]], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: weight decay for matrices only. None is empty.
+
+    Args:
+        parameters: each with its number of dimensions (a partitioned parameter does not show its own).
+        weight_decay: of the matrices.
+    """
+    decayed = [p for p, dimensions in parameters if dimensions >= 2]
+    others = [p for p, dimensions in parameters if dimensions < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def check_names(found: frozenset[str], trained: Iterable[str]) -> None:
+    """See that a saved state is of the same trained parameters, all with moments or all without.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    weights = {f"weight/{name}" for name in trained}
+    state = {f"{key}/{name}" for name in trained for key in (*MOMENTS, "step")}
+    if found in (weights, weights | state):
+        return
+    expected = weights | state if found - weights else weights
+    lacking, foreign = sorted(expected - found), sorted(found - expected)
+    parts = [f"{len(lacking)} tensors are missing ({lacking[0]}, ...)"] if lacking else []
+    parts += [f"{len(foreign)} belong to nothing that is trained ({foreign[0]}, ...)"] if foreign else []
+    raise CheckpointError(
+        f"the saved optimizer state is not of this model: {', '.join(parts)}. Resume with the recipe that wrote it."
+    )
+
+
+def read_shaped(read: Callable[[str], torch.Tensor], name: str, shape: Sequence[int]) -> torch.Tensor:
+    """Read a tensor of a saved state as a float32 copy of its own.
+
+    Raises:
+        CheckpointError: it has another shape.
+    """
+    value = read(name)
+    if tuple(value.shape) != tuple(shape):
+        raise CheckpointError(
+            f"the saved optimizer state is not of this model: {name} has shape {list(value.shape)}, expected {list(shape)}."
+        )
+    return value.to(torch.float32, copy=True)

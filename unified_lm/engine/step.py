@@ -19,12 +19,14 @@ of ranks are therefore *summed*, never averaged (`engine.backend`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
-from unified_lm.batch import Batch, Pack
+from unified_lm.batch import Batch, Pack, Sample, make_pack
 from unified_lm.core import distributed
 from unified_lm.core.random import RngState
 from unified_lm.engine.trainable import PackOutput
@@ -69,6 +71,8 @@ class GradCacheStep:
         weights: per stream the factor of its loss.
         num_retained: pooled packs, counted from the last, whose graph is kept instead of being forwarded twice. One fits
             in memory by construction; more trade memory for time.
+        equal_forwards: whether every rank must run the same sequence of forwards and backwards (ZeRO-2 and 3). Ranks with
+            fewer packs then run empty ones, which change neither losses, gradients nor the random numbers of real packs.
     """
 
     def __init__(
@@ -78,12 +82,14 @@ class GradCacheStep:
         embedding_objectives: Mapping[str, EmbeddingObjective],
         weights: Mapping[str, float],
         num_retained: int = 1,
+        equal_forwards: bool = False,
     ) -> None:
         self.forward = forward
         self.backward = backward
         self.embedding_objectives = embedding_objectives
         self.weights = weights
         self.num_retained = num_retained
+        self.equal_forwards = equal_forwards
         self._sums: dict[str, torch.Tensor] = {}
 
     def __call__(self, batch: Batch) -> StepLosses:
@@ -92,6 +98,10 @@ class GradCacheStep:
         losses = StepLosses()
         pooled = [pack for pack in batch.packs if len(pack.pool_rows)]
         plain = [pack for pack in batch.packs if not len(pack.pool_rows)]
+        if self.equal_forwards:
+            num_pooled, num_plain = distributed.all_reduce_max([len(pooled), len(plain)])
+            pooled = [_EMPTY.to(distributed.local_device())] * (num_pooled - len(pooled)) + pooled
+            plain = plain + [_EMPTY.to(distributed.local_device())] * (num_plain - len(plain))
         cached = [self._first_forward(pack, index >= len(pooled) - self.num_retained) for index, pack in enumerate(pooled)]
         end = RngState.capture()
         gradients = self._embedding_gradients(batch, cached, losses)
@@ -99,9 +109,8 @@ class GradCacheStep:
             self._backward_pooled(entry, gradient, batch)
         end.restore()
         for pack in plain:
-            loss = self._token_loss(self.forward(pack), batch)
-            if loss is not None:
-                self.backward(loss)
+            output = self._forward(pack)
+            self._backward(self._token_loss(output, batch), output)
         self._report(batch, losses)
         return losses
 
@@ -111,9 +120,13 @@ class GradCacheStep:
         self._sums = {}
         losses = StepLosses()
         cached = []
-        for pack in batch.packs:
+        packs = list(batch.packs)
+        if self.equal_forwards:
+            (num_packs,) = distributed.all_reduce_max([len(packs)])
+            packs += [_EMPTY.to(distributed.local_device())] * (num_packs - len(packs))
+        for pack in packs:
             state = RngState.capture()
-            output = self.forward(pack)
+            output = self._forward(pack)
             self._token_loss(output, batch)
             if len(pack.pool_rows):
                 cached.append(_Cached(pack, state, None, output.embeddings))
@@ -124,10 +137,21 @@ class GradCacheStep:
     def _first_forward(self, pack: Pack, retain: bool) -> _Cached:
         state = RngState.capture()
         if retain:
-            output = self.forward(pack)
+            output = self._forward(pack)
             return _Cached(pack, state, output, output.embeddings.detach())
         with torch.no_grad():
-            return _Cached(pack, state, None, self.forward(pack, tokens=False).embeddings)
+            embeddings = self._forward(pack, tokens=False).embeddings
+        pack.plan.kernel_cache.clear()  # made again when it is forwarded again: a step of many packs must not keep them all
+        return _Cached(pack, state, None, embeddings)
+
+    def _forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
+        """Forward a pack; an empty one draws its random numbers without a trace."""
+        if pack.samples:
+            return self.forward(pack, tokens=tokens)
+        state = RngState.capture()
+        output = self.forward(pack, tokens=tokens)
+        state.restore()
+        return output
 
     def _embedding_gradients(self, batch: Batch, cached: list[_Cached], losses: StepLosses) -> list[torch.Tensor]:
         """dL/d(embeddings) of every pooled pack, from the loss over the global batch."""
@@ -140,7 +164,7 @@ class GradCacheStep:
             losses.metrics |= {f"{stream}/{name}": value for name, value in metrics.items()}
             if not len(gradient):
                 continue
-            flat = gradient.flatten(0, 1) * self.weights[stream]
+            flat = gradient.flatten(0, 1) * (self.weights[stream] if math.isfinite(loss) else math.nan)
             for (at, rows), target in zip(places, gradients, strict=True):
                 target[at] = flat[rows].to(target.dtype)
         return gradients
@@ -149,17 +173,24 @@ class GradCacheStep:
         output = entry.output
         if output is None:
             entry.state.restore()
-            output = self.forward(entry.pack)
+            output = self._forward(entry.pack)
         loss = (output.embeddings * gradient).sum()
         tokens = self._token_loss(output, batch)
-        self.backward(loss if tokens is None else loss + tokens)
+        self._backward(loss if tokens is None else loss + tokens, output)
         entry.output = None  # frees the graph before the next pack is forwarded
+        entry.pack.plan.kernel_cache.clear()
+
+    def _backward(self, loss: torch.Tensor | None, output: PackOutput) -> None:
+        if output.anchor is not None:
+            loss = output.anchor if loss is None else loss + output.anchor
+        if loss is not None:
+            self.backward(loss)
 
     def _token_loss(self, output: PackOutput, batch: Batch) -> torch.Tensor | None:
         total: torch.Tensor | None = None
         for stream, term in output.terms.items():
             self._sums[stream] = self._sums.get(stream, 0.0) + term.sum.detach()
-            share = term.sum * (self.weights[stream] / batch.counts[stream])
+            share = _spoil(term.sum) * (self.weights[stream] / batch.counts[stream])
             total = share if total is None else total + share
         return total
 
@@ -168,6 +199,20 @@ class GradCacheStep:
             value = self._sums.get(stream, torch.zeros((), dtype=torch.float32)).to(distributed.local_device())
             losses.by_stream[stream] = float(distributed.all_reduce_sum(value.clone())) / count if count else 0.0
         losses.total = sum(self.weights[stream] * loss for stream, loss in losses.by_stream.items())
+
+
+def _empty_pack() -> Pack:
+    """What a rank forwards when others have more packs than it has: two tokens that nobody looks at."""
+    filler = Sample(input_ids=np.zeros(2, dtype=np.int64), stream="", bidirectional=(0, 0), pool=(0, 2))
+    return replace(make_pack([filler]), pool_streams=("",), samples=())
+
+
+_EMPTY = _empty_pack()
+
+
+def _spoil(loss: torch.Tensor) -> torch.Tensor:
+    """A loss that is not finite gets a gradient that is not either, so that the update is skipped on every rank."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def _places(pack: Pack, stream: str) -> tuple[list[int], list[int]]:
@@ -202,13 +247,11 @@ def contrastive_gradient(
     Returns:
         The mean loss, the gradient `[G_rank, K, D]`, and the objective's metrics.
     """
-    shape = torch.tensor(local.shape[1:], device=local.device)
-    if distributed.world_size() > 1:
-        torch.distributed.all_reduce(shape, op=torch.distributed.ReduceOp.MAX)
+    shape = distributed.all_reduce_max(list(local.shape[1:]))
     if not shape[0]:  # no rank has a group of this stream
         return 0.0, local, {}
     if not len(local):
-        local = local.new_zeros(0, *shape.tolist())
+        local = local.new_zeros(0, *shape)
     ids = torch.zeros(local.shape[:2], dtype=torch.int64, device=local.device) if text_ids is None else text_ids
     parts, rank = distributed.all_gather_uneven(local)
     id_parts, _ = distributed.all_gather_uneven(ids.reshape(local.shape[:2]).contiguous())

@@ -25,10 +25,13 @@ class PackOutput:
     Attributes:
         embeddings: float32 `[E, D]`, in the order of `Pack.pool_spans`, not normalised.
         terms: per stream the token loss of this pack.
+        anchor: a zero that depends on every trained parameter, whatever the pack holds, or None. Every backward must include
+            it where the backend gives one.
     """
 
     embeddings: torch.Tensor
     terms: Mapping[str, LossTerm]
+    anchor: torch.Tensor | None = None
 
 
 class Trainable(nn.Module):
@@ -65,12 +68,21 @@ class Trainable(nn.Module):
             tokens: whether to compute token losses; GradCache's graph-free forwards need embeddings only.
         """
         hidden = self.hidden_states(pack)
-        terms = {}
-        if tokens and pack.supervised:
-            head = self.backbone.output_head()
-            with self._computing(pack):
-                terms = {name: self.token_objectives[name](hidden, head, part) for name, part in pack.supervised.items()}
+        terms = self.token_terms(hidden, pack) if tokens else {}
         return PackOutput(self.pool(hidden, pack), terms)
+
+    def token_terms(self, hidden: torch.Tensor, pack: Pack) -> dict[str, LossTerm]:
+        """The token losses of a pack, per stream with supervised positions.
+
+        Args:
+            hidden: `[T, D]`.
+            pack: where the supervised positions are.
+        """
+        if not pack.supervised:
+            return {}
+        head = self.backbone.output_head()
+        with self._computing(pack):
+            return {name: self.token_objectives[name](hidden, head, part) for name, part in pack.supervised.items()}
 
     def hidden_states(self, pack: Pack) -> torch.Tensor:
         """Last hidden states of a pack, `[T, D]`, computed under autocast where that is set."""

@@ -6,7 +6,7 @@ validation takes the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -19,7 +19,6 @@ from unified_lm.data.retrieval import RetrievalSet
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.trainable import Trainable
 from unified_lm.models.embedding import embed_samples
-from unified_lm.objectives import EmbeddingObjective
 from unified_lm.objectives.ranking import ndcg_at_k, recall_at_k
 
 
@@ -42,9 +41,8 @@ class Validator:
 
     Args:
         trainable: what is measured.
+        step: its losses of a batch, of those streams that have held-out rows.
         batches: gives the held-out batches anew each time it is called, the same ones always.
-        embedding_objectives: per contrastive stream its objective.
-        weights: per stream the factor of its loss.
         retrieval: held-out retrieval, or None.
         token_budget: tokens of one forward.
     """
@@ -52,16 +50,14 @@ class Validator:
     def __init__(
         self,
         trainable: Trainable,
+        step: GradCacheStep,
         batches: Callable[[], Iterator[Batch]],
-        embedding_objectives: Mapping[str, EmbeddingObjective],
-        weights: Mapping[str, float],
         retrieval: RetrievalSet | None,
         token_budget: int,
     ) -> None:
         self.trainable = trainable
+        self.step = step
         self.batches = batches
-        self.embedding_objectives = embedding_objectives
-        self.weights = weights
         self.retrieval = retrieval
         self.token_budget = token_budget
 
@@ -86,11 +82,10 @@ class Validator:
 
     def _losses(self) -> dict[str, float]:
         device = distributed.local_device()
-        step = GradCacheStep(self.trainable, lambda loss: None, self.embedding_objectives, self.weights, num_retained=0)
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
         for batch in self.batches():
-            for name, loss in step.losses_only(batch.to(device)).by_stream.items():
+            for name, loss in self.step.losses_only(batch.to(device)).by_stream.items():
                 count = batch.counts.get(name, 1.0)  # contrastive batches are of one size
                 sums[name] = sums.get(name, 0.0) + loss * count
                 counts[name] = counts.get(name, 0.0) + count

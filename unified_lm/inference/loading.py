@@ -58,7 +58,7 @@ def load_parts(
         CheckpointError: nothing there, no export, or files that cannot be loaded.
         ConfigError: unknown dtype.
     """
-    folder = _folder(name_or_path, revision)
+    folder = model_folder(name_or_path, revision)
     manifest = Manifest.load(folder) if needs_manifest or (folder / FILE_NAME).is_file() else None
     try:
         with quiet_transformers():
@@ -79,7 +79,12 @@ def load_parts(
     )
 
 
-def _folder(name_or_path: str | Path, revision: str | None) -> Path:
+def model_folder(name_or_path: str | Path, revision: str | None) -> Path:
+    """The local folder of a model: the one that is named, or the download of a Hub name.
+
+    Raises:
+        CheckpointError: no such folder, and no Hub name that the Hub gives us.
+    """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path

@@ -183,6 +183,10 @@ class UnifiedLM:
         """Where the model runs."""
         return self._device
 
+    def embedding_prompt(self, instruction: str = "") -> str:
+        """The string that stands before a text with this instruction, as stock tools must be given it."""
+        return self._template.embedding_prompt(self._tokenizer, instruction)
+
     @overload
     def encode(
         self,

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from unified_lm.batch import OutputHead, Pack
+from unified_lm.core import distributed
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.models import families
 from unified_lm.models.attention import ATTENTION_NAME, KERNELS, AttentionKernel, register
@@ -64,7 +65,7 @@ class Backbone(nn.Module):
         _set_attention(causal_lm, self._packed)
         self.kernel = PADDED if self._attention is None else self._attention.name
         self.hidden_size = int(self._config.hidden_size)
-        self.vocab_size = int(self.output_head().weight.shape[0])
+        self.vocab_size = distributed.full_shape(self.output_head().weight)[0]
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Run the decoder over a pack.

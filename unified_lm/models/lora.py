@@ -6,6 +6,7 @@ copies of what it trains): with peft's default, float32 adapters, every activati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unified_lm.config.schema import LoraConfig
+from unified_lm.core import distributed
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.core.random import derive_seed
 from unified_lm.models.dropout import adapted_linear
@@ -180,7 +182,7 @@ def _initialise(layer: LoraLayer, seed: int) -> None:
 
 def _num_elements(parameter: nn.Parameter) -> int:
     packed = parameter.__class__.__name__ == "Params4bit"  # two 4-bit weights per stored byte
-    return parameter.numel() * parameter.element_size() * 2 if packed else parameter.numel()
+    return parameter.numel() * parameter.element_size() * 2 if packed else math.prod(distributed.full_shape(parameter))
 
 
 def linear_module_names(causal_lm: PreTrainedModel) -> tuple[str, ...]:

@@ -6,15 +6,21 @@ tell whether its past, its future and its neighbours noticed. Costs four forward
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from unified_lm.batch import AttentionMode, Pack, Sample, make_pack
 from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
 from unified_lm.models.backbone import Backbone
+
+Whole = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
+"""Parameters -> a context in which they hold their whole values."""
 
 _LENGTH = 6
 _SPAN = (1, 4)
@@ -23,8 +29,12 @@ _ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """By dtype: a relative change of a state up to this may be rounding (experts get other numbers of tokens, say)."""
 
 
+def _as_they_are(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @torch.no_grad()
-def probe_attention(backbone: Backbone, *, partial_spans: bool = True) -> None:
+def probe_attention(backbone: Backbone, *, partial_spans: bool = True, whole: Whole = _as_they_are) -> None:
     """Check on the loaded model that the mask of every kind of sample is what its plan says, and that logits are as described.
 
     Training mode and random state are left as they were.
@@ -32,6 +42,7 @@ def probe_attention(backbone: Backbone, *, partial_spans: bool = True) -> None:
     Args:
         backbone: the model, on the device that it will run on.
         partial_spans: whether to probe partial spans too; turn off for kernels that refuse them.
+        whole: parameters -> a context in which they hold their whole values, where ranks hold parts.
 
     Raises:
         ModelError: a causal token sees its future, a bidirectional one does not, a neighbour leaks, or the output head is not
@@ -41,7 +52,7 @@ def probe_attention(backbone: Backbone, *, partial_spans: bool = True) -> None:
     backbone.eval()
     try:
         _probe_masks(backbone, _samples(backbone.vocab_size, partial_spans))
-        _probe_head(backbone)
+        _probe_head(backbone, whole)
     finally:
         backbone.train(training)
         rng.restore()
@@ -96,13 +107,14 @@ def _judge(backbone: Backbone, pack: Pack, index: int, change_T: torch.Tensor, c
         raise ModelError(f"{model} is not bidirectional where it was asked to be: the first token did not see the last.")
 
 
-def _probe_head(backbone: Backbone) -> None:
+def _probe_head(backbone: Backbone, whole: Whole) -> None:
     head = backbone.output_head()
     with backbone.stock_attention() as causal_lm:
         tokens = torch.arange(3, 3 + _LENGTH, device=causal_lm.device)[None] % backbone.vocab_size
         hidden = causal_lm.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0].to(head.weight.dtype)
         expected = causal_lm(input_ids=tokens, use_cache=False).logits[0].float()
-    logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
+    with whole([tensor for tensor in (head.weight, head.bias) if isinstance(tensor, nn.Parameter)]):
+        logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     error = float((logits - expected).norm() / expected.norm().clamp_min(1e-12))

@@ -1,0 +1,50 @@
+"""A worker gets SIGTERM when the agent that started it is killed; without an agent it is left alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# the agent starts a worker in a session of its own, as torchrun does, and waits to be killed
+AGENT = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], start_new_session=True)
+time.sleep(60)
+"""
+WORKER = """
+import pathlib, signal, sys, time
+from unified_lm.core.parent import follow_agent
+folder = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: ((folder / "stopped").touch(), sys.exit(0)))
+follow_agent()
+(folder / "ready").touch()
+time.sleep(10)
+(folder / "outlived").touch()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own signal, Linux only")
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_worker_follows_its_agent(tmp_path, launched):
+    env = {name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"}
+    worker = WORKER if launched else WORKER.replace("time.sleep(10)", "time.sleep(1)")
+    agent = subprocess.Popen(
+        [sys.executable, "-c", AGENT, worker, str(tmp_path)], env={**env, "TORCHELASTIC_RUN_ID": "a"} if launched else env
+    )
+    wait_for(tmp_path / "ready")
+    agent.kill()
+    agent.wait()
+    wait_for(tmp_path / ("stopped" if launched else "outlived"))
+    assert not (tmp_path / ("outlived" if launched else "stopped")).exists()
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, path.name
+        time.sleep(0.02)

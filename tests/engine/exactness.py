@@ -1,0 +1,218 @@
+"""What the processes of `test_zero.py` run: five steps of every recipe's kind under a backend, and what came of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.engine.tiny import make_samples
+from unified_lm.batch import IGNORE, Batch, Sample, make_batch
+from unified_lm.batch.normalization import normalize
+from unified_lm.config.schema import ObjectiveConfig, OptimConfig, ParallelConfig
+from unified_lm.core import distributed
+from unified_lm.engine.backend import Backend, make_backend
+from unified_lm.engine.step import GradCacheStep
+from unified_lm.engine.trainable import Trainable
+from unified_lm.models.backbone import Backbone
+from unified_lm.models.pooling import Projection
+from unified_lm.models.tiny import tiny_model
+from unified_lm.objectives import build_objective
+
+OPTIM = OptimConfig(eps=1e-3, weight_decay=0.1)  # an epsilon that does not amplify rounding
+RATE = 1e-3
+ONE_PACK, MANY_PACKS = 10_000, 70
+KINDS = ("grit", "mntp", "simcse", "supervised")
+WEIGHTS = {"embedding": 1.0, "generation": 0.7}
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training.
+
+    Attributes:
+        backend: name of the backend.
+        kind: of the data and objectives, one of `KINDS`.
+        budget: tokens of a pack.
+        family: of the tiny model.
+        dropout: of the attention.
+        dtype: of the weights.
+        projection: dimensions of a projection, or None.
+        averaged: whether to normalise token losses per rank and average, which is wrong.
+        retain_all: whether to keep the graph of every pack: direct gradients instead of GradCache.
+        steps: optimizer steps.
+    """
+
+    backend: str
+    kind: str = "grit"
+    budget: int = ONE_PACK
+    family: str = "llama"
+    dropout: float = 0.0
+    dtype: str = "float32"
+    projection: int | None = None
+    averaged: bool = False
+    retain_all: bool = False
+    steps: int = 5
+
+
+def make_trainable(case: Case) -> Trainable:
+    model = tiny_model(case.family, dtype=getattr(torch, case.dtype), attention_dropout=case.dropout)
+    objective = "masked_next_token" if case.kind == "mntp" else "next_token"
+    torch.manual_seed(0)
+    projection = Projection(64, case.projection) if case.projection else None
+    return Trainable(
+        Backbone(model, "sdpa"), "mean", {"generation": build_objective(ObjectiveConfig(name=objective))}, projection
+    )
+
+
+def draw(kind: str, seed: int) -> tuple[list[Sample], Mapping[str, float]]:
+    """One step's samples, of uneven lengths, and what their loss sums are divided by."""
+    if kind == "grit":
+        return make_samples(num_groups=7, num_chats=5, seed=seed)
+    if kind == "supervised":
+        return make_samples(num_groups=7, num_chats=0, seed=seed)[0], {}
+    random = np.random.default_rng(seed)
+    texts = [random.integers(3, 200, size=random.integers(6, 20)) for _ in range(8)]
+    if kind == "simcse":
+        return [
+            Sample(input_ids=ids, stream="embedding", bidirectional=(0, len(ids)), pool=(0, len(ids)), group=group, slot=slot)
+            for group, ids in enumerate(texts)
+            for slot in range(2)
+        ], {}
+    masked = []
+    for group, ids in enumerate(texts):
+        hidden = random.random(len(ids)) < 0.3
+        hidden[[0, 3]] = False, True
+        masked.append(
+            Sample(
+                input_ids=np.where(hidden, 9, ids),
+                stream="generation",
+                bidirectional=(0, len(ids)),
+                labels=np.where(hidden, ids, IGNORE),
+                group=group,
+            )
+        )
+    masked, count = normalize(masked, "token")
+    return masked, {"generation": count}
+
+
+def share(case: Case, seed: int) -> Batch:
+    """This rank's part of a step: groups are dealt unevenly on purpose."""
+    samples, counts = draw(case.kind, seed)
+    rank, ranks = distributed.rank(), distributed.world_size()
+    cuts = {1: (0, 1), 2: (0, 0.3, 1), 4: (0, 0.15, 0.4, 0.6, 1)}[ranks]
+    mine = []
+    for stream in ("embedding", "generation"):
+        members = [s for s in samples if s.stream == stream]
+        groups = 1 + max((s.group for s in members), default=-1)
+        mine += [s for s in members if int(cuts[rank] * groups) <= s.group < int(cuts[rank + 1] * groups)]
+    batch = make_batch(mine, case.budget, counts)
+    if case.averaged:
+        local = {name: float(sum(s.num_supervised for s in mine if s.stream == name)) for name in counts}
+        batch = replace(batch, counts={name: count * ranks for name, count in local.items()})
+    return batch
+
+
+def make_step(case: Case, backend: Backend) -> GradCacheStep:
+    published = {"gradient_scale": "inverse_world_size", "reference_world_size": 4} if case.kind == "supervised" else {}
+    contrastive = build_objective(ObjectiveConfig(name="contrastive", temperature=0.1, **published))
+    objectives = {} if case.kind == "mntp" else {"embedding": contrastive}
+    retained = 1000 if case.retain_all else 1
+    return GradCacheStep(
+        backend.forward, backend.backward, objectives, WEIGHTS, retained, equal_forwards=backend.equal_forwards
+    )
+
+
+def start(case: Case) -> Backend:
+    # a threshold of 0: on a tiny model nothing would be partitioned otherwise
+    parallel = ParallelConfig(backend=case.backend, persistence_threshold=0, bucket_elements=20_000)
+    return make_backend(make_trainable(case), OPTIM, parallel)
+
+
+def copy_state(backend: Backend) -> State:
+    return {name: value.detach().cpu().clone() for name, value in backend.optimizer_state()}
+
+
+def run(case: Case) -> State:
+    """Train; returns the first step's gradients ("gradient/..."), the final state, and "loss" and "norm" of every step."""
+    backend = start(case)
+    backend.trainable.train()  # type: ignore[attr-defined]
+    step = make_step(case, backend)
+    torch.manual_seed(100 + distributed.rank())
+    losses, norms, result = [], [], {}
+    for index in range(case.steps):
+        losses.append(step(share(case, index)).total)
+        norms.append(backend.update(RATE, 0.0 if index == 0 else 1.0))  # the norms are above 1: later steps are clipped
+        if index == 0:
+            moments = copy_state(backend)
+            prefix = "exp_avg/"
+            result = {
+                f"gradient/{name.removeprefix(prefix)}": value / (1 - OPTIM.betas[0])
+                for name, value in moments.items()
+                if name.startswith(prefix)
+            }
+    result |= copy_state(backend)
+    backend.close()
+    return result | {"loss": torch.tensor(losses), "norm": torch.tensor(norms)}
+
+
+def distance(first: State, second: State, prefix: str) -> float:
+    """Norm of the difference of all tensors with a prefix, relative to the norm of the second's."""
+    names = [name for name in second if name.startswith(prefix)]
+    assert names
+    assert names == [name for name in first if name.startswith(prefix)]
+    difference = sum((first[name].double() - second[name].double()).square().sum() for name in names)
+    return float((difference / sum(second[name].double().square().sum() for name in names)).sqrt())
+
+
+def work(rank: int, ranks: int, port: int, folder: str, job: Callable[[], State]) -> None:
+    """The body of a process: join the group, run a job, and leave its result of rank 0 as `result.pt`."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    distributed.initialise(timeout_minutes=2)
+    result = job()
+    if rank == 0:
+        torch.save(result, Path(folder) / "result.pt")
+    distributed.shutdown()
+
+
+def held_bytes(case: Case) -> dict[str, int]:
+    """Bytes of weights, summed gradients and optimizer state that a rank really holds after the backwards of a second step."""
+    backend = start(case)
+    step = make_step(case, backend)
+    step(share(case, 0))
+    backend.update(RATE, 1.0)
+    step(share(case, 1))
+    outer, inner = backend._outer, backend._inner  # type: ignore[attr-defined]
+    parameters = list(backend.trainable.parameters())  # type: ignore[attr-defined]
+    stage = backend.stage  # type: ignore[attr-defined]
+    gradients: list[torch.Tensor] = []
+    if stage < 2:
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients += getattr(outer, "fp32_groups_gradients_flat", [])
+    elif stage == 2:
+        accumulated = [*outer.all_grad_tensors.values(), *outer.averaged_gradients.values()]
+        gradients = [t for group in accumulated if group is not None for t in group if t is not None]
+    else:
+        gradients = [outer.grad_partitions_flat_buffer]
+    masters = [p for group in inner.param_groups for p in group["params"]] if 0 < stage < 3 else []
+    masters += outer.fp32_partitioned_groups_flat if stage == 3 else []
+    found = {
+        "weights": [*parameters, *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))],
+        "gradients": gradients,
+        "optimizer": [*masters, *(t for state in inner.state.values() for t in state.values() if t.ndim)],
+    }
+    result = {
+        part: sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+        for part, tensors in found.items()
+    }
+    backend.close()
+    return result

@@ -1,0 +1,190 @@
+"""Which checkpoints there are: finding the one to resume, removing old ones, and copies in a second place.
+
+A folder under its final name that matches its index is complete. Whatever else a killed run left is either skipped with a
+reason (a torn folder) or swept (a folder that was being written or removed).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from unified_lm.checkpoint.state import LATEST, PREFIX, torn
+from unified_lm.core.errors import CheckpointError
+from unified_lm.core.files import write_directory, write_text
+
+_METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search for a checkpoint came to.
+
+    Attributes:
+        path: the checkpoint to resume, or None.
+        notices: what the user should know: folders that were skipped, and why; another place than usual.
+    """
+
+    path: Path | None
+    notices: tuple[str, ...] = ()
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Folders under `folder` that are named like checkpoints, oldest first; see `state.torn` for whether they are complete."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def find_checkpoint(resume: str, folder: Path, copies: Path | None = None) -> Found:
+    """The checkpoint that `resume` names.
+
+    Args:
+        resume: "none", "auto" (the newest complete one under `folder`, or else under `copies`, if there is any) or a path: of a
+            checkpoint, of a run, or of a folder of checkpoints.
+        folder: where this run keeps its checkpoints.
+        copies: where it keeps copies of them.
+
+    Raises:
+        CheckpointError: a path was given where there is no complete checkpoint.
+    """
+    if resume == "none":
+        return Found(None)
+    if resume == "auto":
+        found = _newest_complete(folder)
+        if found.path is not None or copies is None:
+            return found
+        copied = _newest_complete(copies)
+        told = () if copied.path is None else (f"no checkpoint in {folder}; using the copy {copied.path}",)
+        return Found(copied.path, (*found.notices, *copied.notices, *told))
+    return _named(resume)
+
+
+def _named(resume: str) -> Found:
+    path = Path(resume)
+    if path.name.startswith(PREFIX):
+        reason = torn(path)
+        if reason is None:
+            return Found(path)
+        raise CheckpointError(f"resume={resume} is no complete checkpoint: {reason}. Resume from another one.")
+    for place in (path / "checkpoints", path):
+        found = _newest_complete(place)
+        if found.path is not None:
+            return found
+    raise CheckpointError(
+        f"resume={resume} is no checkpoint: expected a folder named {PREFIX}..., or a run with checkpoints/. "
+        "Use resume=auto to continue the newest checkpoint of run_dir."
+    )
+
+
+def _newest_complete(folder: Path) -> Found:
+    notices: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        reason = torn(path)
+        if reason is None:
+            return Found(path, tuple(notices))
+        notices.append(f"checkpoint {path} is torn and skipped: {reason}")
+    return Found(None, tuple(notices))
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what a killed run was writing or removing when it died; returns what was removed.
+
+    Raises:
+        CheckpointError: the operating system refused.
+    """
+    left = sorted(folder.glob(f".{PREFIX}*"))
+    for path in left:
+        _remove(path)
+    return left
+
+
+def prune(folder: Path, keep_last: int, keep_every: int, spare: Collection[Path] = ()) -> None:
+    """Remove all but the newest checkpoints.
+
+    Args:
+        folder: where they are.
+        keep_last: how many of the newest to keep.
+        keep_every: also keep those whose step is a multiple of this; 0: none.
+        spare: not to be removed now.
+
+    Raises:
+        CheckpointError: the operating system refused.
+    """
+    for old in list_checkpoints(folder)[: -max(1, keep_last)]:
+        step = int(old.name.removeprefix(PREFIX))
+        if old not in spare and not (keep_every and step % keep_every == 0):
+            # renamed first: a removal that is cut short leaves no folder that looks like a checkpoint
+            _remove(old.rename(old.with_name(f".{old.name}.removing")))
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise CheckpointError(f"could not remove {path}: {error}. No checkpoint is lost.") from error
+
+
+def restore_metrics(checkpoint: Path, run_dir: Path) -> None:
+    """Bring back the metrics of a run whose folder was lost from a copy of its checkpoint; leaves a run that has any alone."""
+    saved = checkpoint / _METRICS
+    if saved.is_file() and not (run_dir / _METRICS).exists():
+        write_text(run_dir / _METRICS, saved.read_text(encoding="utf-8"))
+
+
+@dataclass
+class CheckpointCopier:
+    """Copies checkpoints to a second place, one after another, while training goes on. Use it on one rank.
+
+    A copy that is still waiting when a newer checkpoint comes is left out: only the newest counts.
+
+    Attributes:
+        target: the second place.
+        keep_last: copies kept.
+        keep_every: copies of multiples of this step are kept too; 0: none.
+    """
+
+    target: Path
+    keep_last: int
+    keep_every: int
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="copy"))
+    _running: dict[Path, Future[None]] = field(default_factory=dict)
+
+    def submit(self, checkpoint: Path, metrics: Path) -> None:
+        """Have a complete checkpoint copied, with the run's metrics as they are now."""
+        for future in self._running.values():
+            future.cancel()
+        content = metrics.read_bytes() if metrics.exists() else b""
+        self._running[checkpoint] = self._pool.submit(self._copy, checkpoint, content)
+
+    @property
+    def busy(self) -> set[Path]:
+        """Checkpoints that must not be removed yet."""
+        return {path for path, future in self._running.items() if not future.done()}
+
+    def problems(self) -> list[str]:
+        """What went wrong since the last call, for the user; a failed copy does not end the run."""
+        done = {path: future for path, future in self._running.items() if future.done()}
+        texts = []
+        for path, future in done.items():
+            del self._running[path]
+            error = None if future.cancelled() else future.exception()
+            if error is not None:
+                texts.append(f"warning: {path.name} was not copied to {self.target}: {error}")
+        return texts
+
+    def close(self) -> list[str]:
+        """Wait for the copies under way; returns their problems."""
+        self._pool.shutdown(wait=True)
+        return self.problems()
+
+    def _copy(self, checkpoint: Path, metrics: bytes) -> None:
+        def fill(building: Path) -> None:
+            for path in checkpoint.iterdir():
+                shutil.copyfile(path, building / path.name)
+            (building / _METRICS).write_bytes(metrics)
+
+        write_directory(self.target / checkpoint.name, fill)
+        write_text(self.target / LATEST, f"{checkpoint.name}\n")
+        prune(self.target, self.keep_last, self.keep_every)

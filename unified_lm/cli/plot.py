@@ -1,0 +1,30 @@
+"""`unified-lm plot RUN... [--out DIR]`: curves of runs as PNG and as one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from unified_lm.core.errors import DataError
+from unified_lm.evaluation.curves import build_panels, draw_png, load_runs
+from unified_lm.evaluation.curves_page import write_page
+
+
+def plot(argv: Sequence[str]) -> None:
+    """Draw runs; the two files lie in `--out`, else in the folder of the run, or for several in the working directory.
+
+    Raises:
+        DataError: a run is missing or has not measured anything.
+    """
+    parser = argparse.ArgumentParser(prog="unified-lm plot", description="draw curves of runs as PNG and HTML")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a chain of runs")
+    parser.add_argument("--out", type=Path, default=None, help="folder for curves.png and curves.html")
+    options = parser.parse_args(list(argv))
+    runs = load_runs(options.runs)
+    panels = build_panels(runs)
+    if not panels:
+        raise DataError(f"nothing to draw: no step has been measured yet in {', '.join(map(str, options.runs))}.")
+    out = options.out or (options.runs[0] if len(options.runs) == 1 else Path())
+    print(draw_png(panels, runs, out / "curves.png"))
+    print(write_page(panels, runs, out / "curves.html"))

@@ -1,0 +1,67 @@
+"""Ranks that succeed together or fail together, so that none waits for one that has given up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from unified_lm.core import distributed
+from unified_lm.core.errors import UserError
+from unified_lm.core.places import place
+
+T = TypeVar("T")
+
+
+def failures(error: Exception | None) -> str | None:
+    """What went wrong on any rank. Collective.
+
+    Args:
+        error: what went wrong here, or None.
+
+    Returns:
+        The same on every rank: "rank 1: No space left on device; ...", or None where all is well.
+    """
+    texts = distributed.all_gather_objects(None if error is None else str(error))
+    if distributed.world_size() == 1:
+        return texts[0]
+    found = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+    return "; ".join(found) or None
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Do short work on rank 0 alone and give every rank its result. Collective.
+
+    Args:
+        work: what to do; its result is pickled.
+
+    Raises:
+        UserError: rank 0's, on every rank.
+        RuntimeError: on the other ranks, when rank 0 fails in any other way (there it raises what it raised).
+    """
+    if distributed.world_size() == 1:
+        return work()
+    result: tuple[T | None, Exception | None] = (None, None)
+    failure: Exception | None = None
+    if distributed.is_main():
+        try:
+            result = (work(), None)
+        except UserError as error:
+            result, failure = (None, error), error
+        except Exception as error:
+            result, failure = (None, RuntimeError(f"rank 0 failed: {error!r}")), error
+    value, told = share(result)
+    if failure is not None or told is not None:
+        raise failure or told or AssertionError
+    return value  # type: ignore[return-value]
+
+
+def share(value: T) -> T:
+    """Rank 0's value on every rank; it is pickled. Collective."""
+    if distributed.world_size() == 1:
+        return value
+    box = [value]
+    with place("hear from rank 0"):
+        torch.distributed.broadcast_object_list(box, src=0, device=distributed.local_device())
+    return box[0]

@@ -1,0 +1,161 @@
+"""One message for a failure of many ranks. Under torchrun every rank's stderr is the user's terminal.
+
+A mistake in the configuration fails every rank with the same text, a file missing on one node fails one rank alone, and the
+ranks that were waiting for it then fail because it has gone. Ranks therefore tell each other through a store outside the
+process group (torchrun's agent keeps one, which outlives them): each different text is printed once, with its rank unless all
+ranks say the same, and ranks that only noticed the end of another say nothing.
+
+torchrun adds a summary of its own when a process fails; it cannot be switched off from here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from datetime import timedelta
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_TOGETHER_SECONDS = 2.0
+"""How long the first rank waits for others with the same message."""
+_PRINTED_SECONDS = 5.0
+"""How long the other ranks wait for the first one to print: torchrun ends it as soon as one of them has exited."""
+_CONNECT_SECONDS = 5.0
+_ANNOUNCED = "announced"
+_NOTICED = "noticed"
+_PRINTED = "printed"
+_CONSEQUENCE = re.compile(
+    r"closed by peer|reset by peer|Broken pipe|Socket Timeout|gloo/transport|NCCL|rank \d+ failed|Failed to recv",
+    re.IGNORECASE,
+)
+
+
+def report(message: str) -> None:
+    """Print a user's error on stderr, once for all ranks that have it.
+
+    Args:
+        message: the text after "error: ".
+    """
+    rank, ranks = _place()
+    if ranks == 1:
+        print(f"error: {message}", file=sys.stderr)
+        return
+    store = _connect()
+    if store is None:
+        _print_alone(message, rank, ranks)
+        return
+    try:
+        _report_together(message, rank, ranks, store)
+    except RuntimeError:  # the store has gone: its process ended first
+        _print_alone(message, rank, ranks)
+
+
+def is_consequence(error: Exception) -> bool:
+    """Whether an error only says that another rank failed, and that one has told or will tell why.
+
+    Waits a moment for the other rank's announcement. An error that is this rank's own is announced, so that the others keep
+    quiet about what follows from it.
+    """
+    _, ranks = _place()
+    if ranks == 1:
+        return False
+    store = _connect()
+    if store is None:
+        return False
+    try:
+        if not isinstance(error, RuntimeError) or not _CONSEQUENCE.search(str(error)):
+            store.add(_ANNOUNCED, 1)
+            store.add(_PRINTED, 1)  # Python prints the traceback; nobody has to wait for it
+            return False
+        if not _wait_for(store, _ANNOUNCED, _PRINTED_SECONDS):
+            return False
+        store.add(_NOTICED, 1)
+        _wait_for(store, _PRINTED, _PRINTED_SECONDS)
+        return True
+    except RuntimeError:  # the store has gone with the rank that failed
+        return True
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for the run, from the environment alone: no process group is needed."""
+    return _place()[0] == 0
+
+
+def quieten_other_ranks() -> None:
+    """Keep the libraries' progress bars and advice off the terminal on every rank but the first. Call before importing them."""
+    if is_main_process():
+        return
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DATASETS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TQDM_DISABLE", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+def _place() -> tuple[int, int]:
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _print_alone(message: str, rank: int, ranks: int) -> None:
+    print(f"error on rank {rank} of {ranks}: {message}", file=sys.stderr, flush=True)
+
+
+def _report_together(message: str, rank: int, ranks: int, store: Store) -> None:
+    store.add(_ANNOUNCED, 1)
+    same = blake2b(message.encode(), digest_size=8).hexdigest()
+    if store.add(same, 1) > 1:
+        _wait_for(store, _PRINTED, _PRINTED_SECONDS)
+        return
+    deadline = time.monotonic() + _TOGETHER_SECONDS
+    while store.add(same, 0) + store.add(_NOTICED, 0) < ranks and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if store.add(same, 0) == ranks:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        _print_alone(message, rank, ranks)
+    store.add(_PRINTED, 1)
+    if rank == 0 and not _agent_keeps_store():
+        time.sleep(0.5)  # the store ends with this process: let the others read that they need not print
+
+
+def _wait_for(store: Store, key: str, seconds: float) -> bool:
+    """Whether a counter became positive within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not store.add(key, 0):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _agent_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _connect() -> Store | None:
+    """A connection of its own to the store of this start of the run; None where there is none."""
+    from torch import distributed as dist
+
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not address or not port:
+        return None
+    prefix = f"unified_lm/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    timeout = timedelta(seconds=_CONNECT_SECONDS)
+    keeper = _place()[0] == 0 and not _agent_keeps_store() and not dist.is_initialized()
+    try:
+        store = dist.TCPStore(address, int(port), is_master=keeper, timeout=timeout, wait_for_workers=False)
+    except RuntimeError:  # also DistError: nobody answers, or the port is taken
+        return None
+    return dist.PrefixStore(prefix, store)

@@ -1,0 +1,55 @@
+"""SIGTERM and SIGUSR1 as a request to stop between two optimizer steps: what schedulers send before they take the machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What asks a run to stop."""
+
+
+class StopRequest:
+    """Notes a signal instead of dying of it; use it as a context manager around the training loop.
+
+    The first signal is noted, a later one does what it would have done before. A scheduler that signals every process of a job
+    reaches a rank twice, because torchrun passes on what it gets: repetitions within a few seconds are the same request.
+    Python allows handlers in the main thread only: in another one nothing is noted.
+
+    Args:
+        repeat_seconds: how long repetitions are taken for the same request.
+
+    Attributes:
+        number: of the signal received, 0 for none.
+    """
+
+    def __init__(self, repeat_seconds: float = 5.0) -> None:
+        self.repeat_seconds = repeat_seconds
+        self.number = 0
+        self._received = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._put_back()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._received = number, time.monotonic()
+        elif time.monotonic() - self._received > self.repeat_seconds:
+            self._put_back()
+            os.kill(os.getpid(), number)
+
+    def _put_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,106 @@
+"""Loading a model of which every rank keeps a part (ZeRO-3): no rank's accelerator ever holds the whole.
+
+Rank 0 reads the checkpoint on the CPU as any run does, with the same checks of missing, unexpected and misshapen weights. The
+other ranks hear of its errors. Then every rank builds the model in parts, without values, and receives its part of each weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from unified_lm.config.schema import ModelConfig
+from unified_lm.core import distributed
+from unified_lm.core.agreement import on_main, share
+from unified_lm.core.errors import ModelError
+from unified_lm.models.loading import DTYPES, LoadedModel, load_model
+
+
+class Sharding(Protocol):
+    """How ranks split parameters."""
+
+    def initialising(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Parameters made within it are split as soon as their module is complete."""
+
+    def filling(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within it parameters are whole; what rank 0 writes to them is split among all on leaving."""
+
+
+def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
+    """Load what a recipe names, as `load_model` does, in parts. Collective.
+
+    Args:
+        config: the model part of a recipe.
+        sharding: how ranks split parameters.
+
+    Raises:
+        ModelError: see `load_model`; also where a model built in parts has other weights than one that was loaded whole.
+    """
+    read: list[LoadedModel] = []
+
+    def read_whole() -> dict[str, Any]:
+        loaded = load_model(config)
+        read.append(loaded)
+        causal_lm = loaded.causal_lm
+        return {
+            "config": causal_lm.config,
+            "attention": causal_lm.config._attn_implementation,
+            "generation_config": causal_lm.generation_config,
+            "tokenizer": loaded.tokenizer,
+            "provenance": loaded.provenance,
+            "buffers": dict(causal_lm.named_buffers()),
+        }
+
+    known = on_main(read_whole)
+    causal_lm = _build(config, known, sharding)
+    whole = dict(read[0].causal_lm.named_parameters()) if read else {}
+    _check_names(causal_lm, whole)
+    for name, parameter in causal_lm.named_parameters():
+        with sharding.filling([parameter]), torch.no_grad():
+            if whole:
+                parameter.copy_(whole[name])
+    _copy_buffers(causal_lm, known["buffers"])
+    return LoadedModel(causal_lm.eval(), known["tokenizer"], known["provenance"])
+
+
+def _build(config: ModelConfig, known: dict[str, Any], sharding: Sharding) -> PreTrainedModel:
+    """The model in parts, its weights not yet filled."""
+    dtype = DTYPES[config.dtype]
+    with no_init_weights(), sharding.initialising(dtype):
+        causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+            known["config"],
+            dtype=dtype,
+            attn_implementation=known["attention"],
+            trust_remote_code=config.trust_remote_code,
+        )
+    causal_lm.tie_weights()
+    causal_lm.generation_config = known["generation_config"]
+    embeddings: Any = causal_lm.get_input_embeddings()
+    if getattr(embeddings, "padding_idx", None) is not None:
+        embeddings.padding_idx = None  # as in `load_model`
+    return causal_lm
+
+
+def _check_names(causal_lm: PreTrainedModel, whole: dict[str, nn.Parameter]) -> None:
+    """See that parts and whole are the same weights, of one shape and dtype; a missing one would stay empty without a word."""
+    found = {name: (distributed.full_shape(p), p.dtype) for name, p in causal_lm.named_parameters()}
+    expected = share({name: (tuple(p.shape), p.dtype) for name, p in whole.items()})
+    if found != expected:
+        differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        raise ModelError(
+            f"{type(causal_lm).__name__} built in parts has other weights than the loaded one: {', '.join(differing[:3])}"
+            f"{', ...' if len(differing) > 3 else ''}. This family cannot be loaded under ZeRO-3; use parallel=zero2."
+        )
+
+
+def _copy_buffers(causal_lm: PreTrainedModel, buffers: dict[str, torch.Tensor]) -> None:
+    """Buffers (rotary frequencies, ...) as loaded: one made while parameters are split takes their dtype."""
+    for name, _ in list(causal_lm.named_buffers()):
+        owner, _, attribute = name.rpartition(".")
+        causal_lm.get_submodule(owner)._buffers[attribute] = buffers[name].to(distributed.local_device())
