@@ -1,8 +1,9 @@
 """What the LLM2Vec chain does to sentence similarity: STS-B dev before, after MNTP, and after SimCSE on the embedded model.
 
 Spearman correlation of cosine similarity and human scores, mean pooling, no prompt. The text is a WikiText file; its
-tokenisation is undone (" @-@ ", spaces before punctuation), headings and unknown words are left out. STS-B is not trained on; the
-recipe's learning rate was chosen with it, so its scores are not held-out ones. With `checkpoint.every=20 checkpoint.keep_last=99` every checkpoint is measured too: the curve.
+tokenisation is undone (" @-@ ", spaces before punctuation), headings and unknown words are left out. STS-B is not trained on,
+but the recipe's learning rate was chosen with it: its scores are not held-out ones. With `checkpoint.every=20
+checkpoint.keep_last=99` every checkpoint is measured too: the curve.
 
 Usage: python benchmarks/llm2vec_chain.py WIKITEXT.txt STS_DEV.csv RUN_DIR [key=value ...]
 """
