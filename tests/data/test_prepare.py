@@ -31,6 +31,7 @@ RECIPES = {
     "wikitext": "llm2vec_mntp",
     "msmarco": "llm2vec_supervised",
     "allnli": "llm2vec_supervised",
+    "ultrafeedback": "kto_gritlm7b",
 }
 CHAT = [{"role": "user", "content": "Who wrote Faust?"}, {"role": "assistant", "content": "Goethe."}]
 PAIR = {"query": ["Find it:", "who wrote Faust"], "pos": [["", "Goethe wrote it."]], "neg": [["", "It is a city."]]}
@@ -59,6 +60,10 @@ def local(tmp_path: Path) -> Path:
         {"dataset": "sharegpt", "id": "sharegpt_1", "messages": CHAT[:1]},
         {"dataset": "sharegpt", "id": "sharegpt_2", "messages": [CHAT[0], {"role": "assistant", "content": " "}]},
     )
+    for split in ("train_prefs", "test_prefs"):
+        other = [CHAT[0], {"role": "assistant", "content": "Schiller."}]
+        row = {"prompt": CHAT[0]["content"], "chosen": CHAT, "rejected": other, "score_chosen": 9.0}
+        parquet(root / "ultrafeedback" / "data" / f"{split}-00000-of-00001.parquet", row)
     jsonl(root / "gritlm_tulu2" / "tulu2.jsonl", {"text": ["Who wrote Faust?", "Goethe."]})
     for name in ("e5", "medi2", "medi2bge"):
         jsonl(root / name / "nq.jsonl", PAIR, {**PAIR, "pos": [["", "  "]]})
@@ -92,7 +97,7 @@ def test_the_recipe_reads_what_is_written(name: str, local: Path, tmp_path: Path
     data = [override for override in overrides(done) if override.startswith("data=")]
     values = [override for override in overrides(done) if not override.startswith("data=")]
     config = compose_run([f"recipe={RECIPES[name]}", "model=tiny_random", *data, *values])
-    kinds = {"pairs": RecordKind.PAIR, "chat": RecordKind.CHAT}
+    kinds = {"pairs": RecordKind.PAIR, "chat": RecordKind.CHAT, "preference": RecordKind.PREFERENCE}
     rows = 0
     for stream in config.streams.values():
         for source in stream.sources:
@@ -100,7 +105,7 @@ def test_the_recipe_reads_what_is_written(name: str, local: Path, tmp_path: Path
             assert Path(source.path).is_relative_to(tmp_path / "data")
             rows += len(open_source(source, kinds.get(stream.format, RecordKind.TEXT), 0))
     held_out = done.num_rows - rows
-    assert held_out == (1 if name == "wikitext" else 0)
+    assert held_out == {"wikitext": 1, "ultrafeedback": 2}.get(name, 0)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

@@ -166,7 +166,7 @@ def test_build_is_deterministic_and_says_what_is_missing(
         ("pair", "train", RecordKind.PAIR, r"pydocs has no subset 'pair'\. Did you mean 'pairs'\?"),
         (None, "validation", RecordKind.PAIR, r"pydocs has no split 'validation'\. Known: test, train\."),
         ("chats", "train", RecordKind.PAIR, r"subset 'chats' holds chat rows, the format wants pair rows: pairs\."),
-        (None, "train", RecordKind.PREFERENCE, r"pydocs has no preference rows: it has pairs, chats, text, sentences\."),
+        ("preferences", "train", RecordKind.CHAT, r"holds preference rows, the format wants chat rows\."),
     ],
 )
 def test_wrong_requests(subset: str | None, split: str, kind: RecordKind, message: str) -> None:

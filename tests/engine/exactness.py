@@ -9,16 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from tests.engine.tiny import make_samples
 from unified_lm.batch import IGNORE, Batch, Sample, make_batch
 from unified_lm.batch.normalization import normalize
-from unified_lm.config.schema import ObjectiveConfig, OptimConfig, ParallelConfig
+from unified_lm.config.schema import LoraConfig, ObjectiveConfig, OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.engine.backend import Backend, make_backend
+from unified_lm.engine.sequences import SequenceScoring
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.trainable import Trainable
 from unified_lm.models.backbone import Backbone
+from unified_lm.models.lora import apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.tiny import tiny_model
 from unified_lm.objectives import build_objective
@@ -27,7 +30,7 @@ OPTIM = OptimConfig(eps=1e-3, weight_decay=0.1)  # an epsilon that does not ampl
 RATE = 1e-3
 ONE_PACK, MANY_PACKS = 10_000, 70
 KINDS = ("grit", "mntp", "simcse", "supervised")
-WEIGHTS = {"embedding": 1.0, "generation": 0.7}
+WEIGHTS = {"embedding": 1.0, "generation": 0.7, "preference": 20.0}  # the last: of the size of the others' gradients
 
 State = dict[str, torch.Tensor]
 
@@ -38,13 +41,14 @@ class Case:
 
     Attributes:
         backend: name of the backend.
-        kind: of the data and objectives, one of `KINDS`.
+        kind: of the data and objectives, one of `KINDS`, or "kto": contrastive pairs and preferences, with LoRA.
         budget: tokens of a pack.
         family: of the tiny model.
         dropout: of the attention.
         dtype: of the weights.
         projection: dimensions of a projection, or None.
         averaged: whether to normalise token losses per rank and average, which is wrong.
+        own_baseline: whether every rank takes the baseline of KTO from its own controls, which is wrong.
         retain_all: whether to keep the graph of every pack: direct gradients instead of GradCache.
         steps: optimizer steps.
     """
@@ -57,12 +61,16 @@ class Case:
     dtype: str = "float32"
     projection: int | None = None
     averaged: bool = False
+    own_baseline: bool = False
     retain_all: bool = False
     steps: int = 5
 
 
 def make_trainable(case: Case) -> Trainable:
     model = tiny_model(case.family, dtype=getattr(torch, case.dtype), attention_dropout=case.dropout)
+    if case.kind == "kto":
+        adapt(model, dropout=case.dropout)
+        return Trainable(Backbone(model, "sdpa"), "mean", {}, sequence_streams={"preference"})
     objective = "masked_next_token" if case.kind == "mntp" else "next_token"
     torch.manual_seed(0)
     projection = Projection(64, case.projection) if case.projection else None
@@ -71,12 +79,50 @@ def make_trainable(case: Case) -> Trainable:
     )
 
 
+def adapt(model: PreTrainedModel, dropout: float = 0.0) -> None:
+    """Give a model adapters that do something, as after some training."""
+    apply_lora(model, LoraConfig(r=4, alpha=16.0, dropout=dropout), seed=0)
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=random) * 0.05)
+
+
+def make_preferences(num_rows: int, seed: int) -> list[Sample]:
+    """Prompts with completions of uneven lengths, and each with the completion of the row after it."""
+    random = np.random.default_rng(seed)
+    prompts, completions = (
+        [random.integers(3, 200, size=random.integers(3, most)) for _ in range(num_rows)] for most in (8, 20)
+    )
+    samples = []
+    for row in range(num_rows):
+        for slot, completion in enumerate((completions[row], completions[(row + 1) % num_rows])):
+            ids = np.concatenate([prompts[row], completion])
+            labels = np.where(np.arange(len(ids)) >= len(prompts[row]), ids, IGNORE)
+            desirable = None if slot else row % 3 != 0
+            samples.append(
+                Sample(
+                    input_ids=ids,
+                    stream="preference",
+                    labels=labels,
+                    group=row,
+                    slot=slot,
+                    desirable=desirable,
+                    control=slot == 1,
+                )
+            )
+    return samples
+
+
 def draw(kind: str, seed: int) -> tuple[list[Sample], Mapping[str, float]]:
     """One step's samples, of uneven lengths, and what their loss sums are divided by."""
     if kind == "grit":
         return make_samples(num_groups=7, num_chats=5, seed=seed)
     if kind == "supervised":
         return make_samples(num_groups=7, num_chats=0, seed=seed)[0], {}
+    if kind == "kto":
+        pairs = make_samples(num_groups=7, num_chats=0, seed=seed)[0]
+        return [*pairs, *make_preferences(9, seed)], {"preference": 9.0}
     random = np.random.default_rng(seed)
     texts = [random.integers(3, 200, size=random.integers(6, 20)) for _ in range(8)]
     if kind == "simcse":
@@ -108,7 +154,7 @@ def share(case: Case, seed: int) -> Batch:
     rank, ranks = distributed.rank(), distributed.world_size()
     cuts = {1: (0, 1), 2: (0, 0.3, 1), 4: (0, 0.15, 0.4, 0.6, 1)}[ranks]
     mine = []
-    for stream in ("embedding", "generation"):
+    for stream in ("embedding", "generation", "preference"):
         members = [s for s in samples if s.stream == stream]
         groups = 1 + max((s.group for s in members), default=-1)
         mine += [s for s in members if int(cuts[rank] * groups) <= s.group < int(cuts[rank + 1] * groups)]
@@ -124,9 +170,26 @@ def make_step(case: Case, backend: Backend) -> GradCacheStep:
     contrastive = build_objective(ObjectiveConfig(name="contrastive", temperature=0.1, **published))
     objectives = {} if case.kind == "mntp" else {"embedding": contrastive}
     retained = 1000 if case.retain_all else 1
+    sequences = None
+    if case.kind == "kto":
+        scoring = _OwnBaseline if case.own_baseline else SequenceScoring
+        kto = build_objective(ObjectiveConfig(name="kto", beta=0.3, desirable_weight=1.25))
+        trainable = backend.trainable  # type: ignore[attr-defined]
+        sequences = scoring(backend.forward, trainable, {"preference": kto}, backend.equal_forwards)
     return GradCacheStep(
-        backend.forward, backend.backward, objectives, WEIGHTS, retained, equal_forwards=backend.equal_forwards
+        backend.forward,
+        backend.backward,
+        objectives,
+        WEIGHTS,
+        retained,
+        equal_forwards=backend.equal_forwards,
+        sequences=sequences,
     )
+
+
+class _OwnBaseline(SequenceScoring):
+    def _of_all_ranks(self, own: torch.Tensor) -> torch.Tensor:
+        return super()._of_all_ranks(own) if own.ndim > 1 else own
 
 
 def start(case: Case) -> Backend:

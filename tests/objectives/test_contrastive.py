@@ -158,3 +158,17 @@ def test_bad_input(embeddings):
         objective(gradient_scale="inverse_world_size")
     with pytest.raises(ConfigError, match=r"Did you mean 'exact'"):
         objective(gradient_scale="exakt")
+
+
+def test_similarities_in_bfloat16_are_near_and_not_equal() -> None:
+    embeddings = torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(5))
+    exact = Contrastive(ObjectiveConfig(name="contrastive", temperature=0.05))(embeddings).sum
+    rounded = Contrastive(ObjectiveConfig(name="contrastive", temperature=0.05, similarity_dtype="bfloat16"))(embeddings).sum
+    assert rounded.dtype == torch.float32
+    assert rounded != exact
+    assert torch.isclose(rounded, exact, rtol=0.05)
+
+
+def test_an_unknown_similarity_dtype_is_refused() -> None:
+    with pytest.raises(ConfigError, match="bfloat16"):
+        Contrastive(ObjectiveConfig(name="contrastive", similarity_dtype="bfloat"))

@@ -10,8 +10,8 @@ Shape legend, used across the package:
 - D  hidden size; H, H_kv query and key/value heads; d head size; V vocabulary
 """
 
-from unified_lm.batch.loss import LossTerm, OutputHead
-from unified_lm.batch.pack import Batch, Pack, Supervision, make_batch, make_pack
+from unified_lm.batch.loss import LossTerm, OutputHead, SequenceScores
+from unified_lm.batch.pack import Batch, Pack, Supervision, empty_pack, make_batch, make_pack
 from unified_lm.batch.plan import AttentionMode, AttentionPlan, ModeRun
 from unified_lm.batch.sample import IGNORE, Sample
 
@@ -25,7 +25,9 @@ __all__ = [
     "OutputHead",
     "Pack",
     "Sample",
+    "SequenceScores",
     "Supervision",
+    "empty_pack",
     "make_batch",
     "make_pack",
 ]

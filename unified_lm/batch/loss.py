@@ -1,8 +1,9 @@
-"""What objectives take and give: the output head, and a loss before it is normalised."""
+"""What objectives take and give: the output head, scores of sequences, and a loss before it is normalised."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -21,6 +22,35 @@ class LossTerm:
 
     sum: torch.Tensor
     count: float
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceScores:
+    """What an objective over whole sequences is computed from; S sequences.
+
+    Attributes:
+        policy: `[S]` float32, log-probability of each sample's labelled tokens under the model being trained, in nats; with
+            gradient while training.
+        reference: `[S]` float32, the same under the reference model.
+        desirable: `[S]` bool, whether the labelled tokens are to become more likely, or less.
+        baseline: `[S]` float32, what the step's controls gave (`SequenceObjective.baseline`), without gradient.
+    """
+
+    policy: torch.Tensor
+    reference: torch.Tensor
+    desirable: torch.Tensor
+    baseline: torch.Tensor
+
+    @property
+    def log_ratio(self) -> torch.Tensor:
+        """`[S]`, log of how much more likely the sample is than under the reference."""
+        return self.policy - self.reference
+
+    @classmethod
+    def cat(cls, parts: Sequence[SequenceScores]) -> SequenceScores:
+        """The scores of all parts, in order; at least one part."""
+        columns = [[getattr(part, field.name) for part in parts] for field in fields(cls)]
+        return cls(*(torch.cat(column) for column in columns))
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ from enum import Enum
 import numpy as np
 
 from unified_lm.batch.sample import Sample
-from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.core.errors import ConfigError
+from unified_lm.core.tables import choose
 
 
 class Normalization(Enum):
@@ -42,11 +43,7 @@ class Normalization(Enum):
         Raises:
             ConfigError: there is none.
         """
-        try:
-            return cls(name)
-        except ValueError:
-            known = [scheme.value for scheme in cls]
-            raise ConfigError(f"unknown normalization '{name}'.{did_you_mean(name, known)}") from None
+        return choose(cls, name, "normalization")
 
 
 def normalize(samples: Sequence[Sample], scheme: str, micro_batch_size: int | None = None) -> tuple[list[Sample], float]:

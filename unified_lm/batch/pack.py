@@ -25,11 +25,13 @@ class Supervision:
         positions: int64 `[N]`, pack coordinates of the states that predict (one before each label).
         targets: int64 `[N]`, the tokens to predict.
         weights: float32 `[N]`, the weight of each prediction in the sum.
+        lengths: how many positions each of the stream's labelled samples has, in pack order; they add up to N.
     """
 
     positions: torch.Tensor
     targets: torch.Tensor
     weights: torch.Tensor
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +62,19 @@ class Pack:
     def __len__(self) -> int:
         return self.plan.num_tokens
 
+    def labelled(self, stream: str) -> list[Sample]:
+        """The stream's samples with supervised positions, in the order of `Supervision.lengths`."""
+        return [sample for sample in self.samples if sample.stream == stream and sample.num_supervised]
+
     def to(self, device: torch.device) -> Pack:
         """The same pack with every tensor on `device`."""
         supervised = {
-            name: Supervision(*(t.to(device, non_blocking=True) for t in (s.positions, s.targets, s.weights)))
+            name: replace(
+                s,
+                positions=s.positions.to(device, non_blocking=True),
+                targets=s.targets.to(device, non_blocking=True),
+                weights=s.weights.to(device, non_blocking=True),
+            )
             for name, s in self.supervised.items()
         }
         return replace(
@@ -88,6 +99,8 @@ class Batch:
         counts: per stream with labels what its loss sum is divided by, for the whole step over all ranks (known from the
             data alone, before any forward).
         num_truncated: samples cut to their limit.
+        control_packs: packs of samples that are only scored (`Sample.control`), apart from all others.
+        reference_packs: the samples of `packs` whose log-probability under the reference is not known yet, once more.
     """
 
     packs: tuple[Pack, ...]
@@ -96,15 +109,17 @@ class Batch:
     text_ids: Mapping[str, torch.Tensor] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
     num_truncated: int = 0
+    control_packs: tuple[Pack, ...] = ()
+    reference_packs: tuple[Pack, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Tokens on this rank in this step."""
+        """Tokens trained on in this step on this rank; those only scored do not count."""
         return sum(len(pack) for pack in self.packs)
 
     @property
     def num_samples(self) -> int:
-        """Samples on this rank in this step."""
+        """Samples trained on in this step on this rank."""
         return sum(len(pack.samples) for pack in self.packs)
 
     def to(self, device: torch.device) -> Batch:
@@ -112,6 +127,8 @@ class Batch:
         return replace(
             self,
             packs=tuple(pack.to(device) for pack in self.packs),
+            control_packs=tuple(pack.to(device) for pack in self.control_packs),
+            reference_packs=tuple(pack.to(device) for pack in self.reference_packs),
             text_ids={name: ids.to(device, non_blocking=True) for name, ids in self.text_ids.items()},
         )
 
@@ -155,6 +172,7 @@ def _supervise(samples: Sequence[Sample], offsets: Sequence[int]) -> dict[str, S
     return {
         stream: Supervision(
             positions=torch.from_numpy(np.concatenate([p for p, _, _ in rows]).astype(np.int64)),
+            lengths=tuple(len(p) for p, _, _ in rows),
             targets=torch.from_numpy(np.concatenate([t for _, t, _ in rows]).astype(np.int64)),
             weights=torch.from_numpy(np.concatenate([w for _, _, w in rows]).astype(np.float32)),
         )
@@ -167,15 +185,16 @@ def make_batch(samples: Iterable[Sample], token_budget: int, counts: Mapping[str
 
     Samples with a pool span fill the first packs (first-fit decreasing). The others fill what room is left in the last of
     these, then packs of their own: GradCache forwards every pooled pack twice except the last, whose graph it keeps, so
-    nothing is computed twice in vain. Within a contrastive stream the groups are numbered anew from 0 on this rank, in
-    order of `Sample.group`.
+    nothing is computed twice in vain. Samples that are only scored get packs of their own. Within a contrastive stream the
+    groups are numbered anew from 0 on this rank, in order of `Sample.group`.
 
     Args:
         samples: this rank's samples. Every group is complete: slots 0 to K-1, K the same for all groups of a stream.
         token_budget: the most tokens of a pack. A longer sample gets a pack of its own.
         counts: see `Batch.counts`.
     """
-    members = list(samples)
+    drawn = list(samples)
+    members = [s for s in drawn if not s.control]
     groups = {name: sorted({s.group for s in members if s.stream == name}) for name in {s.stream for s in members if s.pool}}
     sizes, rows, text_ids = {}, {}, {}
     for name, numbers in groups.items():
@@ -191,6 +210,7 @@ def make_batch(samples: Iterable[Sample], token_budget: int, counts: Mapping[str
     pooled = first_fit([s for s in members if s.pool is not None], token_budget)
     plain = [s for s in members if s.pool is None]
     bins = pooled[:-1] + first_fit(plain, token_budget, pooled[-1:])
+    unscored = [s for s in members if s.desirable is not None and s.reference is None]
     return Batch(
         packs=tuple(make_pack(content, rows) for content in bins),
         group_sizes=sizes,
@@ -198,7 +218,15 @@ def make_batch(samples: Iterable[Sample], token_budget: int, counts: Mapping[str
         text_ids=text_ids,
         counts=dict(counts or {}),
         num_truncated=sum(s.truncated for s in members),
+        control_packs=tuple(map(make_pack, first_fit([s for s in drawn if s.control], token_budget))),
+        reference_packs=tuple(map(make_pack, first_fit(unscored, token_budget))),
     )
+
+
+def empty_pack() -> Pack:
+    """What a rank forwards when others have more packs than it has: two tokens that nobody looks at, and no samples."""
+    filler = Sample(input_ids=np.zeros(2, dtype=np.int64), stream="", bidirectional=(0, 0), pool=(0, 2))
+    return replace(make_pack([filler]), pool_streams=("",), samples=())
 
 
 def first_fit(samples: Sequence[Sample], token_budget: int, bins: Sequence[Sequence[Sample]] = ()) -> list[list[Sample]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from unified_lm.checkpoint.manifest import Manifest
 from unified_lm.checkpoint.state import Identity, load_state
 from unified_lm.checkpoint.store import find_checkpoint, restore_metrics
 from unified_lm.checkpoint.verify import load_projection
-from unified_lm.config.schema import RunConfig
+from unified_lm.config.schema import RunConfig, StreamConfig
 from unified_lm.config.validate import zero_stage
 from unified_lm.core import distributed
 from unified_lm.core.agreement import on_main
@@ -24,6 +24,7 @@ from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.core.places import within
 from unified_lm.core.random import seed_everything
+from unified_lm.data.formats import get_format
 from unified_lm.data.loader import SampleCost, StepLoader
 from unified_lm.data.retrieval import build_retrieval
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
@@ -32,8 +33,10 @@ from unified_lm.engine.deepspeed import ZeroSharding
 from unified_lm.engine.fit import Training
 from unified_lm.engine.flops import ModelFlops
 from unified_lm.engine.metrics import Reporter
+from unified_lm.engine.references import ReferenceCache
+from unified_lm.engine.sequences import SequenceScoring
 from unified_lm.engine.step import GradCacheStep
-from unified_lm.engine.throughput import ComputeClock, StepMeter
+from unified_lm.engine.throughput import ComputeClock, StepMeter, describe_device
 from unified_lm.engine.trainable import Trainable
 from unified_lm.engine.validation import Validator
 from unified_lm.models.backbone import Backbone
@@ -42,7 +45,7 @@ from unified_lm.models.lora import LoraReport, apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.probe import probe_attention
 from unified_lm.models.sharded import load_sharded
-from unified_lm.objectives import EmbeddingObjective, ObjectiveKind, TokenObjective, build_objective
+from unified_lm.objectives import EmbeddingObjective, ObjectiveKind, SequenceObjective, TokenObjective, build_objective
 
 
 @dataclass
@@ -79,8 +82,8 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     if config.model.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     streams = build_streams(config, loaded.tokenizer)
-    tokens, embeddings = _objectives(config)
-    trainable = _make_trainable(config, loaded, backbone, tokens).to(device)
+    objectives = _objectives(config)
+    trainable = _make_trainable(config, loaded, backbone, objectives).to(device)
     backend = make_backend(trainable, config.optim, config.parallel)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
         probe_attention(backbone, whole=backend.whole)
@@ -89,7 +92,14 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     resume_from = on_main(lambda: _checkpoint_to_resume(config, run_dir, identity, console))
     clock = ComputeClock()
     forward, backward = within("forward", clock.timed(backend.forward)), within("backward", clock.timed(backend.backward))
-    step = GradCacheStep(forward, backward, embeddings, weights, equal_forwards=backend.equal_forwards)
+    references = _reference_cache(config, loaded, trainable, backend)
+    for name, stream in streams.items():
+        if _is_cached(config, config.streams[name]):
+            references.attach(stream)
+    sequences = SequenceScoring(forward, trainable, objectives.sequences, backend.equal_forwards)
+    step = GradCacheStep(
+        forward, backward, objectives.embeddings, weights, equal_forwards=backend.equal_forwards, sequences=sequences
+    )
     meter = StepMeter(trainable, step.num_retained, clock, recomputes=config.model.gradient_checkpointing)
     training = Training(
         config=config,
@@ -98,7 +108,7 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
         backend=backend,
         step=step,
         loader=_make_loader(config, streams, trainable),
-        validator=_make_validator(config, loaded, backend, trainable, embeddings, weights),
+        validator=_make_validator(config, loaded, backend, trainable, objectives, references),
         reporter=Reporter(config.logging, run_dir, config.max_steps, asdict(config), console, _facts(meter)),
         meter=meter,
         identity=identity,
@@ -130,24 +140,55 @@ def _checkpoint_to_resume(config: RunConfig, run_dir: Path, identity: Identity, 
 
 def _facts(meter: StepMeter) -> dict[str, Any]:
     """What a reader of the metrics must know about the machine."""
-    device = distributed.local_device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
         "world_size": distributed.world_size(),
-        "device": name,
+        "device": describe_device(),
         "peak_teraflops_per_device": meter.peak.flops / 1e12,
         "peak_source": meter.peak.source,
     }
 
 
-def _objectives(config: RunConfig) -> tuple[dict[str, TokenObjective], dict[str, EmbeddingObjective]]:
-    """Token objectives and embedding objectives, each by stream."""
-    tokens: dict[str, TokenObjective] = {}
-    embeddings: dict[str, EmbeddingObjective] = {}
+@dataclass(frozen=True)
+class _Objectives:
+    """The objectives of a run by what they are computed from, each by stream."""
+
+    tokens: dict[str, TokenObjective] = field(default_factory=dict)
+    embeddings: dict[str, EmbeddingObjective] = field(default_factory=dict)
+    sequences: dict[str, SequenceObjective] = field(default_factory=dict)
+
+
+def _objectives(config: RunConfig) -> _Objectives:
+    found = _Objectives()
+    by_kind: dict[ObjectiveKind, dict[str, Any]] = {
+        ObjectiveKind.TOKEN: found.tokens,
+        ObjectiveKind.EMBEDDING: found.embeddings,
+        ObjectiveKind.SEQUENCE: found.sequences,
+    }
     for name, stream in config.streams.items():
-        objective: Any = build_objective(stream.objective)
-        (tokens if objective.kind is ObjectiveKind.TOKEN else embeddings)[name] = objective
-    return tokens, embeddings
+        objective = build_objective(stream.objective)
+        by_kind[objective.kind][name] = objective
+    return found
+
+
+def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
+    """Whether a stream's reference log-probabilities are computed before training."""
+    if not get_format(stream.format).scored:
+        return False
+    reference = stream.objective.reference
+    return reference == "cached" or (reference == "auto" and config.lora is None)
+
+
+def _reference_cache(config: RunConfig, loaded: LoadedModel, trainable: Trainable, backend: Backend) -> ReferenceCache:
+    model = config.model
+    key = f"{loaded.provenance['fingerprint']} {model.dtype} {model.autocast} {trainable.backbone.kernel}"
+    return ReferenceCache(
+        within("forward", backend.forward),
+        trainable,
+        key,
+        config.packing.token_budget,
+        equal_forwards=backend.equal_forwards,
+        progress=config.logging.progress,
+    )
 
 
 def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
@@ -169,16 +210,15 @@ def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -
     return None if wanted is None else Projection(hidden_size, wanted)
 
 
-def _make_trainable(
-    config: RunConfig, loaded: LoadedModel, backbone: Backbone, objectives: dict[str, TokenObjective]
-) -> Trainable:
+def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, objectives: _Objectives) -> Trainable:
     projection = _make_projection(config, loaded, backbone.hidden_size)
     return Trainable(
         backbone,
         config.model.pooling,
-        objectives,
+        objectives.tokens,
         projection,
         torch.bfloat16 if config.model.autocast else None,
+        sequence_streams=objectives.sequences,
     )
 
 
@@ -199,21 +239,27 @@ def _make_validator(
     loaded: LoadedModel,
     backend: Backend,
     trainable: Trainable,
-    objectives: dict[str, EmbeddingObjective],
-    weights: dict[str, float],
+    objectives: _Objectives,
+    references: ReferenceCache,
 ) -> Validator | None:
     streams = build_validation_streams(config, loaded.tokenizer)
     retrieval = build_retrieval(config, loaded.tokenizer)
     if not streams and retrieval is None:
         return None
-    held_out_objectives = {name: objective for name, objective in objectives.items() if name in streams}
+    for name, stream in streams.items():
+        if _is_cached(config, config.streams[name]):
+            references.attach(stream)
+    embeddings = {name: objective for name, objective in objectives.embeddings.items() if name in streams}
+    sequences = {name: objective for name, objective in objectives.sequences.items() if name in streams}
+    forward = within("forward", backend.forward)
     held_out = GradCacheStep(
-        within("forward", backend.forward),
+        forward,
         backend.backward,
-        held_out_objectives,
-        weights,
+        embeddings,
+        {name: stream.objective.weight for name, stream in config.streams.items()},
         num_retained=0,
         equal_forwards=backend.equal_forwards,
+        sequences=SequenceScoring(forward, trainable, sequences, backend.equal_forwards),
     )
     return Validator(
         trainable,

@@ -11,7 +11,7 @@ from rich.console import Console
 from unified_lm.build.assemble import Run
 from unified_lm.checkpoint.export import export_model, sentence_transformers_obstacle
 from unified_lm.checkpoint.hub import push_to_hub
-from unified_lm.checkpoint.manifest import AdapterRecord, DataRecord, Manifest, StageRecord
+from unified_lm.checkpoint.manifest import MODES, AdapterRecord, DataRecord, Manifest, StageRecord
 from unified_lm.checkpoint.merge import merge_lora
 from unified_lm.config.schema import RunConfig, StreamConfig
 from unified_lm.core.errors import ConfigError
@@ -74,18 +74,19 @@ def make_manifest(run: Run) -> Manifest:
     embedding = _embedding_stream(config)
     template = (_chat_stream(config) or embedding or next(iter(config.streams.values()))).template
     before, after = held_out(run.training.run_dir, config.max_steps)
+    kept = earlier if _only_preferences(config) else {}  # what embeds is then trained nowhere, and stays what it was
     return Manifest(
         recipe=config.recipe,
         base_model=earlier.get("base_model") or provenance["name"],
         family=provenance["family"],
         template=template,
         template_fields={},
-        attention="causal" if embedding is not None and embedding.attention == "causal" else "bidirectional",
-        modes=_modes(config),
-        pooling=config.model.pooling,
-        normalize=config.model.normalize,
-        instructions=_instructions(embedding),
-        max_tokens=_max_tokens(config),
+        attention=kept.get("attention") or _attention(embedding),
+        modes=config.export.modes or tuple(mode for mode in MODES if mode in (*kept.get("modes", ()), *_modes(config))),
+        pooling=kept.get("pooling", config.model.pooling),
+        normalize=kept.get("normalize", config.model.normalize),
+        instructions=kept.get("instructions") or _instructions(embedding),
+        max_tokens=kept.get("max_tokens", _max_tokens(config)),
         dtype=config.export.dtype,
         base_revision=earlier.get("base_revision") or provenance.get("revision") or "",
         stages=(*_earlier_stages(earlier), _stage(run)),
@@ -104,7 +105,7 @@ def _embedding_stream(config: RunConfig) -> StreamConfig | None:
 
 
 def _chat_stream(config: RunConfig) -> StreamConfig | None:
-    return next((stream for stream in config.streams.values() if stream.format in ("chat", "text")), None)
+    return next((stream for stream in config.streams.values() if stream.format in ("chat", "preference", "text")), None)
 
 
 def _modes(config: RunConfig) -> tuple[str, ...]:
@@ -112,6 +113,15 @@ def _modes(config: RunConfig) -> tuple[str, ...]:
     embeds = ("embed",) if _embedding_stream(config) is not None else ()
     generates = ("generate",) if _chat_stream(config) is not None else ()
     return (*embeds, *generates)
+
+
+def _only_preferences(config: RunConfig) -> bool:
+    """Whether a run only adjusts what a finished model prefers to say."""
+    return all(stream.format == "preference" for stream in config.streams.values())
+
+
+def _attention(embedding: StreamConfig | None) -> str:
+    return "causal" if embedding is not None and embedding.attention == "causal" else "bidirectional"
 
 
 def _max_tokens(config: RunConfig) -> int:

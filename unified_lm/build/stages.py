@@ -1,4 +1,4 @@
-"""Run a recipe, or a chain of them: compose, assemble, fit, export."""
+"""Run a recipe, a chain of them or an ablation: compose, assemble, fit, export."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from rich.console import Console
 
 from unified_lm.build.assemble import Run, build_run
 from unified_lm.build.publish import check_export, export_run
+from unified_lm.build.record import write_record
+from unified_lm.build.sweep import run_sweep
 from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
 from unified_lm.config.compose import compose, to_yaml
-from unified_lm.config.schema import ChainConfig, RunConfig
+from unified_lm.config.schema import ChainConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import on_main, share
 from unified_lm.core.errors import CheckpointError
@@ -30,16 +32,28 @@ def train(argv: Sequence[str]) -> Path:
     A run that a signal stops (see `engine.fit`) returns like one that is finished; its export is not written.
 
     Returns:
-        The folder of the run (of the last stage, for a chain).
+        The folder of the run (of the last stage, for a chain; of all the runs, for an ablation).
     """
     config = compose(argv)
-    first = config.stages[0] if isinstance(config, ChainConfig) else config
-    distributed.initialise(first.parallel.timeout_minutes)
-    with watching(first.parallel.timeout_minutes):
-        run_dir = run_chain(config) if isinstance(config, ChainConfig) else run_stage(config)
+    minutes = _first_run(config).parallel.timeout_minutes
+    distributed.initialise(minutes)
+    with watching(minutes):
+        run_dir = _run(config)
     # Not after an error: leaving the group may wait for the others, and they must first hear why (`core.failures`).
     distributed.shutdown()
     return run_dir
+
+
+def _first_run(config: RunConfig | ChainConfig | SweepConfig) -> RunConfig:
+    if isinstance(config, ChainConfig):
+        return config.stages[0]
+    return config.arms[0].run if isinstance(config, SweepConfig) else config
+
+
+def _run(config: RunConfig | ChainConfig | SweepConfig) -> Path:
+    if isinstance(config, ChainConfig):
+        return run_chain(config)
+    return run_sweep(config, _run_stage) if isinstance(config, SweepConfig) else run_stage(config)
 
 
 def run_chain(chain: ChainConfig) -> Path:
@@ -92,6 +106,7 @@ def _run_stage(config: RunConfig) -> tuple[Path, bool]:
         check_export(run)
     if distributed.is_main():
         write_text(run_dir / "config.yaml", to_yaml(config))
+    on_main(lambda: write_record(run))
     is_finished = fit(run.training)
     if is_finished and config.export.enabled:
         with run.training.backend.gathered():

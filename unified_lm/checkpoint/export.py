@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from unified_lm.checkpoint.manifest import Manifest, hash_weights, library_versions
 from unified_lm.checkpoint.merge import has_adapters
 from unified_lm.checkpoint.model_card import model_card
+from unified_lm.checkpoint.standardizer_files import standardizer_folder
 from unified_lm.checkpoint.verify import PROJECTION_FOLDER, Verification, quiet_transformers, verify_export
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_directory, write_json, write_text
@@ -189,6 +190,10 @@ def _check_request(causal_lm: PreTrainedModel, manifest: Manifest, projection: P
         raise CheckpointError(
             "the model is quantised; its weights cannot be exported as they are. Merge first: merge_lora(model)."
         )
+    if manifest.standardizer is not None:
+        raise CheckpointError(
+            "a standardizer belongs to finished weights: export without one, then `unified-lm standardize EXPORT`."
+        )
     if projection is not None and not manifest.can_embed:
         raise CheckpointError("a projection has no effect in an export that does not embed. Remove it, or add mode 'embed'.")
 
@@ -317,21 +322,25 @@ def _write_projection(projection: Projection, dtype: str, building: Path) -> Non
     )
 
 
-def _write_sentence_transformers(
-    manifest: Manifest, prompt_strings: dict[str, str], hidden_size: int, overlay: dict[str, Any], building: Path
-) -> None:
+def sentence_transformers_modules(manifest: Manifest) -> list[dict[str, Any]]:
+    """What modules.json lists: the stock modules that a text goes through, in order."""
     modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
     if manifest.projection_dim is not None:
         modules.append(("Dense", PROJECTION_FOLDER))
+    if manifest.standardizer is not None:
+        modules.append(("Dense", standardizer_folder(manifest)))
     if manifest.normalize:
         modules.append(("Normalize", f"{len(modules)}_Normalize"))
-    write_json(
-        building / "modules.json",
-        [
-            {"idx": index, "name": str(index), "path": folder, "type": f"sentence_transformers.models.{kind}"}
-            for index, (kind, folder) in enumerate(modules)
-        ],
-    )
+    return [
+        {"idx": index, "name": str(index), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+        for index, (kind, folder) in enumerate(modules)
+    ]
+
+
+def _write_sentence_transformers(
+    manifest: Manifest, prompt_strings: dict[str, str], hidden_size: int, overlay: dict[str, Any], building: Path
+) -> None:
+    write_json(building / "modules.json", sentence_transformers_modules(manifest))
     write_json(
         building / "sentence_bert_config.json",
         {"max_seq_length": manifest.max_tokens, "do_lower_case": False, "config_kwargs": overlay},

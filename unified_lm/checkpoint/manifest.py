@@ -90,6 +90,27 @@ class DataRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StandardizerRecord:
+    """The reference corpus whose statistics standardise an export's vectors.
+
+    Attributes:
+        corpus: name of the corpus.
+        corpus_hash: hash of its texts, in any order.
+        num_texts: texts that the statistics were fitted on.
+        num_floored: dimensions whose standard deviation was raised to the least one allowed.
+        relative_eps: least standard deviation, as a share of the median one.
+        instruction: instruction that the texts were embedded with, "" for none (as documents).
+    """
+
+    corpus: str
+    corpus_hash: str
+    num_texts: int
+    num_floored: int
+    relative_eps: float
+    instruction: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything about an export that stock files have no place for.
 
@@ -105,6 +126,8 @@ class Manifest:
         normalize: whether vectors are L2-normalised by default.
         embedding_dim: size of an embedding; 0 before the export is written.
         projection_dim: output size of the linear head on the pooled vector, or None.
+        standardizer: the reference corpus whose statistics standardise the vectors, or None where they are as the model gives
+            them.
         instructions: prompt name -> instruction; "query" is what queries are embedded with by default, "document" (absent: no
             instruction) documents.
         max_tokens: limit of an embedded text with its prompt, in tokens.
@@ -130,6 +153,7 @@ class Manifest:
     normalize: bool = True
     embedding_dim: int = 0
     projection_dim: int | None = None
+    standardizer: StandardizerRecord | None = None
     instructions: Mapping[str, str] = field(default_factory=dict)
     max_tokens: int = 512
     dtype: str = "bfloat16"
@@ -195,7 +219,10 @@ class Manifest:
         stages = [_stage(stage, path) for stage in _list(value, "stages", path)]
         data = [_build(DataRecord, item, f"{path}: data") for item in _list(value, "data", path)]
         modes = tuple(_list(value, "modes", path)) if "modes" in value else MODES
-        return _build(cls, {**value, "stages": tuple(stages), "data": tuple(data), "modes": modes}, str(path))
+        nested: dict[str, Any] = {"stages": tuple(stages), "data": tuple(data), "modes": modes}
+        if value.get("standardizer") is not None:
+            nested["standardizer"] = _build(StandardizerRecord, value["standardizer"], f"{path}: standardizer")
+        return _build(cls, {**value, **nested}, str(path))
 
 
 def _list(value: Mapping[str, Any], key: str, path: Path) -> list[Any]:

@@ -87,11 +87,19 @@ def _settings(manifest: Manifest) -> list[tuple[str, object]]:
             ("pooling", manifest.pooling),
             ("dimensions", manifest.embedding_dim),
             ("normalised", "yes" if manifest.normalize else "no"),
+            *_standardized(manifest),
             ("longest text with prompt, tokens", manifest.max_tokens),
         ]
     if manifest.base_revision:
         rows.append(("revision of the base model", manifest.base_revision))
     return rows + [(f"{name} version", version) for name, version in manifest.versions.items()]
+
+
+def _standardized(manifest: Manifest) -> list[tuple[str, object]]:
+    record = manifest.standardizer
+    if record is None:
+        return []
+    return [("standardised per dimension on", f"{record.num_texts} texts of {record.corpus} ({record.corpus_hash[:12]})")]
 
 
 def _instruction_prompt(manifest: Manifest, prompts: Mapping[str, str]) -> str:

@@ -21,12 +21,15 @@ from transformers.utils import logging as transformers_logging
 
 from unified_lm.checkpoint.manifest import Manifest
 from unified_lm.checkpoint.samples import embedding_sample
-from unified_lm.core.errors import CheckpointError, ModelError, did_you_mean
+from unified_lm.checkpoint.standardizer_files import load_standardizer
+from unified_lm.core.errors import CheckpointError, ModelError
+from unified_lm.core.tables import choose
 from unified_lm.data.prompt_encoding import Encoded, PromptEncoder
 from unified_lm.data.templates import Template
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.embedding import embed_samples
 from unified_lm.models.pooling import Projection
+from unified_lm.models.standardizer import embedding_head
 
 TOLERANCE = 1e-5
 """Largest difference between our vectors (of length 1) and those of sentence-transformers, both computed in float32."""
@@ -60,10 +63,7 @@ class Verification(Enum):
         Raises:
             CheckpointError: there is none.
         """
-        try:
-            return cls(name)
-        except ValueError:
-            raise CheckpointError(f"unknown verification '{name}'.{did_you_mean(name, [v.value for v in cls])}") from None
+        return choose(cls, name, "verification", CheckpointError)
 
 
 @torch.no_grad()
@@ -96,15 +96,29 @@ def verify_export(
         return
     if manifest.can_generate or manifest.attention == "causal":
         _check_causal(loaded.float())
-    if not (manifest.can_embed and sentence_transformers):
-        return
+    if manifest.can_embed and sentence_transformers:
+        verify_stock_vectors(folder, loaded, manifest, template)
+
+
+@torch.no_grad()
+def verify_stock_vectors(folder: Path, loaded: PreTrainedModel, manifest: Manifest, template: Template) -> None:
+    """Check that sentence-transformers embeds with a folder as we do; warn where it is not installed.
+
+    Args:
+        folder: the export, complete.
+        loaded: the language model in it, in evaluation mode. It is turned to float32.
+        manifest: its manifest.
+        template: its prompt template.
+
+    Raises:
+        CheckpointError: its attention or its vectors differ.
+    """
     if find_spec("sentence_transformers") is None:
         _log.warning(
             "sentence-transformers is not installed: the export was not checked with it (pip install sentence-transformers)"
         )
         return
     ours = _our_vectors(folder, loaded.float(), manifest, template)
-    del loaded
     _check_sentence_transformers(folder, manifest, template, ours)
 
 
@@ -161,7 +175,8 @@ def _sees_future(run: Any, vocabulary: int) -> bool:
 def _our_vectors(folder: Path, loaded: PreTrainedModel, manifest: Manifest, template: Template) -> dict[str, torch.Tensor]:
     """Prompt name -> unit vectors `[3, D]` of the probe texts, through our own packed attention."""
     encoder = PromptEncoder(template, AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    projection = load_projection(folder, manifest, loaded.config.get_text_config().hidden_size)
+    hidden_size = loaded.config.get_text_config().hidden_size
+    head = embedding_head(load_projection(folder, manifest, hidden_size), load_standardizer(folder, manifest))
     try:
         backbone = Backbone(loaded, "sdpa")
     except ModelError:  # families without the attention interface
@@ -173,7 +188,7 @@ def _our_vectors(folder: Path, loaded: PreTrainedModel, manifest: Manifest, temp
         encoded = encoder.embed([(text, instruction) for text in _TEXTS], manifest.max_tokens)
         samples = [embedding_sample(item, manifest.attention) for item in encoded if isinstance(item, Encoded)]
         vectors[name] = embed_samples(
-            backbone, samples, manifest.pooling, token_budget=4096, device="cpu", normalize=True, projection=projection
+            backbone, samples, manifest.pooling, token_budget=4096, device="cpu", normalize=True, projection=head
         )
     return vectors
 

@@ -19,11 +19,13 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from unified_lm.config.ablation import KEY as ABLATION
+from unified_lm.config.ablation import read_plan
 from unified_lm.config.convert import build_config, from_yaml, to_yaml
 from unified_lm.config.locate import configs_dir, find_recipe, group_options, read_yaml, recipes_dir
 from unified_lm.config.overrides import apply_override, overlay
 from unified_lm.config.rehearsal import rehearse
-from unified_lm.config.schema import ChainConfig, RunConfig
+from unified_lm.config.schema import ArmConfig, ChainConfig, RunConfig, SweepConfig
 from unified_lm.config.validate import find_notices, find_problems
 from unified_lm.core.errors import ConfigError, did_you_mean
 
@@ -53,14 +55,16 @@ class _Arguments:
 
     @property
     def keys(self) -> frozenset[str]:
+        """Dotted keys of the value overrides."""
         return frozenset(key for key, _, _ in self.overrides)
 
     @property
     def chooses_data(self) -> bool:
+        """Whether data was named, as a group or by a key of one."""
         return "data" in self.choices or any(key.startswith("data.") for key in self.keys)
 
 
-def compose(argv: Sequence[str]) -> RunConfig | ChainConfig:
+def compose(argv: Sequence[str]) -> RunConfig | ChainConfig | SweepConfig:
     """Compose a recipe with arguments.
 
     Args:
@@ -76,6 +80,8 @@ def compose(argv: Sequence[str]) -> RunConfig | ChainConfig:
     raw = read_yaml(path)
     if "chain" in raw:
         return _compose_chain(path.stem, raw, rest, problems)
+    if ABLATION in raw:
+        return _compose_sweep(path.stem, raw, rest, problems)
     arguments = _parse(rest, problems)
     values, notices = _compose_values(path, raw, arguments, problems)
     config = build_config(values, problems)
@@ -84,15 +90,17 @@ def compose(argv: Sequence[str]) -> RunConfig | ChainConfig:
 
 
 def compose_run(argv: Sequence[str]) -> RunConfig:
-    """`compose` for callers that cannot use a chain.
+    """`compose` for callers that want one run.
 
     Raises:
-        ConfigError: as `compose`, or the recipe is a chain.
+        ConfigError: as `compose`, or the recipe is a chain or an ablation.
     """
     config = compose(argv)
     if isinstance(config, ChainConfig):
         names = ", ".join(stage.recipe for stage in config.stages)
         raise ConfigError(f"recipe '{config.recipe}' is a chain; choose one of its stages: {names}.")
+    if isinstance(config, SweepConfig):
+        raise ConfigError(f"recipe '{config.recipe}' is an ablation of several runs; choose its base: {config.base}.")
     return config
 
 
@@ -287,3 +295,68 @@ def _run_dir(argv: Sequence[str], problems: list[str]) -> str:
 
 def _is_for(argument: str, stage: str) -> bool:
     return argument.lstrip("~+").startswith(f"{stage}.")
+
+
+# --- ablations ---------------------------------------------------------------------------------------------------------
+
+_SWEEP_KEYS = ("arms", "seeds", "base", "keep_checkpoints", "run_dir", "seed", "resume")
+
+
+def _compose_sweep(name: str, raw: dict[str, Any], argv: Sequence[str], problems: list[str]) -> SweepConfig:
+    """Compose every arm: `arms`, `seeds`, `base` and `keep_checkpoints` choose, `ARM.key=value` is one arm's, the rest all's.
+
+    Hydra's own multirun is not used: its sweepers belong to `@hydra.main`, not to the compose API, and vary single keys, while
+    an arm may need several that belong together.
+    """
+    plan = read_plan(name, raw, problems)
+    own = _sweep_values(argv, problems)
+    chosen = plan.choose_arms(own.get("arms"), problems)
+    base = plan.choose_base(own.get("base"), problems)
+    seeds = plan.choose_seeds(own.get("seeds", own.get("seed")), problems)
+    run_dir = str(own.get("run_dir") or f"runs/{name}")
+    shared = [a for a in argv if _key(a) not in _SWEEP_KEYS and not any(_is_for(a, arm) for arm in plan.arms)]
+    arms: list[ArmConfig] = []
+    for arm in chosen:
+        for_this = [argument.replace(f"{arm}.", "", 1) for argument in argv if _is_for(argument, arm)]
+        arguments = [*plan.bases.get(base, ()), *plan.overrides, *plan.arms[arm], *shared, *for_this]
+        try:
+            run = compose_run([f"recipe={base}", *arguments])
+        except ConfigError as error:
+            problems.extend(f"arm {arm}: {problem}" for problem in error.problems)
+            continue
+        if run.export.push_to_hub is not None:
+            problems.append(f"arm {arm}: the runs of an ablation are not uploaded; remove push_to_hub.")
+        folders = {seed: f"{run_dir}/{arm}-seed{seed}" for seed in seeds}
+        arms += [
+            ArmConfig(
+                name=arm, changes=(*plan.arms[arm], *for_this), run=replace(run, seed=seed, run_dir=folder, resume="auto")
+            )
+            for seed, folder in folders.items()
+        ]
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return SweepConfig(
+        recipe=name,
+        description=str(raw.get("description", "")).strip(),
+        base=base,
+        run_dir=run_dir,
+        keep_checkpoints=own.get("keep_checkpoints") is True,
+        arm_names=tuple(plan.arms),
+        arms=tuple(arms),
+    )
+
+
+def _sweep_values(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """The values of the arguments that are the ablation's own."""
+    parser = OverridesParser.create()
+    parsed = [_parse_one(parser, argument, problems) for argument in argv if _key(argument) in _SWEEP_KEYS]
+    values = {override.key_or_group: _plain(override.value()) for override in parsed if override is not None}
+    if values.get("resume", "auto") != "auto":
+        problems.append(f"resume: got {values['resume']!r}; an ablation always continues its own runs, remove it.")
+    if not isinstance(values.get("keep_checkpoints", False), bool):
+        problems.append(f"keep_checkpoints: got {values['keep_checkpoints']!r}, expected true or false.")
+    return values
+
+
+def _key(argument: str) -> str:
+    return argument.lstrip("~+").partition("=")[0]

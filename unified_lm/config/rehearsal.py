@@ -10,10 +10,17 @@ from typing import Any
 
 _TOKEN_LIMIT = 256
 """Raised to as well as lowered to: the tiny tokenizer knows little more than bytes, so that instructions take more tokens."""
+_DIMENSIONS = 64
+"""Of the tiny models' embeddings."""
 _GROUPS_PER_STEP = 4
 _TOKEN_BUDGET = 1024
 _MAX_STEPS = 20
 _MAX_QUERIES = 16
+_BUILTIN_ROWS: dict[str, dict[str, Any]] = {
+    "views": {"subset": "sentences"},
+    "preference": {"limit": 64},  # full fine-tuning scores all of them before it trains
+}
+"""What is said about the built-in rows of a format."""
 
 
 def rehearse(values: dict[str, Any], given: Collection[str], *, keep_data: bool) -> list[str]:
@@ -68,6 +75,9 @@ def _shrink(values: dict[str, Any], given: Collection[str]) -> list[str]:
         for key in ("max_query_tokens", "max_document_tokens") if stream.get("format") == "pairs" else ("max_tokens",):
             changes.append(_set(stream, path, key, _TOKEN_LIMIT, given))
         objective = stream.get("objective")
+        if isinstance(objective, dict) and any(dim > _DIMENSIONS for dim in objective.get("matryoshka_dims") or ()):
+            # even one that was given: the tiny model has not as many
+            changes.append(_set(objective, f"{path}.objective", "matryoshka_dims", [_DIMENSIONS, _DIMENSIONS // 2], ()))
         if isinstance(objective, dict) and isinstance(objective.get("micro_batch_size"), int):
             changes.append(_cap(objective, f"{path}.objective", "micro_batch_size", stream["batch_size"], 0, given))
     optim = values.setdefault("optim", {})
@@ -84,7 +94,7 @@ def _use_builtin_data(values: dict[str, Any], given: Collection[str]) -> list[st
     for name, stream in values["streams"].items():
         if not isinstance(stream, dict) or any(key.startswith(f"streams.{name}.sources") for key in given):
             continue
-        source = {"builtin": "pydocs", "subset": "sentences"} if stream.get("format") == "views" else {"builtin": "pydocs"}
+        source = {"builtin": "pydocs", **_BUILTIN_ROWS.get(stream.get("format", ""), {})}
         stream["sources"] = [source]
         _set(stream, f"streams.{name}", "num_hard_negatives", 0, given)
         replaced.append(f"streams.{name}.sources")

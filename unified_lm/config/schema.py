@@ -79,7 +79,7 @@ class SourceConfig:
     revision: str | None = None
     """Hub revision of the dataset (branch, tag or commit)."""
     builtin: str | None = None
-    """A data set built on the spot: "pydocs"; its `subset` is "pairs", "chats", "text" or "sentences"."""
+    """A data set built on the spot: "pydocs"; its `subset` is "pairs", "chats", "preferences", "text" or "sentences"."""
     split: str = "train"
     """Split of a Hub or built-in data set."""
     streaming: bool = False
@@ -103,7 +103,7 @@ class ObjectiveConfig:
     """What a stream's samples are trained for."""
 
     name: str
-    """"contrastive", "next_token" or "masked_next_token", or a dotted path to a class."""
+    """"contrastive", "next_token", "masked_next_token" or "kto", or a dotted path to a class."""
     weight: float = 1.0
     """Factor of this term in the total loss."""
     normalization: str = "token"
@@ -124,6 +124,17 @@ class ObjectiveConfig:
     """Contrastive: "exact", or "inverse_world_size" to reproduce GritLM, whose gather shrinks it by the world size."""
     reference_world_size: int | None = None
     """The world size that "inverse_world_size" divides by: that of the published run."""
+    beta: float = 0.1
+    """KTO: how sharply the loss reacts to log-ratios, per nat; larger keeps the model closer to the reference."""
+    desirable_weight: float = 1.0
+    """KTO: factor of desirable rows; keep weight times rows of both kinds within 1 to 4/3 (the paper's advice)."""
+    undesirable_weight: float = 1.0
+    """KTO: factor of undesirable rows."""
+    reference: str = "auto"
+    """KTO: where the reference's log-probabilities come from: "adapter_off" (LoRA), "cached" (all rows scored before
+    training), or "auto" (adapter_off where there is a LoRA, else cached)."""
+    similarity_dtype: str = "float32"
+    """Contrastive: "float32", or "bfloat16": vectors are normalised and multiplied in it (GRIT's precision ablation)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +154,7 @@ class StreamConfig:
     """One stream: rows of one kind, one attention mode, one objective."""
 
     format: str
-    """"pairs" (query, positive, negatives), "chat", "text", "masked_text" (MNTP) or "views" (SimCSE)."""
+    """"pairs" (query, positive, negatives), "chat", "preference" (KTO), "text", "masked_text" (MNTP) or "views" (SimCSE)."""
     sources: tuple[SourceConfig, ...] = ()
     """Where its rows come from."""
     objective: ObjectiveConfig
@@ -153,7 +164,7 @@ class StreamConfig:
     template: str = "grit"
     """Prompt template by name ("grit", "plain", "chatml", ...), or a dotted path."""
     batch_size: int = 32
-    """Groups (pairs, views) or samples (chat, text) per optimizer step, over all ranks."""
+    """Groups (pairs, views) or samples (chat, preference, text) per optimizer step, over all ranks."""
     num_hard_negatives: int = 0
     """Hard negatives per query; rows with fewer are an error, rows with more are sampled from."""
     max_query_tokens: int = 256
@@ -161,13 +172,15 @@ class StreamConfig:
     max_document_tokens: int = 256
     """Limit of a document, in tokens; cut likewise."""
     max_tokens: int = 512
-    """Limit of a chat, a text or a view, in tokens."""
+    """Limit of a chat, a preference, a text or a view, in tokens."""
     chunking: str = "record"
     """Text: "record" (one sample per row, cut at the limit) or "concatenate" (rows joined and split at the limit)."""
     masking: MaskingConfig | None = None
     """Corruption, for "masked_text"."""
     source_temperature: float = 1.0
     """Sources are drawn in proportion to (weight * rows) ** temperature; 0 draws them equally."""
+    mix_sources: bool = False
+    """Groups that are embedded: whether one batch has groups of several sources; false takes one source a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +292,8 @@ class ValidationConfig:
     """Per stream its held-out rows; streams without any are not validated."""
     num_batches: int = 4
     """Batches per stream."""
+    normalization: str | None = None
+    """How held-out token losses are averaged, so that runs with different objectives compare; None: as the stream's."""
     retrieval: RetrievalConfig | None = None
     """Held-out retrieval (nDCG@10), where there is a contrastive stream."""
 
@@ -289,6 +304,8 @@ class ExportConfig:
 
     enabled: bool = True
     """Write `run_dir/export`, loadable by transformers and sentence-transformers."""
+    modes: tuple[str, ...] = ()
+    """What the export may be used for ("embed", "generate"); empty: what streams trained, or the model could before KTO."""
     dtype: str = "bfloat16"
     """Type of the exported weights; merging itself runs in float32."""
     push_to_hub: str | None = None
@@ -351,3 +368,35 @@ class ChainConfig:
     """Folder of the chain; each stage runs in a folder of its own inside it."""
     stages: tuple[RunConfig, ...]
     """The composed runs, in order. Whoever runs them gives each its folder and what it starts from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmConfig:
+    """One run of an ablation."""
+
+    name: str
+    """Name of the variation; the run's folder is NAME-seedSEED."""
+    changes: tuple[str, ...]
+    """The arguments in which it differs from the other arms."""
+    run: RunConfig
+    """The composed run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """An ablation: variations of one base recipe with the same data order and budget, one run each."""
+
+    recipe: str
+    """Name of the ablation."""
+    description: str = ""
+    """What it compares."""
+    base: str
+    """The recipe that is varied."""
+    run_dir: str
+    """Folder of the ablation; each run has a folder of its own inside it."""
+    keep_checkpoints: bool = False
+    """Whether finished runs keep their checkpoints."""
+    arm_names: tuple[str, ...]
+    """Every arm that the ablation knows, in its order, chosen or not."""
+    arms: tuple[ArmConfig, ...]
+    """The runs, in order."""

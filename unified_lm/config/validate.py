@@ -23,8 +23,8 @@ MODEL_SOURCES = ("hub", "embedded")
 DTYPES = ("float32", "bfloat16")
 KERNELS = ("auto", "flash", "flex", "sdpa", "padded")
 POOLINGS = ("mean", "weighted_mean", "last_token", "cls")
-FORMATS = ("pairs", "chat", "text", "masked_text", "views")
-OBJECTIVES = ("contrastive", "next_token", "masked_next_token")
+FORMATS = ("pairs", "chat", "preference", "text", "masked_text", "views")
+OBJECTIVES = ("contrastive", "next_token", "masked_next_token", "kto")
 ATTENTIONS = ("causal", "bidirectional", "bidirectional_prompt")
 NORMALIZATIONS = ("token", "sample", "mixed", "sum_per_sample")
 BACKENDS = ("auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "zero3_offload")
@@ -34,6 +34,7 @@ _OBJECTIVE_OF_FORMAT = {
     "pairs": ("contrastive",),
     "views": ("contrastive",),
     "chat": ("next_token",),
+    "preference": ("kto",),
     "text": ("next_token",),
     "masked_text": ("masked_next_token",),
 }
@@ -44,8 +45,11 @@ _CONTRASTIVE_ONLY = (
     "matryoshka_dims",
     "gradient_scale",
     "reference_world_size",
+    "similarity_dtype",
 )
 _TOKEN_ONLY = ("normalization", "micro_batch_size", "cross_entropy")
+_KTO_ONLY = ("beta", "desirable_weight", "undesirable_weight", "reference")
+REFERENCES = ("auto", "adapter_off", "cached")
 
 
 def find_problems(config: RunConfig | ChainConfig) -> list[str]:
@@ -96,6 +100,11 @@ def _run(config: RunConfig) -> Iterator[str]:
         yield "streams: got none, expected at least one."
     for name, stream in config.streams.items():
         yield from _stream(f"streams.{name}", stream)
+        if stream.objective.name == "kto" and stream.objective.reference == "adapter_off" and config.lora is None:
+            yield (
+                f"streams.{name}.objective.reference: 'adapter_off' needs adapters, and lora is none; use lora=all_linear, or "
+                "reference=cached."
+            )
         if stream.format == "views" and config.model.attention_dropout == 0 and not _adapter_dropout(config):
             yield f"streams.{name}: two views differ by dropout alone, and model.attention_dropout and lora.dropout are 0."
     yield from _optim(config.optim)
@@ -198,10 +207,17 @@ def _stream(path: str, stream: StreamConfig) -> Iterator[str]:
     yield from _at_least(f"{path}.num_hard_negatives", stream.num_hard_negatives, 0)
     if not 0 <= stream.source_temperature <= 1:
         yield f"{path}.source_temperature: got {stream.source_temperature}, expected 0 to 1."
-    if stream.attention == "bidirectional_prompt" and stream.format in FORMATS and stream.format != "chat":
-        yield f"{path}.attention: 'bidirectional_prompt' needs prompts and answers (format chat), got format {stream.format}."
-    if stream.attention == "bidirectional" and stream.objective.name == "next_token":
-        yield f"{path}.attention: a bidirectional sample sees the tokens it should predict; next_token needs 'causal'."
+    prompted = stream.format in ("chat", "preference") or stream.format not in FORMATS
+    if stream.attention == "bidirectional_prompt" and not prompted:
+        yield (
+            f"{path}.attention: 'bidirectional_prompt' needs prompts and answers (format chat or preference), got format "
+            f"{stream.format}."
+        )
+    if stream.attention == "bidirectional" and stream.objective.name in ("next_token", "kto"):
+        objective = stream.objective.name
+        yield f"{path}.attention: a bidirectional sample sees the tokens it should predict; {objective} needs 'causal'."
+    if stream.mix_sources and stream.format not in ("pairs", "views") and stream.format in FORMATS:
+        yield f"{path}.mix_sources: only pairs and views take one source a batch otherwise, got format {stream.format}."
     if stream.chunking != "record" and stream.format not in ("text", "masked_text"):
         yield f"{path}.chunking: joins running text (formats text, masked_text), got format {stream.format}."
     if stream.num_hard_negatives and stream.format != "pairs":
@@ -253,16 +269,27 @@ def _objective(path: str, stream: StreamConfig) -> Iterator[str]:
         yield f"{path}.name: format {stream.format} trains {' or '.join(expected)}, got {objective.name}."
     if objective.name == "contrastive":
         yield from _contrastive(path, stream)
-        yield from _unused(path, objective, _TOKEN_ONLY)
+        yield from _unused(path, objective, (*_TOKEN_ONLY, *_KTO_ONLY))
+    elif objective.name == "kto":
+        yield from _kto(path, objective)
+        yield from _unused(path, objective, (*_TOKEN_ONLY, *_CONTRASTIVE_ONLY))
     elif objective.name in OBJECTIVES:
-        yield from _unused(path, objective, _CONTRASTIVE_ONLY)
+        yield from _unused(path, objective, (*_CONTRASTIVE_ONLY, *_KTO_ONLY))
         yield from _normalization(path, stream)
+
+
+def _kto(path: str, objective: ObjectiveConfig) -> Iterator[str]:
+    yield from _above(f"{path}.beta", objective.beta, 0)
+    for name in ("desirable_weight", "undesirable_weight"):
+        yield from _above(f"{path}.{name}", getattr(objective, name), 0)
+    yield from _choice(f"{path}.reference", objective.reference, REFERENCES)
 
 
 def _contrastive(path: str, stream: StreamConfig) -> Iterator[str]:
     objective = stream.objective
     yield from _above(f"{path}.temperature", objective.temperature, 0)
     yield from _choice(f"{path}.gradient_scale", objective.gradient_scale, ("exact", "inverse_world_size"))
+    yield from _choice(f"{path}.similarity_dtype", objective.similarity_dtype, DTYPES)
     if stream.batch_size < 2:
         yield f"{path.rpartition('.')[0]}.batch_size: got {stream.batch_size}; contrastive training needs at least 2 groups."
     if objective.gradient_scale == "inverse_world_size" and (objective.reference_world_size or 0) < 1:
@@ -340,6 +367,8 @@ def _validation(config: RunConfig) -> Iterator[str]:
     validation = config.validation
     yield from _at_least("validation.every", validation.every, 0)
     yield from _at_least("validation.num_batches", validation.num_batches, 1)
+    if validation.normalization is not None:
+        yield from _choice("validation.normalization", validation.normalization, ("token", "sample", "sum_per_sample"))
     for name, sources in validation.sources.items():
         if name not in config.streams:
             yield f"validation.sources.{name}: there is no stream '{name}'.{did_you_mean(name, config.streams)}"
@@ -358,13 +387,20 @@ def _validation(config: RunConfig) -> Iterator[str]:
 def _export(config: RunConfig) -> Iterator[str]:
     export = config.export
     yield from _choice("export.dtype", export.dtype, (*DTYPES, "float16"))
-    templates = {name: s.template for name, s in config.streams.items() if s.format in ("pairs", "views", "chat")}
+    for index, mode in enumerate(export.modes):
+        yield from _choice(f"export.modes.{index}", mode, ("embed", "generate"))
+    templates = {name: s.template for name, s in config.streams.items() if s.format in ("pairs", "views", "chat", "preference")}
     if export.enabled and len(set(templates.values())) > 1:
         listed = ", ".join(f"streams.{name}.template is '{template}'" for name, template in templates.items())
         yield f"export: has one template for all modes, but {listed}; make them equal, or set export.enabled=false."
     if export.dtype == "float32" and config.model.dtype == "bfloat16":
         yield "export.dtype: the weights are bfloat16 (model.dtype), so a float32 export would only be larger; use bfloat16."
     for name, stream in config.streams.items():
+        if export.enabled and stream.template == "echo":
+            yield (
+                f"streams.{name}.template: stock tools cannot repeat a text as 'echo' does; choose another template, or set "
+                "export.enabled=false."
+            )
         if export.enabled and stream.attention == "bidirectional_prompt":
             yield (
                 f"streams.{name}.attention: stock tools generate causally and cannot repeat 'bidirectional_prompt'; "

@@ -1,14 +1,34 @@
-"""Extension points: one visible name -> class table each, plus any dotted path."""
+"""Names that users choose from: extension points (one visible name -> class table each, plus any dotted path), enumerations."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any, TypeVar
 
-from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.core.errors import ConfigError, UserError, did_you_mean
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Enum)
+
+
+def choose(kind: type[E], name: str, what: str, error: type[UserError] = ConfigError) -> E:
+    """The member of an enumeration by its value.
+
+    Args:
+        kind: the enumeration.
+        name: a member's value, as users write it.
+        what: the kind of thing, for the error text ("normalization").
+        error: what is raised.
+
+    Raises:
+        UserError: of the type `error`: there is no such member.
+    """
+    try:
+        return kind(name)
+    except ValueError:
+        raise error(f"unknown {what} '{name}'.{did_you_mean(name, [str(member.value) for member in kind])}") from None
 
 
 def resolve(name: str, table: Mapping[str, T], what: str) -> T | Any:

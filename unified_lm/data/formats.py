@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, ClassVar
 
@@ -19,8 +20,9 @@ from unified_lm.config.schema import MaskingConfig, StreamConfig
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.core.tables import resolve
 from unified_lm.data.masking import Corruptor
+from unified_lm.data.mismatch import mismatched_partners
 from unified_lm.data.prompt_encoding import Encoded, PromptEncoder, Rejection
-from unified_lm.data.records import ChatRecord, PairRecord, RecordKind, TextRecord
+from unified_lm.data.records import ChatRecord, PairRecord, PreferenceRecord, RecordKind, TextRecord
 from unified_lm.data.token_cache import Item, Role, Row, TokenTable, chunks
 
 ATTENTIONS = ("causal", "bidirectional", "bidirectional_prompt")
@@ -38,11 +40,13 @@ class Format(ABC):
     Attributes:
         kind: the records it reads.
         pooled: whether its samples come in groups that are embedded (else they carry labels).
+        scored: whether a sample's labels count as a whole, with a control beside each (`Sample.control`).
         attentions: the attention modes that make sense for it.
     """
 
     kind: ClassVar[RecordKind]
     pooled: ClassVar[bool] = False
+    scored: ClassVar[bool] = False
     attentions: ClassVar[tuple[str, ...]] = ATTENTIONS
 
     def __init__(self, name: str, config: StreamConfig, encoder: PromptEncoder) -> None:
@@ -116,10 +120,12 @@ class Pairs(Format):
     pooled = True
     attentions = ("causal", "bidirectional")
 
-    def limits(self) -> dict[str, Any]:  # noqa: D102
+    def limits(self) -> dict[str, Any]:
+        """See `Format.limits`."""
         return {"query": self.config.max_query_tokens, "document": self.config.max_document_tokens}
 
-    def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:  # noqa: D102
+    def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
+        """See `Format.rows`."""
         for chunk in chunks(source):
             records: list[PairRecord] = [record for _, record in chunk]
             documents = [text for record in records for text in (*record.positives, *record.negatives)]
@@ -158,7 +164,8 @@ class Pairs(Format):
                 "Mine more negatives, or lower the setting."
             )
 
-    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:  # noqa: D102
+    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
+        """See `Format.samples`."""
         positives, negatives = table.items(row, Role.POSITIVE), table.items(row, Role.NEGATIVE)
         chosen = [table.items(row, Role.QUERY)[0], positives[rng.integers(len(positives))]]
         if self.config.num_hard_negatives:
@@ -174,10 +181,12 @@ class Chat(Format):
     kind = RecordKind.CHAT
     attentions = ("causal", "bidirectional_prompt")
 
-    def limits(self) -> dict[str, Any]:  # noqa: D102
+    def limits(self) -> dict[str, Any]:
+        """See `Format.limits`."""
         return {"tokens": self.config.max_tokens}
 
-    def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:  # noqa: D102
+    def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
+        """See `Format.rows`."""
         for chunk in chunks(source):
             records: list[ChatRecord] = [record for _, record in chunk]
             encoded = self.encoder.chat([record.turns for record in records], self.config.max_tokens)
@@ -187,13 +196,65 @@ class Chat(Format):
                 else:
                     yield Row(number, [Item(result)])
 
-    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:  # noqa: D102
-        encoded = table.encoded(int(table.row_starts[row]))
+    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
+        """See `Format.samples`."""
+        return [self._answer_sample(table.encoded(int(table.row_starts[row])), group)]
+
+    def _answer_sample(self, encoded: Encoded, group: int) -> Sample:
         ids = encoded.ids.astype(np.int64)
         labels = np.full(len(ids), IGNORE, dtype=np.int64)
         for start, stop in encoded.spans:
             labels[start:stop] = ids[start:stop]
-        return [self._labelled_sample(encoded, group, ids, labels)]
+        return self._labelled_sample(encoded, group, ids, labels)
+
+
+class Preference(Chat):
+    """A prompt with a completion that is desirable or not (slot 0), and with the completion of another prompt (slot 1).
+
+    The second sample is a control: scored, never trained on. Which completion it has depends on the rows of the source alone
+    (`data/mismatch.py`), so that what is known about a sample can be stored.
+    """
+
+    kind = RecordKind.PREFERENCE
+    scored = True
+
+    def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
+        """See `Format.rows`."""
+        partners = mismatched_partners([hash_text(record.prompt) for record in source], source.name)
+        for chunk in chunks(source):
+            records: list[PreferenceRecord] = [record for _, record in chunk]
+            others = [source[int(partners[number])].completion for number, _ in chunk]
+            own = self._encode(records, [record.completion for record in records])
+            crossed = self._encode(records, others)
+            for (number, record), sample, control in zip(chunk, own, crossed, strict=True):
+                if isinstance(sample, Rejection):
+                    rejected[sample.value] += 1
+                elif isinstance(control, Rejection):
+                    rejected[f"mismatched: {control.value}"] += 1
+                else:
+                    role = Role.DESIRABLE if record.desirable else Role.UNDESIRABLE
+                    yield Row(number, [Item(sample, role), Item(control, Role.MISMATCHED)])
+
+    def _encode(self, records: Sequence[PreferenceRecord], completions: Sequence[str]) -> list[Encoded | Rejection]:
+        turns = [(("user", r.prompt), ("assistant", text)) for r, text in zip(records, completions, strict=True)]
+        return self.encoder.chat(turns, self.config.max_tokens)
+
+    def check(self, table: TokenTable, source_name: str) -> None:
+        """Raise DataError when the rows are all desirable or all undesirable: nothing could be told apart."""
+        found = set(np.unique(table.roles)) & {Role.DESIRABLE, Role.UNDESIRABLE}
+        if len(found) < 2 and len(table):
+            (role,) = found
+            raise DataError(
+                f"{source_name}: all {len(table)} rows are {Role(role).name.lower()}. Learning from preferences takes both "
+                "kinds; see that the column 'label' says what it should."
+            )
+
+    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
+        """See `Format.samples`."""
+        item = int(table.row_starts[row])
+        sample, control = (self._answer_sample(table.encoded(number), group) for number in (item, item + 1))
+        desirable = bool(table.roles[item] == Role.DESIRABLE)
+        return [replace(sample, desirable=desirable), replace(control, slot=1, control=True)]
 
 
 class Text(Format):
@@ -210,10 +271,12 @@ class Text(Format):
             )
         self.leading = np.asarray(encoder.leading_ids, dtype=np.int32)
 
-    def limits(self) -> dict[str, Any]:  # noqa: D102
+    def limits(self) -> dict[str, Any]:
+        """See `Format.limits`."""
         return {"tokens": self.config.max_tokens, "chunking": self.config.chunking}
 
-    def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:  # noqa: D102
+    def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
+        """See `Format.rows`."""
         pieces = self._records(source, rejected) if self.config.chunking == "record" else self._concatenated(source)
         for number, encoded in pieces:
             if self._usable(encoded.ids):
@@ -265,7 +328,8 @@ class Text(Format):
         if len(held):
             yield first, Encoded(np.concatenate([self.leading, held]))
 
-    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:  # noqa: D102
+    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
+        """See `Format.samples`."""
         encoded = table.encoded(int(table.row_starts[row]))
         ids = encoded.ids.astype(np.int64)
         labels = ids.copy()
@@ -285,7 +349,8 @@ class MaskedText(Text):
     def _usable(self, ids: np.ndarray) -> bool:
         return len(self.corruptor.maskable(ids)) > 0
 
-    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:  # noqa: D102
+    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
+        """See `Format.samples`."""
         encoded = table.encoded(int(table.row_starts[row]))
         return [self._labelled_sample(encoded, group, *self.corruptor.corrupt(encoded.ids, rng))]
 
@@ -297,10 +362,12 @@ class Views(Format):
     pooled = True
     attentions = ("causal", "bidirectional")
 
-    def limits(self) -> dict[str, Any]:  # noqa: D102
+    def limits(self) -> dict[str, Any]:
+        """See `Format.limits`."""
         return {"tokens": self.config.max_tokens}
 
-    def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:  # noqa: D102
+    def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
+        """See `Format.rows`."""
         for chunk in chunks(source):
             texts = [record.text for _, record in chunk]
             encoded = self.encoder.embed([(text, "") for text in texts], self.config.max_tokens)
@@ -310,7 +377,8 @@ class Views(Format):
                 else:
                     yield Row(number, [Item(result, text_id=hash_text(text))])
 
-    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:  # noqa: D102
+    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
+        """See `Format.samples`."""
         item = int(table.row_starts[row])
         encoded, text_id = table.encoded(item), int(table.text_ids[item])
         return [self._pooled_sample(encoded, group, slot, text_id) for slot in (0, 1)]
@@ -319,6 +387,7 @@ class Views(Format):
 FORMATS: dict[str, type[Format]] = {
     "pairs": Pairs,
     "chat": Chat,
+    "preference": Preference,
     "text": Text,
     "masked_text": MaskedText,
     "views": Views,

@@ -36,6 +36,24 @@ def hub_rows(config: SourceConfig) -> tuple[str, str, Any]:
     return name, f"hub:{dataset._fingerprint}", lambda: _numbered(dataset, name)
 
 
+def hub_label_names(config: SourceConfig) -> dict[str, list[str]]:
+    """What the numbers in a Hub data set's columns of class labels (or of lists of them) stand for.
+
+    Args:
+        config: as in `hub_rows`.
+
+    Returns:
+        Column -> names, in the order of the numbers; columns of another type are left out.
+
+    Raises:
+        DataError: as in `hub_rows`.
+    """
+    name = "/".join(filter(None, (config.hub, config.subset, config.split)))
+    features = _load(config, name).features or {}
+    inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
+    return {column: list(feature.names) for column, feature in inner.items() if hasattr(feature, "names")}
+
+
 def _load(config: SourceConfig, name: str) -> Any:
     import datasets  # half a second, and only this kind of source needs it
 

@@ -98,7 +98,9 @@ class StepLoader:
         counts: dict[str, float] = {}
         for name, stream in self.streams.items():
             samples[name] = stream.draw()
-            if not stream.pooled:
+            if stream.scored:
+                counts[name] = float(sum(not sample.control for sample in samples[name]))
+            elif not stream.pooled:
                 objective = stream.config.objective
                 samples[name], counts[name] = normalize(samples[name], objective.normalization, objective.micro_batch_size)
         return samples, counts

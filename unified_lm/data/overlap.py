@@ -188,9 +188,11 @@ class _NearIndex:
         return sketch
 
     def add(self, number: int, members: frozenset[str]) -> None:
+        """Add a text by its number and its set of word runs."""
         self._lsh.insert(number, self._sketch(members))
 
     def candidates(self, members: frozenset[str]) -> list[int]:
+        """Numbers of the texts that may be similar; some are not."""
         return list(self._lsh.query(self._sketch(members)))
 
 

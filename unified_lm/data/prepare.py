@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,9 @@ def _converted(spec: Published, item: _Input, limit: int | None, dropped: Counte
         if limit is not None and number >= limit:
             return
         try:
-            yield record_row(parser(spec.convert(row, item.stem, number)))
+            converted = spec.convert(row, item.stem, number)
+            for part in [converted] if isinstance(converted, Mapping) else converted:
+                yield record_row(parser(part))
         except Dropped as reason:
             dropped[str(reason)] += 1
         except EmptyTextError as error:

@@ -25,6 +25,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from unified_lm.core.errors import ConfigError, DataError
+from unified_lm.data.echo_encoding import EchoPrompt, encode_echo
 from unified_lm.data.plain_tokenizers import plain_tokenizers
 from unified_lm.data.templates import Template, added_ids
 
@@ -103,11 +104,13 @@ class PromptEncoder:
 
         Returns:
             Per text its tokens, whose span is exactly what sentence-transformers pools behind the prompt (all of it where the
-            prompt is empty), or why it has none.
+            prompt is empty), or the second copy under a template that echoes; or why it has none.
 
         Raises:
             DataError: an instruction leaves no room for any text.
         """
+        if self.template.echoes:
+            return [self._embed_echo(text.strip(), instruction.strip(), limit) for text, instruction in texts]
         prompts = [self._prompt(instruction.strip()) for _, instruction in texts]
         for (_, instruction), prompt in zip(texts, prompts, strict=True):
             if len(prompt.ids) + len(self._trailing) >= limit:
@@ -189,6 +192,21 @@ class PromptEncoder:
         tail_ids = self._encode([tail], [after_special])[0].ids if tail else []
         return _Prompt(tuple(head), tail, tuple(tail_ids), after_special, self._pool_start(head + tail_ids, bos + body))
 
+    def _embed_echo(self, text: str, instruction: str, limit: int) -> Encoded | Rejection:
+        if not text:
+            return Rejection.EMPTY
+        around = len(self._leading) + len(self._trailing)
+        tokens = encode_echo(self._echo_prompt(instruction), text, limit - around, lambda s: self._encode(s, [False] * len(s)))
+        if tokens.start is None:
+            return Rejection.STRADDLES
+        ids = np.asarray([*self._leading, *tokens.ids, *self._trailing], dtype=np.int32)
+        first = len(self._leading)
+        return Encoded(ids, ((first + tokens.start, first + len(tokens.ids)),), tokens.truncated)
+
+    def _echo_prompt(self, instruction: str) -> EchoPrompt:
+        template = self.template
+        return EchoPrompt(template.body(instruction), template.instruction_echo if instruction else template.bare_echo)
+
     def _pool_start(self, prompt_ids: list[int], prompt: str) -> int:
         """How many tokens sentence-transformers leaves out of the pool (its `_get_prompt_length`)."""
         if not prompt:
@@ -268,14 +286,20 @@ class PromptEncoder:
     def _verify(self) -> None:
         """Compare with the stock tokenizer on whole strings, once, before anything is trained on a wrong prompt."""
         for instruction in ("", _PROBE_INSTRUCTION):
-            prompt = self.template.embedding_prompt(self.tokenizer, instruction)
             for text, ours in zip(_PROBE_TEXTS, self.embed([(t, instruction) for t in _PROBE_TEXTS], 10_000), strict=True):
-                self._compare(prompt + text, ours, self.tokenizer(prompt + text)["input_ids"])
+                string = self._whole(text, instruction)
+                self._compare(string, ours, self.tokenizer(string)["input_ids"])
         if self.template.turns:
             turns = [("user", _PROBE_TEXTS[0]), ("assistant", _PROBE_TEXTS[1])] * 2
             string = "".join(fragment.text for fragment in self._fragments(turns))
             stock = self.tokenizer(string, add_special_tokens=False)["input_ids"]
             self._compare(string, self.chat([turns], 10_000)[0], stock)
+
+    def _whole(self, text: str, instruction: str) -> str:
+        """The string that a text is embedded as."""
+        if self.template.echoes:
+            return self._echo_prompt(instruction).string(text)
+        return self.template.embedding_prompt(self.tokenizer, instruction) + text
 
     def _compare(self, string: str, ours: Encoded | Rejection, stock: list[int]) -> None:
         if isinstance(ours, Rejection) or ours.ids.tolist() != list(stock):
@@ -299,6 +323,7 @@ class _Prompt:
 
     @property
     def ids(self) -> tuple[int, ...]:
+        """The whole prompt."""
         return self.head + self.tail_ids
 
 

@@ -5,7 +5,7 @@ A new one is an entry of `PUBLISHED`. `unified_lm.data.prepare` does the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,9 @@ class Part:
     subset: str | None = None
 
 
+Convert = Callable[[Mapping[str, Any], str, int], Mapping[str, Any] | Sequence[Mapping[str, Any]]]
+
+
 @dataclass(frozen=True)
 class Published:
     """A published data set.
@@ -42,13 +45,13 @@ class Published:
         hub: Hub name; None where it is not on the Hub and `--from` must say where it lies.
         licence: what its card says.
         source: paper or page.
-        filters: what is left out, in words.
         use: the overrides that train on the result, quoted for a shell; ``{out}`` is the folder given to `--out`.
+        filters: what is left out, in words.
         parts: splits read through `datasets`. Empty: `files` are fetched and read as they are, one output each.
         files: patterns of the repository's files.
         folder: where outputs of `files` go, under the output folder ("" for the folder itself).
         text_lines: write .txt, one text a line.
-        convert: (row, name of its file, number of the row in it from 0) -> row in our format; raises `Dropped`.
+        convert: (row, name of its file, number of the row in it from 0) -> row in our format, or several; raises `Dropped`.
         missing: for `hub` None: why, and what else there is.
     """
 
@@ -56,13 +59,13 @@ class Published:
     hub: str | None
     licence: str
     source: str
-    filters: str
     use: str
+    filters: str = "rows with an empty text"
     parts: tuple[Part, ...] = ()
     files: tuple[str, ...] = ()
     folder: str = ""
     text_lines: bool = False
-    convert: Callable[[Mapping[str, Any], str, int], Mapping[str, Any]] = field(default=lambda row, name, number: row)
+    convert: Convert = field(default=lambda row, name, number: row)
     missing: str = ""
 
 
@@ -148,8 +151,42 @@ def _instructed(instruction: str) -> Callable[[Mapping[str, Any], str, int], Map
     return convert
 
 
+def _ultrafeedback(row: Mapping[str, Any], name: str, number: int) -> Sequence[Mapping[str, Any]]:
+    """Two answers to a prompt, the better one desirable, the other not: what trl makes of paired preferences for KTO."""
+    answers = {}
+    for column in ("chosen", "rejected"):
+        turns = row.get(column)
+        last = turns[-1] if isinstance(turns, Sequence) and not isinstance(turns, str) and turns else None
+        if not isinstance(last, Mapping) or last.get("role") != "assistant":
+            got = describe(turns) if column in row else f"no such column among [{', '.join(row)}]"
+            raise RowError(column, got, "turns of a chat that end with the assistant's")
+        if len(row[column]) != 2:
+            raise Dropped("more than one turn")
+        answers[column] = last.get("content")
+    if answers["chosen"] == answers["rejected"]:
+        raise Dropped("both answers are equal")
+    return [
+        {"prompt": row.get("prompt"), "completion": answers["chosen"], "label": True},
+        {"prompt": row.get("prompt"), "completion": answers["rejected"], "label": False},
+    ]
+
+
 _ROWS_FORMAT = "query, pos and neg with their instructions"
 _MEDI_USE = "data=e5 data.e5_path={out}/"
+
+
+def _medi(hub: str, folder: str) -> Published:
+    """MEDI2, with the negatives of BGE or without: folders of jsonl files, one for each data set."""
+    return Published(
+        kind=RecordKind.PAIR,
+        hub=hub,
+        licence="see its card: each data set has its own",
+        source="https://arxiv.org/abs/2402.09906",
+        use=_MEDI_USE + folder,
+        files=("*.jsonl", "*.jsonl.gz"),
+        folder=folder,
+    )
+
 
 PUBLISHED: Mapping[str, Published] = {
     "tulu2": Published(
@@ -177,7 +214,6 @@ PUBLISHED: Mapping[str, Published] = {
         hub=None,
         licence="several: each data set has its own",
         source="https://arxiv.org/abs/2402.09906 (E5S, 1.89 M rows)",
-        filters="rows with an empty text",
         use="data=e5 data.e5_path={out}/e5",
         folder="e5",
         missing=f"E5S was never published. Give a folder of jsonl files ({_ROWS_FORMAT}) with --from, or take medi2 or echo.",
@@ -187,32 +223,13 @@ PUBLISHED: Mapping[str, Published] = {
         hub=None,
         licence="several: each data set has its own",
         source="https://arxiv.org/abs/2402.15449; LLM2Vec's supervised data",
-        filters="rows with an empty text",
         use="data=echo data.echo_path={out}/echo-data",
         folder="echo-data",
         convert=_echo,
         missing="It is not on the Hub: unpack the download that Echo embeddings' repository links to, and give it with --from.",
     ),
-    "medi2": Published(
-        kind=RecordKind.PAIR,
-        hub="GritLM/MEDI2",
-        licence="see its card: each data set has its own",
-        source="https://arxiv.org/abs/2402.09906",
-        filters="rows with an empty text",
-        use=_MEDI_USE + "medi2",
-        files=("*.jsonl", "*.jsonl.gz"),
-        folder="medi2",
-    ),
-    "medi2bge": Published(
-        kind=RecordKind.PAIR,
-        hub="GritLM/MEDI2BGE",
-        licence="see its card: each data set has its own",
-        source="https://arxiv.org/abs/2402.09906",
-        filters="rows with an empty text",
-        use=_MEDI_USE + "medi2bge",
-        files=("*.jsonl", "*.jsonl.gz"),
-        folder="medi2bge",
-    ),
+    "medi2": _medi("GritLM/MEDI2", "medi2"),
+    "medi2bge": _medi("GritLM/MEDI2BGE", "medi2bge"),
     "wiki1m": Published(
         kind=RecordKind.TEXT,
         hub="princeton-nlp/datasets-for-simcse",
@@ -241,17 +258,25 @@ PUBLISHED: Mapping[str, Published] = {
         hub="sentence-transformers/embedding-training-data",
         licence="MS MARCO: non-commercial research",
         source="https://arxiv.org/abs/1611.09268, triplets with mined negatives",
-        filters="rows with an empty text",
         use="data=files data.pairs_path={out}/msmarco-triplets.jsonl",
         files=("msmarco-triplets.jsonl.gz",),
         convert=_instructed("Given a web search query, retrieve relevant passages that answer the query"),
+    ),
+    "ultrafeedback": Published(
+        kind=RecordKind.PREFERENCE,
+        hub="HuggingFaceH4/ultrafeedback_binarized",
+        licence="MIT",
+        source="https://arxiv.org/abs/2310.01377, binarised as for Zephyr (https://arxiv.org/abs/2310.16944)",
+        filters="rows with an empty text, with equal answers or with more than one turn",
+        use="data=ultrafeedback data.ultrafeedback_path={out}/ultrafeedback",
+        parts=(Part("train_prefs", "ultrafeedback/train"), Part("test_prefs", "ultrafeedback/test")),
+        convert=_ultrafeedback,
     ),
     "allnli": Published(
         kind=RecordKind.PAIR,
         hub="sentence-transformers/all-nli",
         licence="that of SNLI (CC BY-SA 4.0) and MultiNLI",
         source="https://arxiv.org/abs/1508.05326, https://arxiv.org/abs/1704.05426",
-        filters="rows with an empty text",
         use="data=files data.pairs_path={out}/allnli.jsonl",
         parts=(Part("train", "allnli", "triplet"),),
         convert=_instructed(ECHO_INSTRUCTIONS["allnli"][0]),

@@ -7,6 +7,9 @@ for one part is held out for all:
 - ``chats``: "What does X do?" -> summary and the first paragraph after it;
 - ``text``: whole docstrings as running text; ``sentences``: their sentences.
 
+Two more are derived from these: pairs with hard negatives (`data/pydocs_negatives.py`), and preferences
+(`data/pydocs_preferences.py`).
+
 What comes out depends only on the versions of the packages; source files are parsed, never imported.
 """
 
@@ -32,6 +35,10 @@ from filelock import FileLock
 from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.core.files import cache_dir, write_directory, write_json
 from unified_lm.data.docstrings import Docstring, extract
+from unified_lm.data.pydocs_negatives import PART as HARD_PAIRS
+from unified_lm.data.pydocs_negatives import hard_pairs_file
+from unified_lm.data.pydocs_preferences import PART as PREFERENCES
+from unified_lm.data.pydocs_preferences import preferences_file
 from unified_lm.data.records import RecordKind
 
 logger = logging.getLogger(__name__)
@@ -49,7 +56,12 @@ PARTS = {
     "text": RecordKind.TEXT,
     "sentences": RecordKind.TEXT,
 }
-_DEFAULT_PART = {RecordKind.PAIR: "pairs", RecordKind.CHAT: "chats", RecordKind.TEXT: "text"}
+_DEFAULT_PART = {
+    RecordKind.PAIR: "pairs",
+    RecordKind.CHAT: "chats",
+    RecordKind.TEXT: "text",
+    RecordKind.PREFERENCE: PREFERENCES,
+}
 MAX_DOCUMENT_CHARACTERS = 1200
 MAX_ANSWER_CHARACTERS = 500
 
@@ -71,7 +83,8 @@ def pydocs_file(part: str | None, split: str, kind: RecordKind) -> tuple[str, Pa
     """Find one part of the data set; build the whole of it first if this machine has none.
 
     Args:
-        part: "pairs", "chats", "text" or "sentences"; None takes the one that fits `kind`.
+        part: "pairs", "chats", "text", "sentences", "preferences", "hard_pairs" (pairs with 7 hard negatives) or
+            "hard_pairs/PACKAGE" (those of one package; "python" is the standard library); None takes the one that fits `kind`.
         split: "train", or "test" (about a tenth, held out by name).
         kind: the kind of record wanted.
 
@@ -83,11 +96,18 @@ def pydocs_file(part: str | None, split: str, kind: RecordKind) -> tuple[str, Pa
     """
     if split not in SPLITS:
         raise DataError(f"pydocs has no split '{split}'.{did_you_mean(split, SPLITS)}")
-    part = part or _DEFAULT_PART.get(kind)
-    if part is None:
-        raise DataError(f"pydocs has no {kind.value} rows: it has {', '.join(PARTS)}.")
+    part = part or _DEFAULT_PART[kind]
+    if part.partition("/")[0] == HARD_PAIRS:
+        if kind is not RecordKind.PAIR:
+            raise DataError(f"pydocs subset '{part}' holds pair rows, the format wants {kind.value} rows.")
+        package = part.partition("/")[2] or None
+        return f"pydocs/{part}/{split}", hard_pairs_file(build() / _file_name("pairs", split), package, PACKAGES)
+    if part == PREFERENCES:
+        if kind is not RecordKind.PREFERENCE:
+            raise DataError(f"pydocs subset '{part}' holds preference rows, the format wants {kind.value} rows.")
+        return f"pydocs/{part}/{split}", preferences_file(build() / _file_name("chats", split), QUESTION)
     if part not in PARTS:
-        raise DataError(f"pydocs has no subset '{part}'.{did_you_mean(part, PARTS)}")
+        raise DataError(f"pydocs has no subset '{part}'.{did_you_mean(part, [*PARTS, HARD_PAIRS, PREFERENCES])}")
     if PARTS[part] is not kind:
         fitting = ", ".join(name for name, held in PARTS.items() if held is kind) or "none"
         raise DataError(

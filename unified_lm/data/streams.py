@@ -56,7 +56,10 @@ class Stream:
 
     Attributes:
         pooled: whether its samples form groups that are embedded (else they carry labels).
+        scored: whether its samples count as wholes, each with a control (`Format.scored`).
         batch_size: groups or samples per step over all ranks.
+        references: per source float32 `[rows, 2]`, log-probabilities of each row's samples under the reference model, by slot;
+            empty where they are computed while training.
 
     Raises:
         DataError: no source, a source without a usable row, or rows that lack what the settings ask.
@@ -80,6 +83,8 @@ class Stream:
         self.encoder = PromptEncoder(get_template(config.template), tokenizer)
         self.format = get_format(config.format)(name, config, self.encoder)
         self.pooled = self.format.pooled
+        self.scored = self.format.scored
+        self.references: list[np.ndarray] = []
         self.batch_size = config.batch_size
         self.seed = seed
         self.draws = 0
@@ -90,21 +95,27 @@ class Stream:
     def draw(self, count: int | None = None) -> list[Sample]:
         """One global batch: `count` groups or samples (default: `batch_size`), group after group.
 
-        Groups that are embedded come from one source per draw, so that a batch's negatives are of one kind; labelled samples
-        choose their source one by one.
+        Groups that are embedded come from one source per draw, so that a batch's negatives are of one kind (unless
+        `mix_sources` is set); labelled samples choose their source one by one.
         """
         count = self.batch_size if count is None else count
         rng = np.random.default_rng(derive_seed(self.seed, self.name, "draw", self.draws))
         self.draws += 1
-        size = 1 if self.pooled else count
+        size = 1 if self.pooled and not self.config.mix_sources else count
         chosen = np.broadcast_to(rng.choice(len(self.sources), size=size, p=self.probabilities), count)
         numbers = np.bincount(chosen, minlength=len(self.sources)).tolist()
         rows = [iter(cursor.take(number)) for cursor, number in zip(self.cursors, numbers, strict=True)]
         return [
             sample
             for group, index in enumerate(chosen.tolist())
-            for sample in self.format.samples(self.tables[index], next(rows[index]), group, rng)
+            for sample in self._samples(index, next(rows[index]), group, rng)
         ]
+
+    def _samples(self, source: int, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
+        samples = self.format.samples(self.tables[source], row, group, rng)
+        if not self.references:
+            return samples
+        return [replace(sample, reference=float(self.references[source][row, sample.slot])) for sample in samples]
 
     @property
     def num_rows(self) -> int:
@@ -162,8 +173,15 @@ class Stream:
     def fingerprint(self) -> str:
         """The hash of everything that decides which samples are drawn, but the seed."""
         settings = {key: value for key, value in asdict(self.config).items() if key not in ("sources", "objective")}
-        keys = [self._key(source) for source in self.sources]
-        return table_key(name=self.name, tables=keys, settings=settings, probabilities=self.probabilities.round(9).tolist())
+        if not settings["mix_sources"]:
+            del settings["mix_sources"]  # younger than the first checkpoints: without it they still resume
+        return table_key(
+            name=self.name, tables=self.table_keys(), settings=settings, probabilities=self.probabilities.round(9).tolist()
+        )
+
+    def table_keys(self) -> list[str]:
+        """Per source the content hash of everything that decides its tokens."""
+        return [self._key(source) for source in self.sources]
 
     def _key(self, source: RecordSource) -> str:
         return table_key(
@@ -222,9 +240,11 @@ def build_validation_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBa
     for name, sources in config.validation.sources.items():
         if name not in config.streams:
             raise ConfigError(f"validation.sources names the stream '{name}'.{did_you_mean(name, config.streams)}")
-        stream = _open_stream(
-            name, replace(config.streams[name], sources=sources), tokenizer, derive_seed(config.seed, "validation")
-        )
+        held_out = replace(config.streams[name], sources=sources)
+        if config.validation.normalization is not None and not get_format(held_out.format).pooled:
+            objective = replace(held_out.objective, normalization=config.validation.normalization, micro_batch_size=None)
+            held_out = replace(held_out, objective=objective)
+        stream = _open_stream(name, held_out, tokenizer, derive_seed(config.seed, "validation"))
         stream.batch_size = min(stream.batch_size, stream.num_rows)
         streams[name] = stream
     return streams

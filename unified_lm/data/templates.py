@@ -50,6 +50,13 @@ class Template:
     turns: Mapping[str, Turn] = field(default_factory=dict)
     separator: str = "\n"
     literal_bos: bool = False
+    bare_echo: str = ""
+    instruction_echo: str = ""
+
+    @property
+    def echoes(self) -> bool:
+        """Whether an embedded text stands twice in its prompt."""
+        return bool(self.bare_echo or self.instruction_echo)
 
     def embedding_prompt(self, tokenizer: PreTrainedTokenizerBase, instruction: str = "") -> str:
         """The string that precedes a text to embed, as sentence-transformers must be given it.
@@ -59,7 +66,15 @@ class Template:
         Args:
             tokenizer: the tokenizer that will read prompt + text as one string.
             instruction: the task, "" for none. Surrounding white space is removed.
+
+        Raises:
+            ConfigError: the template repeats the text, which no string in front of it can do.
         """
+        if self.echoes:
+            raise ConfigError(
+                f"template '{self.name}' repeats every text (echo embeddings); stock tools only put a prompt before it. "
+                "Use it with UnifiedLM, or choose another template."
+            )
         bos = "" if adds_bos(tokenizer) or not self.literal_bos else tokenizer.bos_token or ""
         return bos + self.body(instruction)
 
@@ -164,6 +179,13 @@ TEMPLATES: dict[str, Template] = {
     ),
     "plain": Template(name="plain", instruction_prompt="{instruction}\n"),
     "llm2vec": Template(name="llm2vec", instruction_prompt="{instruction};\n"),
+    "echo": Template(
+        name="echo",
+        instruction_prompt="Instruct: {instruction}\nQuery: ",
+        instruction_echo="\nQuery again: ",
+        bare_prompt="Rewrite the sentence: ",
+        bare_echo=", rewritten sentence: ",
+    ),
 }
 """Templates by name.
 
@@ -174,6 +196,8 @@ TEMPLATES: dict[str, Template] = {
 - llm2vec: "instruction;" before the text. The reference trains on "{instruction}; {text}" and infers with
   "{instruction}: {text}"; here both are the same, and the newline (for its space) keeps the border between prompt and text on a
   token border.
+- echo: echo embeddings (arXiv:2402.15449, `data.echo_encoding`): the paper's zero-shot prompt, and for texts with an
+  instruction the form of its released models. For causal attention; no export of stock tools can have it.
 """
 
 

@@ -53,6 +53,9 @@ class Role(IntEnum):
     QUERY = 0
     POSITIVE = 1
     NEGATIVE = 2
+    DESIRABLE = 3
+    UNDESIRABLE = 4
+    MISMATCHED = 5
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,9 +102,10 @@ class _Module(nn.Module):
         self.trainable = trainable
         self.shape = torch.Size()
         self.counts: dict[str, float] = {}
+        self.sizes: dict[str, int] = {}
 
     def forward(self, pack: Pack, tokens: bool) -> torch.Tensor:
-        """The embeddings, a loss sum for each of `counts`, and the anchor (see `PackOutput`), laid end to end.
+        """The embeddings, a loss sum for each of `counts`, the scores, and the anchor (see `PackOutput`), laid end to end.
 
         Gradients reach DeepSpeed in the order of autograd, latest operation first, and ranks fill their buckets in that
         order. The head is therefore used before pooling whether the pack has labels or not.
@@ -112,13 +113,16 @@ class _Module(nn.Module):
         hidden = self.trainable.hidden_states(pack)
         head = self.trainable.backbone.output_head()  # ZeRO-3: fetched in every forward of every rank
         terms = self.trainable.token_terms(hidden, pack) if tokens else {}
+        scores = self.trainable.sequence_scores(hidden, pack) if tokens else {}
         anchor = hidden.new_zeros((), dtype=torch.float32)
         for tensor in (head.weight, head.bias):
-            if not terms and tensor is not None and tensor.requires_grad:
+            if not (terms or scores) and tensor is not None and tensor.requires_grad:
                 anchor = anchor + tensor.reshape(-1)[0] * 0.0
         embeddings = self.trainable.pool(hidden, pack)
         self.shape, self.counts = embeddings.shape, {name: term.count for name, term in terms.items()}
-        return torch.cat([embeddings.reshape(-1), torch.stack([*(term.sum for term in terms.values()), anchor])])
+        self.sizes = {name: len(values) for name, values in scores.items()}
+        sums = [term.sum[None] for term in terms.values()]
+        return torch.cat([embeddings.reshape(-1), *sums, *scores.values(), anchor[None]])
 
 
 class ZeroSharding:
@@ -207,9 +211,10 @@ class DeepSpeedBackend:
         """Run the module on one pack."""
         flat = self._engine(pack, tokens)
         shape = self._module.shape
-        *sums, anchor = flat[shape.numel() :]
-        terms = {name: LossTerm(total, count) for (name, count), total in zip(self._module.counts.items(), sums, strict=True)}
-        return PackOutput(flat[: shape.numel()].view(shape), terms, anchor)
+        counts, sizes = self._module.counts, self._module.sizes
+        embeddings, sums, *scores, anchor = flat.split([shape.numel(), len(counts), *sizes.values(), 1])
+        terms = {name: LossTerm(total, count) for (name, count), total in zip(counts.items(), sums, strict=True)}
+        return PackOutput(embeddings.view(shape), terms, anchor[0], dict(zip(sizes, scores, strict=True)))
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a scalar."""

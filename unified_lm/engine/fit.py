@@ -29,6 +29,7 @@ from unified_lm.engine.step import GradCacheStep, StepLosses
 from unified_lm.engine.throughput import StepMeter
 from unified_lm.engine.trainable import Trainable
 from unified_lm.engine.validation import Validator
+from unified_lm.engine.validation_items import write_items
 
 
 class Loader(Protocol):
@@ -175,9 +176,10 @@ def _validate(training: Training, step: int, *, both_masks: bool) -> None:
     """Measure held-out data; the first and the last time retrieval under the causal mask too."""
     if training.validator is None:
         return
-    values = training.validator(both_masks=both_masks)
-    training.reporter.write(step, values)
-    shown = "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+    measured = training.validator(both_masks=both_masks)
+    on_main(lambda: write_items(training.run_dir, step, measured.items))
+    training.reporter.write(step, measured.values)
+    shown = "  ".join(f"{name} {value:.3f}" for name, value in measured.values.items())
     training.reporter.say(f"step {step}: {shown}")
 
 

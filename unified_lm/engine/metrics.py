@@ -162,9 +162,16 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
+def held_out_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's held-out measurements, oldest first; of a step that was measured twice the later one."""
+    lines = [line for line in read_metrics(run_dir) if any(name.startswith(("heldout/", "retrieval/")) for name in line)]
+    by_step = {line["step"]: line for line in lines}
+    return [by_step[step] for step in sorted(by_step)]
+
+
 def held_out(run_dir: Path, step: int | None = None) -> tuple[dict[str, float], dict[str, float]]:
     """Held-out measurements before a run's first step and after `step`, or after its last; empty where there are none."""
-    measured = [line for line in read_metrics(run_dir) if any(name.startswith(("heldout/", "retrieval/")) for name in line)]
+    measured = held_out_lines(run_dir)
     if step is not None and measured:
         measured = [measured[0], *(line for line in measured[1:] if line["step"] == step)]
     if len(measured) < 2 or measured[0]["step"] != 0:  # continued from the checkpoint of another run

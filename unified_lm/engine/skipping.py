@@ -122,4 +122,5 @@ def _is_finite(pack: Pack, forward: Callable[[Pack], PackOutput]) -> bool:
         output = forward(pack)
     finally:
         state.restore()
-    return bool(output.embeddings.isfinite().all()) and all(bool(term.sum.isfinite()) for term in output.terms.values())
+    values = [output.embeddings, *(term.sum for term in output.terms.values()), *output.scores.values()]
+    return all(bool(value.isfinite().all()) for value in values)

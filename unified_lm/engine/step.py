@@ -11,7 +11,8 @@ rule at the embeddings e = f(x; w):
 3. forward each pack again with a graph and the same random state, and backward the inner product with that gradient.
 
 The last pooled pack keeps its graph from (1), so a batch that fits one pack is the ordinary direct path, and N packs cost
-N - 1 extra forwards. Token losses are sums over positions: they need no cache and join whatever pack holds them.
+N - 1 extra forwards. Token losses are sums over positions: they need no cache and join whatever pack holds them. So do losses
+of whole samples, once `engine.sequences` has found what these are compared with.
 
 Every term is `weight * sum / count` with the count of the whole step over all ranks, known before any backward. Gradients
 of ranks are therefore *summed*, never averaged (`engine.backend`).
@@ -21,14 +22,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from unified_lm.batch import Batch, Pack, Sample, make_pack
+from unified_lm.batch import Batch, Pack, SequenceScores, empty_pack
 from unified_lm.core import distributed
 from unified_lm.core.random import RngState
+from unified_lm.engine.sequences import SequenceScoring
 from unified_lm.engine.trainable import PackOutput
 from unified_lm.objectives import EmbeddingObjective
 
@@ -43,12 +44,14 @@ class StepLosses:
     Attributes:
         by_stream: unweighted loss of every stream.
         total: weighted sum of them.
-        metrics: further numbers of the embedding objectives, as "stream/name".
+        metrics: further numbers of the embedding and sequence objectives, as "stream/name".
+        scores: per stream with a sequence objective those of every sample of the step.
     """
 
     by_stream: dict[str, float] = field(default_factory=dict)
     total: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, SequenceScores] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,6 +76,7 @@ class GradCacheStep:
             in memory by construction; more trade memory for time.
         equal_forwards: whether every rank must run the same sequence of forwards and backwards (ZeRO-2 and 3). Ranks with
             fewer packs then run empty ones, which change neither losses, gradients nor the random numbers of real packs.
+        sequences: the sequence objectives, or None where no stream has one.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class GradCacheStep:
         weights: Mapping[str, float],
         num_retained: int = 1,
         equal_forwards: bool = False,
+        sequences: SequenceScoring | None = None,
     ) -> None:
         self.forward = forward
         self.backward = backward
@@ -90,12 +95,12 @@ class GradCacheStep:
         self.weights = weights
         self.num_retained = num_retained
         self.equal_forwards = equal_forwards
+        self.sequences = sequences
         self._sums: dict[str, torch.Tensor] = {}
 
     def __call__(self, batch: Batch) -> StepLosses:
         """Accumulate the gradients of one batch (on the module's device) and return its losses."""
-        self._sums = {}
-        losses = StepLosses()
+        losses = self._begin(batch)
         pooled = [pack for pack in batch.packs if len(pack.pool_rows)]
         plain = [pack for pack in batch.packs if not len(pack.pool_rows)]
         if self.equal_forwards:
@@ -110,15 +115,14 @@ class GradCacheStep:
         end.restore()
         for pack in plain:
             output = self._forward(pack)
-            self._backward(self._token_loss(output, batch), output)
+            self._backward(self._pack_loss(pack, output, batch), output)
         self._report(batch, losses)
         return losses
 
     @torch.no_grad()
     def losses_only(self, batch: Batch) -> StepLosses:
         """The losses of one batch (on the module's device) without gradients: what validation calls."""
-        self._sums = {}
-        losses = StepLosses()
+        losses = self._begin(batch)
         cached = []
         packs = list(batch.packs)
         if self.equal_forwards:
@@ -127,12 +131,19 @@ class GradCacheStep:
         for pack in packs:
             state = RngState.capture()
             output = self._forward(pack)
-            self._token_loss(output, batch)
+            self._pack_loss(pack, output, batch)
+            pack.plan.kernel_cache.clear()
             if len(pack.pool_rows):
                 cached.append(_Cached(pack, state, None, output.embeddings))
         self._embedding_gradients(batch, cached, losses)
         self._report(batch, losses)
         return losses
+
+    def _begin(self, batch: Batch) -> StepLosses:
+        self._sums = {}
+        if self.sequences is not None:
+            self.sequences.begin(batch)
+        return StepLosses()
 
     def _first_forward(self, pack: Pack, retain: bool) -> _Cached:
         state = RngState.capture()
@@ -141,7 +152,7 @@ class GradCacheStep:
             return _Cached(pack, state, output, output.embeddings.detach())
         with torch.no_grad():
             embeddings = self._forward(pack, tokens=False).embeddings
-        pack.plan.kernel_cache.clear()  # made again when it is forwarded again: a step of many packs must not keep them all
+        pack.plan.kernel_cache.clear()  # made again in the second forward: many packs must not all keep theirs
         return _Cached(pack, state, None, embeddings)
 
     def _forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
@@ -175,8 +186,8 @@ class GradCacheStep:
             entry.state.restore()
             output = self._forward(entry.pack)
         loss = (output.embeddings * gradient).sum()
-        tokens = self._token_loss(output, batch)
-        self._backward(loss if tokens is None else loss + tokens, output)
+        others = self._pack_loss(entry.pack, output, batch)
+        self._backward(loss if others is None else loss + others, output)
         entry.output = None  # frees the graph before the next pack is forwarded
         entry.pack.plan.kernel_cache.clear()
 
@@ -186,9 +197,13 @@ class GradCacheStep:
         if loss is not None:
             self.backward(loss)
 
-    def _token_loss(self, output: PackOutput, batch: Batch) -> torch.Tensor | None:
+    def _pack_loss(self, pack: Pack, output: PackOutput, batch: Batch) -> torch.Tensor | None:
+        """The weighted share of a pack in all losses but those of embeddings."""
+        terms = dict(output.terms)
+        if self.sequences is not None:
+            terms |= self.sequences.terms(pack, output)
         total: torch.Tensor | None = None
-        for stream, term in output.terms.items():
+        for stream, term in terms.items():
             self._sums[stream] = self._sums.get(stream, 0.0) + term.sum.detach()
             share = _spoil(term.sum) * (self.weights[stream] / batch.counts[stream])
             total = share if total is None else total + share
@@ -198,16 +213,15 @@ class GradCacheStep:
         for stream, count in batch.counts.items():
             value = self._sums.get(stream, torch.zeros((), dtype=torch.float32)).to(distributed.local_device())
             losses.by_stream[stream] = float(distributed.all_reduce_sum(value.clone())) / count if count else 0.0
+        if self.sequences is not None:
+            losses.scores = self.sequences.finish()
+            for stream, scores in losses.scores.items():
+                measured = self.sequences.objectives[stream].measure(scores)
+                losses.metrics |= {f"{stream}/{name}": float(values.mean()) for name, values in measured.items() if len(values)}
         losses.total = sum(self.weights[stream] * loss for stream, loss in losses.by_stream.items())
 
 
-def _empty_pack() -> Pack:
-    """What a rank forwards when others have more packs than it has: two tokens that nobody looks at."""
-    filler = Sample(input_ids=np.zeros(2, dtype=np.int64), stream="", bidirectional=(0, 0), pool=(0, 2))
-    return replace(make_pack([filler]), pool_streams=("",), samples=())
-
-
-_EMPTY = _empty_pack()
+_EMPTY = empty_pack()
 
 
 def _spoil(loss: torch.Tensor) -> torch.Tensor:

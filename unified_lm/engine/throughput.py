@@ -25,6 +25,12 @@ R = TypeVar("R")
 _GIB = 2**30
 
 
+def describe_device() -> str:
+    """This rank's device, in words."""
+    device = distributed.local_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 class ComputeClock:
     """Adds up the time that wrapped calls take, on the device: what a rank computes, without its waiting for others.
 
@@ -124,12 +130,19 @@ class StepMeter:
     def _step_flops(self, batch: Batch) -> tuple[float, float]:
         """Operations that the step needs, and those it really does: GradCache's first forwards and recomputed layers too."""
         model = sum(self.flops.training(pack) for pack in batch.packs)
+        model += sum(self.flops.forward(pack) for pack in _scored(batch))
         pooled = [pack for pack in batch.packs if len(pack.pool_rows)]
         again = pooled[: max(0, len(pooled) - self.num_retained)]
         extra = sum(self.flops.forward(pack, tokens=False) for pack in again)
         if self._recomputes:
             extra += sum(self.flops.forward(pack, tokens=False) for pack in batch.packs)
         return model, model + extra
+
+
+def _scored(batch: Batch) -> list[Pack]:
+    """The graph-free forwards of a step with a sequence objective (`engine.sequences`)."""
+    again = [pack for pack in batch.control_packs if any(sample.reference is None for sample in pack.samples)]
+    return [*batch.control_packs, *again, *batch.reference_packs]
 
 
 def _summarise(ranks: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -6,16 +6,20 @@ every use of every parameter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from unified_lm.batch import LossTerm, Pack
+from unified_lm.core.random import RngState
 from unified_lm.models.backbone import Backbone
+from unified_lm.models.lora import without_adapters
 from unified_lm.models.pooling import Projection, pool
 from unified_lm.objectives import TokenObjective
+from unified_lm.objectives.cross_entropy import token_losses
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,14 @@ class PackOutput:
         terms: per stream the token loss of this pack.
         anchor: a zero that depends on every trained parameter, whatever the pack holds, or None. Every backward must include
             it where the backend gives one.
+        scores: per stream with a sequence objective, float32 `[S]`: the log-probability of each of its labelled samples, in
+            nats, in the order of `Pack.labelled`.
     """
 
     embeddings: torch.Tensor
     terms: Mapping[str, LossTerm]
     anchor: torch.Tensor | None = None
+    scores: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Trainable(nn.Module):
@@ -40,9 +47,10 @@ class Trainable(nn.Module):
     Args:
         backbone: hidden states of a pack.
         pooling: how states of a pool span become one vector.
-        token_objectives: per stream its token objective; streams without one yield embeddings only.
+        token_objectives: per stream its token objective; streams without one yield embeddings or scores only.
         projection: a head applied to pooled vectors, or None.
         autocast: dtype to compute the backbone in under autocast, or None to use the weights' own.
+        sequence_streams: streams whose samples are scored as wholes (`PackOutput.scores`).
     """
 
     def __init__(
@@ -52,6 +60,7 @@ class Trainable(nn.Module):
         token_objectives: Mapping[str, TokenObjective],
         projection: Projection | None = None,
         autocast: torch.dtype | None = None,
+        sequence_streams: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -59,17 +68,20 @@ class Trainable(nn.Module):
         self.projection = projection
         self.token_objectives = dict(token_objectives)
         self.autocast = autocast
+        self.sequence_streams = frozenset(sequence_streams)
 
     def forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
         """Run one pack.
 
         Args:
             pack: on the module's device.
-            tokens: whether to compute token losses; GradCache's graph-free forwards need embeddings only.
+            tokens: whether to compute token losses and scores; GradCache's graph-free forwards need embeddings only.
         """
         hidden = self.hidden_states(pack)
-        terms = self.token_terms(hidden, pack) if tokens else {}
-        return PackOutput(self.pool(hidden, pack), terms)
+        if not tokens:
+            return PackOutput(self.pool(hidden, pack), {})
+        terms, scores = self.token_terms(hidden, pack), self.sequence_scores(hidden, pack)
+        return PackOutput(self.pool(hidden, pack), terms, scores=scores)
 
     def token_terms(self, hidden: torch.Tensor, pack: Pack) -> dict[str, LossTerm]:
         """The token losses of a pack, per stream with supervised positions.
@@ -78,11 +90,50 @@ class Trainable(nn.Module):
             hidden: `[T, D]`.
             pack: where the supervised positions are.
         """
-        if not pack.supervised:
+        parts = {name: part for name, part in pack.supervised.items() if name not in self.sequence_streams}
+        if not parts:
             return {}
         head = self.backbone.output_head()
         with self._computing(pack):
-            return {name: self.token_objectives[name](hidden, head, part) for name, part in pack.supervised.items()}
+            return {name: self.token_objectives[name](hidden, head, part) for name, part in parts.items()}
+
+    def sequence_scores(self, hidden: torch.Tensor, pack: Pack) -> dict[str, torch.Tensor]:
+        """`PackOutput.scores` of a pack; logits are never whole (`objectives/cross_entropy.py`).
+
+        Args:
+            hidden: `[T, D]`.
+            pack: where the labelled samples are.
+        """
+        parts = {name: part for name, part in pack.supervised.items() if name in self.sequence_streams}
+        if not parts:
+            return {}
+        head = self.backbone.output_head()
+        scores = {}
+        with self._computing(pack):
+            for name, part in parts.items():
+                losses = token_losses(hidden.index_select(0, part.positions), head, part.targets).losses
+                scores[name] = -torch.stack([losses_of_sample.sum() for losses_of_sample in losses.split(part.lengths)])
+        return scores
+
+    @contextmanager
+    def scoring(self, *, reference: bool = False) -> Iterator[None]:
+        """Within it forwards only measure: no gradients, no dropout, and the random state is afterwards as it was.
+
+        Args:
+            reference: whether forwards show the reference model: this one with its adapters switched off.
+
+        Raises:
+            ModelError: `reference` without adapters.
+        """
+        was_training = self.training
+        state = RngState.capture()
+        self.eval()
+        try:
+            with torch.no_grad(), without_adapters(self.backbone.causal_lm) if reference else nullcontext():
+                yield
+        finally:
+            self.train(was_training)
+            state.restore()
 
     def hidden_states(self, pack: Pack) -> torch.Tensor:
         """Last hidden states of a pack, `[T, D]`, computed under autocast where that is set."""

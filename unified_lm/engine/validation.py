@@ -6,20 +6,21 @@ validation takes the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-from unified_lm.batch import Batch
+from unified_lm.batch import Batch, SequenceScores
 from unified_lm.core import distributed
 from unified_lm.core.random import RngState
 from unified_lm.data.retrieval import RetrievalSet
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.validation_items import ItemScores
 from unified_lm.models.embedding import embed_samples
-from unified_lm.objectives.ranking import ndcg_at_k, recall_at_k
+from unified_lm.objectives.ranking import ndcg_per_query, recall_per_query
 
 
 @contextmanager
@@ -34,6 +35,22 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
     finally:
         module.train(was_training)
         state.restore()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What one validation measured; the same on every rank.
+
+    Attributes:
+        items: by metric ("heldout/STREAM", "retrieval/ndcg@10", ...) the scores that its value is the mean of.
+    """
+
+    items: Mapping[str, ItemScores]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The metrics."""
+        return {name: scores.mean for name, scores in self.items.items()}
 
 
 class Validator:
@@ -61,7 +78,7 @@ class Validator:
         self.retrieval = retrieval
         self.token_budget = token_budget
 
-    def __call__(self, *, both_masks: bool = False) -> dict[str, float]:
+    def __call__(self, *, both_masks: bool = False) -> HeldOut:
         """Measure.
 
         Args:
@@ -69,30 +86,42 @@ class Validator:
                 is the mask.
 
         Returns:
-            "heldout/STREAM" losses and "retrieval/ndcg@10", "retrieval/recall@1".
+            "heldout/STREAM" losses by batch (of streams with a sequence objective also what it measures, by sample, as
+            "heldout/STREAM/NAME"), and "retrieval/ndcg@10", "retrieval/recall@1" by query.
         """
         with evaluating(self.trainable):
-            values = {f"heldout/{name}": loss for name, loss in self._losses().items()}
+            items = {f"heldout/{name}": losses for name, losses in self._losses().items()}
             if self.retrieval is not None:
-                values |= {f"retrieval/{name}": v for name, v in self.search(self.retrieval).items()}
+                items |= {f"retrieval/{name}": scores for name, scores in self.search(self.retrieval).items()}
                 if both_masks:
                     causal = causal_set(self.retrieval)
-                    values |= {f"retrieval_causal/{name}": v for name, v in self.search(causal).items()}
-        return values
+                    items |= {f"retrieval_causal/{name}": scores for name, scores in self.search(causal).items()}
+        return HeldOut(items)
 
-    def _losses(self) -> dict[str, float]:
+    def _losses(self) -> dict[str, ItemScores]:
         device = distributed.local_device()
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
+        losses: dict[str, list[float]] = {}
+        counts: dict[str, list[float]] = {}
+        sequences: dict[str, list[SequenceScores]] = {}
         for batch in self.batches():
-            for name, loss in self.step.losses_only(batch.to(device)).by_stream.items():
-                count = batch.counts.get(name, 1.0)  # contrastive batches are of one size
-                sums[name] = sums.get(name, 0.0) + loss * count
-                counts[name] = counts.get(name, 0.0) + count
-        return {name: total / counts[name] for name, total in sums.items() if counts[name]}
+            measured = self.step.losses_only(batch.to(device))
+            for name, loss in measured.by_stream.items():
+                losses.setdefault(name, []).append(loss)
+                counts.setdefault(name, []).append(batch.counts.get(name, 1.0))  # contrastive batches are of one size
+            for name, scores in measured.scores.items():
+                sequences.setdefault(name, []).append(scores)
+        items = {name: ItemScores("batch", losses[name], counts[name]) for name in losses if sum(counts[name])}
+        for name, parts in sequences.items():
+            items |= self._sequence_items(name, SequenceScores.cat(parts))
+        return items
 
-    def search(self, task: RetrievalSet) -> dict[str, float]:
-        """nDCG@10 and recall@1 of cosine similarity between pooled vectors."""
+    def _sequence_items(self, stream: str, scores: SequenceScores) -> dict[str, ItemScores]:
+        assert self.step.sequences is not None, "scores come from sequence objectives"
+        measured = self.step.sequences.objectives[stream].measure(scores)
+        return {f"{stream}/{name}": ItemScores("sample", v.tolist()) for name, v in measured.items() if len(v)}
+
+    def search(self, task: RetrievalSet) -> dict[str, ItemScores]:
+        """nDCG@10 and recall@1 of cosine similarity between pooled vectors, by query."""
         vectors = embed_samples(
             self.trainable.hidden_states,
             [*task.queries, *task.documents],
@@ -104,7 +133,10 @@ class Validator:
         )
         queries, documents = vectors[: len(task.queries)], vectors[len(task.queries) :]
         scores = queries @ documents.T
-        return {"ndcg@10": ndcg_at_k(scores, task.relevant, 10), "recall@1": recall_at_k(scores, task.relevant, 1)}
+        return {
+            "ndcg@10": ItemScores("query", ndcg_per_query(scores, task.relevant, 10).tolist()),
+            "recall@1": ItemScores("query", recall_per_query(scores, task.relevant, 1).tolist()),
+        }
 
 
 def causal_set(task: RetrievalSet) -> RetrievalSet:

@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from unified_lm.checkpoint.export import template_of
 from unified_lm.checkpoint.manifest import FILE_NAME, Manifest
+from unified_lm.checkpoint.standardizer_files import load_standardizer
 from unified_lm.checkpoint.verify import load_projection, quiet_transformers
 from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.data.templates import Template
 from unified_lm.models.pooling import Projection
+from unified_lm.models.standardizer import Standardizer
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Parts:
         manifest: None where the folder is no export.
         template: the export's template, or None.
         projection: the export's linear head, or None.
+        standardizer: the export's statistics, or None.
     """
 
     causal_lm: PreTrainedModel
@@ -35,6 +38,7 @@ class Parts:
     manifest: Manifest | None
     template: Template | None
     projection: Projection | None
+    standardizer: Standardizer | None
 
 
 def load_parts(
@@ -76,6 +80,7 @@ def load_parts(
         manifest=manifest,
         template=None if manifest is None else template_of(manifest),
         projection=None if manifest is None else load_projection(folder, manifest, hidden_size),
+        standardizer=None if manifest is None else load_standardizer(folder, manifest),
     )
 
 

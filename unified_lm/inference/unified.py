@@ -31,6 +31,7 @@ from unified_lm.inference.loading import load_parts
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.embedding import embed_samples
 from unified_lm.models.pooling import Pooling, Projection
+from unified_lm.models.standardizer import Standardizer, embedding_head
 
 TOKEN_BUDGET = 4096
 """The most tokens of one forward when embedding."""
@@ -72,6 +73,7 @@ class UnifiedLM:
         attention: str = "bidirectional",
         normalize: bool = True,
         projection: Projection | None = None,
+        standardizer: Standardizer | None = None,
         instructions: Mapping[str, str] | None = None,
         max_tokens: int = 512,
         modes: Sequence[str] = MODES,
@@ -88,6 +90,7 @@ class UnifiedLM:
             attention: how texts are embedded, "bidirectional" or "causal".
             normalize: whether `encode` scales vectors to length 1 unless told otherwise.
             projection: linear head on the pooled vector, or None.
+            standardizer: applied after the head and before scaling to length 1, or None.
             instructions: prompt name -> instruction; "query" is what `search` embeds queries with.
             max_tokens: limit of an embedded text with its prompt, in tokens.
             modes: what the model may be asked for: "embed", "generate".
@@ -109,6 +112,7 @@ class UnifiedLM:
         self._attention = attention
         self._normalize = normalize
         self._projection = None if projection is None else projection.to(self._device).eval()
+        self.standardizer = standardizer
         self._instructions = dict(instructions or {})
         self._max_tokens = max_tokens
         self._modes = tuple(modes)
@@ -166,6 +170,7 @@ class UnifiedLM:
             attention=attention or manifest.attention,
             normalize=manifest.normalize,
             projection=parts.projection,
+            standardizer=parts.standardizer,
             instructions=manifest.instructions,
             max_tokens=manifest.max_tokens,
             modes=manifest.modes,
@@ -182,6 +187,41 @@ class UnifiedLM:
     def device(self) -> torch.device:
         """Where the model runs."""
         return self._device
+
+    @property
+    def attention(self) -> str:
+        """How texts are embedded unless told otherwise, "bidirectional" or "causal"."""
+        return self._attention
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        """The template bound to the tokenizer: what turns texts and conversations into tokens."""
+        return self._encoder
+
+    @property
+    def standardizer(self) -> Standardizer | None:
+        """What standardises vectors; None where they stay as the model gives them. May be set, for comparisons.
+
+        Raises:
+            ConfigError: on setting one of another number of dimensions.
+        """
+        return self._standardizer
+
+    @standardizer.setter
+    def standardizer(self, standardizer: Standardizer | None) -> None:
+        if standardizer is not None and standardizer.dim != self.embedding_dim:
+            raise ConfigError(f"the standardizer has {standardizer.dim} dimensions, the embeddings have {self.embedding_dim}.")
+        self._standardizer = None if standardizer is None else standardizer.to(self._device).eval()
+
+    @contextmanager
+    def borrow_backbone(self) -> Iterator[Backbone]:
+        """Lend out the backbone, in evaluation mode, while no other thread of this process may use it.
+
+        Yields:
+            It, on `device`; whoever borrows it leaves it as it was.
+        """
+        with self._turn:
+            yield self._backbone
 
     def embedding_prompt(self, instruction: str = "") -> str:
         """The string that stands before a text with this instruction, as stock tools must be given it."""
@@ -257,7 +297,7 @@ class UnifiedLM:
                 token_budget=token_budget,
                 device=self._device,
                 normalize=self._normalize if normalize is None else normalize,
-                projection=self._projection,
+                projection=embedding_head(self._projection, self._standardizer),
                 progress=advance,
             )
         if not samples:

@@ -78,6 +78,27 @@ class Backbone(nn.Module):
         """
         return self._run(pack).last_hidden_state[0]
 
+    def layer_states(self, pack: Pack) -> torch.Tensor:
+        """Run the decoder over a pack and keep what every layer said.
+
+        Args:
+            pack: on the model's device.
+
+        Returns:
+            `[T, L + 1, D]`: the token embeddings, then the output of each of the L layers, the last one after the final norm.
+
+        Raises:
+            ModelError: the family does not hand out its layers' outputs.
+        """
+        states = getattr(self._run(pack, output_hidden_states=True), "hidden_states", None)
+        expected = int(self._config.num_hidden_layers) + 1
+        if not states or len(states) != expected:
+            raise ModelError(
+                f"family '{self._config.model_type}' gives the outputs of {len(states or ())} layers, expected {expected}: its "
+                "layers cannot be compared."
+            )
+        return torch.stack([layer[0] for layer in states], dim=1)
+
     def router_logits(self, pack: Pack) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Run the decoder of a mixture of experts and keep what its routers said.
 
@@ -159,8 +180,13 @@ class Backbone(nn.Module):
                 use_cache=False,
                 **options,
             )
-            hidden = outputs.last_hidden_state
-            outputs.last_hidden_state = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)[None]
+
+            def packed(hidden: torch.Tensor) -> torch.Tensor:
+                return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)[None]
+
+            outputs.last_hidden_state = packed(outputs.last_hidden_state)
+            if getattr(outputs, "hidden_states", None):
+                outputs.hidden_states = tuple(map(packed, outputs.hidden_states))
             return outputs
         return decoder(
             input_ids=pack.input_ids[None],

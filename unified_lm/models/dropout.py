@@ -105,6 +105,7 @@ class _AdaptedLinear(torch.autograd.Function):
         dropped: torch.Tensor | None,
         factor: float,
     ) -> torch.Tensor:
+        """`W x + b + factor B A dropout(x)`; keeps what `A` read, not `x`."""
         read = x if dropped is None else _drop_in_place(x.clone(), dropped)  # by a; the frozen weight's backward needs no input
         reduced = read @ a.T
         ctx.save_for_backward(read, weight, a, b, reduced, dropped)
@@ -114,6 +115,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the input and of `A` and `B`; the frozen weight has none."""
         (grad,) = grads
         read, weight, a, b, reduced, dropped = ctx.saved_tensors
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))

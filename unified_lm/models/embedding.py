@@ -70,6 +70,37 @@ def embed_samples(
     return result
 
 
+def sample_states(
+    backbone: Callable[[Pack], torch.Tensor],
+    samples: Sequence[Sample],
+    *,
+    token_budget: int,
+    device: torch.device | str,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Last hidden states of samples without gradients, in evaluation mode: what word-level tasks and perplexity read.
+
+    Args:
+        backbone, token_budget, device: as in `embed_samples`.
+        samples: pool spans and labels are ignored.
+
+    Yields:
+        The index of a sample and its states `[T, D]`, on the device and in the type of the model; longest sample first.
+    """
+    if not samples:
+        return
+    for indices in _plan(samples, token_budget):
+        members = [replace(samples[index], labels=None, token_weights=None, pool=None) for index in indices]
+        place = {id(member): index for member, index in zip(members, indices, strict=True)}
+        # entered anew for every pack: whoever consumes the states may do anything in between
+        with _evaluation_mode(backbone), torch.no_grad():
+            pack = make_pack(members).to(torch.device(device))
+            states = backbone(pack)
+        start = 0
+        for member in pack.samples:
+            yield place[id(member)], states[start : start + len(member)]
+            start += len(member)
+
+
 def _plan(samples: Sequence[Sample], token_budget: int) -> Iterator[list[int]]:
     """Indices of the samples of each pack, longest sample first."""
     indices: list[int] = []

@@ -69,6 +69,7 @@ class _Origin:
 
     @property
     def is_hub(self) -> bool:
+        """Whether the files come from the Hub."""
         return not Path(self.location).is_dir()
 
 

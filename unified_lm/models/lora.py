@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -261,6 +262,28 @@ def _lora_layers(causal_lm: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
         if isinstance(module, LoraLayer):
             owner = ".".join(part for part in name.split(".") if part != "base_layer")
             yield f"{owner}.{getattr(module, 'parameter_name', 'weight')}", module
+
+
+@contextmanager
+def without_adapters(causal_lm: nn.Module) -> Iterator[None]:
+    """Within it the adapters are switched off: the model computes what it did before `apply_lora`.
+
+    Only the computation changes. What is trained stays trained (peft's own switch would freeze the adapters for a moment, which
+    ZeRO does not expect).
+
+    Raises:
+        ModelError: the model has no adapter.
+    """
+    layers = [layer for _, layer in _lora_layers(causal_lm)]
+    if not layers:
+        raise ModelError("the model has no adapter to switch off. Call apply_lora first.")
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def adapter_state(causal_lm: PreTrainedModel) -> dict[str, torch.Tensor]:

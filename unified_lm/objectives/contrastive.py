@@ -16,10 +16,18 @@ from torch.utils.checkpoint import checkpoint
 from unified_lm.batch import LossTerm
 from unified_lm.config.schema import ObjectiveConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.core.tables import choose
 from unified_lm.objectives.protocol import ObjectiveKind
 
-SCORE_BYTES = 256 * 2**20
-"""Scores larger than this are computed in chunks of rows, each of which is computed again in the backward."""
+SCORE_BYTES = 2**20
+"""Scores larger than this are computed in chunks of rows, each of which is computed again in the backward.
+
+The whole matrix and what is derived from it take about four times its size while the last pack's graph is alive, at the very
+peak of a step: 17 MiB for 1,024 pairs (5 MiB in chunks), some 512 MiB for 4,096 groups of three.
+A chunk's work is next to nothing beside a model's forward.
+"""
+MIN_ROWS = 64
+"""Rows of a chunk at least: fewer would read all documents too often. Their scores take no more than 64 dimensions of them."""
 
 
 class GradientScale(Enum):
@@ -42,10 +50,7 @@ class GradientScale(Enum):
         Raises:
             ConfigError: there is none.
         """
-        try:
-            return cls(name)
-        except ValueError:
-            raise ConfigError(f"unknown gradient_scale '{name}'.{did_you_mean(name, [s.value for s in cls])}") from None
+        return choose(cls, name, "gradient_scale")
 
 
 class ContrastiveSums(NamedTuple):
@@ -69,20 +74,22 @@ class Contrastive:
 
     ``L = -sum_i log( exp(cos(q_i, p_i) / t) / sum_j exp(cos(q_i, d_j) / t) )``, d running over the positives and hard negatives
     of *every* query of the global batch. The temperature t divides (the GRIT paper prints a product, its code divides;
-    LLM2Vec's scale of 50 is a temperature of 0.02). Runs in float32 (float64 for float64 embeddings) with autocast off.
+    LLM2Vec's scale of 50 is a temperature of 0.02). Runs in float32 (float64 for float64 embeddings) with autocast off; with
+    `similarity_dtype` "bfloat16" vectors are rounded, normalised and multiplied in bfloat16, and the softmax stays in float32.
 
     Args:
-        config: `temperature`, `symmetric`, `mask_same_text`, `matryoshka_dims`, `gradient_scale`, `reference_world_size`.
-        score_bytes: see `SCORE_BYTES`.
+        config: `temperature`, `symmetric`, `mask_same_text`, `matryoshka_dims`, `gradient_scale`, `reference_world_size`,
+            `similarity_dtype`.
+        score_bytes: the most that a chunk's scores may take; None: `SCORE_BYTES`, or `MIN_ROWS` rows where those are more.
 
     Raises:
-        ConfigError: a temperature that is not positive, dimensions below 1, an unknown gradient scale, or one by world size
-            without a world size.
+        ConfigError: a temperature that is not positive, dimensions below 1, an unknown gradient scale or similarity type, or a
+            scale by world size without a world size.
     """
 
     kind = ObjectiveKind.EMBEDDING
 
-    def __init__(self, config: ObjectiveConfig, *, score_bytes: int = SCORE_BYTES) -> None:
+    def __init__(self, config: ObjectiveConfig, *, score_bytes: int | None = None) -> None:
         if not config.temperature > 0:
             raise ConfigError(f"temperature: got {config.temperature}, expected a number above 0, such as 0.02.")
         if any(dim < 1 for dim in config.matryoshka_dims):
@@ -91,6 +98,7 @@ class Contrastive:
         self.symmetric = config.symmetric
         self.mask_same_text = config.mask_same_text
         self.matryoshka_dims = config.matryoshka_dims
+        self.similarity_dtype = _similarity_dtype(config.similarity_dtype)
         self.gradient_factor = _gradient_factor(config)
         self.score_bytes = score_bytes
         self._metrics: dict[str, torch.Tensor] = {}
@@ -131,7 +139,7 @@ class Contrastive:
             raise ConfigError(f"matryoshka_dims: got {max(dims)}, but embeddings have only {dim} dimensions.")
         ids = text_ids if self.mask_same_text else None
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+            embeddings = embeddings.to(self.similarity_dtype or torch.promote_types(embeddings.dtype, torch.float32))
             losses = [self._loss(embeddings[..., :part], ids, record=part == max(dims)) for part in dims]
             loss = torch.stack(losses).mean()
         if self.gradient_factor != 1.0:
@@ -167,7 +175,7 @@ def info_nce(
     temperature: float,
     own_ids: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
-    score_bytes: int = SCORE_BYTES,
+    score_bytes: int | None = None,
 ) -> ContrastiveSums:
     """Cross-entropy of every query over all documents, query i's positive being document i.
 
@@ -178,7 +186,7 @@ def info_nce(
         own_ids: int64 `[G, 2]`, text ids of each query and its positive; None compares no texts.
         document_ids: int64 `[M]`, text ids of the documents. One that equals an own id, is not 0 and is not the query's
             positive is left out of the query's sum.
-        score_bytes: see `SCORE_BYTES`.
+        score_bytes: see `Contrastive`.
     """
     left_GD, right_MD = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
     chunks = list(_row_chunks(len(left_GD), len(right_MD) * left_GD.element_size(), score_bytes))
@@ -203,6 +211,7 @@ def _score_rows(
 ) -> ContrastiveSums:
     """Sums over the rows `[first, first + R)` of the score matrix."""
     similarity_RM = left_RD @ right_MD.T
+    similarity_RM = similarity_RM.to(torch.promote_types(similarity_RM.dtype, torch.float32))
     target_R = torch.arange(first, first + len(left_RD), device=left_RD.device)
     score_RM = similarity_RM / temperature
     if own_ids_R2 is not None and ids_M is not None:
@@ -224,10 +233,17 @@ def _same_text(own_ids_R2: torch.Tensor, ids_M: torch.Tensor, target_R: torch.Te
     return same_RM.scatter(1, target_R[:, None], False)
 
 
-def _row_chunks(num_rows: int, row_bytes: int, limit: int) -> Iterator[slice]:
-    height = max(1, limit // max(1, row_bytes))
+def _row_chunks(num_rows: int, row_bytes: int, limit: int | None) -> Iterator[slice]:
+    height = max(MIN_ROWS, SCORE_BYTES // max(1, row_bytes)) if limit is None else max(1, limit // max(1, row_bytes))
     for start in range(0, num_rows, height):
         yield slice(start, min(start + height, num_rows))
+
+
+def _similarity_dtype(name: str) -> torch.dtype | None:
+    """bfloat16, or None for the embeddings' own type, float32 at least."""
+    if name not in ("float32", "bfloat16"):
+        raise ConfigError(f"unknown similarity_dtype '{name}'.{did_you_mean(name, ('float32', 'bfloat16'))}")
+    return torch.bfloat16 if name == "bfloat16" else None
 
 
 def _gradient_factor(config: ObjectiveConfig) -> float:

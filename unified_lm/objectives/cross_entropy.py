@@ -117,6 +117,7 @@ class _RowTiles(torch.autograd.Function):
         targets_N: torch.Tensor,
         settings: _Settings,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses `[N]` and whether the target is the likeliest token, bool `[N]`."""
         weight_VD = weight_VD.to(settings.product)
         losses_N = torch.empty(len(targets_N), dtype=settings.work, device=hidden_ND.device)
         correct_N = torch.empty(len(targets_N), dtype=torch.bool, device=hidden_ND.device)
@@ -140,6 +141,7 @@ class _RowTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The hidden states' gradient, scaled; the head has none."""
         (gradient_ND,) = ctx.saved_tensors
         return (gradient_ND * gradients[0][:, None]).to(gradient_ND.dtype), None, None, None, None
 
@@ -156,6 +158,7 @@ class _ColumnTiles(torch.autograd.Function):
         targets_N: torch.Tensor,
         settings: _Settings,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses `[N]` and whether the target is the likeliest token, bool `[N]`."""
         size = len(targets_N)
         highest_N1 = torch.full((size, 1), -torch.inf, dtype=settings.work, device=hidden_ND.device)
         total_N1 = torch.zeros_like(highest_N1)
@@ -187,6 +190,7 @@ class _ColumnTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the hidden states and of the head's weight and bias, as far as they are wanted."""
         hidden_ND, weight_VD, bias_V, targets_N, normalizer_N1, kept_NV = ctx.saved_tensors
         settings: _Settings = ctx.settings
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]

@@ -1,4 +1,4 @@
-"""What an objective is: the two protocols that the engine knows.
+"""What an objective is: the three protocols that the engine knows.
 
 A new objective is a class with one of these shapes, named in a recipe by a dotted path or added to the tables of
 `objectives/__init__.py`. It never touches a model: it sees hidden states or embeddings, and returns a `LossTerm`.
@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from unified_lm.batch import LossTerm, OutputHead, Supervision
+from unified_lm.batch import LossTerm, OutputHead, SequenceScores, Supervision
 
 
 class ObjectiveKind(Enum):
@@ -21,10 +21,12 @@ class ObjectiveKind(Enum):
     Attributes:
         TOKEN: hidden states at supervised positions, pack by pack.
         EMBEDDING: pooled vectors of the whole global batch.
+        SEQUENCE: log-probabilities of whole samples under the model and under a reference model.
     """
 
     TOKEN = "token"
     EMBEDDING = "embedding"
+    SEQUENCE = "sequence"
 
 
 @runtime_checkable
@@ -73,5 +75,43 @@ class EmbeddingObjective(Protocol):
 
         Returns:
             The sum over queries, and G.
+        """
+        ...
+
+
+@runtime_checkable
+class SequenceObjective(Protocol):
+    """A loss over log-probabilities of whole samples. Made from an `ObjectiveConfig`; `kind = ObjectiveKind.SEQUENCE`.
+
+    A step asks for it in two phases. First samples that are only scored (`Sample.control`) give the baseline, one number for
+    all ranks; then every other sample's loss follows from its own scores and the baseline, pack by pack.
+    """
+
+    kind: ObjectiveKind
+
+    def baseline(self, log_ratios: torch.Tensor) -> torch.Tensor:
+        """What samples are compared with in this step.
+
+        Args:
+            log_ratios: `[C]` float32, log policy - log reference of every control of the step, over all ranks; C may be 0.
+
+        Returns:
+            A float32 scalar without gradient.
+        """
+        ...
+
+    def __call__(self, scores: SequenceScores) -> LossTerm:
+        """The sum of some samples' losses, and their number. The engine divides the sum over all by `Batch.counts`.
+
+        Args:
+            scores: of the stream's samples in one pack.
+        """
+        ...
+
+    def measure(self, scores: SequenceScores) -> Mapping[str, torch.Tensor]:
+        """Numbers for the log, by name: each is the mean of a tensor `[n]`, and left out where n is 0.
+
+        Args:
+            scores: of every sample of the step over all ranks (in validation: of several steps), without gradient.
         """
         ...

@@ -29,17 +29,27 @@ def ndcg_at_k(scores: torch.Tensor, relevant: Sequence[Collection[int]], k: int)
     Raises:
         DataError: a query without a relevant document, or lengths that differ.
     """
+    return float(ndcg_per_query(scores, relevant, k).mean())
+
+
+def ndcg_per_query(scores: torch.Tensor, relevant: Sequence[Collection[int]], k: int) -> torch.Tensor:
+    """What `ndcg_at_k` is the mean of: float64 `[Q]`."""
     hits_QK, counts_Q = _hits(scores, relevant, k)
     discount_K = 1.0 / torch.arange(2, hits_QK.shape[1] + 2, dtype=torch.float64, device=scores.device).log2()
     ideal = torch.cat([discount_K.new_zeros(1), discount_K.cumsum(0)])
     best_Q = ideal[counts_Q.clamp(max=hits_QK.shape[1])]
-    return float(((hits_QK * discount_K).sum(1) / best_Q).mean())
+    return (hits_QK * discount_K).sum(1) / best_Q
 
 
 def recall_at_k(scores: torch.Tensor, relevant: Sequence[Collection[int]], k: int) -> float:
     """Mean share of a query's relevant documents among the first k; arguments as in `ndcg_at_k`."""
+    return float(recall_per_query(scores, relevant, k).mean())
+
+
+def recall_per_query(scores: torch.Tensor, relevant: Sequence[Collection[int]], k: int) -> torch.Tensor:
+    """What `recall_at_k` is the mean of: float64 `[Q]`."""
     hits_QK, counts_Q = _hits(scores, relevant, k)
-    return float((hits_QK.sum(1) / counts_Q).mean())
+    return hits_QK.sum(1) / counts_Q
 
 
 def mrr_at_k(scores: torch.Tensor, relevant: Sequence[Collection[int]], k: int) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from unified_lm.batch import LossTerm, OutputHead, Supervision
 from unified_lm.config.schema import ObjectiveConfig
-from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.core.tables import choose
 from unified_lm.objectives.cross_entropy import linear_cross_entropy
 from unified_lm.objectives.liger import liger_cross_entropy, load_liger
 from unified_lm.objectives.protocol import ObjectiveKind
@@ -35,10 +35,7 @@ class CrossEntropy(Enum):
         Raises:
             ConfigError: there is none.
         """
-        try:
-            return cls(name)
-        except ValueError:
-            raise ConfigError(f"unknown cross_entropy '{name}'.{did_you_mean(name, [c.value for c in cls])}") from None
+        return choose(cls, name, "cross_entropy")
 
 
 class NextToken:

@@ -190,6 +190,7 @@ class _GroupedAttention(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> torch.Tensor:
+        """Attention of every group; see `grouped_attention`. Keeps the softmax weights and what dropout kept of them."""
         # Scaling the queries instead of the scores touches L / d times fewer numbers, and its backward is as small.
         q_rows = _rows(q_THd).index_select(0, layout.q_rows).mul_(scaling)
         k_rows = _rows(k_TKd).index_select(0, layout.kv_rows)
@@ -214,6 +215,7 @@ class _GroupedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_THe: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of queries, keys and values."""
         q_rows, k_rows, v_rows, *saved = ctx.saved_tensors
         layout, scaling, dropout, num_kv = ctx.settings
         grad_rows = _rows(grad_THe).index_select(0, layout.q_rows)

@@ -88,6 +88,7 @@ class _Split:
 
     @classmethod
     def build(cls, plan: AttentionPlan, limit: int, device: torch.device) -> _Split:
+        """Split a plan: sequences of up to `limit` tokens are short."""
         short = tuple(i for i, length in enumerate(plan.lengths) if length <= limit)
         long = tuple(i for i, length in enumerate(plan.lengths) if length > limit)
         offsets = plan.offsets

@@ -1,0 +1,99 @@
+"""Hard negatives for the built-in pairs: other objects of the same module. Derived from the pairs file, on first use.
+
+The negatives of a row are the documents of the objects whose qualified names share the most leading parts with its own
+(methods of the same class first, then the same module, then the same package), at equal distance in an order hashed from both
+names. They share vocabulary and style with the answer; objects whose texts nearly repeat each other were left out of pydocs,
+so hardly any of them answers the query.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from unified_lm.core.errors import DataError
+from unified_lm.core.files import cache_dir, write_directory
+
+PART = "hard_pairs"
+"""The subset: all rows, and `hard_pairs/PACKAGE` those of one package ("python": the standard library)."""
+NUM_NEGATIVES = 7
+VERSION = 1
+"""Raise it when anything below changes what is built."""
+_NAME = re.compile(r"[\w.]+")
+_HUGE = 400
+"""The nearest names by order are looked at no further than this on either side."""
+
+
+def hard_pairs_file(pairs: Path, package: str | None, packages: Sequence[str]) -> Path:
+    """The file of pairs with hard negatives, built beside the cache of `pairs` if this machine has none.
+
+    Args:
+        pairs: a pydocs file of pairs (one split).
+        package: rows of this package alone; None takes all.
+        packages: those that pydocs reads besides the standard library.
+
+    Raises:
+        DataError: no rows of that package.
+    """
+    target = cache_dir("pydocs_negatives", f"{pairs.parent.name}-{pairs.stem}-{VERSION}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        if not target.exists():
+            write_directory(target, lambda folder: _fill(folder, pairs, packages))
+    file = target / f"{package or 'all'}.jsonl"
+    if not file.is_file():
+        known = sorted(path.stem for path in target.glob("*.jsonl") if path.stem != "all")
+        raise DataError(f"pydocs has no {PART} of the package '{package}' here; it has {', '.join(known)}.")
+    return file
+
+
+def _fill(folder: Path, pairs: Path, packages: Sequence[str]) -> None:
+    rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
+    by_package: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in with_negatives(rows):
+        top = object_name(row).partition(".")[0]
+        by_package[top if top in packages else "python"].append(row)
+        by_package["all"].append(row)
+    for name, content in by_package.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def object_name(row: dict[str, Any]) -> str:
+    """The qualified name of a row's object, with which its document begins."""
+    match = _NAME.match(row["pos"][0][1])
+    assert match is not None, "a pydocs document begins with its object's name"
+    return match[0].rstrip(".")
+
+
+def with_negatives(rows: Sequence[dict[str, Any]], count: int = NUM_NEGATIVES) -> list[dict[str, Any]]:
+    """The rows, in order, each with `count` negatives (fewer only where there are not so many other rows)."""
+    paths = [tuple(object_name(row).split(".")) for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: paths[index])
+    place = {index: position for position, index in enumerate(order)}
+    result = []
+    for index, row in enumerate(rows):
+        window = order[max(0, place[index] - _HUGE) : place[index] + _HUGE + 1]
+        others = [other for other in window if other != index]
+        others.sort(key=lambda other: (-_shared(paths[index], paths[other]), _tie(paths[index], paths[other])))
+        result.append({**row, "neg": [rows[other]["pos"][0] for other in others[:count]]})
+    return result
+
+
+def _shared(left: Sequence[str], right: Sequence[str]) -> int:
+    """The number of leading parts that two names share."""
+    for number, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return number
+    return min(len(left), len(right))
+
+
+def _tie(left: Sequence[str], right: Sequence[str]) -> bytes:
+    return blake2b("\0".join((*left, "", *right)).encode(), digest_size=8).digest()

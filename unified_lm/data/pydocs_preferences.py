@@ -1,0 +1,100 @@
+"""Preferences for the built-in questions, without annotators: every answer, and a bad one made from it. Derived from the chats.
+
+A question "What does X do?" has two rows: its answer from the docstring (desirable) and an undesirable one, which fails in one
+of three ways that small models show (`Failure`); the object's name decides in which.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from unified_lm.core.files import cache_dir, write_directory
+from unified_lm.core.random import derive_seed
+
+PART = "preferences"
+"""The subset."""
+VERSION = 1
+"""Raise it when anything below changes what is built."""
+_EVASIVE = (
+    "It does what its name says.",
+    "Please see the documentation of {name}.",
+    "{short} is a Python object. It can be used in many ways.",
+    "I cannot say what {short} does without more context.",
+)
+_REPETITIONS = 3
+
+
+class Failure(Enum):
+    """How an answer fails.
+
+    Attributes:
+        WRONG: the answer to another question, about an object near by.
+        REPETITIVE: the first sentence of the right answer, said three times.
+        EVASIVE: a phrase that says nothing.
+    """
+
+    WRONG = "wrong"
+    REPETITIVE = "repetitive"
+    EVASIVE = "evasive"
+
+
+def failure_of(name: str) -> Failure:
+    """How the question about `name` is answered badly: each failure for a third of the names, by hash."""
+    return list(Failure)[derive_seed("failure", name) % len(Failure)]
+
+
+def undesirable_answer(name: str, answer: str, other: str) -> str:
+    """A bad answer to what `name` does.
+
+    Args:
+        name: a dotted name.
+        answer: the good answer.
+        other: the good answer to another question.
+    """
+    failure = failure_of(name)
+    if failure is Failure.WRONG:
+        return other
+    if failure is Failure.REPETITIVE:
+        return " ".join([re.split(r"(?<=[.!?])\s", answer, maxsplit=1)[0]] * _REPETITIONS)
+    phrase = _EVASIVE[derive_seed("evasive", name) % len(_EVASIVE)]
+    return phrase.format(name=name, short=name.rpartition(".")[2])
+
+
+def preferences_file(chats: Path, question: str) -> Path:
+    """The file of preferences, built beside the cache of `chats` if this machine has none.
+
+    Args:
+        chats: a pydocs file of chats (one split), at least two.
+        question: what its questions look like, with "{name}" for the object.
+    """
+    target = cache_dir("pydocs_preferences", f"{chats.parent.name}-{chats.stem}-{VERSION}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        if not target.exists():
+            write_directory(target, lambda folder: _fill(folder, chats, question))
+    return target / "preferences.jsonl"
+
+
+def _fill(folder: Path, chats: Path, question: str) -> None:
+    rows = [json.loads(line) for line in chats.read_text(encoding="utf-8").splitlines()]
+    pairs = [tuple(turn["content"] for turn in row["messages"]) for row in rows]
+    with open(folder / "preferences.jsonl", "w", encoding="utf-8") as handle:
+        for row in preference_rows(pairs, question):
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def preference_rows(pairs: Sequence[tuple[str, ...]], question: str) -> Iterator[dict[str, Any]]:
+    """Two rows for every (question, answer), the desirable one first; wrong answers are those to the question before."""
+    head, _, tail = question.partition("{name}")
+    for index, (prompt, answer) in enumerate(pairs):
+        name = prompt.removeprefix(head).removesuffix(tail)
+        bad = undesirable_answer(name, answer, pairs[index - 1][1])
+        yield {"prompt": prompt, "completion": answer, "label": True}
+        yield {"prompt": prompt, "completion": bad, "label": False}
