@@ -20,7 +20,9 @@ def lines(run_dir: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("lora", ["none", "all_linear"])
-@pytest.mark.parametrize("recipe", sorted(set(list_recipes()) - {"llm2vec"}))
+@pytest.mark.parametrize(
+    "recipe", sorted(name for name in list_recipes() if name != "llm2vec" and not name.startswith("ablation_"))
+)
 def test_three_steps_and_an_export(recipe, lora, tmp_path):
     run_dir = train([f"recipe={recipe}", "model=tiny_random", f"lora={lora}", "max_steps=3", f"run_dir={tmp_path}/run", *QUIET])
     steps = [line for line in lines(run_dir) if "loss" in line]
@@ -31,6 +33,16 @@ def test_three_steps_and_an_export(recipe, lora, tmp_path):
     assert [stage.steps for stage in manifest.stages] == [3]
     assert (manifest.stages[0].adapter is not None) == (lora == "all_linear")
     assert (run_dir / "config.yaml").is_file()
+
+
+@pytest.mark.slow  # ablation_attention runs in tests/build/test_sweep.py
+@pytest.mark.parametrize("recipe", sorted(name for name in list_recipes() if name.startswith("ablation_")))
+def test_an_ablation_runs_every_default_arm(recipe, tmp_path):
+    run_dir = train([f"recipe={recipe}", "model=tiny_random", "max_steps=3", f"run_dir={tmp_path}/runs", *QUIET])
+    folders = [path.parent for path in run_dir.glob("*/finished.json")]
+    assert len(folders) >= 2
+    for folder in folders:
+        assert [line["step"] for line in lines(folder) if "loss" in line] == [1, 2, 3]
 
 
 def test_a_chain_keeps_the_history_of_its_adapters(tmp_path):

@@ -1,4 +1,4 @@
-"""`unified-lm eval mteb MODEL --tasks ...`: a model on benchmark tasks or on files of one's own."""
+"""`unified-lm eval`: which evaluation; and `eval mteb MODEL --tasks ...`: benchmark tasks, or files of one's own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,18 +24,25 @@ if TYPE_CHECKING:
     from unified_lm.evaluation.mteb_adapter import AbsTask, ModelIdentity, TaskScore
     from unified_lm.inference import UnifiedLM
 
+_KINDS = {
+    "mteb": "unified_lm.cli.evaluate:evaluate_mteb",
+    "words": "unified_lm.cli.evaluate_words:evaluate_words",
+    "perplexity": "unified_lm.cli.evaluate_generation:evaluate_perplexity",
+    "lm": "unified_lm.cli.evaluate_generation:evaluate_lm",
+}
+"""Evaluations by name: where their functions are."""
 _SETTINGS = ("template", "pooling", "attention", "max_tokens", "dtype")
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """Run the evaluation named by the first argument."""
-    kinds = {"mteb": evaluate_mteb}
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: unified-lm eval {mteb} MODEL ...; `unified-lm eval mteb --help` shows more")
+        print(f"usage: unified-lm eval {{{','.join(_KINDS)}}} MODEL ...; `unified-lm eval mteb --help` shows more")
         return
-    if argv[0] not in kinds:
-        raise UserError(f"unknown evaluation '{argv[0]}'.{did_you_mean(argv[0], kinds)}")
-    kinds[argv[0]](argv[1:])
+    if argv[0] not in _KINDS:
+        raise UserError(f"unknown evaluation '{argv[0]}'.{did_you_mean(argv[0], _KINDS)}")
+    module, _, name = _KINDS[argv[0]].partition(":")
+    getattr(import_module(module), name)(argv[1:])
 
 
 def evaluate_mteb(argv: Sequence[str]) -> None:

@@ -50,11 +50,27 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "generate": Command("answer a message: MODEL MESSAGE [--temperature 0.7]", "unified_lm.cli.use:generate"),
     "eval": Command(
-        "evaluate a model with mteb, on its tasks or on files of yours: mteb MODEL --tasks NAME|FOLDER ...",
+        "evaluate a model: mteb (its tasks, or files of yours), words (tagging), perplexity, lm (lm-eval): mteb MODEL ...",
         "unified_lm.cli.evaluate:evaluate",
+    ),
+    "analyse": Command(
+        "measure and draw what a model's vectors are like: future|layers|anisotropy|uniformity|norms|standardize|all MODEL...",
+        "unified_lm.cli.analyse:analyse",
+    ),
+    "standardize": Command(
+        "write a copy of an export whose vectors are standardised: EXPORT --corpus FILE|pydocs --out DIR",
+        "unified_lm.cli.analyse:standardize",
     ),
     "plot": Command(
         "draw loss, learning rate, speed and validation of runs as PNG and HTML: RUN... [--out DIR]", "unified_lm.cli.plot:plot"
+    ),
+    "compare": Command(
+        "put the held-out results of runs side by side, by what differs in them: RUN... | ABLATION [--out DIR]",
+        "unified_lm.cli.compare:compare",
+    ),
+    "report": Command(
+        "write results, curves, evaluations, data and cost of a run as one HTML page: RUN [--out FILE]",
+        "unified_lm.cli.report:report",
     ),
     "data": Command(
         "mine hard negatives, find overlap with evaluation sets, prepare published data: mine|overlap|prepare ...",

@@ -91,7 +91,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     """
     found: list[Path] = []
     for folder in folders:
-        found.extend(path for path in _run_folders(folder) if path not in found)
+        found.extend(path for path in run_folders(folder) if path not in found)
     return [Run(name, read_metrics(path)) for name, path in zip(_names(found), found, strict=True)]
 
 
@@ -102,7 +102,7 @@ def build_panels(runs: Sequence[Run]) -> list[Panel]:
     if len(losses) > 1:
         total = [curve for curve in _curves(runs, {"loss": TRAINING}) if len(_streams([runs[curve.run]])) > 1]
         panels.append(Panel("total loss", "weighted sum", total, noisy=True, log_scale=True))
-    panels += _retrieval_panels(runs)
+    panels += _further_panels(runs) + _retrieval_panels(runs)
     for metric, title, unit, factor, noisy, log_scale in _SPEED_PANELS:
         curves = [
             Curve(c.run, c.kind, c.steps, [value * factor for value in c.values]) for c in _curves(runs, {metric: TRAINING})
@@ -166,7 +166,12 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 # --- runs --------------------------------------------------------------------------------------------------------------
 
 
-def _run_folders(folder: Path) -> list[Path]:
+def run_folders(folder: Path) -> list[Path]:
+    """The folder of a run itself, or those of a chain's stages, in order.
+
+    Raises:
+        DataError: there is no such folder, or it holds no metrics.
+    """
     if (folder / _METRICS).is_file():
         return [folder]
     stages = sorted(path.parent for path in folder.glob(f"*/{_METRICS}"))
@@ -198,12 +203,27 @@ def _streams(runs: Sequence[Run]) -> list[str]:
 
 
 def _is_loss(key: str) -> bool:
-    return key.startswith(("loss/", "heldout/"))
+    return key.startswith(("loss/", "heldout/")) and key.count("/") == 1
 
 
 def _loss_panel(runs: Sequence[Run], stream: str) -> Panel:
     curves = _curves(runs, {f"loss/{stream}": TRAINING, f"heldout/{stream}": HELD_OUT})
     return Panel(f"{stream} loss", "nats", curves, noisy=True, log_scale=True)
+
+
+def _further_panels(runs: Sequence[Run]) -> list[Panel]:
+    """What an objective measures on held-out rows besides its loss ("heldout/STREAM/NAME"), with the same of training steps."""
+    keys = dict.fromkeys(key for run in runs for line in run.lines for key in line if key.startswith("heldout/"))
+    names = [key.partition("/")[2] for key in keys if not _is_loss(key)]
+    return [
+        Panel(
+            name.replace("/", " ").replace("_", " "),
+            "",
+            _curves(runs, {name: TRAINING, f"heldout/{name}": HELD_OUT}),
+            noisy=True,
+        )
+        for name in names
+    ]
 
 
 def _retrieval_panels(runs: Sequence[Run]) -> list[Panel]:

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import html
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from unified_lm.core.files import write_text
-from unified_lm.core.version import code_version
 from unified_lm.evaluation.curves import Curve, Panel, Run, is_smoothed
+from unified_lm.evaluation.pages import made_by, page, page_data
 
-_TEMPLATE = Path(__file__).with_name("curves_page.html")
 _MAX_POINTS = 2000
 """Of a curve on the page; a longer one keeps the lowest and the highest value of each stretch, so that no spike is lost."""
 
 
 def write_page(panels: Sequence[Panel], runs: Sequence[Run], target: Path) -> Path:
     """Write the page and return its path."""
-    data = {
-        "runs": [run.name for run in runs],
-        "panels": [_panel(panel) for panel in panels],
-    }
-    names = ", ".join(run.name for run in runs)
-    made = f"unified_lm {code_version()['unified_lm']}"
-    # "</" would end the script element; the escaped form means the same in JSON.
-    encoded = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    page = _TEMPLATE.read_text(encoding="utf-8")
-    for mark, text in (("{{title}}", html.escape(names)), ("{{made}}", html.escape(made)), ("{{data}}", encoded)):
-        page = page.replace(mark, text)
-    write_text(target, page)
+    title = ", ".join(run.name for run in runs)
+    write_text(target, page("curves.html.jinja", title=title, made=made_by(), data=page_data(chart_data(panels, runs))))
     return target
+
+
+def chart_data(panels: Sequence[Panel], runs: Sequence[Run]) -> dict[str, Any]:
+    """What `pages/charts.js` draws, as JSON values."""
+    return {"runs": [run.name for run in runs], "panels": [_panel(panel) for panel in panels]}
 
 
 def _panel(panel: Panel) -> dict[str, Any]:

@@ -136,10 +136,12 @@ class _Unified:
     max_tokens: int | None
 
     def queries(self, texts: Sequence[Text]) -> np.ndarray:
+        """See `Embedder.queries`."""
         default = self.model.query_instruction
         return self._encode([text if text.instruction else Text(text.text, default) for text in texts])
 
     def documents(self, texts: Sequence[Text]) -> np.ndarray:
+        """See `Embedder.documents`."""
         return self._encode(texts)
 
     def _encode(self, texts: Sequence[Text]) -> np.ndarray:
@@ -160,9 +162,11 @@ class _SentenceTransformers:
     batch_size: int
 
     def queries(self, texts: Sequence[Text]) -> np.ndarray:
+        """See `Embedder.queries`."""
         return self._encode(texts, self.query_prompt, self.model.encode_query, "query")
 
     def documents(self, texts: Sequence[Text]) -> np.ndarray:
+        """See `Embedder.documents`."""
         return self._encode(texts, self.document_prompt, self.model.encode_document, "document")
 
     def _encode(self, texts: Sequence[Text], prompt: str | None, own: Callable[..., np.ndarray], role: str) -> np.ndarray:

@@ -1,0 +1,103 @@
+"""From the command line to files: every analysis on a tiny model, arms in one figure, resuming, errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unified_lm.cli.analyse import analyse
+from unified_lm.cli.main import main
+from unified_lm.core.errors import CheckpointError, ConfigError, UserError
+from unified_lm.evaluation.analyses import ANALYSES
+from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
+
+PNG = b"\x89PNG"
+
+
+def _arguments(files: dict[str, Path], out: Path) -> list[str]:
+    small = ["--num-texts", "30", "--num-windows", "4", "--positions", "12", "--num-pairs", "20", "--device", "cpu"]
+    where = ["--texts", str(files["texts"]), "--sts", str(files["sts"]), "--retrieval", str(files["pairs"])]
+    return [
+        *where,
+        "--corpus",
+        f"same={files['texts']}",
+        "--corpus",
+        str(files["sts"].parent / "texts.txt"),
+        *small,
+        "--out",
+        str(out),
+    ]
+
+
+@pytest.fixture(scope="module")
+def out(folder: Path, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("analysis")
+    analyse(["all", f"uni={folder}@causal", f"bi={folder}", *_arguments(files, out)])
+    return out
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_every_analysis_writes_numbers_and_a_figure(out: Path, name: str) -> None:
+    result = json.loads((out / f"{name}.json").read_text())
+    assert result["analysis"] == name
+    assert list(result["arms"]) == ["uni", "bi"]
+    assert result["measured_on"]
+    assert (out / f"{name}.png").read_bytes().startswith(PNG)
+
+
+def test_arms_have_their_own_attention(out: Path) -> None:
+    arms = json.loads((out / "anisotropy.json").read_text())["arms"]
+    assert [arm["attention"] for arm in arms.values()] == ["causal", "bidirectional"]
+    assert arms["uni"]["mean_cosine"] != arms["bi"]["mean_cosine"]
+    assert arms["uni"]["dimensions"] == 64
+
+
+def test_standardize_measures_every_corpus(out: Path) -> None:
+    arm = json.loads((out / "standardize.json").read_text())["arms"]["bi"]
+    assert list(arm["spearman"]) == ["none", "same", "texts", "the evaluated texts"]
+    assert arm["spearman"]["same"] == arm["spearman"]["texts"], "one corpus under two names"
+    assert arm["spearman"]["same"]["value"] != arm["spearman"]["none"]["value"]
+    change = arm["ndcg@10"]["same"]["value"] - arm["ndcg@10"]["none"]["value"]
+    assert arm["ndcg@10"]["same"]["change"] == pytest.approx(change, abs=1e-5)
+
+
+def test_what_is_measured_is_not_measured_again(
+    out: Path, folder: Path, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (out / "norms.json").read_text()
+    analyse(["norms", f"bi={folder}", f"again={folder}@bidirectional", f"uni={folder}@causal", *_arguments(files, out)])
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[2].strip() == "measured before" for line in lines] == [True, False, True]
+    arms = json.loads((out / "norms.json").read_text())["arms"]
+    assert list(arms) == ["bi", "again", "uni"]
+    assert arms["uni"] == json.loads(before)["arms"]["uni"]
+    assert arms["again"]["norm"] == arms["bi"]["norm"]
+    analyse(["norms", f"bi={folder}", *_arguments(files, out), "--positions", "13"])
+    assert "measured before" not in capsys.readouterr().err, "other material is measured anew"
+
+
+def test_arms(folder: Path, tmp_path: Path) -> None:
+    settings = ArmSettings()
+    (first, second) = parse_arms([f"a+b={folder}@causal", str(folder)], settings)
+    assert (first.label, first.settings.attention, first.folder) == ("a+b", "causal", folder)
+    assert (second.label, second.settings.attention) == ("base", None)
+    assert first.key() != second.key()
+    assert parse_arms([f"{folder}@causal"], settings)[0].label == "base causal"
+    with pytest.raises(ConfigError, match="two models are called 'base'"):
+        parse_arms([str(folder), str(folder)], settings)
+    with pytest.raises(ConfigError, match=r"unknown attention 'casual'.* 'causal'"):
+        parse_arms([f"{folder}@casual"], settings)
+    with pytest.raises(CheckpointError, match="there is no folder"):
+        parse_arms([str(tmp_path / "missing")], settings)
+
+
+def test_mistakes(folder: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"unknown analysis 'layer'\. Did you mean 'layers'"):
+        analyse(["layer", str(folder)])
+    with pytest.raises(ConfigError, match="needs something to score"):
+        analyse(["standardize", str(folder), "--retrieval", "none", "--out", str(tmp_path)])
+    with pytest.raises(ConfigError, match="two corpora are called 'texts'"):
+        analyse(["norms", str(folder), "--corpus", str(files["texts"]), "--corpus", "texts=pydocs"])
+    (tmp_path / "norms.json").write_text('{"arms": [1]}')
+    assert main(["analyse", "norms", str(folder), *_arguments(files, tmp_path)]) == 2
+    assert "is not the result of an analysis" in capsys.readouterr().err

@@ -1,0 +1,170 @@
+"""`unified-lm eval perplexity` and `unified-lm eval lm`: a model read causally."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, positive, progress_bar
+from unified_lm.core.errors import ConfigError, UserError
+from unified_lm.core.files import cache_dir, write_json
+from unified_lm.evaluation.perplexity import BUILT_IN, CONTEXT, Domain, num_windows, perplexity, read_domain
+from unified_lm.evaluation.result_table import FOLDER
+
+
+def evaluate_perplexity(argv: Sequence[str]) -> None:
+    """Perplexity by domain. A domain that the result file has already, of the same data and settings, is not computed again.
+
+    Raises:
+        UserError: a mistake in the arguments, the data or the model; those of arguments and data are found first.
+    """
+    options = _perplexity_parser().parse_args(list(argv))
+    domains = [_domain(item, options.documents) for item in options.data]
+    names = [domain.name for domain in domains]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"--data names {', '.join(twice)} more than once.")
+    console = Console(stderr=True)
+    place = find_model(options.model)
+    out = options.out or place.beside / "perplexity.json"
+    settings = {name: getattr(options, name) for name in ("context", "stride", "dtype", "template")}
+    result = _earlier(out, {"model": place.name, "revision": place.revision, "settings": settings})
+    model = None
+    for domain in domains:
+        if result["domains"].get(domain.name, {}).get("key") == domain.key:
+            console.print(f"{domain.name}: finished before", markup=False)
+            continue
+        model = model or place.load(options, template="plain")
+        total = num_windows(model, domain, options.context, options.stride)
+        with progress_bar(f"{domain.name}: windows", total, console) as advance:
+            scores = perplexity(model, domain, context=options.context, stride=options.stride, progress=advance)
+        result["domains"][domain.name] = {"key": domain.key, **scores}
+        write_json(out, result)
+    chosen = {name: result["domains"][name] for name in names}
+    table = _perplexity_table(chosen, f"Perplexity by domain: {place.name} @ {place.revision[:12]}")
+    if place.in_run:
+        note = f"Read causally in windows of {options.context} tokens; 95 % intervals over documents."
+        plain_table(table, note).save(place.beside / FOLDER / "perplexity.json")
+    Console().print(table)
+    print(f"results: {out}")
+
+
+def _perplexity_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unified-lm eval perplexity", description="token and byte perplexity by domain, read causally"
+    )
+    add_model_options(parser)
+    add = parser.add_argument
+    add(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="NAME=FILE",
+        help=f"files or folders of texts or chats; or {', '.join(BUILT_IN)}",
+    )
+    add("--context", type=positive, default=CONTEXT, help=f"tokens of a window ({CONTEXT})")
+    add("--stride", type=positive, default=None, help="new tokens per further window of a long document; half the context")
+    add("--documents", type=positive, default=None, help="at most this many documents per domain, evenly spread")
+    add("--out", type=Path, default=None, help="result file (default: perplexity.json beside the export)")
+    return parser
+
+
+def _domain(item: str, limit: int | None) -> Domain:
+    name, equals, path = item.partition("=")
+    if equals and not (name and path):
+        raise UserError(f"--data {item}: expected NAME=FILE.")
+    domain = read_domain(name, Path(path).expanduser() if equals else None)
+    return domain if limit is None else domain.limited(max(2, limit))
+
+
+def _earlier(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result file holds, where it is of the same model and settings."""
+    fresh = {**header, "domains": {}}
+    if not path.is_file():
+        return fresh
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is there but cannot be read as a result file ({error}). Remove it, or use --out.") from error
+    same = isinstance(found, dict) and {name: found.get(name) for name in header} == dict(header)
+    return found if same and isinstance(found.get("domains"), dict) else fresh
+
+
+def _perplexity_table(domains: Mapping[str, Any], title: str) -> Table:
+    table = Table("domain", "documents", "tokens", "token perplexity", "bits per byte", "byte perplexity", title=title)
+    table.title_justify = "left"
+    for name, scores in domains.items():
+        cells = [
+            f"{score['value']:.4f} [{score['low']:.4f}, {score['high']:.4f}]"
+            for score in (scores["token_perplexity"], scores["bits_per_byte"])
+        ]
+        byte = f"{scores['byte_perplexity']['value']:.4f}"
+        table.add_row(name, str(scores["documents"]), str(scores["tokens"]), *cells, byte)
+    return table
+
+
+def evaluate_lm(argv: Sequence[str]) -> None:
+    """Run tasks of lm-eval, or task files of one's own, on an export.
+
+    Raises:
+        UserError: a mistake in the arguments, the tasks or the model.
+    """
+    options = _lm_parser().parse_args(list(argv))
+    try:
+        from unified_lm.evaluation import lm_eval_adapter
+    except ImportError as error:
+        raise ConfigError(f"this needs lm-eval ({error}): pip install 'unified_lm[lm-eval]'.") from error
+    if options.include_path is not None and not options.include_path.is_dir():
+        raise UserError(f"--include-path {options.include_path} is no folder.")
+    place = find_model(options.model)
+    settings = lm_eval_adapter.HarnessSettings(
+        **{name: getattr(options, name) for name in lm_eval_adapter.HarnessSettings.__dataclass_fields__}
+    )
+    scores, raw = lm_eval_adapter.run_harness(place.folder, settings, _answers(place.revision, options))
+    out = options.out or place.beside / "lm_eval" / f"{'+'.join(Path(task).stem for task in options.tasks)[:100]}.json"
+    write_json(out, {"model": place.name, "revision": place.revision, "version": lm_eval_adapter.VERSION, "result": raw})
+    table = Table(
+        "task", "metric", "score", "standard error", "questions", title=f"lm-eval: {place.name} @ {place.revision[:12]}"
+    )
+    table.title_justify = "left"
+    for score in scores:
+        deviation = "" if score.error is None else f"{score.error:.4f}"
+        table.add_row(score.task, score.metric, f"{score.value:.4f}", deviation, str(score.num_questions or ""))
+    if place.in_run:
+        plain_table(table, f"lm-eval {lm_eval_adapter.VERSION}; the model is read causally.").save(
+            place.beside / FOLDER / f"lm-{out.name}"
+        )
+    Console().print(table)
+    print(f"results: {out}")
+
+
+def _answers(revision: str, options: argparse.Namespace) -> Path:
+    """Where answers are kept: under the model's content and whatever else changes them besides the question."""
+    described = f"{revision}:{options.dtype}:{options.device}:{options.seed}:{options.chat}"
+    return cache_dir("lm_eval", blake2b(described.encode(), digest_size=12).hexdigest())
+
+
+def _lm_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unified-lm eval lm", description="run lm-eval on an export, through its own Hugging Face model class"
+    )
+    add = parser.add_argument
+    add("model", help="the export folder of a run, any causal model's folder or Hub name, or an embedded model's name")
+    add("--tasks", nargs="+", required=True, metavar="TASK", help="lm-eval's tasks and groups, or paths of task files (.yaml)")
+    add("--include-path", type=Path, default=None, metavar="FOLDER", help="task files of your own, by their names")
+    add("--num-fewshot", type=int, default=None, help="examples before each question; the task's own number if left out")
+    add("--limit", type=positive, default=None, help="at most this many questions per task, for a trial")
+    add("--batch-size", type=positive, default=8, help="questions per forward (8)")
+    add("--chat", action="store_true", help="put questions as messages, in the export's chat template")
+    add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
+    add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+    add("--seed", type=int, default=0, help="of few-shot examples and sampling")
+    add("--out", type=Path, default=None, help="result file (default: lm_eval/TASKS.json beside the export)")
+    return parser

@@ -1,0 +1,117 @@
+"""What `unified-lm eval` commands that load a model themselves share: their options, and how the model is found."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from unified_lm.checkpoint.manifest import FILE_NAME
+from unified_lm.evaluation.embedders import folder_hash
+from unified_lm.evaluation.result_table import ResultTable
+from unified_lm.inference import UnifiedLM
+from unified_lm.inference.loading import model_folder
+from unified_lm.models.embedded import EMBEDDED_MODELS, embedded_directory
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model on the disk.
+
+    Attributes:
+        folder: its files.
+        name: for results.
+        revision: hash of its files.
+        beside: the folder that results go to unless told otherwise.
+    """
+
+    folder: Path
+    name: str
+    revision: str
+    beside: Path
+
+    @property
+    def is_export(self) -> bool:
+        """Whether this package exported it."""
+        return (self.folder / FILE_NAME).is_file()
+
+    @property
+    def in_run(self) -> bool:
+        """Whether it is the export of a run, whose report shows tables that lie beside it."""
+        return self.is_export and self.folder.resolve().name == "export"
+
+    def load(self, options: argparse.Namespace, template: str | None = None) -> UnifiedLM:
+        """Load it with the options of `add_model_options`.
+
+        Args:
+            options: the parsed arguments.
+            template: for a model that is no export, where the arguments name none.
+        """
+        chosen = options.template or (None if self.is_export else template)
+        return UnifiedLM.from_pretrained(self.folder, device=options.device, dtype=options.dtype, template=chosen)
+
+
+def find_model(name: str) -> EvaluatedModel:
+    """A folder, an embedded model's name, or a Hub name.
+
+    Raises:
+        CheckpointError: nothing there.
+        ModelError: the embedded model's package is not installed.
+    """
+    if name in EMBEDDED_MODELS and not Path(name).is_dir():
+        folder = embedded_directory(name)
+        return EvaluatedModel(folder, name, folder_hash(folder), Path())
+    folder = model_folder(name, None)
+    shown = folder.resolve()
+    beside = shown.parent if Path(name).is_dir() else Path()
+    run = shown.parent.name if shown.name == "export" else shown.name
+    return EvaluatedModel(folder, run if Path(name).is_dir() else name, folder_hash(folder), beside)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the model and how it is loaded."""
+    add = parser.add_argument
+    add("model", help=f"the export folder of a run, any causal model's folder or Hub name, or {', '.join(EMBEDDED_MODELS)}")
+    add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
+    add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+    add("--template", default=None, help="prompt template, in place of the export's")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for `argparse`."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def plain_table(table: Table, note: str) -> ResultTable:
+    """A printed table as one for the run's report (`evaluation.result_table`)."""
+    columns = [list(column.cells) for column in table.columns]
+    return ResultTable(
+        title=str(table.title),
+        columns=[str(column.header) for column in table.columns],
+        rows=[[_cell(str(cell)) for cell in row] for row in zip(*columns, strict=True)],
+        note=note,
+    )
+
+
+def _cell(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@contextmanager
+def progress_bar(title: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.update(task, advance=count)

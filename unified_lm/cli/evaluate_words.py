@@ -1,0 +1,174 @@
+"""`unified-lm eval words MODEL --task pos|chunk|ner|all ...`: word-level tasks by a linear probe."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from unified_lm.checkpoint.manifest import ATTENTIONS
+from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, positive, progress_bar
+from unified_lm.core.errors import ConfigError, UserError, did_you_mean
+from unified_lm.core.files import write_json
+from unified_lm.evaluation.result_table import FOLDER
+from unified_lm.evaluation.word_level_code import code_words
+from unified_lm.evaluation.word_level_data import TASKS, WORD, WordData, find_conll, read_conll, read_hub, require_tasks
+from unified_lm.evaluation.word_level_features import MAX_TOKENS, Alignment, Subtoken
+
+_SOURCES = ("builtin", "conll", "hub")
+_ALIGNMENTS = tuple(alignment.value for alignment in Alignment)
+
+
+def evaluate_words(argv: Sequence[str]) -> None:
+    """Probe a model on word-level tasks.
+
+    Raises:
+        UserError: a mistake in the arguments, the data or the model; those of arguments and data are found first.
+    """
+    options = _parser().parse_args(list(argv))
+    for name in options.attention or ():
+        if name not in ATTENTIONS:
+            raise ConfigError(f"unknown attention '{name}'.{did_you_mean(name, ATTENTIONS)}")
+    alignments = [Alignment.parse(name).value for name in options.alignment]
+    Subtoken.parse(options.subtoken)
+    try:
+        from unified_lm.evaluation.word_level import word_level_scores
+        from unified_lm.evaluation.word_level_probe import make_probe
+    except ImportError as error:
+        raise ConfigError(f"this needs scikit-learn and seqeval ({error}): pip install 'unified_lm[eval]'.") from error
+    probe = make_probe(options.probe, options.seed)
+    data = _data(options)
+    tasks = require_tasks(() if "all" in options.task else options.task, data)
+    console = Console(stderr=True)
+    place = find_model(options.model)
+    model = place.load(options, template="plain")
+    scores: dict[str, Any] = {}
+    for attention in options.attention or [model.attention]:
+        with progress_bar(f"{attention}: sentences", len(data.train) + len(data.test), console) as advance:
+            scores[attention] = word_level_scores(
+                model,
+                data,
+                tasks=tasks,
+                alignments=alignments,
+                attention=attention,
+                subtoken=options.subtoken,
+                probe=probe,
+                max_tokens=options.max_tokens,
+                cache_key=place.revision,
+                progress=advance,
+            )
+    result = {
+        "model": place.name,
+        "revision": place.revision,
+        "settings": {"subtoken": options.subtoken, "max_tokens": options.max_tokens, "dtype": options.dtype},
+        "probe": probe.describe(),
+        "data": _described(data),
+        "scores": scores,
+    }
+    out = options.out or place.beside / "words" / f"{_file_name(data.name)}-{options.probe}.json"
+    write_json(out, result)
+    table = _table(scores, f"Word-level tasks: {place.name} @ {place.revision[:12]} on {data.name}")
+    if place.in_run:
+        about = f"{data.about}; " if data.about else ""
+        note = f"{about}probe: {options.probe}; 95 % intervals over test sentences."
+        plain_table(table, note).save(place.beside / FOLDER / f"words-{out.stem}.json")
+    Console().print(table)
+    print(f"results: {out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="unified-lm eval words", description="tag words by a linear probe on a frozen model's states"
+    )
+    add_model_options(parser)
+    add = parser.add_argument
+    add("--task", nargs="+", default=["all"], choices=[*TASKS, "all"], help="what to tag; all that the data has if left out")
+    add("--data", default="builtin", metavar="SOURCE", help="builtin, conll:FOLDER, conll:TRAIN,TEST or hub:NAME[@REVISION]")
+    add("--subset", default="", help="subset of a Hub data set")
+    add(
+        "--columns", nargs="+", default=[], metavar="NAME=WHERE", help="word, pos, chunk, ner: positions from 0, or Hub columns"
+    )
+    add("--comment", default="", metavar="PREFIX", help="what a comment line of a CoNLL file begins with; none if left out")
+    add("--alignment", nargs="+", default=list(_ALIGNMENTS), metavar="NAME", help=f"{', '.join(_ALIGNMENTS)}; both if left out")
+    add("--attention", nargs="+", default=None, metavar="MODE", help="causal, bidirectional; the model's own if left out")
+    add("--subtoken", default="mean", help="what stands for a word of several tokens: mean, first or last")
+    add("--probe", default="logistic", help="logistic (regularised, no seed), or linear (trained as in LLM2Vec)")
+    add("--seed", type=int, default=0, help="of the linear probe")
+    add("--train-sentences", type=positive, default=None, help="at most this many training sentences, evenly spread")
+    add("--max-tokens", type=positive, default=MAX_TOKENS, help=f"tokens of one context ({MAX_TOKENS}); longer ones are split")
+    add("--out", type=Path, default=None, help="result file (default: words/DATA-PROBE.json beside the export)")
+    return parser
+
+
+def _data(options: argparse.Namespace) -> WordData:
+    source, colon, where = options.data.partition(":")
+    if source not in _SOURCES or bool(colon) == (source == "builtin"):
+        raise UserError(f"unknown data '{options.data}': expected builtin, conll:FOLDER, conll:TRAIN,TEST or hub:NAME.")
+    if source == "builtin" and (options.columns or options.comment or options.subset):
+        raise UserError("--columns, --comment and --subset are for conll: and hub: data.")
+    columns = _columns(options.columns)
+    if source == "conll":
+        train, test = find_conll(where)
+        positions = {name: _position(name, value) for name, value in columns.items()}
+        data = read_conll(train, test, positions or None, comment=options.comment, name=_conll_name(where, train))
+    elif source == "hub":
+        name, _, revision = where.partition("@")
+        data = read_hub(name, columns or None, subset=options.subset, revision=revision or None)
+    else:
+        data = code_words()
+    return data.limited(options.train_sentences or len(data.train))
+
+
+def _columns(pairs: Sequence[str]) -> dict[str, str]:
+    columns = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not value or name not in (WORD, *TASKS):
+            raise UserError(f"--columns {pair}: expected NAME=WHERE with NAME one of {', '.join((WORD, *TASKS))}.")
+        columns[name] = value
+    if columns and (WORD not in columns or len(columns) < 2):
+        raise UserError(f"--columns must say where the words are and at least one task: {WORD}=0 pos=1.")
+    return columns
+
+
+def _position(name: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UserError(f"--columns {name}={value}: expected a position, counted from 0 (-1 is the last column).") from error
+
+
+def _conll_name(where: str, train: Path) -> str:
+    return train.stem if "," in where else Path(where).resolve().name
+
+
+def _file_name(name: str) -> str:
+    return name.replace("/", "__")
+
+
+def _described(data: WordData) -> dict[str, Any]:
+    splits = {
+        split: {"sentences": len(side), "words": sum(len(sentence.words) for sentence in side)}
+        for split, side in (("train", data.train), ("test", data.test))
+    }
+    return {"name": data.name, "key": data.key, "about": data.about, **splits}
+
+
+def _table(scores: Mapping[str, Any], title: str) -> Table:
+    table = Table(title=title)
+    for column in ("task", "attention", "alignment", "metric", "score", "95 %", "accuracy", "baseline"):
+        table.add_column(column, no_wrap=column in ("task", "attention", "alignment", "score"))
+    table.title_justify = "left"
+    first = next(iter(scores.values()))
+    for task in first:
+        for attention, tasks in scores.items():
+            for alignment, score in tasks[task].items():
+                interval = f"{score['low']:.4f} to {score['high']:.4f}"
+                numbers = (f"{score['score']:.4f}", interval, f"{score['accuracy']:.4f}", f"{score['baseline']:.4f}")
+                table.add_row(task, attention, alignment, score["metric"], *numbers)
+        table.add_section()
+    return table

@@ -1,0 +1,163 @@
+"""Do a few dimensions decide every cosine? Timkey and van Schijndel (2021), arXiv:2109.04404.
+
+The cosine of two vectors is a sum over dimensions, `x_i y_i / (|x| |y|)`, so the mean cosine of random pairs (their estimate of
+anisotropy) splits exactly into one contribution per dimension. Without preferred directions it is about 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unified_lm.core.errors import DataError
+from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
+from unified_lm.evaluation.analyses.figure import MARKERS, PALETTE, arm_legend, finish, save, subplots
+from unified_lm.evaluation.analyses.texts import distinct, fingerprint, read_texts
+from unified_lm.inference.unified import UnifiedLM
+
+ROGUE_RATIO = 10.0
+"""A dimension is rogue where its mean magnitude is that many times the median dimension's."""
+
+_TOP = 12
+
+
+def cosine_contributions(vectors: np.ndarray) -> np.ndarray:
+    """Each dimension's part of the mean cosine over all pairs of different rows; the parts add up to it.
+
+    Over all pairs, not a sample of them: with unit rows u, the sum over pairs of u_i v_i is `((sum u_i)^2 - sum u_i^2) / 2`.
+
+    Args:
+        vectors: `[N, D]`, N at least 2, no row zero.
+
+    Returns:
+        float64 `[D]`.
+
+    Raises:
+        DataError: fewer than two rows, or a row of zeros.
+    """
+    rows = np.asarray(vectors, np.float64)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    if len(rows) < 2 or not norms.all():
+        raise DataError(
+            f"{len(rows)} vectors, {int((norms == 0).sum())} of them zero; a mean cosine needs at least 2, none zero."
+        )
+    unit = rows / norms
+    return (unit.sum(axis=0) ** 2 - (unit**2).sum(axis=0)) / (len(rows) * (len(rows) - 1))
+
+
+def rogue_dimensions(vectors: np.ndarray) -> list[int]:
+    """Dimensions whose mean magnitude is at least `ROGUE_RATIO` times the median dimension's, largest first."""
+    magnitude = np.abs(np.asarray(vectors, np.float64)).mean(axis=0)
+    found = np.flatnonzero(magnitude >= ROGUE_RATIO * np.median(magnitude))
+    return [int(i) for i in found[np.argsort(-magnitude[found])]]
+
+
+def _prepare(settings: AnalysisSettings) -> Material:
+    name, texts = read_texts(settings.texts, settings.num_texts)
+    content = distinct(texts)
+    return Material({"texts": name, "num_texts": len(content)}, fingerprint(content), content)
+
+
+def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbers:
+    vectors = np.asarray(model.encode(material.content, normalize=False, show_progress=show_progress), np.float64)
+    return {
+        "attention": model.attention,
+        "standardized": model.standardizer is not None,
+        **describe(vectors),
+    }
+
+
+def describe(vectors: np.ndarray) -> Numbers:
+    """All numbers of the analysis for vectors `[N, D]` that are not normalised."""
+    mean, std = vectors.mean(axis=0), vectors.std(axis=0)
+    magnitude = np.abs(vectors).mean(axis=0)
+    median = float(np.median(magnitude))
+    parts = cosine_contributions(vectors)
+    total = float(parts.sum())
+    rogue = rogue_dimensions(vectors)
+    order = np.argsort(-parts)[:_TOP]
+    centred = vectors - mean
+    rest = np.delete(vectors, rogue, axis=1)
+    return {
+        "num_texts": len(vectors),
+        "dimensions": vectors.shape[1],
+        "mean_cosine": rounded(total),
+        "mean_cosine_without_rogue": rounded(float(cosine_contributions(rest).sum())),
+        "mean_cosine_centred": rounded(float(cosine_contributions(centred).sum())),
+        "mean_cosine_standardized": rounded(float(cosine_contributions(centred / np.where(std > 0, std, 1)).sum())),
+        "median_magnitude": rounded(median),
+        "magnitudes_sorted": rounded(-np.sort(-magnitude), 4),
+        "rogue": [_dimension(i, mean, std, magnitude, median, parts, total) for i in rogue],
+        "rogue_share": rounded(float(parts[rogue].sum()) / total),
+        "rogue_magnitude_after_centring": rounded(_largest_ratio(centred, rogue)),
+        "top": [_dimension(int(i), mean, std, magnitude, median, parts, total) for i in order],
+    }
+
+
+def _largest_ratio(centred: np.ndarray, rogue: list[int]) -> float:
+    """Largest mean magnitude of the rogue dimensions after centring, against the median dimension's; 0 without any."""
+    magnitude = np.abs(centred).mean(axis=0)
+    return float(magnitude[rogue].max() / np.median(magnitude)) if rogue else 0.0
+
+
+def _dimension(
+    i: int, mean: np.ndarray, std: np.ndarray, magnitude: np.ndarray, median: float, parts: np.ndarray, total: float
+) -> dict[str, float]:
+    return {
+        "dimension": i,
+        "mean": rounded(float(mean[i])),
+        "std": rounded(float(std[i])),
+        "magnitude": rounded(float(magnitude[i])),
+        "ratio_to_median": rounded(float(magnitude[i]) / median),
+        "share_of_mean_cosine": rounded(float(parts[i]) / total),
+    }
+
+
+_BARS = (
+    ("mean_cosine", "as they are"),
+    ("mean_cosine_without_rogue", "rogue dimensions\nleft out"),
+    ("mean_cosine_centred", "centred"),
+    ("mean_cosine_standardized", "standardised"),
+)
+
+
+def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) -> Path:
+    figure, axes = subplots(1, 3, 14, 4.3, gridspec_kw={"width_ratios": [1, 1.1, 1.2]})
+    width = 0.8 / len(arms)
+    for index, numbers in enumerate(arms.values()):
+        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        magnitudes = numbers["magnitudes_sorted"]
+        axes[0][0].plot(range(1, len(magnitudes) + 1), magnitudes, color=colour, linewidth=1.5)
+        for rank, dimension in enumerate(numbers["rogue"], start=1):
+            axes[0][0].plot(rank, dimension["magnitude"], color=colour, marker=marker, markersize=5)
+            axes[0][0].annotate(str(dimension["dimension"]), (rank, dimension["magnitude"]), fontsize=7.5, color=colour,
+                                xytext=(6, 4 - 9 * index), textcoords="offset points")  # fmt: skip
+        shares = [100 * dimension["share_of_mean_cosine"] for dimension in numbers["top"]]
+        axes[0][1].plot(range(1, len(shares) + 1), shares, color=colour, marker=marker, markersize=4.5, linewidth=1)
+        places = np.arange(len(_BARS)) + (index - (len(arms) - 1) / 2) * width
+        cosines = [numbers[key] for key, _ in _BARS]
+        bars = axes[0][2].bar(places, cosines, width=width * 0.94, color=colour)
+        named = [f"{round(cosine, 2) + 0.0:.2f}" for cosine in cosines]  # + 0.0: no negative zero
+        axes[0][2].bar_label(bars, labels=named, fontsize=7, padding=2)
+    axes[0][0].set_xscale("log")
+    axes[0][0].set_yscale("log")
+    axes[0][2].axhline(0, color="#555555", linewidth=0.8)
+    axes[0][2].set_xticks(range(len(_BARS)), [name for _, name in _BARS])
+    finish(axes[0][0], "magnitudes (numbers: rogue dimensions)", "rank of the dimension (log)", "mean |value| (log)")
+    finish(axes[0][1], "share of the mean cosine", "rank of the dimension", "share (%)")
+    finish(axes[0][2], "mean cosine of random pairs", "", "mean cosine")
+    arm_legend(figure, list(arms))
+    return save(figure, path)
+
+
+ANISOTROPY = Analysis(
+    name="anisotropy",
+    summary="mean cosine of random pairs, the dimensions that make it, rogue dimensions",
+    version=1,
+    prepare=_prepare,
+    measure=_measure,
+    draw=_draw,
+)

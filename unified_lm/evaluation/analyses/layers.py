@@ -1,0 +1,93 @@
+"""How far do the same weights differ under causal and bidirectional attention? LLM2Vec (arXiv:2404.05961), section 5.
+
+The same tokens go through the model twice; the cosine of the two states is taken at every layer and position. The paper finds
+that Mistral-7B's states stay close where LLaMA's part ("why Mistral works" without training).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
+from unified_lm.evaluation.analyses.figure import HEAT, MARKERS, PALETTE, arm_legend, finish, heat_legend, save, subplots
+from unified_lm.evaluation.analyses.states import layer_states, token_windows
+from unified_lm.evaluation.analyses.texts import fingerprint, read_texts
+from unified_lm.inference.unified import UnifiedLM
+
+
+def window_material(settings: AnalysisSettings) -> Material:
+    """Texts of which the first tokens are looked at: whole docstrings, or the user's."""
+    candidates = 8 * settings.num_windows  # most are long enough
+    name, texts = read_texts(settings.texts, candidates, subset="text")
+    description = {"texts": name, "num_windows": settings.num_windows, "positions": settings.positions}
+    content = (texts, settings.num_windows, settings.positions)
+    return Material(description, fingerprint(*content), content)
+
+
+def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbers:
+    texts, count, positions = material.content
+    windows = token_windows(model, texts, positions, count)
+    both = [window for window in windows for _ in range(2)]
+    attentions = ["causal", "bidirectional"] * len(windows)
+    waiting: dict[int, torch.Tensor] = {}
+    total = np.zeros(0)
+    for index, states in layer_states(model, both, attentions, show_progress=show_progress):
+        other = waiting.pop(index ^ 1, None)  # 2 i and 2 i + 1 are the same window
+        if other is None:
+            waiting[index] = states
+            continue
+        cosine = F.cosine_similarity(states.double(), other.double(), dim=-1).T.numpy()
+        total = cosine if not total.size else total + cosine
+    mean_LP = total / len(windows)
+    return {
+        "num_windows": len(windows),
+        "cosine": rounded(mean_LP, 4),
+        "by_layer": rounded(mean_LP.mean(axis=1)),
+        "by_layer_inner": rounded(mean_LP[:, 1:-1].mean(axis=1)),
+        "by_layer_first": rounded(mean_LP[:, 0]),
+        "by_layer_last": rounded(mean_LP[:, -1]),
+        "mean": rounded(float(mean_LP[1:].mean())),
+    }
+
+
+def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) -> Path:
+    figure, axes = subplots(1, len(arms) + 1, 4.0 * (len(arms) + 1) + 0.8, 4.2)
+    low = min(float(np.min(numbers["cosine"])) for numbers in arms.values())
+    for axis, (label, numbers) in zip(axes[0], arms.items(), strict=False):
+        image = axis.imshow(
+            numbers["cosine"], aspect="auto", origin="lower", cmap=HEAT, vmin=low, vmax=1, interpolation="nearest"
+        )
+        finish(axis, label, "token position", "layer (0: embeddings)")
+        axis.grid(False)
+    heat_legend(figure, image, list(axes[0][: len(arms)]), "cosine, causal and bidirectional state")
+    axis = axes[0][-1]
+    for index, numbers in enumerate(arms.values()):
+        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        layers = range(len(numbers["by_layer"]))
+        every = max(1, len(layers) // 10)
+        axis.plot(layers, numbers["by_layer_inner"], color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.8)
+        axis.plot(layers, numbers["by_layer_first"], color=colour, linewidth=1, linestyle=":")
+        axis.plot(layers, numbers["by_layer_last"], color=colour, linewidth=1, linestyle="--")
+    for name, style in (("inner positions", "-"), ("position 0", ":"), ("last position", "--")):
+        axis.plot([], [], color="#333333", linestyle=style, label=name)
+    axis.legend(fontsize=8, frameon=False, loc="lower left")
+    axis.set_ylim(min(low, 0) - 0.05, 1.03)
+    finish(axis, "mean over positions", "layer (0: embeddings)", "cosine")
+    arm_legend(figure, list(arms))
+    return save(figure, path)
+
+
+LAYERS = Analysis(
+    name="layers",
+    summary="cosine between causal and bidirectional states of the same tokens, by layer and position",
+    version=1,
+    prepare=window_material,
+    measure=_measure,
+    draw=_draw,
+)

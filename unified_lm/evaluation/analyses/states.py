@@ -1,0 +1,81 @@
+"""Hidden states of token sequences, layer by layer, through the packed forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from unified_lm.batch import Sample
+from unified_lm.core.errors import DataError
+from unified_lm.inference.unified import UnifiedLM
+from unified_lm.models.embedding import sample_states
+
+TOKEN_BUDGET = 1024
+"""The most tokens of one forward; every layer's states of a pack are in memory at once."""
+
+
+def layer_states(
+    model: UnifiedLM, sequences: Sequence[np.ndarray], attention: str | Sequence[str], *, show_progress: bool = False
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Run sequences through the model.
+
+    Args:
+        model: its backbone is used; template, pooling and head play no part.
+        sequences: int `[T]` each.
+        attention: "causal" or "bidirectional", for all or one for each.
+        show_progress: draw a bar on stderr.
+
+    Yields:
+        The index of a sequence and float32 `[T, L + 1, D]` on the CPU (see `Backbone.layer_states`), longest sequence first.
+        Sequences of one length that stand side by side come about together.
+    """
+    attentions = [attention] * len(sequences) if isinstance(attention, str) else list(attention)
+    samples = [
+        Sample(
+            input_ids=np.asarray(ids, np.int64),
+            stream="analysis",
+            bidirectional=(0, len(ids)) if mode == "bidirectional" else (0, 0),
+        )
+        for ids, mode in zip(sequences, attentions, strict=True)
+    ]
+    with (
+        Progress(console=Console(stderr=True), disable=not show_progress, transient=True) as bar,
+        model.borrow_backbone() as backbone,
+    ):
+        task = bar.add_task("forward", total=len(samples))
+        for index, states in sample_states(backbone.layer_states, samples, token_budget=TOKEN_BUDGET, device=model.device):
+            yield index, states.float().cpu()
+            bar.advance(task)
+
+
+def token_windows(model: UnifiedLM, texts: Sequence[str], positions: int, count: int) -> list[np.ndarray]:
+    """The first `positions` tokens of texts that have as many, begin of text included where the tokenizer adds one.
+
+    Args:
+        model: its tokenizer is used, without a template.
+        texts: in order of preference.
+        positions: tokens of every window.
+        count: windows wanted.
+
+    Raises:
+        DataError: fewer than two texts are long enough.
+    """
+    encoder = model.prompt_encoder
+    leading = np.asarray(encoder.leading_ids, np.int32)
+    windows = []
+    for ids in encoder.running_text(list(texts)):
+        whole = np.concatenate([leading, ids])
+        if len(whole) >= positions:
+            windows.append(whole[:positions])
+        if len(windows) == count:
+            break
+    if len(windows) < 2:
+        raise DataError(
+            f"{len(windows)} of {len(texts)} texts have {positions} tokens; at least 2 are needed. Give longer texts (--texts) "
+            "or fewer --positions."
+        )
+    return windows

@@ -1,0 +1,152 @@
+"""What is measured on: reference texts, sentence pairs with a score, retrieval pairs. Files of the user's, or pydocs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from unified_lm.config.schema import SourceConfig
+from unified_lm.core.errors import DataError
+from unified_lm.core.random import derive_seed
+from unified_lm.data.records import PairRecord, RecordKind, Text, TextRecord
+from unified_lm.data.sources import open_source
+from unified_lm.evaluation.offline import DESCRIPTION, Kind, read_task
+from unified_lm.evaluation.offline_files import Layout, read_fields
+
+PYDOCS = "pydocs"
+"""Stands for the built-in data set."""
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Sentence pairs with a similarity that people gave.
+
+    Attributes:
+        name: for figures.
+        left: first sentences.
+        right: second sentences.
+        scores: float64 `[pairs]`, higher is more similar.
+    """
+
+    name: str
+    left: list[str]
+    right: list[str]
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class RetrievalPairs:
+    """Queries, the documents they search, and which documents answer them.
+
+    Attributes:
+        name: for figures.
+        queries: with their instructions.
+        documents: each text once.
+        relevant: per query the indices of its documents.
+    """
+
+    name: str
+    queries: list[Text]
+    documents: list[Text]
+    relevant: list[set[int]]
+
+
+def fingerprint(*parts: object) -> str:
+    """Hash of what a measurement reads: strings, numbers, lists of them."""
+    return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def read_texts(source: str, limit: int | None, *, subset: str = "sentences", split: str = "test") -> tuple[str, list[str]]:
+    """Texts of a corpus.
+
+    Args:
+        source: "pydocs", a file or folder of texts (.txt with one a line, .jsonl with "text"...), or an offline STS task, which
+            gives its sentences.
+        limit: at most that many, chosen by a fixed seed, in the order of the source; None for all.
+        subset: part of pydocs, "sentences" or "text".
+        split: of pydocs.
+
+    Returns:
+        A name, and the texts.
+
+    Raises:
+        DataError: nothing there, or malformed.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and (path / DESCRIPTION).is_file():
+        pairs = read_scored_pairs(source, None)
+        texts = list(dict.fromkeys([*pairs.left, *pairs.right]))
+        return pairs.name, _choose(texts, limit)
+    config = (
+        SourceConfig(builtin=PYDOCS, subset=subset, split=split, limit=limit)
+        if source == PYDOCS
+        else SourceConfig(path=source, limit=limit)
+    )
+    records = open_source(config, RecordKind.TEXT, seed=0)
+    return records.name, [record.text for record in records if isinstance(record, TextRecord)]
+
+
+def read_scored_pairs(source: str, limit: int | None) -> ScoredPairs:
+    """Sentence pairs with scores.
+
+    Args:
+        source: the folder of an offline STS task (`task.yaml`), or a file with columns sentence1, sentence2 and score.
+        limit: at most that many, chosen by a fixed seed; None for all.
+
+    Raises:
+        DataError: nothing there, another kind of task, or malformed.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        task = read_task(path)
+        if task.kind is not Kind.STS:
+            raise DataError(f"{path} is a task of kind {task.kind.value}; expected `type: sts`.")
+        columns = task.splits["test"]
+        name, left, right, scores = task.name, columns["sentence1"], columns["sentence2"], columns["score"]
+    else:
+        rows = [(r.text("sentence1"), r.text("sentence2"), r.number("score")) for r in read_fields(path, Layout({}))]
+        name, (left, right, scores) = path.name.split(".")[0], map(list, zip(*rows, strict=True))
+    chosen = _choose(list(range(len(left))), limit)
+    values = np.asarray([scores[i] for i in chosen], np.float64)
+    return ScoredPairs(name, [left[i] for i in chosen], [right[i] for i in chosen], values)
+
+
+def read_retrieval(source: str, limit: int | None) -> RetrievalPairs:
+    """Held-out retrieval pairs: every positive and negative of the chosen rows is searched, each text once.
+
+    Args:
+        source: "pydocs" (its test split), or a file or folder of pairs.
+        limit: rows, chosen by a fixed seed; None for all.
+
+    Raises:
+        DataError: nothing there, or malformed.
+    """
+    config = (
+        SourceConfig(builtin=PYDOCS, subset="pairs", split="test", limit=limit)
+        if source == PYDOCS
+        else SourceConfig(path=source, limit=limit)
+    )
+    records = open_source(config, RecordKind.PAIR, seed=0)
+    rows = [record for record in records if isinstance(record, PairRecord)]
+    place: dict[Text, int] = {}
+    for row in rows:
+        for text in (*row.positives, *row.negatives):
+            place.setdefault(text, len(place))
+    relevant = [{place[text] for text in row.positives} for row in rows]
+    return RetrievalPairs(records.name, [row.query for row in rows], list(place), relevant)
+
+
+def _choose(items: list, limit: int | None) -> list:
+    if limit is None or limit >= len(items):
+        return items
+    generator = np.random.default_rng(derive_seed(0, "limit"))
+    return [items[i] for i in np.sort(generator.choice(len(items), limit, replace=False))]
+
+
+def distinct(texts: Sequence[str]) -> list[str]:
+    """Each text once, white space around it removed, empty ones left out."""
+    return [text for text in dict.fromkeys(text.strip() for text in texts) if text]

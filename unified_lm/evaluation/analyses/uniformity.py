@@ -1,0 +1,124 @@
+"""Alignment and uniformity: Wang and Isola (2020), arXiv:2005.10242, with their alpha = 2 and t = 2.
+
+Alignment is the mean squared distance of similar texts, uniformity the logarithm of the mean Gaussian potential of all texts;
+for both, lower is better. A model that maps everything to one point is perfectly aligned and not uniform at all, so read them
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unified_lm.core.errors import DataError
+from unified_lm.data.records import Text
+from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
+from unified_lm.evaluation.analyses.figure import MARKERS, PALETTE, arm_legend, finish, save, subplots
+from unified_lm.evaluation.analyses.texts import PYDOCS, fingerprint, read_retrieval, read_scored_pairs
+from unified_lm.evaluation.bootstrap import bootstrap_interval
+from unified_lm.inference.unified import UnifiedLM
+
+ALPHA = 2.0
+T = 2.0
+
+Pairs = list[tuple[Text, Text]]
+
+
+def squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Of unit vectors `[N, D]`, row by row: float64 `[N]`."""
+    return ((left - right) ** 2).sum(axis=1)
+
+
+def alignment(left: np.ndarray, right: np.ndarray) -> float:
+    """`mean |x - y|^alpha` over positive pairs of unit vectors `[N, D]` (section 4.1.1)."""
+    return float((squared_distances(left, right) ** (ALPHA / 2)).mean())
+
+
+def uniformity(vectors: np.ndarray) -> float:
+    """`log mean exp(-t |x - y|^2)` over all pairs of different rows of unit vectors `[N, D]`, N >= 2 (section 4.1.2)."""
+    if len(vectors) < 2:
+        raise DataError("uniformity needs at least two vectors.")
+    distances = np.clip(2 - 2 * (vectors @ vectors.T), 0, None)
+    potentials = np.exp(-T * distances)[np.triu_indices(len(vectors), k=1)]
+    return float(np.log(potentials.mean()))
+
+
+def _prepare(settings: AnalysisSettings) -> Material:
+    if settings.sts is not None:
+        scored = read_scored_pairs(settings.sts, None)
+        chosen = [i for i, score in enumerate(scored.scores) if score >= settings.positive_score][: settings.num_pairs]
+        pairs = [(Text(scored.left[i]), Text(scored.right[i])) for i in chosen]
+        description: dict[str, Any] = {"pairs": scored.name, "least_score": settings.positive_score}
+        where = f"{settings.sts} with a score of at least {settings.positive_score:g}"
+    else:
+        source = settings.retrieval or PYDOCS
+        found = read_retrieval(source, settings.num_pairs)
+        pairs = [(query, found.documents[min(own)]) for query, own in zip(found.queries, found.relevant, strict=True)]
+        description, where = {"pairs": found.name}, source
+    if len(pairs) < 2:
+        raise DataError(f"{len(pairs)} similar pairs in {where}; at least 2 are needed.")
+    description["num_pairs"] = len(pairs)
+    return Material(description, fingerprint([(a.text, a.instruction, b.text, b.instruction) for a, b in pairs]), pairs)
+
+
+def unit_vectors(model: UnifiedLM, texts: list[Text], show_progress: bool) -> np.ndarray:
+    """float64 `[N, D]`, of length 1, each text with its instruction."""
+    vectors = np.empty((len(texts), model.embedding_dim))
+    for instruction in dict.fromkeys(text.instruction for text in texts):
+        chosen = [i for i, text in enumerate(texts) if text.instruction == instruction]
+        vectors[chosen] = model.encode(
+            [texts[i].text for i in chosen], instruction, normalize=False, show_progress=show_progress
+        )
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbers:
+    pairs: Pairs = material.content
+    left = unit_vectors(model, [a for a, _ in pairs], show_progress)
+    right = unit_vectors(model, [b for _, b in pairs], show_progress)
+    aligned = bootstrap_interval(lambda d: float((d ** (ALPHA / 2)).mean()), squared_distances(left, right))
+    return {
+        "attention": model.attention,
+        "num_pairs": len(pairs),
+        "alignment": rounded(aligned.value),
+        "alignment_low": rounded(aligned.low),
+        "alignment_high": rounded(aligned.high),
+        "uniformity": rounded((uniformity(left) + uniformity(right)) / 2),  # as the authors' code: each side alone
+        "mean_positive_cosine": rounded(float((left * right).sum(axis=1).mean())),
+    }
+
+
+def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) -> Path:
+    figure, axes = subplots(1, 1, 6.4, 4.8)
+    axis = axes[0][0]
+    for index, numbers in enumerate(arms.values()):
+        error = [[numbers["alignment"] - numbers["alignment_low"]], [numbers["alignment_high"] - numbers["alignment"]]]
+        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        axis.errorbar(
+            numbers["uniformity"], numbers["alignment"], yerr=np.maximum(error, 0), color=colour, marker=marker, markersize=9,
+            capsize=3, linewidth=1,
+        )  # fmt: skip
+    axis.margins(0.2)
+    axis.annotate(
+        "better", xy=(0.03, 0.03), xytext=(0.13, 0.11), xycoords="axes fraction", fontsize=8, color="#555555",
+        arrowprops={"arrowstyle": "->", "color": "#555555"},
+    )  # fmt: skip
+    pairs = f"{material['num_pairs']} pairs of {material['pairs']}"
+    finish(
+        axis, f"alignment and uniformity, {pairs}", "uniformity (t = 2), lower is better", "alignment (α = 2), lower is better"
+    )
+    arm_legend(figure, list(arms), columns=3)
+    return save(figure, path)
+
+
+UNIFORMITY = Analysis(
+    name="uniformity",
+    summary="alignment of similar pairs and uniformity of all texts",
+    version=1,
+    prepare=_prepare,
+    measure=_measure,
+    draw=_draw,
+)

@@ -1,0 +1,148 @@
+"""A result as a table, with a figure or without: what evaluations leave beside a run for its report.
+
+`RUN/evaluation/NAME.json` holds `{"title", "columns", "rows"}`, and may hold "note" (a sentence or two) and "figure" (the name
+of a PNG file beside it). Whoever writes one appears in `unified-lm report RUN`; what mteb leaves is read in its own layout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.files import write_json
+
+FOLDER = "evaluation"
+"""Folder of a run where its tables lie."""
+
+Cell = str | int | float | bool | None
+
+_REQUIRED = ("title", "columns", "rows")
+_KNOWN = (*_REQUIRED, "note", "figure")
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultTable:
+    """One table.
+
+    Attributes:
+        title: what was measured.
+        columns: headings.
+        rows: one cell per column each; numbers as numbers, None where there is none.
+        note: what a reader must know to judge the numbers.
+        figure: file name of a PNG beside the table's file.
+        folder: where the file lies; not written.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+    figure: str | None = None
+    folder: Path = field(default=Path(), compare=False)
+
+    def save(self, path: Path) -> Path:
+        """Write the table; a number that is not finite becomes null. Returns the path."""
+        rows = [[None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in self.rows]
+        content = {name: value for name, value in {**asdict(self), "rows": rows}.items() if name in _KNOWN and value}
+        write_json(path, {name: content.get(name, []) for name in _REQUIRED} | content)
+        return path
+
+    @property
+    def picture(self) -> bytes | None:
+        """The content of the figure's file, or None.
+
+        Raises:
+            DataError: there is no such file beside the table, or it is no PNG.
+        """
+        if self.figure is None:
+            return None
+        path = self.folder / self.figure
+        if Path(self.figure).name != self.figure or not path.is_file():
+            raise DataError(f"{self.folder}: figure '{self.figure}' of '{self.title}' is not a file beside its table.")
+        content = path.read_bytes()
+        if not content.startswith(_PNG):
+            raise DataError(f"{path} is no PNG file. Make the evaluation again, or remove 'figure' from its table.")
+        return content
+
+
+def read_result_table(path: Path) -> ResultTable:
+    """Read a table's file.
+
+    Raises:
+        DataError: not JSON, a key that is missing, unknown or of the wrong type, or a row of another length.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is not JSON ({error}). Make it again, or remove it.") from error
+    problem = _problem(content)
+    if problem:
+        raise DataError(f"{path}: {problem} Expected {{title, columns, rows, note?, figure?}}; see docs/report.md.")
+    return ResultTable(**content, folder=path.parent)
+
+
+def _problem(content: Any) -> str | None:
+    """What is wrong with the content of a file; None where it is sound."""
+    if not isinstance(content, Mapping):
+        return f"holds {type(content).__name__}."
+    for key in content:
+        if key not in _KNOWN:
+            return f"unknown key '{key}'.{did_you_mean(str(key), _KNOWN)}"
+    missing = [key for key in _REQUIRED if key not in content]
+    if missing:
+        return f"has no {', '.join(missing)}."
+    for key in ("title", "note", "figure"):
+        if key in content and not isinstance(content[key], str):
+            return f"{key} is {content[key]!r}, not text."
+    columns, rows = content["columns"], content["rows"]
+    if not isinstance(columns, list) or not columns or not all(isinstance(column, str) for column in columns):
+        return "columns is no list of texts."
+    if not isinstance(rows, list):
+        return "rows is no list."
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, list) or len(row) != len(columns):
+            return f"row {number} does not have one cell for each of the {len(columns)} columns."
+        if not all(cell is None or isinstance(cell, (str, int, float, bool)) for cell in row):
+            return f"row {number} has a cell that is neither text nor number."
+    return None
+
+
+def find_result_tables(run_dir: Path) -> list[ResultTable]:
+    """The tables beside a run: those of `evaluation/`, by file name, then one per model that mteb has results of.
+
+    Raises:
+        DataError: a file that is damaged.
+    """
+    tables = [read_result_table(path) for path in sorted((run_dir / FOLDER).glob("*.json"))]
+    revisions = sorted({path.parent for path in run_dir.glob("mteb/results/*/*/*.json")})
+    return tables + [table for folder in revisions if (table := _mteb_table(folder)).rows]
+
+
+def _mteb_table(folder: Path) -> ResultTable:
+    """Main scores of a folder of mteb's results, `results/MODEL/REVISION`."""
+    rows: list[list[Cell]] = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name == "model_meta.json":
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            rows += [
+                [content["task_name"], split, score["hf_subset"], float(score["main_score"])]
+                for split, scores in content["scores"].items()
+                for score in scores
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is no result of mteb ({error!r}). Run the task again with --overwrite.") from error
+    return ResultTable(
+        title=f"mteb: {folder.parent.name.replace('__', '/')}",
+        columns=("task", "split", "subset", "main score"),
+        rows=rows,
+        note=f"Revision {folder.name}. mteb's main score of each task; no interval: mteb keeps no scores by item.",
+        folder=folder,
+    )
