@@ -1,8 +1,8 @@
 """What the LLM2Vec chain does to sentence similarity: STS-B dev before, after MNTP, and after SimCSE on the embedded model.
 
 Spearman correlation of cosine similarity and human scores, mean pooling, no prompt. The text is a WikiText file; its
-tokenisation is undone (" @-@ ", spaces before punctuation), headings and unknown words are left out. STS-B is not trained on,
-but the recipe's learning rate was chosen with it: its scores are not held-out ones. With `checkpoint.every=20
+tokenisation is undone (" @-@ ", spaces before punctuation), headings and unknown words are left out. STS-B is not trained on;
+the recipe's template and SimCSE's learning rate were chosen on pairs of its training split. With `checkpoint.every=20
 checkpoint.keep_last=99` every checkpoint is measured too: the curve.
 
 Usage: python benchmarks/llm2vec_chain.py WIKITEXT.txt STS_DEV.csv RUN_DIR [key=value ...]
@@ -74,7 +74,8 @@ def measure_curve(run_dir: Path, measure: Callable[[str, UnifiedLM], None]) -> N
         step = int(checkpoint.name.removeprefix(PREFIX))
         run = load_run(run_dir, Console(quiet=True), step)
         causal_lm = run.training.trainable.backbone.causal_lm
-        model = UnifiedLM(causal_lm, run.loaded.tokenizer, template="plain", pooling="mean", attention="bidirectional")
+        (stream,) = run.training.config.streams.values()
+        model = UnifiedLM(causal_lm, run.loaded.tokenizer, template=stream.template, pooling="mean", attention="bidirectional")
         measure(f"{run_dir.name}, step {step}", model)
 
 

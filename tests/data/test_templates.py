@@ -52,7 +52,7 @@ def messages(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-@pytest.mark.parametrize("name", ["grit", "plain", "llm2vec"])
+@pytest.mark.parametrize("name", ["grit", "plain", "plain_bos", "llm2vec"])
 @pytest.mark.parametrize("instruction", ["", " Retrieve the documents, please: "])
 def test_embedding_ids_and_pool_span_equal_those_of_stock_tools(tokenizer, name, instruction):
     template = get_template(name)

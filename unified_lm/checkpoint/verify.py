@@ -31,8 +31,15 @@ from unified_lm.models.embedding import embed_samples
 from unified_lm.models.pooling import Projection
 from unified_lm.models.standardizer import embedding_head
 
-TOLERANCE = 1e-5
-"""Largest difference between our vectors (of length 1) and those of sentence-transformers, both computed in float32."""
+TOLERANCE = 1e-4
+"""Largest difference between our vectors (of length 1) and those of sentence-transformers, both computed in float32.
+
+Float32 itself differs by 1e-7 to 1e-5 between packed and padded attention, most in models whose states have massive
+activations. Another prompt or pool span moves vectors by 1e-2 and more.
+"""
+
+LEAK = 1e-5
+"""Relative change of a state from which on it counts as having seen a changed token; one that has not is equal to the bit."""
 
 PROJECTION_FOLDER = "2_Dense"
 """Where the linear head on the pooled vector is kept, in the form that sentence-transformers reads."""
@@ -169,7 +176,7 @@ def _sees_future(run: Any, vocabulary: int) -> bool:
     changed[0, -1] += vocabulary // 2
     before, after = run(tokens % vocabulary)[0], run(changed % vocabulary)[0]
     difference = (after - before).float().flatten(1).norm(dim=-1) / before.float().flatten(1).norm(dim=-1).clamp_min(1e-12)
-    return bool(difference[:-1].max() > TOLERANCE)
+    return bool(difference[:-1].max() > LEAK)
 
 
 def _our_vectors(folder: Path, loaded: PreTrainedModel, manifest: Manifest, template: Template) -> dict[str, torch.Tensor]:
