@@ -1,8 +1,9 @@
 """What LLM2Vec's stages, and echo embeddings, give on the embedded model: sentence similarity, retrieval, and tagging of words.
 
 Arms: the untrained model read causally ("uni"), bidirectionally ("bi") and with every text repeated ("echo": causal, the prompt
-"Rewrite the sentence: TEXT, rewritten sentence: TEXT", pooling the second copy; arXiv:2402.15449), and the two stages of chains
-trained by `benchmarks/llm2vec_chain.py` ("bi + MNTP", "bi + MNTP + SimCSE"; one chain a seed). Mean pooling, no instruction.
+"Rewrite the sentence: TEXT, rewritten sentence: TEXT", pooling the second copy; arXiv:2402.15449), "uni" and "bi" behind the
+begin of text that the chain trains with, and the two stages of chains trained by `benchmarks/llm2vec_chain.py` ("bi + MNTP",
+"bi + MNTP + SimCSE"; one chain a seed). Mean pooling, no instruction.
 
 Tasks:
 - STS-B dev: Spearman correlation of cosine and human scores (a file in SentEval's format), times 100;
@@ -85,12 +86,12 @@ class Entry:
     @property
     def file_name(self) -> str:
         """Of its scores."""
-        name = self.arm.replace(" + ", "-").lower()
+        name = self.arm.replace(" + ", "-").replace(" ", "-").lower()
         return f"{name}.json" if self.seed is None else f"{name}-seed{self.seed}.json"
 
 
 def untrained(base: str | None) -> list[Entry]:
-    """The three arms without training."""
+    """The arms without training; those behind a begin of text are what the trained ones started from."""
 
     def load(attention: str, template: str) -> UnifiedLM:
         if base is not None:
@@ -103,6 +104,8 @@ def untrained(base: str | None) -> list[Entry]:
         Entry("uni", None, key, lambda: load("causal", "plain")),
         Entry("echo", None, key, lambda: load("causal", "echo"), ECHO_TOKENS),
         Entry("bi", None, key, lambda: load("bidirectional", "plain")),
+        Entry("uni + begin of text", None, key, lambda: load("causal", "plain_bos")),
+        Entry("bi + begin of text", None, key, lambda: load("bidirectional", "plain_bos")),
     ]
 
 

@@ -66,7 +66,7 @@ def test_perplexity_to_a_file_and_again(folder: Path, tmp_path: Path, capsys: py
     first = write(tmp_path / "a.jsonl", '{"text": "the sum of things"}\n{"text": "another thing"}\n')
     second = write(tmp_path / "b.txt", "one line\nanother line\n")
     evaluate(["perplexity", str(folder), "--data", f"prose={first}", "--device", "cpu"])
-    evaluate(["perplexity", str(folder), "--data", f"prose={first}", f"lines={second}", "--device", "cpu"])
+    evaluate(["perplexity", str(folder.parent), "--data", f"prose={first}", f"lines={second}", "--device", "cpu"])
     shown = capsys.readouterr()
     assert shown.err.count("finished before") == 1
     assert "bits per byte" in shown.out
@@ -75,5 +75,7 @@ def test_perplexity_to_a_file_and_again(folder: Path, tmp_path: Path, capsys: py
     first.write_text('{"text": "the sum of things"}\n{"text": "changed"}\n')
     evaluate(["perplexity", str(folder), "--data", f"prose={first}", "--device", "cpu"])
     assert "finished before" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="needs at least 2 documents"):
+        evaluate(["perplexity", str(folder), "--data", f"a={first}", "--documents", "1"])
     with pytest.raises(UserError, match="more than once"):
         evaluate(["perplexity", str(folder), "--data", f"a={first}", f"a={second}"])

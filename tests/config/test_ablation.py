@@ -47,10 +47,13 @@ def test_the_grid_crosses_its_axes_and_leaves_out() -> None:
 
 def test_all_mistakes_of_a_file_are_told() -> None:
     problems: list[str] = []
-    raw = {"ablation": {"base": {"r": []}, "arms": {"A b": [], "c": "k=1"}, "defautl": [], "seeds": ["x"]}, "more": 1}
+    raw = {
+        "ablation": {"base": {"r": []}, "arms": {"A b": [], "c": "k=1"}, "grid": ["x"], "defautl": [], "seeds": ["x"]},
+        "more": 1,
+    }
     read_plan("t", raw, problems)
     text = "\n".join(problems)
-    assert all(word in text for word in ("'more'", "default", "'A b'", "arms.c", "seeds"))
+    assert all(word in text for word in ("'more'", "default", "'A b'", "arms.c", "ablation.grid", "seeds"))
 
 
 def test_seeds_arms_and_overrides(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.data.tokenizers_for_tests import chat_byte_level
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.data.prompt_encoding import Encoded, PromptEncoder, Rejection
 from unified_lm.data.templates import get_template
@@ -46,6 +47,16 @@ def test_both_copies_are_cut_at_the_same_place(encoder: PromptEncoder, limit: in
     whole = encoder.tokenizer.decode(encoded.ids, skip_special_tokens=True)
     assert text.startswith(second)
     assert whole == f"Rewrite the sentence: {second}, rewritten sentence: {second}"
+
+
+def test_a_text_is_cut_before_a_character_of_several_tokens() -> None:
+    """The bytes of an emoji are tokens that end at one character: to leave out the last of them is to leave out all."""
+    encoder = PromptEncoder(get_template("echo"), chat_byte_level())
+    (whole,) = encoder.embed([("ab🙂", "")], 512)
+    (cut,) = encoder.embed([("ab🙂", "")], len(whole.ids) - 1)
+    (expected,) = encoder.embed([("ab", "")], 512)
+    assert cut.truncated
+    assert cut.ids.tolist() == expected.ids.tolist()
 
 
 def test_no_room_is_an_error_and_an_empty_text_none(encoder: PromptEncoder) -> None:

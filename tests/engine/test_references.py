@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,12 @@ import pytest
 from tests.engine.small_run import equal, metrics, tensors
 from unified_lm.build import train
 from unified_lm.checkpoint.manifest import Manifest
+from unified_lm.core.errors import ConfigError
+from unified_lm.data.templates import get_template
 from unified_lm.engine import references
 from unified_lm.engine.references import ReferenceCache
+
+ANOTHER = replace(get_template("grit"), name="another", bare_prompt="Another prompt\n")
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +134,11 @@ def test_kto_after_grit_keeps_the_embedding_mode(data: Path, tmp_path: Path):
     assert (before.modes, after.modes) == (("embed",), ("embed", "generate"))
     assert (after.instructions, after.pooling, after.max_tokens) == (before.instructions, before.pooling, before.max_tokens)
     assert [stage.recipe for stage in after.stages] == ["embedding_only", "kto_smollm2"]
+    with pytest.raises(ConfigError, match=r"embeds with template 'grit', but the preferences have template '.*ANOTHER'"):
+        train(
+            [
+                *arguments(data, tmp_path / "another", "export.enabled=true", "max_steps=1"),
+                *(f"model.init_from={grit}", f"streams.preference.template={__name__}.ANOTHER"),
+            ]
+        )
+    assert not (tmp_path / "another" / "config.yaml").exists(), "refused before anything is trained"

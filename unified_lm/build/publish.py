@@ -28,11 +28,26 @@ def check_export(run: Run) -> None:
     manifest = make_manifest(run)
     if not manifest.can_embed:
         return
+    _check_kept_prompts(run, manifest)
     obstacle = sentence_transformers_obstacle(manifest, get_template(manifest.template), run.loaded.tokenizer)
     if obstacle:
         raise ConfigError(
             f"the result could not be exported for sentence-transformers: {obstacle} "
             "Change the recipe, or set export.enabled=false."
+        )
+
+
+def _check_kept_prompts(run: Run, manifest: Manifest) -> None:
+    """Raise where preferences are written in another template than the one that the model they start from embeds with."""
+    earlier: dict[str, Any] = run.loaded.provenance.get("manifest") or {}
+    if not _only_preferences(run.training.config) or "embed" not in earlier.get("modes", ()):
+        return
+    template, kept = asdict(get_template(manifest.template)), earlier.get("template_fields") or {}
+    if any(kept.get(name, template[name]) != template[name] for name in ("instruction_prompt", "bare_prompt", "literal_bos")):
+        raise ConfigError(
+            f"{run.training.config.model.init_from} embeds with template '{earlier.get('template')}', but the preferences have "
+            f"template '{manifest.template}': the export would embed with prompts that were never trained. Give the streams "
+            "the model's template, or set export.modes=[generate] or export.enabled=false."
         )
 
 

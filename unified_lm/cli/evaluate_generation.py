@@ -81,7 +81,9 @@ def _domain(item: str, limit: int | None) -> Domain:
     if equals and not (name and path):
         raise UserError(f"--data {item}: expected NAME=FILE.")
     domain = read_domain(name, Path(path).expanduser() if equals else None)
-    return domain if limit is None else domain.limited(max(2, limit))
+    if limit == 1:
+        raise UserError("--documents 1: an interval needs at least 2 documents.")
+    return domain if limit is None else domain.limited(limit)
 
 
 def _earlier(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def _lm_parser() -> argparse.ArgumentParser:
         prog="unified-lm eval lm", description="run lm-eval on an export, through its own Hugging Face model class"
     )
     add = parser.add_argument
-    add("model", help="the export folder of a run, any causal model's folder or Hub name, or an embedded model's name")
+    add("model", help="a run or its export folder, any causal model's folder or Hub name, or an embedded model's name")
     add("--tasks", nargs="+", required=True, metavar="TASK", help="lm-eval's tasks and groups, or paths of task files (.yaml)")
     add("--include-path", type=Path, default=None, metavar="FOLDER", help="task files of your own, by their names")
     add("--num-fewshot", type=int, default=None, help="examples before each question; the task's own number if left out")

@@ -58,7 +58,7 @@ class EvaluatedModel:
 
 
 def find_model(name: str) -> EvaluatedModel:
-    """A folder, an embedded model's name, or a Hub name.
+    """A folder, an embedded model's name, or a Hub name. A run stands for its export.
 
     Raises:
         CheckpointError: nothing there.
@@ -68,6 +68,8 @@ def find_model(name: str) -> EvaluatedModel:
         folder = embedded_directory(name)
         return EvaluatedModel(folder, name, folder_hash(folder), Path())
     folder = model_folder(name, None)
+    if not (folder / FILE_NAME).is_file() and (folder / "export" / FILE_NAME).is_file():
+        folder /= "export"
     shown = folder.resolve()
     beside = shown.parent if Path(name).is_dir() else Path()
     run = shown.parent.name if shown.name == "export" else shown.name
@@ -77,7 +79,7 @@ def find_model(name: str) -> EvaluatedModel:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the model and how it is loaded."""
     add = parser.add_argument
-    add("model", help=f"the export folder of a run, any causal model's folder or Hub name, or {', '.join(EMBEDDED_MODELS)}")
+    add("model", help=f"a run or its export folder, any causal model's folder or Hub name, or {', '.join(EMBEDDED_MODELS)}")
     add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
     add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
     add("--template", default=None, help="prompt template, in place of the export's")

@@ -107,8 +107,11 @@ def read_plan(name: str, raw: Mapping[str, Any], problems: list[str]) -> Ablatio
     return AblationPlan(bases or {"": ()}, overrides, arms, default, _seeds(plan.get("seeds", [42]), problems))
 
 
-def _cross(name: str, grid: Mapping[str, Any], exclude: Sequence[str], problems: list[str]) -> dict[str, tuple[str, ...]]:
+def _cross(name: str, grid: Any, exclude: Sequence[str], problems: list[str]) -> dict[str, tuple[str, ...]]:
     """One arm for every combination of the axes' values, but for the excluded ones."""
+    if not isinstance(grid, Mapping):
+        problems.append(f"{name}: {KEY}.grid: got {grid!r}, expected axes with their named values.")
+        return {}
     if not grid:
         return {}
     axes = [_named(f"{name}: {KEY}.grid.{axis}", values, problems) for axis, values in grid.items()]

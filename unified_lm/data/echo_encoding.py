@@ -76,8 +76,9 @@ def _shorter(prompt: EchoPrompt, text: str, excess: int, encoding: Encoding) -> 
     """The text without the tokens of its end that are too many; each costs two, one in either copy."""
     first = len(prompt.before)
     ends = [min(stop, first + len(text)) - first for _, stop in encoding.offsets if first < stop <= first + len(text)]
-    keep = min(len(ends) - (excess + 1) // 2, len(ends) - 1)
-    return text[: ends[keep - 1]].rstrip() if keep > 0 else ""
+    keep = max(0, len(ends) - (excess + 1) // 2)
+    # several tokens may end at one character (the bytes of an emoji): cut at least that one
+    return text[: max((end for end in ends[:keep] if end < len(text)), default=0)].rstrip()
 
 
 def _start(prompt: EchoPrompt, text: str, encoding: Encoding) -> int | None:

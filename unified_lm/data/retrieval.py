@@ -13,7 +13,7 @@ from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.data.formats import hash_text
 from unified_lm.data.prompt_encoding import Encoded, PromptEncoder
 from unified_lm.data.records import PairRecord, RecordKind, Text
-from unified_lm.data.sources import open_source
+from unified_lm.data.sources import HELD_OUT_SEED, open_source
 from unified_lm.data.templates import get_template
 
 
@@ -49,7 +49,7 @@ def build_retrieval(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Re
             f"this recipe has {', '.join(f'{n} ({s.format})' for n, s in config.streams.items())}. "
             "Set validation.retrieval=null."
         )
-    return retrieval_set(name, config.streams[name], retrieval, tokenizer, config.seed)
+    return retrieval_set(name, config.streams[name], retrieval, tokenizer, HELD_OUT_SEED)
 
 
 def retrieval_set(

@@ -29,6 +29,9 @@ from unified_lm.data.shards import Shard, open_shard, shard_key
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT_SEED = 42
+"""Chooses and orders held-out rows: one choice for every run, so that runs of different seeds answer the same questions."""
+
 _READ_BYTES = 1 << 20
 
 

@@ -21,7 +21,7 @@ from unified_lm.core.random import derive_seed
 from unified_lm.data.cursor import Cursor
 from unified_lm.data.formats import get_format
 from unified_lm.data.prompt_encoding import PromptEncoder
-from unified_lm.data.sources import RecordSource, open_sources
+from unified_lm.data.sources import HELD_OUT_SEED, RecordSource, open_sources
 from unified_lm.data.templates import get_template
 from unified_lm.data.token_cache import TokenTable, cached_table, table_key
 
@@ -187,7 +187,7 @@ class Stream:
         return table_key(
             source=source.fingerprint,
             tokenizer=self.encoder.fingerprint,
-            template=repr(self.encoder.template),
+            template=self.encoder.template.signature,
             leading=self.encoder.leading_ids,
             format=self.config.format,
             limits=self.format.limits(),
@@ -244,7 +244,7 @@ def build_validation_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBa
         if config.validation.normalization is not None and not get_format(held_out.format).pooled:
             objective = replace(held_out.objective, normalization=config.validation.normalization, micro_batch_size=None)
             held_out = replace(held_out, objective=objective)
-        stream = _open_stream(name, held_out, tokenizer, derive_seed(config.seed, "validation"))
+        stream = _open_stream(name, held_out, tokenizer, derive_seed(HELD_OUT_SEED, "validation"))
         stream.batch_size = min(stream.batch_size, stream.num_rows)
         streams[name] = stream
     return streams

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,6 +52,13 @@ class Template:
     literal_bos: bool = False
     bare_echo: str = ""
     instruction_echo: str = ""
+
+    @property
+    def signature(self) -> str:
+        """What the template says, for content hashes; fields younger than the first checkpoints only where they are set."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        said = [f"{name}={value!r}" for name, value in values.items() if value or name not in ("bare_echo", "instruction_echo")]
+        return f"{type(self).__qualname__}({', '.join(said)})"
 
     @property
     def echoes(self) -> bool:

@@ -36,6 +36,8 @@ _CHANGES_LOSS = {
     *("objective.similarity_dtype", "objective.name"),
 }
 """Settings of a stream that change what its held-out loss measures."""
+_RETRIEVAL = "validation.retrieval"
+"""Settings that decide which queries are asked."""
 _AVERAGING = {"objective.normalization", "objective.micro_batch_size"}
 
 
@@ -118,19 +120,25 @@ class Comparison:
     def difference(self, arm: Arm, metric: str) -> Interval | None:
         """The arm minus the reference with a 95 % interval: a bootstrap over items, paired within each seed.
 
-        It says how far the difference would move with other held-out queries, not with other seeds of training. None where
-        the runs have not kept their scores, or their items are not the same.
+        It says how far the difference would move with other held-out queries, not with other seeds of training: an item's
+        differences are averaged over seeds first, since one query that is measured three times is not three queries. None
+        where the runs have not kept their scores, or their items are not the same.
         """
-        if arm is self.reference:
+        if arm is self.reference or (metric.startswith("retrieval") and self._asks_others(arm)):
             return None
         reference = {run.seed: run.items.get(metric) for run in self.reference.runs}
         pairs = [(run.items.get(metric), reference.get(run.seed)) for run in arm.runs]
         kept = [_paired(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
         usable = [pair for pair in kept if pair is not None]
-        if not usable or sum(len(ours) for ours, _ in usable) < FEWEST_ITEMS:
+        differences = [ours - theirs for ours, theirs in usable]
+        if len({len(each) for each in differences}) != 1 or len(differences[0]) < FEWEST_ITEMS:
             return None
-        ours, theirs = (np.concatenate(side) for side in zip(*usable, strict=True))
-        return bootstrap_interval(lambda a, b: float(np.mean(a - b)), ours, theirs)
+        return bootstrap_interval(lambda items: float(items.mean()), np.mean(differences, axis=0))
+
+    def _asks_others(self, arm: Arm) -> bool:
+        """Whether the arm's queries are not the reference's."""
+        keys = [key for key in self.differing if key.startswith(_RETRIEVAL)]
+        return any(arm.setting(key) != self.reference.setting(key) for key in keys)
 
 
 def _paired(ours: ItemScores, theirs: ItemScores) -> tuple[np.ndarray, np.ndarray] | None:

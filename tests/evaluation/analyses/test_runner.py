@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.inference.conftest import make_export
 from unified_lm.cli.analyse import analyse
 from unified_lm.cli.main import main
 from unified_lm.core.errors import CheckpointError, ConfigError, UserError
 from unified_lm.evaluation.analyses import ANALYSES
 from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
+from unified_lm.evaluation.result_table import find_result_tables
 
 PNG = b"\x89PNG"
 
@@ -43,6 +45,24 @@ def test_every_analysis_writes_numbers_and_a_figure(out: Path, name: str) -> Non
     assert list(result["arms"]) == ["uni", "bi"]
     assert result["measured_on"]
     assert (out / f"{name}.png").read_bytes().startswith(PNG)
+
+
+def test_the_report_of_a_run_finds_every_analysis(
+    folder: Path, files: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = tmp_path_factory.mktemp("run")
+    make_export(run / "export")
+    analyse(["all", f"base={folder}", f"trained={run}", f"causal={run / 'export'}@causal", *_arguments(files, tmp_path)])
+    tables = find_result_tables(run)
+    assert len(tables) == len(ANALYSES)
+    for name, table in zip(sorted(ANALYSES), tables, strict=True):
+        assert {row[0] for row in table.rows} == {"base", "trained", "causal"}
+        assert table.note
+        assert table.picture == (tmp_path / f"{name}.png").read_bytes()
+    numbers = json.loads((tmp_path / "future.json").read_text())["arms"]["trained"]["bidirectional"]
+    (row,) = [row for row in tables[1].rows if row[:2] == ["trained", "bidirectional"]]
+    assert row[2:] == [numbers[key] for key in ("similar", "different", "gap", "gap_low", "gap_high")]
+    assert not (folder.parent / "evaluation").exists(), "a model that is no export has no report"
 
 
 def test_arms_have_their_own_attention(out: Path) -> None:

@@ -16,6 +16,7 @@ from unified_lm.core.errors import DataError
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
 from unified_lm.evaluation.analyses.figure import MARKERS, PALETTE, arm_legend, finish, save, subplots
 from unified_lm.evaluation.analyses.texts import distinct, fingerprint, read_texts
+from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 ROGUE_RATIO = 10.0
@@ -153,6 +154,24 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
     return save(figure, path)
 
 
+def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> ResultTable:
+    rows = []
+    for label, numbers in arms.items():
+        rogue = ", ".join(str(dimension["dimension"]) for dimension in numbers["rogue"])
+        rows.append([label, numbers["attention"], *(numbers[key] for key, _ in _BARS), rogue or "none", numbers["rogue_share"]])
+    return ResultTable(
+        title="Anisotropy: mean cosine of random pairs",
+        columns=(
+            *("model", "attention", *(name.replace("\n", " ") for _, name in _BARS)),
+            *("rogue dimensions", "their share of the mean cosine"),
+        ),
+        rows=rows,
+        note=f"All pairs of {material['num_texts']} texts of {material['texts']}. A dimension is rogue where its mean "
+        f"magnitude is at least {ROGUE_RATIO:g} times the median dimension's. Its share says "
+        "little where the mean cosine is near 0.",
+    )
+
+
 ANISOTROPY = Analysis(
     name="anisotropy",
     summary="mean cosine of random pairs, the dimensions that make it, rogue dimensions",
@@ -160,4 +179,5 @@ ANISOTROPY = Analysis(
     prepare=_prepare,
     measure=_measure,
     draw=_draw,
+    tabulate=_tabulate,
 )

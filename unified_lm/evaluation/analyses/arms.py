@@ -72,6 +72,12 @@ class Arm:
             attention=settings.attention,
         )
 
+    @property
+    def run_dir(self) -> Path | None:
+        """The run that exported it, whose report shows the tables that lie beside the export; None for other models."""
+        folder = self.folder.resolve()
+        return folder.parent if folder.name == "export" and (folder / FILE_NAME).is_file() else None
+
     def key(self) -> str:
         """Changes whenever a number measured on the arm may: the bytes of its files, and how it is read."""
         settings = replace(self.settings, device=None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 Numbers = dict[str, Any]
@@ -70,6 +71,7 @@ class Analysis:
         prepare: reads the material.
         measure: (model, material, whether to show progress) -> numbers.
         draw: (label -> numbers, material's description, file to write) -> that file.
+        tabulate: (label -> numbers, material's description) -> the few numbers that a run's report shows.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Analysis:
     prepare: Callable[[AnalysisSettings], Material]
     measure: Callable[[UnifiedLM, Material, bool], Numbers]
     draw: Callable[[Mapping[str, Numbers], Mapping[str, Any], Path], Path]
+    tabulate: Callable[[Mapping[str, Numbers], Mapping[str, Any]], ResultTable]
 
 
 def rounded(value: Any, digits: int = 6) -> Any:

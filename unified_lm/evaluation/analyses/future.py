@@ -23,6 +23,7 @@ from unified_lm.evaluation.analyses.figure import MARKERS, PALETTE, arm_legend, 
 from unified_lm.evaluation.analyses.states import layer_states
 from unified_lm.evaluation.analyses.texts import fingerprint
 from unified_lm.evaluation.bootstrap import bootstrap_interval
+from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 OWN_TRIPLES = "future_triples.jsonl"
@@ -223,6 +224,21 @@ def _name_rows(axis: Any, rows: list[tuple[str, str]]) -> None:
     axis.set_ylim(len(rows) - 0.45, -0.55)
 
 
+def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> ResultTable:
+    rows = [
+        [label, attention, *(numbers[attention][key] for key in ("similar", "different", "gap", "gap_low", "gap_high"))]
+        for label, numbers in arms.items()
+        for attention in ("causal", "bidirectional")
+    ]
+    return ResultTable(
+        title="Future-token probe: does a prefix know what follows it?",
+        columns=("model", "attention", "similar", "different", "gap", "gap, low", "gap, high"),
+        rows=rows,
+        note=f"{material['num_triples']} triples ({material['triples']}): mean cosines of the prefix's vectors before a "
+        "similar and before a different continuation, last layer. 95 % interval of the gap: paired bootstrap over triples.",
+    )
+
+
 FUTURE = Analysis(
     name="future",
     summary="whether tokens know what follows them: cosine of a prefix before similar and different ends",
@@ -230,4 +246,5 @@ FUTURE = Analysis(
     prepare=_prepare,
     measure=_measure,
     draw=_draw,
+    tabulate=_tabulate,
 )

@@ -18,6 +18,7 @@ from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Mate
 from unified_lm.evaluation.analyses.figure import HEAT, MARKERS, PALETTE, arm_legend, finish, heat_legend, save, subplots
 from unified_lm.evaluation.analyses.states import layer_states, token_windows
 from unified_lm.evaluation.analyses.texts import fingerprint, read_texts
+from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 
@@ -83,6 +84,22 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
     return save(figure, path)
 
 
+def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> ResultTable:
+    rows = []
+    for label, numbers in arms.items():
+        inner = numbers["by_layer_inner"]
+        lowest = int(np.argmin(inner))
+        rows.append([label, numbers["mean"], inner[-1], inner[lowest], lowest])
+    return ResultTable(
+        title="Causal against bidirectional states of the same tokens",
+        columns=("model", "mean cosine", "last layer", "lowest layer's", "lowest layer"),
+        rows=rows,
+        note=f"Cosines over the first {material['positions']} tokens of {material['num_windows']} texts of "
+        f"{material['texts']}: the mean over layers (without the embeddings) and positions; the others without the first and "
+        "the last position.",
+    )
+
+
 LAYERS = Analysis(
     name="layers",
     summary="cosine between causal and bidirectional states of the same tokens, by layer and position",
@@ -90,4 +107,5 @@ LAYERS = Analysis(
     prepare=window_material,
     measure=_measure,
     draw=_draw,
+    tabulate=_tabulate,
 )

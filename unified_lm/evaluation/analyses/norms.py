@@ -16,6 +16,7 @@ from unified_lm.evaluation.analyses.base import Analysis, Material, Numbers, rou
 from unified_lm.evaluation.analyses.figure import HEAT, MARKERS, PALETTE, arm_legend, finish, heat_legend, save, subplots
 from unified_lm.evaluation.analyses.layers import window_material
 from unified_lm.evaluation.analyses.states import layer_states, token_windows
+from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 SINK_RATIO = 10.0
@@ -76,6 +77,22 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
     return save(figure, path)
 
 
+def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> ResultTable:
+    rows = []
+    for label, numbers in arms.items():
+        largest = numbers["largest_ratio"]
+        sinks = ", ".join(str(sink["position"]) for sink in numbers["sinks"])
+        place = (largest["ratio"], largest["layer"], largest["position"])
+        rows.append([label, numbers["attention"], sinks or "none", *place, numbers["last_layer_first_ratio"]])
+    return ResultTable(
+        title="Attention sinks: length of the states",
+        columns=("model", "attention", "sinks at", "largest ratio", "in layer", "at position", "position 0, last layer"),
+        rows=rows,
+        note=f"Ratios to the layer's median length; a sink has {SINK_RATIO:g} or more. First {material['positions']} tokens of "
+        f"{material['num_windows']} texts of {material['texts']}.",
+    )
+
+
 NORMS = Analysis(
     name="norms",
     summary="length of the states by layer and position: attention sinks",
@@ -83,4 +100,5 @@ NORMS = Analysis(
     prepare=window_material,
     measure=_measure,
     draw=_draw,
+    tabulate=_tabulate,
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from unified_lm.core.errors import DataError
 from unified_lm.core.files import write_json
 from unified_lm.evaluation.analyses.arms import Arm
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers
+from unified_lm.evaluation.result_table import FOLDER
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def run_analyses(
 ) -> list[Outcome]:
     """Measure, then draw.
 
-    After every measurement `out/NAME.json` is written, so that a run that was stopped goes on with the next one.
+    After every measurement `out/NAME.json` is written, so that a run that was stopped goes on with the next one. Beside the
+    export of a run, table and figure are also put where the run's report finds them: `RUN/evaluation/analysis-NAME`.
 
     Args:
         analyses: in the order of the results.
@@ -78,12 +81,19 @@ def run_analyses(
                 report(f"{analysis.name}, {arm.label}: measured before")
             results[analysis.name][arm.label] = {"key": key, "model": str(arm.folder), **numbers}
             _write(out, analysis, material, results[analysis.name], found[analysis.name])
-    return [_finish(analysis, materials[analysis.name], results[analysis.name], out) for analysis in analyses]
+    runs = list(dict.fromkeys(arm.run_dir for arm in arms if arm.run_dir is not None))
+    return [_finish(analysis, materials[analysis.name], results[analysis.name], out, runs) for analysis in analyses]
 
 
-def _finish(analysis: Analysis, material: Material, arms: dict[str, Numbers], out: Path) -> Outcome:
+def _finish(analysis: Analysis, material: Material, arms: dict[str, Numbers], out: Path, runs: Sequence[Path]) -> Outcome:
     path = _write(out, analysis, material, arms, {})
-    return Outcome(analysis.name, path, analysis.draw(arms, material.description, out / f"{analysis.name}.png"), arms)
+    figure = analysis.draw(arms, material.description, out / f"{analysis.name}.png")
+    for run in runs:
+        target = run / FOLDER / f"analysis-{analysis.name}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(figure, target)
+        replace(analysis.tabulate(arms, material.description), figure=target.name).save(target.with_suffix(".json"))
+    return Outcome(analysis.name, path, figure, arms)
 
 
 def _key(analysis: Analysis, material: Material, model: str) -> str:

@@ -30,6 +30,7 @@ from unified_lm.evaluation.analyses.texts import (
     read_texts,
 )
 from unified_lm.evaluation.bootstrap import bootstrap_interval
+from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.standardizer import RunningMoments, Standardizer
 from unified_lm.objectives.ranking import ndcg_at_k
@@ -203,6 +204,23 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
     return save(figure, path)
 
 
+def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> ResultTable:
+    keys = ("value", "low", "high", "change", "change_low", "change_high")
+    rows = [
+        [label, material["sts" if metric == "spearman" else "retrieval"]["name"], name, row, *(scores.get(key) for key in keys)]
+        for label, numbers in arms.items()
+        for metric, name in _METRICS.items()
+        for row, scores in numbers.get(metric, {}).items()
+    ]
+    return ResultTable(
+        title="Standardised vectors, by reference corpus",
+        columns=("model", "data", "score", "fitted on", "value", "low", "high", "change", "change, low", "change, high"),
+        rows=rows,
+        note=f"Change: paired difference to no standardisation. 95 % intervals: bootstrap over pairs or queries. No model in "
+        f"use can be fitted on {ITSELF}.",
+    )
+
+
 STANDARDIZE = Analysis(
     name="standardize",
     summary="scores without and with standardisation, by reference corpus",
@@ -210,4 +228,5 @@ STANDARDIZE = Analysis(
     prepare=_prepare,
     measure=_measure,
     draw=_draw,
+    tabulate=_tabulate,
 )

@@ -19,6 +19,7 @@ from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Mate
 from unified_lm.evaluation.analyses.figure import MARKERS, PALETTE, arm_legend, finish, save, subplots
 from unified_lm.evaluation.analyses.texts import PYDOCS, fingerprint, read_retrieval, read_scored_pairs
 from unified_lm.evaluation.bootstrap import bootstrap_interval
+from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 ALPHA = 2.0
@@ -114,6 +115,17 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
     return save(figure, path)
 
 
+def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> ResultTable:
+    keys = ("attention", "alignment", "alignment_low", "alignment_high", "uniformity", "mean_positive_cosine")
+    return ResultTable(
+        title="Alignment and uniformity",
+        columns=("model", "attention", "alignment", "alignment, low", "alignment, high", "uniformity", "mean positive cosine"),
+        rows=[[label, *(numbers[key] for key in keys)] for label, numbers in arms.items()],
+        note=f"{material['num_pairs']} pairs of {material['pairs']}; lower is better for both. 95 % interval: bootstrap over "
+        "pairs.",
+    )
+
+
 UNIFORMITY = Analysis(
     name="uniformity",
     summary="alignment of similar pairs and uniformity of all texts",
@@ -121,4 +133,5 @@ UNIFORMITY = Analysis(
     prepare=_prepare,
     measure=_measure,
     draw=_draw,
+    tabulate=_tabulate,
 )
