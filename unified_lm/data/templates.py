@@ -201,9 +201,8 @@ TEMPLATES: dict[str, Template] = {
 - chatml: SmolLM2-Instruct's and Qwen's own conversation format, without their default system message.
 - plain: what the tokenizer makes of the text alone (with the begin of text only where it adds one); an instruction stands on
   a line of its own. For MNTP, SimCSE and running text.
-- plain_bos: plain behind the begin of text, for tokenizers that have one without adding it, such as SmolLM2's. In a causal
-  model the first token is where attention goes that has nowhere to go (a sink); read bidirectionally, the first token no
-  longer knows that it is first. A begin of text marks the place, and training restores the sink.
+- plain_bos: plain behind the begin of text, for tokenizers that have one without adding it, such as SmolLM2's. LLM2Vec's own
+  families add theirs; bidirectional training did better with it here (docs/log.md).
 - llm2vec: "instruction;" before the text. The reference trains on "{instruction}; {text}" and infers with
   "{instruction}: {text}"; here both are the same, and the newline (for its space) keeps the border between prompt and text on a
   token border.
