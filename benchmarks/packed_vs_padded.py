@@ -23,9 +23,11 @@ from transformers import PreTrainedTokenizerBase
 from unified_lm.batch import IGNORE, Batch, Sample, make_batch
 from unified_lm.config.schema import ModelConfig, ObjectiveConfig
 from unified_lm.core.allocator import keep_freed_memory
+from unified_lm.core.distributed import local_device
 from unified_lm.data.pydocs import pydocs_file
 from unified_lm.data.records import RecordKind
 from unified_lm.engine.step import GradCacheStep
+from unified_lm.engine.throughput import describe_device
 from unified_lm.engine.trainable import PackOutput, Trainable
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.loading import load_model
@@ -71,7 +73,6 @@ def padded_forward(backbone: Backbone, batch: Batch, objective: Callable) -> Cal
     """A `forward` that runs the pack's samples in padded batches, one per kind, through stock transformers."""
 
     def forward(pack, *, tokens: bool = True) -> PackOutput:
-        hidden = torch.empty(len(pack), backbone.hidden_size, dtype=torch.bfloat16)
         kinds: dict[tuple[str, int], list[int]] = {}
         for index, sample in enumerate(pack.samples):
             kinds.setdefault((sample.stream, sample.slot), []).append(index)
@@ -91,7 +92,7 @@ def padded_forward(backbone: Backbone, batch: Batch, objective: Callable) -> Cal
 def padded_states(backbone: Backbone, pack, members: list[int], causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """States of some samples through a padded batch: `[tokens, D]`, and where each token lies in the pack."""
     lengths = [pack.plan.lengths[index] for index in members]
-    ids = torch.zeros(len(members), max(lengths), dtype=torch.int64)
+    ids = torch.zeros(len(members), max(lengths), dtype=torch.int64, device=pack.input_ids.device)
     mask = torch.zeros_like(ids)
     for row, (index, length) in enumerate(zip(members, lengths, strict=True)):
         start = pack.plan.offsets[index]
@@ -100,7 +101,7 @@ def padded_states(backbone: Backbone, pack, members: list[int], causal: bool) ->
     decoder = backbone.causal_lm.model
     states = decoder(input_ids=ids, attention_mask=mask, use_cache=False, is_causal=causal).last_hidden_state
     where = [torch.arange(pack.plan.offsets[i], pack.plan.offsets[i] + n) for i, n in zip(members, lengths, strict=True)]
-    return states[mask.bool()], torch.cat(where)
+    return states[mask.bool()], torch.cat(where).to(ids.device)
 
 
 def main(repetitions: int = 3) -> None:
@@ -109,10 +110,11 @@ def main(repetitions: int = 3) -> None:
     loaded = load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama"))
     samples = make_samples(loaded.tokenizer)
     counts = {"generation": float(sum(s.num_supervised for s in samples))}
-    batch = make_batch(samples, 1_000_000, counts)
+    device = local_device()
+    batch = make_batch(samples, 1_000_000, counts).to(device)
     next_token = build_objective(ObjectiveConfig(name="next_token"))
     contrastive = {"embedding": build_objective(ObjectiveConfig(name="contrastive", temperature=TEMPERATURE))}
-    backbone = Backbone(loaded.causal_lm, "sdpa")
+    backbone = Backbone(loaded.causal_lm, "auto").to(device)
     trainable = Trainable(backbone, "mean", {"generation": next_token})
     sides = {"packed": trainable, "padded": padded_forward(backbone, batch, next_token)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -120,14 +122,21 @@ def main(repetitions: int = 3) -> None:
     for _ in range(repetitions + 1):
         for name, forward in sides.items():
             loaded.causal_lm.zero_grad()
-            started = time.perf_counter()
+            started = now()
             if name == "padded":
                 with backbone.stock_attention():
                     losses[name] = GradCacheStep(forward, torch.Tensor.backward, contrastive, WEIGHTS)(batch).by_stream
             else:
                 losses[name] = GradCacheStep(forward, torch.Tensor.backward, contrastive, WEIGHTS)(batch).by_stream
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(now() - started)
     report(samples, {name: values[1:] for name, values in seconds.items()}, losses)
+
+
+def now() -> float:
+    """Seconds, once the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def report(samples: list[Sample], seconds: dict[str, list[float]], losses: dict[str, dict[str, float]]) -> None:
@@ -137,10 +146,11 @@ def report(samples: list[Sample], seconds: dict[str, list[float]], losses: dict[
     for sample in samples:
         kinds.setdefault((sample.stream, sample.slot), []).append(len(sample))
     padded = sum(len(lengths) * max(lengths) for lengths in kinds.values())
+    print(describe_device(), end="; ")
     print(f"tokens: {real} packed, {padded} padded ({padded / real:.2f} times)")
     for name, values in seconds.items():
         shown = ", ".join(f"{stream} {loss:.5f}" for stream, loss in losses[name].items())
-        print(f"{name}: median {statistics.median(values):.2f} s of {[round(v, 2) for v in values]}; losses: {shown}")
+        print(f"{name}: median {statistics.median(values):.3f} s of {[round(v, 3) for v in values]}; losses: {shown}")
     ratios = [b / a for a, b in zip(seconds["packed"], seconds["padded"], strict=True)]
     print(f"packed is {statistics.median(ratios):.2f} times faster (per repetition: {[round(r, 2) for r in ratios]})")
     for stream, loss in losses["packed"].items():

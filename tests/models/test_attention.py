@@ -1,7 +1,9 @@
 """Kernels against the dense definition: masks, features, gradients, dropout, refusals."""
 
 import math
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from unified_lm.models.attention import (
     SdpaKernel,
     packed_attention,
 )
-from unified_lm.models.attention.flash import torch_varlen
+from unified_lm.models.attention.flash import installed_varlen, torch_varlen
 from unified_lm.models.attention.grouped import LENGTH_MULTIPLE, group_by_length
 
 LENGTHS = (7, 1, 20, 3, 20, 33, 12, 5)
@@ -263,6 +265,40 @@ def test_what_a_kernel_cannot_do_it_refuses_by_name(kernel: Any, changes: dict[s
 def test_auto_takes_sdpa_on_cpu() -> None:
     assert AutoKernel.choose(make_heads()) == "sdpa"
     torch.testing.assert_close(KERNELS["auto"]()(make_heads()), dense(make_heads()), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("varlen", "changes", "kernel"),
+    [
+        (varlen_on_cpu, {}, "flex"),
+        (varlen_on_cpu, {"whole": True}, "flash"),
+        (varlen_on_cpu, {"whole": True, "softcap": 2.0, "dropout": 0.1}, "flash"),
+        (varlen_on_cpu, {"whole": True, "sinks_H": torch.zeros(6)}, "flex"),
+        (torch_varlen, {"whole": True}, "flash"),
+        (torch_varlen, {"whole": True, "softcap": 2.0}, "flex"),
+        (torch_varlen, {"whole": True, "dropout": 0.1}, "sdpa"),
+        (None, {"whole": True}, "flex"),
+        (None, {"whole": True, "dropout": 0.1}, "sdpa"),
+    ],
+)
+def test_what_auto_takes_on_cuda(monkeypatch: pytest.MonkeyPatch, varlen: Any, changes: dict[str, Any], kernel: str) -> None:
+    monkeypatch.setattr("unified_lm.models.attention.installed_varlen", lambda: varlen)
+    whole = {"plan": AttentionPlan.build(LENGTHS, [(0, 0)] * 4 + [(0, n) for n in LENGTHS[4:]])}
+    heads = make_heads(**{key: value for key, value in changes.items() if key != "whole"}, **(whole if changes else {}))
+    on_cuda: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert AutoKernel.choose(replace(heads, q_THd=on_cuda)) == kernel
+
+
+def test_a_varlen_attention_without_scale_windows_and_groups_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_torch_2_10(query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert installed_varlen.__wrapped__() is torch_varlen
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", of_torch_2_10)
+    assert installed_varlen.__wrapped__() is None
+    monkeypatch.setattr("unified_lm.models.attention.flash.installed_varlen", lambda: None)
+    with pytest.raises(ModelError, match="flash-attn, or torch 2"):
+        FlashKernel()
 
 
 def call(heads: Heads, **kwargs: Any) -> torch.Tensor:

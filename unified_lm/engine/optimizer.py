@@ -127,7 +127,8 @@ class MasterAdamW:
             self.inner.state.pop(master, None)
             if f"step/{name}" in names:
                 moments = {key: read_shaped(read, f"{key}/{name}", master.shape).to(master.device) for key in MOMENTS}
-                self.inner.state[master] = {"step": read(f"step/{name}").clone().reshape(()), **moments}
+                step = read(f"step/{name}").to(master.device, torch.float32, copy=True)  # fused: beside the weights
+                self.inner.state[master] = {"step": step.reshape(()), **moments}
         self.write_back()
 
 

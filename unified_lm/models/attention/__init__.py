@@ -35,7 +35,7 @@ from transformers import AttentionInterface
 
 from unified_lm.batch import AttentionMode, AttentionPlan
 from unified_lm.core.errors import ModelError
-from unified_lm.models.attention.flash import FlashKernel, find_varlen, torch_varlen
+from unified_lm.models.attention.flash import FlashKernel, installed_varlen, torch_varlen
 from unified_lm.models.attention.flex import FlexKernel
 from unified_lm.models.attention.heads import AttentionKernel, Heads
 from unified_lm.models.attention.reference import ReferenceKernel
@@ -54,8 +54,8 @@ _UNSUPPORTED = ("position_bias", "alibi", "cache", "block_table", "attention_chu
 class AutoKernel:
     """Chooses by device and problem.
 
-    sdpa on CPU and for float32; otherwise flash, or flex where flash cannot: partial spans, sinks, and score caps without the
-    package flash-attn.
+    sdpa on CPU and for float32; otherwise flash, or flex where flash cannot: partial spans, sinks, score caps without the
+    package flash-attn, and everything without it on a torch before 2.11. Dropout of attention weights without flash-attn: sdpa.
     """
 
     name = "auto"
@@ -75,12 +75,13 @@ class AutoKernel:
         """Return the name of the kernel that serves this problem."""
         if heads.q_THd.device.type != "cuda" or heads.q_THd.dtype == torch.float32:
             return "sdpa"
-        stock_varlen = find_varlen() is torch_varlen  # has neither dropout nor a score cap
-        if heads.dropout and stock_varlen:
+        varlen = installed_varlen()
+        plain = varlen is None or varlen is torch_varlen  # torch's has neither dropout nor a score cap
+        if heads.dropout and plain:
             return "sdpa"
         partial_spans = any(run.mode is AttentionMode.SPAN for run in heads.plan.runs)
-        uncapped = heads.softcap is not None and stock_varlen
-        return "flex" if partial_spans or heads.sinks_H is not None or uncapped else "flash"
+        uncapped = heads.softcap is not None and plain
+        return "flex" if varlen is None or partial_spans or heads.sinks_H is not None or uncapped else "flash"
 
 
 KERNELS: Mapping[str, Callable[[], AttentionKernel]] = {

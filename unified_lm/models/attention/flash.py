@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -98,24 +99,35 @@ class FlashKernel:
         return causal.index_copy(0, rows.queries, within)
 
 
-@cache
 def find_varlen() -> VarlenFunction:
     """Return `flash_attn`'s varlen function, or torch's behind the same signature.
 
     Raises:
-        ModelError: neither is installed.
+        ModelError: neither is there.
+    """
+    found = installed_varlen()
+    if found is None:
+        raise ModelError(
+            f"the flash kernel needs the package flash-attn, or torch 2.11's varlen attention (this is {torch.__version__}). "
+            "Install unified_lm[flash], or set model.attention_kernel=flex or sdpa."
+        )
+    return found
+
+
+@cache
+def installed_varlen() -> VarlenFunction | None:
+    """`flash_attn`'s varlen function, torch's behind the same signature, or None where neither is there.
+
+    The first versions of torch's (2.9 and 2.10) have neither scale nor window.
     """
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
         try:
-            from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-        except ImportError as error:
-            raise ModelError(
-                "the flash kernel needs the package flash-attn, or torch with torch.nn.attention.varlen. "
-                "Install unified_lm[flash], or set model.attention_kernel=flex or sdpa."
-            ) from error
-        return torch_varlen
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            return None
+        return torch_varlen if {"scale", "window_size"} <= signature(varlen_attn).parameters.keys() else None
     return flash_attn_varlen_func
 
 
@@ -146,6 +158,8 @@ def torch_varlen(
         raise ModelError(
             f"torch's varlen attention has no {asked}. Install unified_lm[flash] or set model.attention_kernel=sdpa."
         )
+    # torch 2.11 groups heads without being told, later versions ask for the word
+    grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and "enable_gqa" in _varlen_parameters() else {}
     output = varlen_attn(
         q,
         k,
@@ -156,10 +170,17 @@ def torch_varlen(
         max_seqlen_k,
         scale=softmax_scale,
         window_size=(window_size[0], 0) if causal else window_size,
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     assert isinstance(output, torch.Tensor)  # a pair only where the log-sum-exp is asked for
     return output
+
+
+@cache
+def _varlen_parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(signature(varlen_attn).parameters)
 
 
 @dataclass(frozen=True, eq=False)

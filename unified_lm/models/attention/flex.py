@@ -17,6 +17,9 @@ from unified_lm.batch.plan import visible
 from unified_lm.core.errors import ModelError
 from unified_lm.models.attention.heads import Heads
 
+_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
+"""Never the decoding kernel, which torch chooses below 128 queries and which has no configuration for some head sizes."""
+
 
 class FlexKernel:
     """Every mask, window, score cap and sink; no dropout of attention weights."""
@@ -46,11 +49,12 @@ class FlexKernel:
             q,
             k,
             v,
-            score_mod=None if heads.softcap is None else _capped(heads.softcap),
+            score_mod=None if heads.softcap is None else _capped(heads, q.device),
             block_mask=_block_mask(heads.plan, heads.sliding_window, q.device),
             scale=heads.scaling,
             enable_gqa=q.shape[1] != k.shape[1],
             return_aux=AuxRequest(lse=heads.sinks_H is not None),
+            kernel_options=_OPTIONS,
         )
         output_THe = output[0].transpose(0, 1)
         if heads.sinks_H is None:
@@ -67,7 +71,12 @@ class FlexKernel:
         return self._compiled
 
 
-def _capped(softcap: float) -> Callable[..., torch.Tensor]:
+def _capped(heads: Heads, device: torch.device) -> Callable[..., torch.Tensor]:
+    key = ("flex softcap", heads.softcap, device)
+    if key not in heads.plan.kernel_cache:  # a tensor: with dynamic shapes a captured float has no backward
+        heads.plan.kernel_cache[key] = torch.tensor(heads.softcap, dtype=torch.float32, device=device)
+    softcap = heads.plan.kernel_cache[key]
+
     def score_mod(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return softcap * torch.tanh(score / softcap)
 
