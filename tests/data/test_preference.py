@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,15 @@ import pytest
 
 from tests.data.fake_source import FakeSource, stream_config
 from unified_lm.batch import IGNORE
-from unified_lm.config.schema import ObjectiveConfig
+from unified_lm.config.compose import compose
+from unified_lm.config.schema import ObjectiveConfig, RunConfig, SourceConfig
 from unified_lm.core.errors import DataError
 from unified_lm.data.loader import StepLoader
 from unified_lm.data.mismatch import mismatched_partners
 from unified_lm.data.prepare import prepare
 from unified_lm.data.pydocs_preferences import Failure, failure_of, preference_rows
 from unified_lm.data.records import PreferenceRecord
-from unified_lm.data.streams import Stream
+from unified_lm.data.streams import Stream, build_streams, build_validation_streams
 from unified_lm.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -34,9 +36,10 @@ def preferences(count: int) -> list[PreferenceRecord]:
     return [PreferenceRecord(f"question {i // 2}", f"answer {i} {'y' * (5 * i % 23)}", i % 2 == 0) for i in range(count)]
 
 
-def make_stream(rows: list[PreferenceRecord], **settings: object) -> Stream:
-    config = stream_config("preference", objective=KTO, batch_size=4, max_tokens=128, **settings)
-    return Stream("preference", config, [FakeSource(rows)], TOKENIZER, 0)  # type: ignore[list-item]
+def make_stream(*sources: FakeSource | list[PreferenceRecord], weights: list[float] | None = None) -> Stream:
+    config = stream_config("preference", objective=KTO, batch_size=4, max_tokens=128)
+    opened = [source if isinstance(source, FakeSource) else FakeSource(source) for source in sources]
+    return Stream("preference", config, opened, TOKENIZER, 0, weights)  # type: ignore[arg-type]
 
 
 def answer(sample) -> str:
@@ -73,10 +76,43 @@ def test_partners_have_other_prompts_and_depend_on_the_rows_alone():
         mismatched_partners([7, 7, 7], "rows.jsonl")
 
 
+def of_one_kind(desirable: bool) -> FakeSource:
+    kind = "good" if desirable else "bad"
+    return FakeSource([PreferenceRecord(f"question {i}", f"{kind} answer {i}", desirable) for i in range(4)], name=kind)
+
+
 def test_one_kind_of_row_is_an_error():
-    rows = [PreferenceRecord(f"question {i}", f"answer {i}", True) for i in range(4)]
-    with pytest.raises(DataError, match="all 4 rows are desirable"):
-        make_stream(rows)
+    with pytest.raises(
+        DataError, match=r"streams\.preference: all 4 rows are desirable \(good\)\. .* a source with undesirable"
+    ):
+        make_stream(of_one_kind(True))
+    with pytest.raises(DataError, match=r"all 8 rows are undesirable \(bad #0, bad #1\)"):
+        make_stream(of_one_kind(False), of_one_kind(False))
+
+
+def test_each_kind_may_have_a_source_of_its_own():
+    stream = make_stream(of_one_kind(True), of_one_kind(False))
+    drawn = [sample for _ in range(4) for sample in stream.draw() if not sample.control]
+    assert {(sample.desirable, "good" in answer(sample)) for sample in drawn} == {(True, True), (False, False)}
+    with pytest.raises(DataError, match=r"all 4 rows are desirable \(good\)"):
+        make_stream(of_one_kind(True), of_one_kind(False), weights=[1.0, 0.0])  # the second one is never drawn from
+
+
+def test_each_kind_may_have_a_file_of_its_own(tmp_path: Path):
+    files, folder = [], tmp_path / "rows"
+    folder.mkdir()
+    for label in (True, False):
+        files.append(SourceConfig(path=str(folder / f"{label}.jsonl")))
+        rows = [{"prompt": f"q {i}", "completion": f"{label} {i}", "label": label} for i in range(6)]
+        (folder / f"{label}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = compose(["recipe=kto_smollm2", "model=tiny_random"])
+    assert isinstance(config, RunConfig)
+    for sources in (files, [SourceConfig(path=str(folder))]):
+        part = replace(config.streams["preference"], sources=tuple(sources))
+        held_out = replace(config.validation, sources={"preference": tuple(sources)}, retrieval=None)
+        run = replace(config, streams={"preference": part}, validation=held_out)
+        for streams in (build_streams(run, TOKENIZER), build_validation_streams(run, TOKENIZER)):
+            assert streams["preference"].num_rows == 12
 
 
 def test_the_count_of_a_step_is_that_of_its_rows_on_any_number_of_ranks():

@@ -83,7 +83,10 @@ class Format(ABC):
         """
 
     def check(self, table: TokenTable, source_name: str) -> None:  # noqa: B027 - most formats have nothing to check
-        """Raise DataError where rows cannot give what the stream's settings ask."""
+        """Raise DataError where the rows of a source cannot give what the stream's settings ask."""
+
+    def check_together(self, tables: Sequence[TokenTable], source_names: Sequence[str]) -> None:  # noqa: B027 - as above
+        """Raise DataError where all sources that are drawn from, together, cannot give what the stream is for."""
 
     def _bidirectional(self, encoded: Encoded) -> tuple[int, int]:
         if self.config.attention == "causal":
@@ -239,14 +242,16 @@ class Preference(Chat):
         turns = [(("user", r.prompt), ("assistant", text)) for r, text in zip(records, completions, strict=True)]
         return self.encoder.chat(turns, self.config.max_tokens)
 
-    def check(self, table: TokenTable, source_name: str) -> None:
+    def check_together(self, tables: Sequence[TokenTable], source_names: Sequence[str]) -> None:
         """Raise DataError when the rows are all desirable or all undesirable: nothing could be told apart."""
-        found = set(np.unique(table.roles)) & {Role.DESIRABLE, Role.UNDESIRABLE}
-        if len(found) < 2 and len(table):
+        found = {role for table in tables for role in np.unique(table.roles)} & {Role.DESIRABLE, Role.UNDESIRABLE}
+        if len(found) < 2:
             (role,) = found
+            other = Role.UNDESIRABLE if role == Role.DESIRABLE else Role.DESIRABLE
             raise DataError(
-                f"{source_name}: all {len(table)} rows are {Role(role).name.lower()}. Learning from preferences takes both "
-                "kinds; see that the column 'label' says what it should."
+                f"streams.{self.name}: all {sum(map(len, tables)):,} rows are {Role(role).name.lower()} "
+                f"({', '.join(source_names)}). Learning from preferences takes both kinds: add a source with "
+                f"{other.name.lower()} rows, or see that the column 'label' says what it should."
             )
 
     def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:

@@ -91,6 +91,8 @@ class Stream:
         self.tables = [self._tokenise(source) for source in self.sources]
         self.cursors = [self._cursor(index) for index in range(len(self.sources))]
         self.probabilities = self._source_probabilities([1.0] * len(self.sources) if weights is None else weights)
+        drawn = np.flatnonzero(self.probabilities)
+        self.format.check_together([self.tables[i] for i in drawn], [self.source_names[i] for i in drawn])
 
     def draw(self, count: int | None = None) -> list[Sample]:
         """One global batch: `count` groups or samples (default: `batch_size`), group after group.
