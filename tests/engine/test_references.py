@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from tests.engine.processes import NEEDS_DEEPSPEED, Group
 from tests.engine.small_run import equal, metrics, tensors
 from unified_lm.build import train
+from unified_lm.build.checkpoints import export_checkpoint
 from unified_lm.checkpoint.manifest import Manifest
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.templates import get_template
@@ -102,6 +105,21 @@ def test_training_tells_the_two_kinds_apart(finished: Path):
     assert last["heldout/preference/margin"] > 0.1
 
 
+def test_the_export_of_a_checkpoint_scores_nothing(finished: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(ReferenceCache, "attach", lambda *_: pytest.fail("scored"))
+    export_checkpoint(finished, tmp_path / "export", Console(quiet=True))
+    assert Manifest.load(tmp_path / "export").recipe == "kto_smollm2"
+
+
+@pytest.mark.slow
+@NEEDS_DEEPSPEED
+def test_another_backend_finds_the_same_references(finished: Path, data: Path, cache: Path, tmp_path: Path):
+    before = set(cache.iterdir())
+    group = Group(arguments(data, tmp_path / "run", "parallel=zero3"), 2, tmp_path / "log")
+    assert group.wait() == [0, 0], group.output()
+    assert set(cache.iterdir()) == before
+
+
 def test_resume_is_bit_exact(finished: Path, data: Path, tmp_path: Path):
     """Law 5, with references that come from the cache, not from the weights at the time."""
     run_dir = tmp_path / "run"
@@ -114,7 +132,7 @@ def test_resume_is_bit_exact(finished: Path, data: Path, tmp_path: Path):
     assert metrics(run_dir) == metrics(finished)
 
 
-def test_kto_after_grit_keeps_the_embedding_mode(data: Path, tmp_path: Path):
+def test_kto_after_grit_keeps_the_embedding_mode(data: Path, tmp_path: Path, monkeypatch):
     common = ["model=tiny_random", "lora=none", "max_steps=1", "logging.progress=false"]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"query": f"q {i}", "pos": [f"d {i}"]}) + "\n" for i in range(8)))
     grit = train(
@@ -134,6 +152,7 @@ def test_kto_after_grit_keeps_the_embedding_mode(data: Path, tmp_path: Path):
     assert (before.modes, after.modes) == (("embed",), ("embed", "generate"))
     assert (after.instructions, after.pooling, after.max_tokens) == (before.instructions, before.pooling, before.max_tokens)
     assert [stage.recipe for stage in after.stages] == ["embedding_only", "kto_smollm2"]
+    monkeypatch.setattr(ReferenceCache, "attach", lambda *_: pytest.fail("scored before the export was checked"))
     with pytest.raises(ConfigError, match=r"embeds with template 'grit', but the preferences have template '.*ANOTHER'"):
         train(
             [

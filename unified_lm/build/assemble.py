@@ -33,7 +33,6 @@ from unified_lm.engine.deepspeed import ZeroSharding
 from unified_lm.engine.fit import Training
 from unified_lm.engine.flops import ModelFlops
 from unified_lm.engine.metrics import Reporter
-from unified_lm.engine.references import ReferenceCache
 from unified_lm.engine.sequences import SequenceScoring
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.throughput import ComputeClock, StepMeter, describe_device
@@ -57,16 +56,18 @@ class Run:
         loaded: model and tokenizer, with where they came from.
         streams: the training streams, for their counts of rejected and truncated rows.
         lora: what adapters were applied, or None.
+        scored: the streams, also held-out ones, that take reference log-probabilities before training (`build.references`).
     """
 
     training: Training
     loaded: LoadedModel
     streams: dict[str, Stream]
     lora: LoraReport | None
+    scored: tuple[Stream, ...] = ()
 
 
 def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
-    """Load the model and the data, and put the parts of a run together."""
+    """Load the model and the data, and put the parts of a run together. Before training `build.references` follows."""
     check_backend(config.parallel)
     seed_everything(config.seed)
     device = distributed.local_device()
@@ -92,10 +93,7 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     resume_from = on_main(lambda: _checkpoint_to_resume(config, run_dir, identity, console))
     clock = ComputeClock()
     forward, backward = within("forward", clock.timed(backend.forward)), within("backward", clock.timed(backend.backward))
-    references = _reference_cache(config, loaded, trainable, backend)
-    for name, stream in streams.items():
-        if _is_cached(config, config.streams[name]):
-            references.attach(stream)
+    held_out = build_validation_streams(config, loaded.tokenizer)
     sequences = SequenceScoring(forward, trainable, objectives.sequences, backend.equal_forwards)
     step = GradCacheStep(
         forward, backward, objectives.embeddings, weights, equal_forwards=backend.equal_forwards, sequences=sequences
@@ -108,7 +106,7 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
         backend=backend,
         step=step,
         loader=_make_loader(config, streams, trainable),
-        validator=_make_validator(config, loaded, backend, trainable, objectives, references),
+        validator=_make_validator(config, loaded, backend, trainable, objectives, held_out),
         reporter=Reporter(config.logging, run_dir, config.max_steps, asdict(config), console, _facts(meter)),
         meter=meter,
         identity=identity,
@@ -116,7 +114,9 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
         resume_from=resume_from,
     )
     seed_everything(config.seed + 1 + distributed.rank())  # dropout differs between ranks, and from initialisation
-    return Run(training, loaded, streams, lora)
+    both = [*streams.items(), *held_out.items()]
+    scored = tuple(stream for name, stream in both if _is_cached(config, config.streams[name]))
+    return Run(training, loaded, streams, lora, scored)
 
 
 def _checkpoint_to_resume(config: RunConfig, run_dir: Path, identity: Identity, console: Console) -> Path | None:
@@ -178,19 +178,6 @@ def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
     return reference == "cached" or (reference == "auto" and config.lora is None)
 
 
-def _reference_cache(config: RunConfig, loaded: LoadedModel, trainable: Trainable, backend: Backend) -> ReferenceCache:
-    model = config.model
-    key = f"{loaded.provenance['fingerprint']} {model.dtype} {model.autocast} {trainable.backbone.kernel}"
-    return ReferenceCache(
-        within("forward", backend.forward),
-        trainable,
-        key,
-        config.packing.token_budget,
-        equal_forwards=backend.equal_forwards,
-        progress=config.logging.progress,
-    )
-
-
 def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
     """The head on pooled vectors: that of the export the run starts from, or a new one.
 
@@ -240,15 +227,11 @@ def _make_validator(
     backend: Backend,
     trainable: Trainable,
     objectives: _Objectives,
-    references: ReferenceCache,
+    streams: dict[str, Stream],
 ) -> Validator | None:
-    streams = build_validation_streams(config, loaded.tokenizer)
     retrieval = build_retrieval(config, loaded.tokenizer)
     if not streams and retrieval is None:
         return None
-    for name, stream in streams.items():
-        if _is_cached(config, config.streams[name]):
-            references.attach(stream)
     embeddings = {name: objective for name, objective in objectives.embeddings.items() if name in streams}
     sequences = {name: objective for name, objective in objectives.sequences.items() if name in streams}
     forward = within("forward", backend.forward)

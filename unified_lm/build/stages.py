@@ -12,6 +12,7 @@ from rich.console import Console
 from unified_lm.build.assemble import Run, build_run
 from unified_lm.build.publish import check_export, export_run
 from unified_lm.build.record import write_record
+from unified_lm.build.references import score_references
 from unified_lm.build.sweep import run_sweep
 from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
 from unified_lm.config.compose import compose, to_yaml
@@ -104,6 +105,7 @@ def _run_stage(config: RunConfig) -> tuple[Path, bool]:
     _report(run, console)
     if config.export.enabled:
         check_export(run)
+    score_references(run)
     if distributed.is_main():
         write_text(run_dir / "config.yaml", to_yaml(config))
     on_main(lambda: write_record(run))

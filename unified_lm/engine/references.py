@@ -38,7 +38,7 @@ class ReferenceCache:
     Args:
         forward: pack -> `PackOutput`.
         trainable: the module behind `forward`.
-        model_key: what tells this model's numbers from those of others: weights, dtype, kernel.
+        model_key: what tells this model's numbers from those of others: configuration, weights, dtype, kernel.
         token_budget: tokens of one forward.
         equal_forwards: whether every rank must run the same number of forwards (ZeRO-2 and 3).
         progress: whether rank 0 shows a progress bar.
