@@ -74,12 +74,48 @@ def test_seeds_arms_and_overrides(tmp_path: Path) -> None:
         ("seeds=[a]", "whole numbers"),
         ("resume=none", "always continues"),
         ("push_to_hub=a/b export.enabled=true", "not uploaded"),
-        ("optim.learning_rat=1", "arm token: unknown key"),
+        ("arms=[token] optim.learning_rat=1", "arm token: unknown key"),
     ],
 )
 def test_mistakes_on_the_command_line(argument: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told.replace("'", ".")):
         sweep("recipe=ablation_loss", *argument.split())
+
+
+def test_what_is_wrong_with_several_arms_is_told_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        sweep(
+            "recipe=ablation_loss", "arms=[token,sample,mixed]", "optim.learning_rat=1", "token.max_stps=1", "sample.max_stps=1"
+        )
+    assert {problem.partition(".")[0] for problem in caught.value.problems} == {
+        "every arm: unknown key 'optim",
+        "arms token, sample: unknown key 'max_stps'",
+    }
+    assert len(caught.value.problems) == 2
+
+
+def test_an_arm_may_not_be_named_like_a_part_of_the_configuration(tmp_path: Path) -> None:
+    """`optim.learning_rate=1` would be taken from the command line for the arm `optim` alone."""
+    problems: list[str] = []
+    parts = (
+        "model",
+        "data",
+        "lora",
+        "streams",
+        "optim",
+        "parallel",
+        "packing",
+        "logging",
+        "checkpoint",
+        "validation",
+        "export",
+    )
+    read_plan("t", {"ablation": {"base": {"r": []}, "arms": {name: [] for name in (*parts, "none", "fast")}}}, problems)
+    assert [problem.partition(" is named like a part")[0] for problem in problems] == [f"t: arm '{name}'" for name in parts]
+    file = tmp_path / "mine.yaml"
+    file.write_text("ablation: {base: {grit_smollm2_short: []}, arms: {optim: [], other: []}}\n")
+    with pytest.raises(ConfigError, match="arm 'optim' is named like a part of the configuration"):
+        sweep(f"recipe={file}", "optim.learning_rate=1")
 
 
 def test_a_caller_of_one_run_is_told() -> None:

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from unified_lm.config.convert import schema_keys
 from unified_lm.core.errors import did_you_mean
 
 KEY = "ablation"
@@ -97,6 +98,12 @@ def read_plan(name: str, raw: Mapping[str, Any], problems: list[str]) -> Ablatio
     problems.extend(
         f"{name}: arm '{arm}' is not a folder's name ({_NAME.pattern})." for arm in arms if not _NAME.fullmatch(arm)
     )
+    problems.extend(
+        f"{name}: arm '{arm}' is named like a part of the configuration: {arm}.key=value on the command line could mean "
+        "either. Choose another name."
+        for arm in arms
+        if arm in _sections()
+    )
     if not bases or not arms:
         problems.append(f"{name}: {KEY} needs a base and at least one arm.")
     default = tuple(str(arm) for arm in plan.get("default") or arms)
@@ -105,6 +112,11 @@ def read_plan(name: str, raw: Mapping[str, Any], problems: list[str]) -> Ablatio
     )
     overrides = _arguments(f"{name}: {KEY}.overrides", plan.get("overrides") or [], problems)
     return AblationPlan(bases or {"": ()}, overrides, arms, default, _seeds(plan.get("seeds", [42]), problems))
+
+
+def _sections() -> frozenset[str]:
+    """What `NAME.key=value` sets in a run; `data` is there until a recipe is resolved."""
+    return frozenset({"data", *(key.partition(".")[0] for key in schema_keys() if "." in key)})
 
 
 def _cross(name: str, grid: Any, exclude: Sequence[str], problems: list[str]) -> dict[str, tuple[str, ...]]:

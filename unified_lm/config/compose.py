@@ -316,16 +316,18 @@ def _compose_sweep(name: str, raw: dict[str, Any], argv: Sequence[str], problems
     run_dir = str(own.get("run_dir") or f"runs/{name}")
     shared = [a for a in argv if _key(a) not in _SWEEP_KEYS and not any(_is_for(a, arm) for arm in plan.arms)]
     arms: list[ArmConfig] = []
+    refused: dict[str, list[str]] = {}
     for arm in chosen:
         for_this = [argument.replace(f"{arm}.", "", 1) for argument in argv if _is_for(argument, arm)]
         arguments = [*plan.bases.get(base, ()), *plan.overrides, *plan.arms[arm], *shared, *for_this]
         try:
             run = compose_run([f"recipe={base}", *arguments])
         except ConfigError as error:
-            problems.extend(f"arm {arm}: {problem}" for problem in error.problems)
+            for problem in error.problems:
+                refused.setdefault(problem, []).append(arm)
             continue
         if run.export.push_to_hub is not None:
-            problems.append(f"arm {arm}: the runs of an ablation are not uploaded; remove push_to_hub.")
+            refused.setdefault("the runs of an ablation are not uploaded; remove push_to_hub.", []).append(arm)
         folders = {seed: f"{run_dir}/{arm}-seed{seed}" for seed in seeds}
         arms += [
             ArmConfig(
@@ -333,6 +335,7 @@ def _compose_sweep(name: str, raw: dict[str, Any], argv: Sequence[str], problems
             )
             for seed, folder in folders.items()
         ]
+    problems.extend(f"{_arms_in_words(names, chosen)}: {problem}" for problem, names in refused.items())
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return SweepConfig(
@@ -344,6 +347,12 @@ def _compose_sweep(name: str, raw: dict[str, Any], argv: Sequence[str], problems
         arm_names=tuple(plan.arms),
         arms=tuple(arms),
     )
+
+
+def _arms_in_words(names: Sequence[str], chosen: Sequence[str]) -> str:
+    if len(names) == 1:
+        return f"arm {names[0]}"
+    return "every arm" if len(names) == len(chosen) else f"arms {', '.join(names)}"
 
 
 def _sweep_values(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
