@@ -9,7 +9,9 @@ import pytest
 from rich.console import Console
 
 from unified_lm.build import train
-from unified_lm.build.sweep import FINISHED, run_sweep
+from unified_lm.build.ended import Ended
+from unified_lm.build.sweep import run_sweep
+from unified_lm.build.sweep_folder import FINISHED
 from unified_lm.cli.main import main
 from unified_lm.config.compose import compose
 from unified_lm.config.schema import RunConfig, SweepConfig
@@ -56,12 +58,12 @@ def test_a_stopped_arm_ends_the_sweep_and_goes_on_next_time(tmp_path: Path) -> N
     assert isinstance(config, SweepConfig)
     asked: list[str] = []
 
-    def run_one(run: RunConfig) -> tuple[Path, bool]:
+    def run_one(run: RunConfig) -> Ended:
         folder = Path(run.run_dir)
         folder.mkdir(exist_ok=True)
         asked.append(folder.name)
         assert run.resume == "auto"
-        return folder, len(asked) != 1  # a signal stops the first one
+        return Ended(folder, is_finished=len(asked) != 1)  # a signal stops the first one
 
     run_sweep(config, run_one, Console(quiet=True))
     assert asked == ["causal-mean-causal-seed42"]

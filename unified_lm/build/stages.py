@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from unified_lm.build.assemble import Run, build_run
+from unified_lm.build.ended import Ended
 from unified_lm.build.publish import check_export, export_run
 from unified_lm.build.record import write_record
 from unified_lm.build.references import score_references
@@ -19,11 +20,12 @@ from unified_lm.config.compose import compose, to_yaml
 from unified_lm.config.schema import ChainConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import on_main, share
-from unified_lm.core.errors import CheckpointError
+from unified_lm.core.errors import CheckpointError, UserError
 from unified_lm.core.files import write_text
 from unified_lm.core.watchdog import long_on_main, watching
 from unified_lm.engine.dry_run import print_dry_run
 from unified_lm.engine.fit import fit
+from unified_lm.engine.interruption import StopRequest, stop_message
 from unified_lm.engine.wandb_run import check_wandb
 
 
@@ -33,7 +35,7 @@ def train(argv: Sequence[str]) -> Path:
     A run that a signal stops (see `engine.fit`) returns like one that is finished; its export is not written.
 
     Returns:
-        The folder of the run (of the last stage, for a chain; of all the runs, for an ablation).
+        The folder of the run (of the last stage that ran, for a chain; of all the runs, for an ablation).
     """
     config = compose(argv)
     minutes = _first_run(config).parallel.timeout_minutes
@@ -58,10 +60,11 @@ def _run(config: RunConfig | ChainConfig | SweepConfig) -> Path:
 
 
 def run_chain(chain: ChainConfig) -> Path:
-    """Run the stages in order, each from the merged result of the one before, until one is stopped by a signal.
+    """Run the stages in order, each from the merged result of the one before, until a signal stops one or comes at its end.
 
     With `resume=auto` a finished stage takes no further step; it is only exported again.
     """
+    console = _console()
     run_dir = Path(share(chain.run_dir or f"runs/{chain.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
     previous: Path | None = None
     for index, stage in enumerate(chain.stages):
@@ -73,8 +76,13 @@ def run_chain(chain: ChainConfig) -> Path:
             config = replace(config, logging=replace(stage.logging, wandb_group=run_dir.name))
         if previous is not None:
             config = replace(config, model=replace(config.model, init_from=str(previous)))
-        previous, is_finished = _run_stage(config)
-        if not is_finished:
+        ended = _run_stage(config)
+        previous = ended.run_dir
+        if not ended.is_finished:
+            break
+        if ended.stopped_by is not None and index + 1 < len(chain.stages):
+            after = f"stage {index + 1} of {len(chain.stages)} ({stage.recipe}), which is finished"
+            console.print(stop_message(ended.stopped_by, after), highlight=False, soft_wrap=True)
             break
     assert previous is not None, "a chain has stages"
     return previous
@@ -86,17 +94,21 @@ def run_stage(config: RunConfig) -> Path:
     Raises:
         CheckpointError: `run_dir` already holds a run and nothing was said about resuming it.
     """
-    return _run_stage(config)[0]
+    return _run_stage(config).run_dir
 
 
-def _run_stage(config: RunConfig) -> tuple[Path, bool]:
-    """The folder of a run, and whether the run is finished (not stopped by a signal)."""
-    console = Console(stderr=True, quiet=not distributed.is_main())
+def _console() -> Console:
+    """Messages go to stderr, from one rank."""
+    return Console(stderr=True, quiet=not distributed.is_main())
+
+
+def _run_stage(config: RunConfig) -> Ended:
+    console = _console()
     for notice in config.notices:
         console.print(f"note: {notice}", highlight=False, soft_wrap=True)
     if config.dry_run:
         print_dry_run(config, Console(quiet=not distributed.is_main()))
-        return Path(config.run_dir), True
+        return Ended(Path(config.run_dir), is_finished=True)
     config = replace(config, run_dir=share(config.run_dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
     run_dir = Path(config.run_dir)
     on_main(lambda: _refuse_to_overwrite(config, run_dir))
@@ -109,12 +121,31 @@ def _run_stage(config: RunConfig) -> tuple[Path, bool]:
     if distributed.is_main():
         write_text(run_dir / "config.yaml", to_yaml(config))
     on_main(lambda: write_record(run))
-    is_finished = fit(run.training)
-    if is_finished and config.export.enabled:
-        with run.training.backend.gathered():
-            long_on_main(lambda: export_run(run, console), "export")
+    try:
+        ended = _fit_and_export(run, console)
+    except Exception as error:
+        # An ablation goes on after it, and needs the memory. But ranks that fail alone must not wait for the others here.
+        if isinstance(error, UserError) or distributed.world_size() == 1:
+            run.training.backend.close()
+        raise
     run.training.backend.close()
-    return run_dir, is_finished
+    return ended
+
+
+def _fit_and_export(run: Run, console: Console) -> Ended:
+    """Train and export; a signal that comes before the export keeps it from being written, as it ends the steps before."""
+    config, run_dir = run.training.config, run.training.run_dir
+    with StopRequest() as stop:
+        if not fit(run.training, stop):
+            return Ended(run_dir, is_finished=False, stopped_by=stop.agree())
+        if config.export.enabled:
+            if (signal_name := stop.agree()) is not None:
+                after = f"step {config.max_steps}, the last one, which is saved; the export is not written"
+                console.print(stop_message(signal_name, after), highlight=False, soft_wrap=True)
+                return Ended(run_dir, is_finished=False, stopped_by=signal_name)
+            with run.training.backend.gathered():
+                long_on_main(lambda: export_run(run, console), "export")
+        return Ended(run_dir, is_finished=True, stopped_by=stop.agree())
 
 
 def _refuse_to_overwrite(config: RunConfig, run_dir: Path) -> None:

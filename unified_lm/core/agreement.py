@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from hashlib import blake2b
+from typing import Any, TypeVar
 
 import torch
 
@@ -65,3 +67,33 @@ def share(value: T) -> T:
     with place("hear from rank 0"):
         torch.distributed.broadcast_object_list(box, src=0, device=distributed.local_device())
     return box[0]
+
+
+def fail_alike(error: Exception, name: str, seconds: float = 30.0) -> bool:
+    """Whether every rank has failed with the same user's error, so that all of them can go on with something else together.
+
+    No collective: a rank that has not failed never calls it, and may be waiting in a collective for one that has. Ranks tell
+    each other through the store of their process group.
+
+    Args:
+        error: what went wrong here.
+        name: of what failed; another one each time.
+        seconds: how long to wait for the others.
+    """
+    if distributed.world_size() == 1:
+        return True
+    if not isinstance(error, UserError):
+        return False  # whatever it was may have come between the ranks
+    same = f"unified_lm/fail_alike/{name}/{blake2b(str(error).encode(), digest_size=8).hexdigest()}"
+    deadline = time.monotonic() + seconds
+    with place("compare failures", waits=False):
+        try:
+            store: Any = torch.distributed.distributed_c10d._get_default_store()
+            store.add(same, 1)
+            while store.add(same, 0) < distributed.world_size():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.05)
+        except RuntimeError:  # the store has gone with the rank that kept it
+            return False
+    return True

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from unified_lm.core.agreement import on_main
 from unified_lm.core.places import place
 from unified_lm.core.random import RngState
 from unified_lm.engine.backend import Backend
-from unified_lm.engine.interruption import StopRequest
+from unified_lm.engine.interruption import StopRequest, stop_message
 from unified_lm.engine.metrics import Reporter
 from unified_lm.engine.schedule import learning_rate
 from unified_lm.engine.skipping import SkippedSteps, finite, save_rows
@@ -78,10 +76,15 @@ class Training:
     resume_from: Path | None = None
 
 
-def fit(training: Training) -> bool:
+def fit(training: Training, stop: StopRequest) -> bool:
     """Train to `max_steps`, from the start or from a checkpoint.
 
-    SIGTERM or SIGUSR1, on any rank, ends it after the step under way, with a checkpoint.
+    SIGTERM or SIGUSR1, on any rank, ends it after the step under way, with a checkpoint. After the last step nothing is left to
+    end: whoever has more to do asks `stop` whether a signal came meanwhile.
+
+    Args:
+        training: the run.
+        stop: entered by the caller, who keeps it for what follows.
 
     Returns:
         Whether the run is finished; False when a signal stopped it before.
@@ -92,7 +95,7 @@ def fit(training: Training) -> bool:
     """
     config = training.config
     progress = _resume(training)
-    with training.reporter, _Saver(training, progress) as saver, StopRequest() as stop:
+    with training.reporter, _Saver(training, progress) as saver:
         training.reporter.start_at(progress.step)
         if progress.step == 0:
             _validate(training, 0, both_masks=True)
@@ -105,7 +108,7 @@ def fit(training: Training) -> bool:
             if last or stopped_by is not None or _due(progress.step, config.checkpoint.every):
                 saver.save()
             if stopped_by is not None and not last:
-                training.reporter.say(_requeue_hint(stopped_by, progress.step))
+                training.reporter.say(stop_message(stopped_by, f"step {progress.step}, which is saved"))
                 return False
     return True
 
@@ -141,15 +144,14 @@ def _train_step(training: Training, progress: _Progress, stop: StopRequest) -> t
         losses = training.step(batch)
         with place("update"):
             norm = training.backend.update(rate, config.optim.max_grad_norm)
-        with place("agree whether to stop"):
-            (number,) = distributed.all_reduce_max([stop.number])
+        stopped_by = stop.agree()
     skipped = not math.isfinite(norm)
     progress.skipped.count(skipped=skipped)
     values = _measurements(losses, rate, norm) | {"skipped_steps": float(progress.skipped.total)}
     values |= training.meter(batch, time.perf_counter() - started, loaded - started)
     if skipped:
         _report_skipped(training, progress, batch, losses, norm)
-    return (finite(values) if skipped else values), (signal.Signals(number).name if number else None)
+    return (finite(values) if skipped else values), stopped_by
 
 
 def _report_skipped(training: Training, progress: _Progress, batch: Batch, losses: StepLosses, norm: float) -> None:
@@ -241,12 +243,6 @@ class _Saver:
     def _say(self, texts: Iterable[str]) -> None:
         for text in texts:
             self.training.reporter.say(text)
-
-
-def _requeue_hint(signal_name: str, step: int) -> str:
-    job = os.environ.get("SLURM_JOB_ID")
-    slurm = f" (Slurm: scontrol requeue {job})" if job else ""
-    return f"stopped by {signal_name} after step {step}, which is saved. Start it again with resume=auto to go on{slurm}."
 
 
 def _resume(training: Training) -> _Progress:

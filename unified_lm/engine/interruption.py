@@ -9,12 +9,15 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from unified_lm.core import distributed
+from unified_lm.core.places import place
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to stop."""
 
 
 class StopRequest:
-    """Notes a signal instead of dying of it; use it as a context manager around the training loop.
+    """Notes a signal instead of dying of it; use it as a context manager around a run, from its first step to its export.
 
     The first signal is noted, a later one does what it would have done before. A scheduler that signals every process of a job
     reaches a rank twice, because torchrun passes on what it gets: repetitions within a few seconds are the same request.
@@ -42,6 +45,12 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._put_back()
 
+    def agree(self) -> str | None:
+        """The name of the signal that a rank has noted, the same on all of them; None where none has. Collective."""
+        with place("agree whether to stop"):
+            (number,) = distributed.all_reduce_max([self.number])
+        return signal.Signals(number).name if number else None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._received = number, time.monotonic()
@@ -53,3 +62,15 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+def stop_message(signal_name: str, after: str) -> str:
+    """What a run says when a signal ends it.
+
+    Args:
+        signal_name: "SIGTERM", ...
+        after: what is done and kept: "step 5, which is saved".
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    slurm = f" (Slurm: scontrol requeue {job})" if job else ""
+    return f"stopped by {signal_name} after {after}. Start it again with resume=auto to go on{slurm}."

@@ -177,14 +177,14 @@ def _load(folders: Sequence[Path]) -> list[ComparedRun]:
     found = list(dict.fromkeys(path for folder in folders for path in _in_order(folder)))
     runs = []
     for path, run in zip(found, load_runs(found), strict=True):
+        lines = held_out_lines(path)
+        if not lines:
+            continue
         if not (path / RESOLVED_NAME).is_file():
             raise DataError(f"{path} has no {RESOLVED_NAME}, so nothing says what it trained.")
         config = from_yaml(path / RESOLVED_NAME)
         if isinstance(config, ChainConfig):
             raise DataError(f"{path / RESOLVED_NAME} is that of a chain; give the folders of its stages.")
-        lines = held_out_lines(path)
-        if not lines:
-            continue
         before, after = held_out(path)
         after = after or _metrics(lines[-1])
         step = int(lines[-1]["step"])
