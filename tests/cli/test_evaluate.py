@@ -55,7 +55,7 @@ def test_prompts_are_written_for_plain_mteb(folder: Path, tmp_path: Path) -> Non
         (["mteb", "MODEL", "--tasks", "STS", "--instructions", "task"], ConfigError, "have none for sts"),
         (["mteb", "EMPTY", "--tasks", "STS"], CheckpointError, "no export of unified_lm"),
         (["mteb", "./missing", "--tasks", "STS"], CheckpointError, "there is no folder"),
-        (["mtbe"], UserError, "unknown evaluation 'mtbe'. Did you mean 'mteb'"),
+        (["mtbe"], UserError, "unknown command 'mtbe'. Did you mean 'mteb'"),
     ],
 )
 def test_mistakes(folder: Path, tmp_path: Path, arguments: list[str], error: type[UserError], expected: str) -> None:

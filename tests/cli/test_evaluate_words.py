@@ -11,6 +11,8 @@ from tests.evaluation.word_files import random_data, write
 from tests.inference.conftest import make_export
 from unified_lm.cli.evaluate import evaluate
 from unified_lm.core.errors import ConfigError, DataError, UserError
+from unified_lm.evaluation import word_level_probe
+from unified_lm.evaluation.word_level_probe import LogisticProbe
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,21 @@ def test_words_to_a_table_and_a_file(folder: Path, conll: Path, capsys: pytest.C
     table = json.loads((folder.parent / "evaluation" / "words-corpus-logistic.json").read_text())
     assert len(table["rows"]) == 2 * 2 * 2
     assert len(list((conll.parent / "cache" / "words").glob("*.npy"))) == 2 * 2 * 2  # attention, alignment, split
+
+
+def test_a_probe_that_did_not_converge_is_told_beside_the_numbers(
+    folder: Path, conll: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["words", str(folder), "--data", f"conll:{conll}", "--task", "pos", "--device", "cpu"]
+    evaluate([*arguments, "--attention", "causal", "bidirectional"])
+    assert "warning" not in capsys.readouterr().out
+    monkeypatch.setattr(word_level_probe, "make_probe", lambda name, seed: LogisticProbe(max_iterations=1))
+    evaluate([*arguments, "--attention", "causal", "--alignment", "next_token"])
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: pos, causal, next_token: the probe had not converged after 1 iterations")
+    table = json.loads((folder.parent / "evaluation" / "words-corpus-logistic.json").read_text())
+    assert warnings[0].removeprefix("warning: ") in table["note"]
 
 
 @pytest.mark.parametrize(

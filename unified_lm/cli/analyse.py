@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from unified_lm.cli.evaluate_model import positive
+from unified_lm.cli.arguments import command_parser, positive
 from unified_lm.core.errors import ConfigError, UserError, did_you_mean
 
 ALL = "all"
@@ -126,10 +126,10 @@ def _corpora(given: Sequence[str]) -> dict[str, str]:
 
 def _analyse_parser(names: dict[str, str]) -> argparse.ArgumentParser:
     listed = "".join(f"\n  {name:<12} {summary}" for name, summary in {**names, ALL: "all of these"}.items())
-    parser = argparse.ArgumentParser(
-        prog="unified-lm analyse",
-        description=f"numbers and a figure for each analysis; several models share one figure{listed and ':' + listed}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        "analyse",
+        f"numbers and a figure for each analysis; several models share one figure:{listed}",
+        "anisotropy uni=embedded@causal bi=embedded@bidirectional tuned=runs/grit --out analysis",
     )
     add = parser.add_argument
     add("name", metavar="NAME", help=f"{', '.join(names)}, or {ALL}")
@@ -160,8 +160,10 @@ def _analyse_parser(names: dict[str, str]) -> argparse.ArgumentParser:
 
 
 def _standardize_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unified-lm standardize", description="write a copy of an export whose vectors are standardised per dimension"
+    parser = command_parser(
+        "standardize",
+        "write a copy of an export whose vectors are standardised per dimension",
+        "runs/grit --corpus texts.txt --out runs/grit-standardised",
     )
     add = parser.add_argument
     add("export", help="the export folder of a run, or the run, or a Hub name")

@@ -2,21 +2,73 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from unified_lm.cli.arguments import HELP, command_parser
 from unified_lm.config.compose import compose_run
 from unified_lm.config.locate import group_options, list_recipes
+from unified_lm.core.errors import UserError
+
+_SETTINGS = (
+    "any key of the configuration with its dots (optim.lr=1e-4), [a,b] for a list, ~key to remove one; group=option chooses "
+    "a group's option (model=tiny_random). What is not given is as the recipe says"
+)
+_RECIPE = "a recipe's name (`unified-lm recipes` lists them), its file, or the folder of a run; required"
+
+
+def train(argv: Sequence[str]) -> Path:
+    """Train what `recipe=NAME key=value` arguments say; returns the folder of the run (see `build.train`)."""
+    _help_of_settings(
+        "train",
+        "train a recipe, a chain of recipes or an ablation, and export the result",
+        "recipe=grit_smollm2 max_steps=20 run_dir=runs/trial",
+        argv,
+        {
+            "recipe=NAME": _RECIPE,
+            "dry_run=true": "only show what it would do, with estimates of memory and time (false)",
+            "resume=auto": "go on from the run's newest checkpoint (none)",
+        },
+    )
+    from unified_lm.build import train as run
+
+    return run(argv)
+
+
+def demo(argv: Sequence[str]) -> None:
+    """Run the demo (see `cli.demo`)."""
+    _help_of_settings(
+        "demo",
+        "train the embedded model on the embedded data with GRIT (offline, on a CPU), then search and answer with the export",
+        "max_steps=20",
+        argv,
+        {"run_dir=DIR": "where the run is written (runs/demo-DATE-TIME)"},
+    )
+    from unified_lm.cli.demo import demo as run
+
+    run(argv)
+
+
+def _help_of_settings(name: str, description: str, example: str, argv: Sequence[str], arguments: Mapping[str, str]) -> None:
+    """Print the help of a command that takes `key=value` arguments, where it is asked for; the rest is Hydra's to read.
+
+    Raises:
+        SystemExit: 0, after help.
+    """
+    parser = command_parser(name, description, example)
+    for argument, text in arguments.items():
+        parser.add_argument(argument, nargs=None if text is _RECIPE else "?", metavar=argument, help=text)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=_SETTINGS)
+    if any(argument in HELP for argument in argv):
+        parser.parse_args(["--help"])
 
 
 def recipes(argv: Sequence[str]) -> None:
     """Print every recipe with its description, and the options of every group; takes no arguments."""
-    from unified_lm.core.errors import UserError
-
+    command_parser("recipes", "list the recipes, and the options of every configuration group", "").parse_known_args(argv)
     if argv:
         raise UserError(f"`unified-lm recipes` takes no arguments, got {' '.join(argv)}.")
     table = Table("recipe=", "what it does", title="recipes", title_justify="left")
@@ -32,19 +84,26 @@ def recipes(argv: Sequence[str]) -> None:
 
 def export(argv: Sequence[str]) -> None:
     """Export the weights of a checkpoint of a run; the newest one without `--step`."""
-    from unified_lm.build.checkpoints import export_checkpoint
-
-    parser = argparse.ArgumentParser(prog="unified-lm export", description="export a checkpoint as a finished run is exported")
+    parser = command_parser("export", "export a checkpoint as a finished run is exported", "runs/grit --step 40")
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--step", type=int, default=None, help="the checkpoint's step; the newest if left out")
     parser.add_argument("--out", type=Path, default=None, help="folder to write; RUN/export (with --step: RUN/export-STEP)")
     options = parser.parse_args(list(argv))
+    from unified_lm.build.checkpoints import export_checkpoint
+
     name = "export" if options.step is None else f"export-{options.step}"
     print(export_checkpoint(options.run, options.out or options.run / name, Console(stderr=True), options.step))
 
 
 def inspect(argv: Sequence[str]) -> None:
     """Show real samples, packing statistics and a mask picture of a recipe; `out=DIR` says where the picture goes."""
+    _help_of_settings(
+        "inspect",
+        "show a recipe's real samples, what each token is for, packing statistics and a picture of a mask; nothing is trained",
+        "recipe=grit_smollm2 out=runs/inspect",
+        argv,
+        {"recipe=NAME": _RECIPE, "out=DIR": "folder of the picture (runs/inspect)"},
+    )
     from unified_lm.cli.inspect import inspect_run
 
     folders = [argument.partition("=")[2] for argument in argv if argument.startswith("out=")]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from unified_lm.cli.arguments import Command, command_parser, run_group
 from unified_lm.core.errors import UserError, did_you_mean
 from unified_lm.data.overlap import (
     OverlapConfig,
@@ -23,6 +23,12 @@ from unified_lm.data.overlap import (
 from unified_lm.data.row_files import write_report
 from unified_lm.data.row_texts import open_rows
 
+COMMANDS: Mapping[str, Command] = {
+    "mine": Command("hard negatives for pair rows", "unified_lm.cli.data_mine:mine"),
+    "overlap": Command("rows of training data that evaluation sets contain", "unified_lm.cli.data:overlap"),
+    "prepare": Command("published data as files that the recipes read", "unified_lm.cli.data:prepare"),
+}
+
 
 def data(argv: Sequence[str]) -> None:
     """Run one of the data commands.
@@ -30,21 +36,16 @@ def data(argv: Sequence[str]) -> None:
     Raises:
         UserError: none, or an unknown one.
     """
-    from unified_lm.cli.data_mine import mine
-
-    commands: dict[str, Callable[[Sequence[str]], None]] = {"mine": mine, "overlap": overlap, "prepare": prepare}
-    if not argv or argv[0] not in commands:
-        hint = did_you_mean(argv[0], commands) if argv else f" Known: {', '.join(commands)}."
-        raise UserError(f"unified-lm data: {f'unknown command {argv[0]!r}' if argv else 'no command given'}.{hint}")
-    commands[argv[0]](argv[1:])
+    run_group("data", "make training data, and check it", COMMANDS, "prepare tulu2 --out data/tulu2", argv)
 
 
 def overlap(argv: Sequence[str]) -> None:
     """Report how training data overlap with evaluation sets; `--write` the rows that do not."""
-    parser = argparse.ArgumentParser(
-        prog="unified-lm data overlap",
-        description="find training rows that evaluation sets contain, exactly or nearly",
-        epilog="TRAIN and EVAL are files, folders, or hub:NAME[:SUBSET[:SPLIT]]",
+    parser = command_parser(
+        "data overlap",
+        "find training rows that evaluation sets contain, exactly or nearly",
+        "train.jsonl test.tsv --write clean.jsonl --report overlap.yaml",
+        "TRAIN and EVAL are files, folders, or hub:NAME[:SUBSET[:SPLIT]]",
     )
     parser.add_argument("train", help="training rows of any kind")
     parser.add_argument("evaluation", nargs="+", metavar="EVAL", help="evaluation sets; every column of texts is compared")
@@ -119,16 +120,14 @@ def prepare(argv: Sequence[str]) -> None:
     from unified_lm.data.prepare import prepare as write
     from unified_lm.data.published import PUBLISHED
 
-    parser = argparse.ArgumentParser(
-        prog="unified-lm data prepare",
-        description="write a published data set as files that the recipes read",
-        epilog=f"NAME is one of {', '.join(PUBLISHED)}",
+    parser = command_parser(
+        "data prepare", "write a published data set as files that the recipes read", "tulu2 --out data/tulu2 --limit 1000"
     )
-    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(PUBLISHED)}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--from", dest="local", type=Path, metavar="LOCAL", help="read this copy, not the Hub")
     parser.add_argument("--revision", help="Hub revision; the newest if left out, and its commit stands in the manifest")
-    parser.add_argument("--format", choices=[ending.lstrip(".") for ending in FORMATS], default="jsonl", help="(jsonl)")
+    parser.add_argument("--format", choices=[ending.lstrip(".") for ending in FORMATS], default="jsonl", help="of the files (jsonl)")
     parser.add_argument("--limit", type=int, help="read only the first rows of each file, for a trial")
     options = parser.parse_args(list(argv))
     done = write(

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from unified_lm.cli.arguments import command_parser
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import UserError
@@ -118,10 +119,11 @@ def mining_table(report: dict[str, Any]) -> Table:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unified-lm data mine",
-        description="mine hard negatives for pair rows with any model that embeds",
-        epilog="a killed command goes on where it stopped when it is given again",
+    parser = command_parser(
+        "data mine",
+        "mine hard negatives for pair rows with any model that embeds",
+        "rows.jsonl --model runs/grit/export --out mined.jsonl --negatives 7 --skip 10",
+        "A killed command goes on where it stopped when it is given again.",
     )
     parser.add_argument("source", help="pair rows: a file, a folder, hub:NAME[:SUBSET] or builtin:pydocs")
     parser.add_argument(
@@ -168,7 +170,7 @@ def _add_choice(group: argparse._ArgumentGroup) -> None:
         default=0.8,
         help="turn down documents that share this much of a positive's word triples (0.8; 0: only equal texts)",
     )
-    group.add_argument("--sampling", choices=[kind.value for kind in Sampling], default="top", help="(top)")
+    group.add_argument("--sampling", choices=[kind.value for kind in Sampling], default="top", help="which of those left (top)")
     group.add_argument("--given", choices=[kind.value for kind in Given], default="keep", help="the rows' own negatives (keep)")
     group.add_argument("--seed", type=int, default=42, help="of draws (42)")
 

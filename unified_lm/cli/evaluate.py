@@ -6,15 +6,15 @@ import argparse
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.core.errors import ConfigError, DataError, UserError, did_you_mean
+from unified_lm.cli.arguments import Command, command_parser, positive, run_group
+from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.core.files import write_json
 from unified_lm.evaluation.instructions import instructions_of, require_known, table_names
 from unified_lm.evaluation.offline import find_tasks, read_task
@@ -24,25 +24,23 @@ if TYPE_CHECKING:
     from unified_lm.evaluation.mteb_adapter import AbsTask, ModelIdentity, TaskScore
     from unified_lm.inference import UnifiedLM
 
-_KINDS = {
-    "mteb": "unified_lm.cli.evaluate:evaluate_mteb",
-    "words": "unified_lm.cli.evaluate_words:evaluate_words",
-    "perplexity": "unified_lm.cli.evaluate_generation:evaluate_perplexity",
-    "lm": "unified_lm.cli.evaluate_generation:evaluate_lm",
+COMMANDS: Mapping[str, Command] = {
+    "mteb": Command("embedding tasks of mteb, or folders of files", "unified_lm.cli.evaluate:evaluate_mteb"),
+    "words": Command("word-level tasks by a linear probe", "unified_lm.cli.evaluate_words:evaluate_words"),
+    "perplexity": Command("token and byte perplexity by domain", "unified_lm.cli.evaluate_generation:evaluate_perplexity"),
+    "lm": Command("tasks of lm-eval", "unified_lm.cli.evaluate_generation:evaluate_lm"),
 }
-"""Evaluations by name: where their functions are."""
+"""Evaluations by name."""
 _SETTINGS = ("template", "pooling", "attention", "max_tokens", "dtype")
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Run the evaluation named by the first argument."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: unified-lm eval {{{','.join(_KINDS)}}} MODEL ...; `unified-lm eval mteb --help` shows more")
-        return
-    if argv[0] not in _KINDS:
-        raise UserError(f"unknown evaluation '{argv[0]}'.{did_you_mean(argv[0], _KINDS)}")
-    module, _, name = _KINDS[argv[0]].partition(":")
-    getattr(import_module(module), name)(argv[1:])
+    """Run the evaluation named by the first argument.
+
+    Raises:
+        UserError: none, or an unknown one.
+    """
+    run_group("eval", "evaluate a finished model", COMMANDS, "mteb runs/grit/export --tasks STSBenchmark", argv)
 
 
 def evaluate_mteb(argv: Sequence[str]) -> None:
@@ -126,32 +124,27 @@ def select_tasks(names: Sequence[str], languages: Sequence[str], console: Consol
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unified-lm eval mteb",
-        description="evaluate a model on tasks of mteb, or on folders of files; finished tasks are skipped",
+    parser = command_parser(
+        "eval mteb",
+        "evaluate a model on tasks of mteb, or on folders of files; finished tasks are skipped",
+        "runs/grit/export --tasks STSBenchmark SciFact --instructions e5",
     )
     add = parser.add_argument
     add("model", help="the export folder of a run, or a Hub name")
     add("--tasks", nargs="+", required=True, metavar="TASK", help=f"mteb's names, sets ({', '.join(task_sets())}), or folders")
     add("--instructions", default="export", help=f"export (default), none, task, {', '.join(table_names())}, or a .json table")
-    add("--languages", nargs="+", default=[], metavar="LANG", help="keep only subsets in these languages (eng)")
+    add("--languages", nargs="+", default=[], metavar="LANG", help="keep only subsets in these languages, such as eng; all if left out")
     add("--out", type=Path, default=None, help="mteb's cache folder (default: mteb beside the export)")
     add("--name", default=None, help='name in the results, "organization/model"')
     add("--overwrite", action="store_true", help="run finished tasks again")
     add("--prompts", type=Path, default=None, help="only write the prompts, for running plain mteb, to this .json file")
-    add("--max-tokens", type=_positive, default=None, help="limit of a text with its prompt; the export's own if left out")
+    add("--max-tokens", type=positive, default=None, help="limit of a text with its prompt; the export's own if left out")
     add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
     add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
     add("--template", default=None, help="prompt template; needed for a model that is no export")
     add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
     add("--attention", default=None, help="bidirectional or causal, in place of the export's")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _adapter():  # type: ignore[no-untyped-def]  # a module has no type of its own

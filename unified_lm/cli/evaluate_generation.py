@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, positive, progress_bar
+from unified_lm.cli.arguments import command_parser, positive
+from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, progress_bar
 from unified_lm.core.errors import ConfigError, UserError
 from unified_lm.core.files import cache_dir, write_json
 from unified_lm.evaluation.perplexity import BUILT_IN, CONTEXT, Domain, num_windows, perplexity, read_domain
@@ -57,8 +58,10 @@ def evaluate_perplexity(argv: Sequence[str]) -> None:
 
 
 def _perplexity_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unified-lm eval perplexity", description="token and byte perplexity by domain, read causally"
+    parser = command_parser(
+        "eval perplexity",
+        "token and byte perplexity by domain, read causally",
+        "runs/grit --data news=news.jsonl pydocs/text --context 2048",
     )
     add_model_options(parser)
     add = parser.add_argument
@@ -154,8 +157,10 @@ def _answers(revision: str, options: argparse.Namespace) -> Path:
 
 
 def _lm_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unified-lm eval lm", description="run lm-eval on an export, through its own Hugging Face model class"
+    parser = command_parser(
+        "eval lm",
+        "run lm-eval on an export, through its own Hugging Face model class",
+        "runs/grit --tasks arc_easy hellaswag --limit 100",
     )
     add = parser.add_argument
     add("model", help="a run or its export folder, any causal model's folder or Hub name, or an embedded model's name")
@@ -167,6 +172,6 @@ def _lm_parser() -> argparse.ArgumentParser:
     add("--chat", action="store_true", help="put questions as messages, in the export's chat template")
     add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
     add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
-    add("--seed", type=int, default=0, help="of few-shot examples and sampling")
+    add("--seed", type=int, default=0, help="of few-shot examples and sampling (0)")
     add("--out", type=Path, default=None, help="result file (default: lm_eval/TASKS.json beside the export)")
     return parser

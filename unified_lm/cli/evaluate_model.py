@@ -85,13 +85,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--template", default=None, help="prompt template, in place of the export's")
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for `argparse`."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def plain_table(table: Table, note: str) -> ResultTable:
     """A printed table as one for the run's report (`evaluation.result_table`)."""
     columns = [list(column.cells) for column in table.columns]

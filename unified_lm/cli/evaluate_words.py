@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from unified_lm.checkpoint.manifest import ATTENTIONS
-from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, positive, progress_bar
+from unified_lm.cli.arguments import command_parser, positive
+from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, progress_bar
 from unified_lm.core.errors import ConfigError, UserError, did_you_mean
 from unified_lm.core.files import write_json
 from unified_lm.evaluation.result_table import FOLDER
@@ -72,32 +73,53 @@ def evaluate_words(argv: Sequence[str]) -> None:
     out = options.out or place.beside / "words" / f"{_file_name(data.name)}-{options.probe}.json"
     write_json(out, result)
     table = _table(scores, f"Word-level tasks: {place.name} @ {place.revision[:12]} on {data.name}")
+    warnings = unconverged(scores)
     if place.in_run:
         about = f"{data.about}; " if data.about else ""
         note = f"{about}probe: {options.probe}; 95 % intervals over test sentences."
-        plain_table(table, note).save(place.beside / FOLDER / f"words-{out.stem}.json")
+        plain_table(table, " ".join([note, *warnings])).save(place.beside / FOLDER / f"words-{out.stem}.json")
     Console().print(table)
+    for warning in warnings:
+        Console(soft_wrap=True).print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
     print(f"results: {out}")
 
 
+def unconverged(scores: Mapping[str, Any]) -> list[str]:
+    """A sentence for every number whose probe was not at its optimum when its iterations ran out.
+
+    Args:
+        scores: attention -> task -> alignment -> what `word_level_scores` found.
+    """
+    return [
+        f"{task}, {attention}, {alignment}: the probe had not converged after {score['fit']['iterations']} iterations, so "
+        f"{score['score']:.4f} is not the score of its optimum; compare it with no other number."
+        for attention, tasks in scores.items()
+        for task, alignments in tasks.items()
+        for alignment, score in alignments.items()
+        if not score["fit"].get("converged", True)
+    ]
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="unified-lm eval words", description="tag words by a linear probe on a frozen model's states"
+    parser = command_parser(
+        "eval words",
+        "tag words by a linear probe on a frozen model's states",
+        "runs/mntp --task pos --attention causal bidirectional",
     )
     add_model_options(parser)
     add = parser.add_argument
-    add("--task", nargs="+", default=["all"], choices=[*TASKS, "all"], help="what to tag; all that the data has if left out")
-    add("--data", default="builtin", metavar="SOURCE", help="builtin, conll:FOLDER, conll:TRAIN,TEST or hub:NAME[@REVISION]")
-    add("--subset", default="", help="subset of a Hub data set")
+    add("--task", nargs="+", default=["all"], choices=[*TASKS, "all"], help="what to tag (all: what the data has)")
+    add("--data", default="builtin", metavar="SOURCE", help="builtin (default), conll:FOLDER, conll:TRAIN,TEST or hub:NAME[@REVISION]")
+    add("--subset", default="", help="subset of a Hub data set; its default one if left out")
     add(
         "--columns", nargs="+", default=[], metavar="NAME=WHERE", help="word, pos, chunk, ner: positions from 0, or Hub columns"
     )
     add("--comment", default="", metavar="PREFIX", help="what a comment line of a CoNLL file begins with; none if left out")
-    add("--alignment", nargs="+", default=list(_ALIGNMENTS), metavar="NAME", help=f"{', '.join(_ALIGNMENTS)}; both if left out")
+    add("--alignment", nargs="+", default=list(_ALIGNMENTS), metavar="NAME", help=f"{', '.join(_ALIGNMENTS)} (both)")
     add("--attention", nargs="+", default=None, metavar="MODE", help="causal, bidirectional; the model's own if left out")
-    add("--subtoken", default="mean", help="what stands for a word of several tokens: mean, first or last")
-    add("--probe", default="logistic", help="logistic (regularised, no seed), or linear (trained as in LLM2Vec)")
-    add("--seed", type=int, default=0, help="of the linear probe")
+    add("--subtoken", default="mean", help="what stands for a word of several tokens: mean (default), first or last")
+    add("--probe", default="logistic", help="logistic (default; regularised, no seed), or linear (trained as in LLM2Vec)")
+    add("--seed", type=int, default=0, help="of the linear probe (0)")
     add("--train-sentences", type=positive, default=None, help="at most this many training sentences, evenly spread")
     add("--max-tokens", type=positive, default=MAX_TOKENS, help=f"tokens of one context ({MAX_TOKENS}); longer ones are split")
     add("--out", type=Path, default=None, help="result file (default: words/DATA-PROBE.json beside the export)")

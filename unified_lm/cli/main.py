@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import import_module
 
+from unified_lm.cli.arguments import HELP, Command
 from unified_lm.core import failures
 from unified_lm.core.errors import UserError, did_you_mean
 
@@ -17,23 +16,9 @@ _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
 """Errors of the operating system that a user can mend: a full or read-only disk, a missing permission."""
 
 
-@dataclass(frozen=True)
-class Command:
-    """A sub-command: one line of help, and the function `(arguments) -> None` as "module:function"."""
-
-    help: str
-    target: str
-
-    def load(self) -> Callable[[Sequence[str]], object]:
-        """Import the function."""
-        module, _, name = self.target.partition(":")
-        function: Callable[[Sequence[str]], object] = getattr(import_module(module), name)
-        return function
-
-
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
-        "train a recipe: recipe=NAME key=value ... (dry_run=true: only show what it would do)", "unified_lm.build:train"
+        "train a recipe: recipe=NAME key=value ... (dry_run=true: only show what it would do)", "unified_lm.cli.commands:train"
     ),
     "export": Command(
         "export a checkpoint of a run, finished or not: RUN [--step N] [--out DIR]", "unified_lm.cli.commands:export"
@@ -76,7 +61,7 @@ COMMANDS: Mapping[str, Command] = {
         "mine hard negatives, find overlap with evaluation sets, prepare published data: mine|overlap|prepare ...",
         "unified_lm.cli.data:data",
     ),
-    "demo": Command("train the embedded model, then search and answer with it (offline, CPU)", "unified_lm.cli.demo:demo"),
+    "demo": Command("train the embedded model, then search and answer with it (offline, CPU)", "unified_lm.cli.commands:demo"),
 }
 
 
@@ -90,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 after a user's mistake, told in one message on stderr; 130 when interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments or arguments[0] in (*HELP, "help"):
         print(usage())
         return 0 if arguments else USER_ERROR
     if arguments[0] in ("-V", "--version"):
@@ -101,9 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
         return run_command(lambda: _refuse(name))
-    if rest[:1] in (["-h"], ["--help"]):
-        print(f"unified-lm {name}: {COMMANDS[name].help}")
-        return 0
     return run_command(lambda: COMMANDS[name].load()(rest))
 
 
@@ -115,6 +97,10 @@ def run_command(command: Callable[[], object]) -> int:
     failures.quieten_other_ranks()
     try:
         command()
+    except SystemExit as ended:
+        if not isinstance(ended.code, int):
+            raise
+        return ended.code  # argparse's: 0 after help, 2 after wrong arguments
     except UserError as error:
         failures.report(str(error))
         return USER_ERROR
@@ -136,7 +122,8 @@ def usage() -> str:
     """The help text."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: unified-lm COMMAND [key=value ...]", "", *lines])
+    more = "unified-lm COMMAND --help shows a command's arguments, their defaults and an example."
+    return "\n".join(["usage: unified-lm COMMAND [key=value ...]", "", *lines, "", more])
 
 
 def _refuse(name: str) -> None:

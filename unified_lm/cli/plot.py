@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from unified_lm.cli.arguments import command_parser
 from unified_lm.core.errors import DataError
 from unified_lm.evaluation.curves import build_panels, draw_png, load_runs
 from unified_lm.evaluation.curves_page import write_page
@@ -17,9 +17,11 @@ def plot(argv: Sequence[str]) -> None:
     Raises:
         DataError: a run is missing or has not measured anything.
     """
-    parser = argparse.ArgumentParser(prog="unified-lm plot", description="draw curves of runs as PNG and HTML")
+    parser = command_parser(
+        "plot", "draw loss, learning rate, speed and validation of runs as PNG and HTML", "runs/a runs/b --out plots"
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a chain of runs")
-    parser.add_argument("--out", type=Path, default=None, help="folder for curves.png and curves.html")
+    parser.add_argument("--out", type=Path, default=None, help="folder for curves.png and curves.html; the run's, for one, else the working directory")
     options = parser.parse_args(list(argv))
     runs = load_runs(options.runs)
     panels = build_panels(runs)

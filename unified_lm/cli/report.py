@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from unified_lm.cli.arguments import command_parser
 from unified_lm.evaluation.report_page import write_report
 
 
@@ -15,9 +15,10 @@ def report(argv: Sequence[str]) -> None:
     Raises:
         DataError: the run is missing, or one of its files is damaged.
     """
-    parser = argparse.ArgumentParser(
-        prog="unified-lm report",
-        description="write what is known about a run as one HTML page: results, curves, evaluations, data, cost, settings",
+    parser = command_parser(
+        "report",
+        "write what is known about a run as one HTML page: results, curves, evaluations, data, cost, settings",
+        "runs/grit --out grit.html",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of a chain of runs")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="the page (default: RUN/report.html)")

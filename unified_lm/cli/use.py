@@ -6,19 +6,27 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from unified_lm.cli.arguments import command_parser
 from unified_lm.core.errors import DataError
-from unified_lm.inference import UnifiedLM
+
+if TYPE_CHECKING:
+    from unified_lm.inference import UnifiedLM
 
 
 def encode(argv: Sequence[str]) -> None:
     """Embed the lines of a file into a numpy array file."""
-    parser = _parser("encode", "embed the lines of a text file into a .npy file, float32 [lines, dimensions]")
+    parser = _parser(
+        "encode",
+        "embed the lines of a text file into a .npy file, float32 [lines, dimensions]",
+        "runs/grit/export texts.txt --out vectors.npy",
+    )
     parser.add_argument("texts", type=Path, help="a text file, one text a line")
     parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
-    parser.add_argument("--instruction", default="", help="the task, for queries; documents have none")
+    parser.add_argument("--instruction", default="", help="the task, for queries; none, as for documents, if left out")
     options = parser.parse_args(list(argv))
     vectors = _load(options).encode(_lines(options.texts), options.instruction, show_progress=sys.stderr.isatty())
     with open(options.out, "wb") as handle:
@@ -28,7 +36,11 @@ def encode(argv: Sequence[str]) -> None:
 
 def search(argv: Sequence[str]) -> None:
     """Print the lines of a file that are most similar to a query."""
-    parser = _parser("search", "find the lines of a text file that are most similar to a query")
+    parser = _parser(
+        "search",
+        "find the lines of a text file that are most similar to a query",
+        'runs/grit/export "read a file line by line" texts.txt -k 3',
+    )
     parser.add_argument("query", help="what to look for")
     parser.add_argument("documents", type=Path, help="a text file, one document a line")
     parser.add_argument("--instruction", default=None, help="the task; the export's own if left out")
@@ -41,17 +53,17 @@ def search(argv: Sequence[str]) -> None:
 
 def generate(argv: Sequence[str]) -> None:
     """Print the answer to one message."""
-    parser = _parser("generate", "answer one message")
+    parser = _parser("generate", "answer one message", 'runs/grit/export "What does json.loads do?" --max-new-tokens 60')
     parser.add_argument("message", help='the message; "-" reads it from stdin')
     parser.add_argument("--max-new-tokens", type=int, default=256, help="limit of the answer in tokens (256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the draws; 0.0 (the default) takes the likeliest token")
     options = parser.parse_args(list(argv))
     message = sys.stdin.read() if options.message == "-" else options.message
     print(_load(options).generate(message, max_new_tokens=options.max_new_tokens, temperature=options.temperature))
 
 
-def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"unified-lm {name}", description=description)
+def _parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    parser = command_parser(name, description, example)
     parser.add_argument("model", help="the export folder of a run, or a Hub name")
     parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
@@ -59,6 +71,8 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _load(options: argparse.Namespace) -> UnifiedLM:
+    from unified_lm.inference import UnifiedLM  # seconds, which --help need not wait for
+
     return UnifiedLM.from_pretrained(options.model, device=options.device, dtype=options.dtype)
 
 

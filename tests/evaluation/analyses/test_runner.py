@@ -47,6 +47,18 @@ def test_every_analysis_writes_numbers_and_a_figure(out: Path, name: str) -> Non
     assert (out / f"{name}.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize("name", ["layers", "norms"])
+def test_too_few_positions_or_windows_are_refused(folder: Path, files: dict[str, Path], tmp_path: Path, name: str) -> None:
+    arguments = [name, f"bi={folder}", *_arguments(files, tmp_path)]
+    with pytest.raises(ConfigError, match=r"--positions 2: .*give at least 3"):
+        analyse([*arguments, "--positions", "2"])
+    with pytest.raises(ConfigError, match=r"--num-windows 1: .*at least 2"):
+        analyse([*arguments, "--num-windows", "1"])
+    assert not (tmp_path / f"{name}.json").exists()
+    analyse([*arguments, "--positions", "3", "--num-windows", "2"])
+    assert "NaN" not in (tmp_path / f"{name}.json").read_text()
+
+
 def test_the_report_of_a_run_finds_every_analysis(
     folder: Path, files: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -14,21 +14,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
-from unified_lm.evaluation.analyses.figure import HEAT, MARKERS, PALETTE, arm_legend, finish, heat_legend, save, subplots
+from unified_lm.evaluation.analyses.base import Analysis, Material, Numbers, rounded
+from unified_lm.evaluation.analyses.by_layer import Curve, draw_by_layer, finish_curves, window_material
+from unified_lm.evaluation.analyses.figure import save
 from unified_lm.evaluation.analyses.states import layer_states, token_windows
-from unified_lm.evaluation.analyses.texts import fingerprint, read_texts
 from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
-
-
-def window_material(settings: AnalysisSettings) -> Material:
-    """Texts of which the first tokens are looked at: whole docstrings, or the user's."""
-    candidates = 8 * settings.num_windows  # most are long enough
-    name, texts = read_texts(settings.texts, candidates, subset="text")
-    description = {"texts": name, "num_windows": settings.num_windows, "positions": settings.positions}
-    content = (texts, settings.num_windows, settings.positions)
-    return Material(description, fingerprint(*content), content)
 
 
 def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbers:
@@ -58,29 +49,18 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
 
 
 def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) -> Path:
-    figure, axes = subplots(1, len(arms) + 1, 4.0 * (len(arms) + 1) + 0.8, 4.2)
+    from matplotlib.colors import Normalize
+
     low = min(float(np.min(numbers["cosine"])) for numbers in arms.values())
-    for axis, (label, numbers) in zip(axes[0], arms.items(), strict=False):
-        image = axis.imshow(
-            numbers["cosine"], aspect="auto", origin="lower", cmap=HEAT, vmin=low, vmax=1, interpolation="nearest"
-        )
-        finish(axis, label, "token position", "layer (0: embeddings)")
-        axis.grid(False)
-    heat_legend(figure, image, list(axes[0][: len(arms)]), "cosine, causal and bidirectional state")
-    axis = axes[0][-1]
-    for index, numbers in enumerate(arms.values()):
-        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
-        layers = range(len(numbers["by_layer"]))
-        every = max(1, len(layers) // 10)
-        axis.plot(layers, numbers["by_layer_inner"], color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.8)
-        axis.plot(layers, numbers["by_layer_first"], color=colour, linewidth=1, linestyle=":")
-        axis.plot(layers, numbers["by_layer_last"], color=colour, linewidth=1, linestyle="--")
-    for name, style in (("inner positions", "-"), ("position 0", ":"), ("last position", "--")):
-        axis.plot([], [], color="#333333", linestyle=style, label=name)
-    axis.legend(fontsize=8, frameon=False, loc="lower left")
+    curves = (
+        Curve("by_layer_inner", "inner positions", "-", 1.8),
+        Curve("by_layer_first", "position 0", ":"),
+        Curve("by_layer_last", "last position", "--"),
+    )
+    label = "cosine, causal and bidirectional state"
+    figure, axis = draw_by_layer(arms, "cosine", list(arms), Normalize(low, 1), label, curves, legend="lower left")
     axis.set_ylim(min(low, 0) - 0.05, 1.03)
-    finish(axis, "mean over positions", "layer (0: embeddings)", "cosine")
-    arm_legend(figure, list(arms))
+    finish_curves(axis, "mean over positions", "cosine")
     return save(figure, path)
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from unified_lm.evaluation.analyses.base import Analysis, Material, Numbers, rounded
-from unified_lm.evaluation.analyses.figure import HEAT, MARKERS, PALETTE, arm_legend, finish, heat_legend, save, subplots
-from unified_lm.evaluation.analyses.layers import window_material
+from unified_lm.evaluation.analyses.by_layer import Curve, draw_by_layer, finish_curves, window_material
+from unified_lm.evaluation.analyses.figure import save
 from unified_lm.evaluation.analyses.states import layer_states, token_windows
 from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
@@ -52,28 +52,14 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
 def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) -> Path:
     from matplotlib.colors import LogNorm
 
-    figure, axes = subplots(1, len(arms) + 1, 4.0 * (len(arms) + 1) + 0.8, 4.2)
     values = [np.asarray(numbers["norm"]) for numbers in arms.values()]
     scale = LogNorm(min(float(v.min()) for v in values), max(float(v.max()) for v in values))
-    for axis, (label, numbers) in zip(axes[0], arms.items(), strict=False):
-        image = axis.imshow(numbers["norm"], aspect="auto", origin="lower", cmap=HEAT, norm=scale, interpolation="nearest")
-        attention = numbers["attention"]
-        finish(axis, label if attention in label else f"{label} ({attention})", "token position", "layer (0: embeddings)")
-        axis.grid(False)
-    heat_legend(figure, image, list(axes[0][: len(arms)]), "L2 norm of the state (log scale)")
-    axis = axes[0][-1]
-    for index, numbers in enumerate(arms.values()):
-        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
-        layers = range(len(numbers["median_by_layer"]))
-        every = max(1, len(layers) // 10)
-        axis.plot(layers, numbers["median_by_layer"], color=colour, marker=marker, markevery=every, markersize=4, linewidth=1.8)
-        axis.plot(layers, numbers["first_by_layer"], color=colour, linewidth=1.2, linestyle=":")
-    for name, style in (("median position", "-"), ("position 0", ":")):
-        axis.plot([], [], color="#333333", linestyle=style, label=name)
+    attentions = [numbers["attention"] for numbers in arms.values()]
+    titles = [label if name in label else f"{label} ({name})" for label, name in zip(arms, attentions, strict=True)]
+    curves = (Curve("median_by_layer", "median position", "-", 1.8), Curve("first_by_layer", "position 0", ":", 1.2))
+    figure, axis = draw_by_layer(arms, "norm", titles, scale, "L2 norm of the state (log scale)", curves)
     axis.set_yscale("log")
-    axis.legend(fontsize=8, frameon=False)
-    finish(axis, "first token against the others", "layer (0: embeddings)", "L2 norm (log scale)")
-    arm_legend(figure, list(arms))
+    finish_curves(axis, "first token against the others", "L2 norm (log scale)")
     return save(figure, path)
 
 

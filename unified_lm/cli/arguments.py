@@ -1,0 +1,84 @@
+"""How commands read their arguments and describe themselves: the same shape of help for every one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from unified_lm.core.errors import UserError, did_you_mean
+
+PROGRAM = "unified-lm"
+HELP = ("-h", "--help")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: one line of help, and the function `(arguments) -> anything` as "module:function"."""
+
+    help: str
+    target: str
+
+    def load(self) -> Callable[[Sequence[str]], object]:
+        """Import the function."""
+        module, _, name = self.target.partition(":")
+        function: Callable[[Sequence[str]], object] = getattr(import_module(module), name)
+        return function
+
+
+def command_parser(name: str, description: str, example: str, note: str = "") -> argparse.ArgumentParser:
+    """A parser whose help ends in an example.
+
+    Args:
+        name: the command's words after the program's name.
+        description: what it does; line ends are kept.
+        example: the arguments of one sensible call.
+        note: a line between the options and the example.
+    """
+    epilog = f"example:\n  {PROGRAM} {name} {example}".rstrip()
+    return argparse.ArgumentParser(
+        prog=f"{PROGRAM} {name}",
+        description=description,
+        epilog=f"{note}\n\n{epilog}" if note else epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def run_group(name: str, description: str, commands: Mapping[str, Command], example: str, argv: Sequence[str]) -> None:
+    """Run one of a command's sub-commands, or print which there are.
+
+    Args:
+        name: the command.
+        description: what its sub-commands have in common.
+        commands: them, by name.
+        example: the arguments of one sensible call.
+        argv: the sub-command and its arguments.
+
+    Raises:
+        UserError: none named, or an unknown one.
+        SystemExit: 0, after help.
+    """
+    if argv and argv[0] in commands:
+        commands[argv[0]].load()(argv[1:])
+        return
+    if argv and argv[0] in HELP:
+        width = max(map(len, commands))
+        listed = "\n".join(f"  {key:<{width}}  {command.help}" for key, command in commands.items())
+        note = f"{PROGRAM} {name} COMMAND --help shows a command's arguments."
+        parser = command_parser(name, f"{description}\n\ncommands:\n{listed}", example, note)
+        parser.add_argument("command", metavar="COMMAND", help=f"{', '.join(commands)}; its own arguments follow")
+        parser.parse_args(["--help"])
+    hint = did_you_mean(argv[0], commands) if argv else f" Known: {', '.join(commands)}."
+    raise UserError(f"{PROGRAM} {name}: {f'unknown command {argv[0]!r}' if argv else 'no command given'}.{hint}")
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for `argparse`.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
