@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from unified_lm.build import train
 from unified_lm.checkpoint.manifest import Manifest
 from unified_lm.cli.main import main
+from unified_lm.core.errors import CheckpointError
+from unified_lm.inference import UnifiedLM
 
 COMMON = [
     "recipe=llm2vec_simcse",
@@ -45,6 +47,14 @@ def test_an_earlier_step_gives_other_weights_and_says_so(run, tmp_path):
     assert any(not expected[name].equal(found[name]) for name in expected)
     assert [stage.steps for stage in Manifest.load(tmp_path / "first").stages] == [1]
     assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_a_run_without_an_export_loads_after_the_command_that_the_error_names(tmp_path):
+    folder = train([*COMMON, "max_steps=1", "export.enabled=false", "logging.progress=false", f"run_dir={tmp_path}/run"])
+    with pytest.raises(CheckpointError, match=f"`unified-lm export {folder}` writes one from its newest checkpoint"):
+        UnifiedLM.from_pretrained(folder, device="cpu")
+    assert main(["export", str(folder)]) == 0
+    assert UnifiedLM.from_pretrained(folder, device="cpu").encode(["a text"]).shape[0] == 1
 
 
 @pytest.mark.parametrize(

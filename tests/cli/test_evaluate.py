@@ -43,6 +43,28 @@ def test_prompts_are_written_for_plain_mteb(folder: Path, tmp_path: Path) -> Non
     assert prompts["ArguAna-document"] == "<|embed|>\n"
 
 
+def test_a_run_stands_for_its_export(folder: Path, tmp_path: Path) -> None:
+    prompts = [tmp_path / "export.json", tmp_path / "run.json"]
+    for model, path in zip((folder, folder.parent), prompts, strict=True):
+        evaluate(["mteb", str(model), "--tasks", "llm2vec15", "--prompts", str(path), "--device", "cpu"])
+    assert prompts[0].read_text() == prompts[1].read_text()
+
+
+def test_a_run_without_an_export_says_how_to_make_one(tmp_path: Path) -> None:
+    task_folders.sts(tmp_path / "tasks")
+    run = tmp_path / "chain" / "1-mntp"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    arguments = ["--tasks", str(tmp_path / "tasks"), "--device", "cpu"]
+    with pytest.raises(CheckpointError, match="is a run without an export: .* train it again with export.enabled=true"):
+        evaluate(["mteb", str(run), *arguments])
+    (run / "checkpoints" / "step-00000003").mkdir()
+    with pytest.raises(CheckpointError, match=f"is a run without an export: .*`unified-lm export {run}` writes one"):
+        evaluate(["mteb", str(run), *arguments])
+    with pytest.raises(CheckpointError, match=f"holds several runs; name one of them: {run}"):
+        evaluate(["mteb", str(run.parent), *arguments])
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "expected"),
     [

@@ -75,7 +75,7 @@ def standardize(argv: Sequence[str]) -> None:
         UserError: no export; a corpus that is missing, too small or without variance; a copy that stock tools read otherwise.
     """
     options = _standardize_parser().parse_args(list(argv))
-    from unified_lm.checkpoint.manifest import FILE_NAME, StandardizerRecord
+    from unified_lm.checkpoint.manifest import StandardizerRecord
     from unified_lm.checkpoint.standardized_export import write_standardized
     from unified_lm.evaluation.analyses.texts import read_texts
     from unified_lm.inference import UnifiedLM
@@ -84,8 +84,6 @@ def standardize(argv: Sequence[str]) -> None:
     from unified_lm.models.standardizer import RELATIVE_EPS
 
     source = model_folder(options.export, None)
-    if not (source / FILE_NAME).is_file() and (source / "export" / FILE_NAME).is_file():
-        source = source / "export"
     name, texts = read_texts(options.corpus, options.num_texts, split="train")
     model = UnifiedLM.from_pretrained(source, device=options.device, dtype=options.dtype)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:

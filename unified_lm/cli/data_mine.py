@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", help="pair rows: a file, a folder, hub:NAME[:SUBSET] or builtin:pydocs")
     parser.add_argument(
-        "--model", required=True, help="an export of ours, a sentence-transformers folder, or a Hub name of either"
+        "--model", required=True, help="a run or its export, a sentence-transformers folder, or a Hub name of either"
     )
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl file to write (a folder, for a folder of files)")
     parser.add_argument("--corpus", help="a file or folder of texts to mine from as well")

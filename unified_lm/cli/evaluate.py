@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs/grit/export --tasks STSBenchmark SciFact --instructions e5",
     )
     add = parser.add_argument
-    add("model", help="the export folder of a run, or a Hub name")
+    add("model", help="a run or its export folder, any causal model's folder, or a Hub name")
     add("--tasks", nargs="+", required=True, metavar="TASK", help=f"mteb's names, sets ({', '.join(task_sets())}), or folders")
     add("--instructions", default="export", help=f"export (default), none, task, {', '.join(table_names())}, or a .json table")
     add("--languages", nargs="+", default=[], metavar="LANG", help="keep only subsets in these languages, such as eng; all if left out")

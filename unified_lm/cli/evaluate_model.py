@@ -61,15 +61,13 @@ def find_model(name: str) -> EvaluatedModel:
     """A folder, an embedded model's name, or a Hub name. A run stands for its export.
 
     Raises:
-        CheckpointError: nothing there.
+        CheckpointError: nothing there, or a run without an export.
         ModelError: the embedded model's package is not installed.
     """
     if name in EMBEDDED_MODELS and not Path(name).is_dir():
         folder = embedded_directory(name)
         return EvaluatedModel(folder, name, folder_hash(folder), Path())
     folder = model_folder(name, None)
-    if not (folder / FILE_NAME).is_file() and (folder / "export" / FILE_NAME).is_file():
-        folder /= "export"
     shown = folder.resolve()
     beside = shown.parent if Path(name).is_dir() else Path()
     run = shown.parent.name if shown.name == "export" else shown.name

@@ -64,7 +64,7 @@ def generate(argv: Sequence[str]) -> None:
 
 def _parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
     parser = command_parser(name, description, example)
-    parser.add_argument("model", help="the export folder of a run, or a Hub name")
+    parser.add_argument("model", help="a run or its export folder, or a Hub name")
     parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
     return parser

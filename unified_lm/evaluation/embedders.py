@@ -64,7 +64,7 @@ def load_embedder(
     """Load a model that embeds.
 
     Args:
-        name_or_path: an export of ours, a sentence-transformers folder, or the Hub name of either.
+        name_or_path: an export of ours or its run, a sentence-transformers folder, or the Hub name of either.
         device: None takes the accelerator if there is one.
         dtype: type of the weights in memory; None takes the stored one.
         max_tokens: limit of a text with its prompt; None takes the model's own.

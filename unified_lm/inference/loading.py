@@ -12,12 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from unified_lm.checkpoint.export import template_of
 from unified_lm.checkpoint.manifest import FILE_NAME, Manifest
 from unified_lm.checkpoint.standardizer_files import load_standardizer
+from unified_lm.checkpoint.store import list_checkpoints
 from unified_lm.checkpoint.verify import load_projection, quiet_transformers
 from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.data.templates import Template
 from unified_lm.models.pooling import Projection
 from unified_lm.models.standardizer import Standardizer
+
+_RUN_CONFIG = "config.yaml"
+"""What the folder of every run holds."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def load_parts(
     """Load what a folder or a Hub repository holds; no code that comes with it is run.
 
     Args:
-        name_or_path: a folder, or a Hub name.
+        name_or_path: a folder (of a run: its export), or a Hub name.
         device: None takes the accelerator if there is one.
         dtype: None takes the stored type.
         revision: Hub revision.
@@ -85,23 +89,48 @@ def load_parts(
 
 
 def model_folder(name_or_path: str | Path, revision: str | None) -> Path:
-    """The local folder of a model: the one that is named, or the download of a Hub name.
+    """The local folder of a model: the one that is named, the export of a run that is named, or the download of a Hub name.
 
     Raises:
-        CheckpointError: no such folder, and no Hub name that the Hub gives us.
+        CheckpointError: no such folder, and no Hub name that the Hub gives us; or a run without an export.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return path
+        return _export_of(path)
     name = str(name_or_path)
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or isinstance(name_or_path, Path):
         raise CheckpointError(
-            f"there is no folder {name_or_path}. Give the 'export' folder of a run, or a Hub name (org/name)."
+            f"there is no folder {name_or_path}. Give a run, its 'export' folder, or a Hub name (org/name)."
         )
     try:
         return Path(snapshot_download(name, revision=revision))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"'{name}' is neither a folder nor a model that the Hub gives us: {error}") from error
+
+
+def _export_of(folder: Path) -> Path:
+    """The export in the folder of a run; any other folder as it is.
+
+    Raises:
+        CheckpointError: the folder is a run, a chain or an ablation, and has no export itself.
+    """
+    if (folder / FILE_NAME).is_file() or (folder / "config.json").is_file():
+        return folder
+    export = folder / "export"
+    if (export / FILE_NAME).is_file():
+        return export
+    runs = sorted(path.parent for path in folder.glob(f"*/{_RUN_CONFIG}"))
+    if (folder / _RUN_CONFIG).is_file():
+        if list_checkpoints(folder / "checkpoints"):
+            mend = f"`unified-lm export {folder}` writes one from its newest checkpoint."
+        else:
+            mend = "It has no checkpoint to write one from either: train it again with export.enabled=true."
+        raise CheckpointError(
+            f"{folder} is a run without an export: export.enabled was false, or the run is not finished. {mend}"
+        )
+    if runs:
+        raise CheckpointError(f"{folder} holds several runs; name one of them: {', '.join(map(str, runs))}.")
+    return folder
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:

@@ -94,7 +94,7 @@ def parse_arms(specs: Sequence[str], settings: ArmSettings) -> list[Arm]:
 
     Raises:
         ConfigError: unknown attention, or two arms of one label.
-        CheckpointError: nothing there.
+        CheckpointError: nothing there, or a run without an export.
     """
     arms = []
     for spec in specs:
@@ -117,10 +117,7 @@ def parse_arms(specs: Sequence[str], settings: ArmSettings) -> list[Arm]:
 
 
 def _folder(location: str) -> Path:
-    path = Path(location).expanduser()
-    if path.is_dir():
-        return path / "export" if (path / "export" / FILE_NAME).is_file() else path
-    if location == EMBEDDED or location in EMBEDDED_MODELS:
+    if (location == EMBEDDED or location in EMBEDDED_MODELS) and not Path(location).is_dir():
         return embedded_directory("" if location == EMBEDDED else location)
     return model_folder(location, None)
 
