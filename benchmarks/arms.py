@@ -15,7 +15,8 @@ Seeds: a chain's seed decides order, masks and dropout of its training. The untr
 queries are a fixed choice, the probe is convex), so they have one number. Intervals: 95 % bootstrap over the task's items,
 seeds averaged; for words the mean of the seeds' own intervals.
 
-Every score is saved when it is there (OUT/scores); the same command again goes on from what is missing.
+Every score is saved when it is there (OUT/scores), with hashes of the model's weights and of the data; the same command again goes
+on from what is missing. The words are source code of the interpreter itself, so their hash changes with Python's version.
 
 Usage: python benchmarks/arms.py STS_DEV.csv RUN_DIR... --out DIR [--tasks sts retrieval words] [--queries 300] [--base MODEL]
 """
@@ -29,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from statistics import fmean, stdev
@@ -41,6 +43,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from unified_lm import UnifiedLM
+from unified_lm.checkpoint.manifest import hash_weights
 from unified_lm.cli.main import run_command
 from unified_lm.config.convert import from_yaml
 from unified_lm.config.schema import ModelConfig, RunConfig, SourceConfig
@@ -53,6 +56,9 @@ from unified_lm.evaluation.curves import PALETTE
 from unified_lm.evaluation.embedders import folder_hash
 from unified_lm.evaluation.word_level import word_level_scores
 from unified_lm.evaluation.word_level_code import code_words
+from unified_lm.evaluation.word_level_scores import most_frequent_tags, tag_scores
+from unified_lm.inference.loading import model_folder
+from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.loading import load_model
 from unified_lm.objectives.ranking import ndcg_per_query
 
@@ -72,9 +78,10 @@ class Entry:
     Attributes:
         arm: its row in the table.
         seed: of its training; None where nothing was trained.
-        key: hash of its weights, or the name of the untrained model.
+        key: hash of its weights.
         load: loads it.
         max_tokens: limit of an embedded text with its prompt.
+        former_key: what earlier scores of the same weights carry; None for none.
     """
 
     arm: str
@@ -82,6 +89,7 @@ class Entry:
     key: str
     load: Callable[[], UnifiedLM] = field(compare=False)
     max_tokens: int = MAX_TOKENS
+    former_key: str | None = None
 
     @property
     def file_name(self) -> str:
@@ -99,13 +107,20 @@ def untrained(base: str | None) -> list[Entry]:
         loaded = load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama"))
         return UnifiedLM(loaded.causal_lm, loaded.tokenizer, template=template, pooling="mean", attention=attention)
 
-    key = base or "embedded smollm2-135m"
+    if base is None:
+        # Scores used to carry this name; the package has had one set of weights, so they are still right.
+        key, former = hash_weights(embedded_directory()), "embedded smollm2-135m"
+    else:
+        key, former = folder_hash(model_folder(base, None)), None  # a path said nothing about what it held
+    arms = [
+        ("uni", "causal", "plain", MAX_TOKENS),
+        ("echo", "causal", "echo", ECHO_TOKENS),
+        ("bi", "bidirectional", "plain", MAX_TOKENS),
+        ("uni + begin of text", "causal", "plain_bos", MAX_TOKENS),
+        ("bi + begin of text", "bidirectional", "plain_bos", MAX_TOKENS),
+    ]
     return [
-        Entry("uni", None, key, lambda: load("causal", "plain")),
-        Entry("echo", None, key, lambda: load("causal", "echo"), ECHO_TOKENS),
-        Entry("bi", None, key, lambda: load("bidirectional", "plain")),
-        Entry("uni + begin of text", None, key, lambda: load("causal", "plain_bos")),
-        Entry("bi + begin of text", None, key, lambda: load("bidirectional", "plain_bos")),
+        Entry(arm, None, key, partial(load, attention, template), limit, former) for arm, attention, template, limit in arms
     ]
 
 
@@ -192,18 +207,54 @@ def word_scores(model: UnifiedLM) -> dict[str, dict[str, float]]:
     return {name: {key: float(found[name][key]) for key in ("score", "low", "high", "baseline")} for name in ALIGNMENTS}
 
 
+def words_identity() -> dict[str, str]:
+    """Name, with Python's version, and hash of the tagged words."""
+    data = code_words()
+    return {"name": data.name, "key": data.key}
+
+
+def require_same_words(scores: dict[str, Any], file: Path) -> None:
+    """Check that saved scores of words are of the words that would be measured now.
+
+    Scores from before their data were recorded hold the accuracy of guessing each word's most frequent tag, which needs no
+    model: where it is what the present data give, to the last digit, the data are taken to be the same, and recorded.
+
+    Raises:
+        DataError: they are not.
+    """
+    data = code_words()
+    if "words_data" not in scores:
+        gold = [sentence.tags["pos"] for sentence in data.test]
+        guessed = tag_scores("pos", gold, most_frequent_tags(data.train, data.test, "pos"), num_resamples=100)["score"]
+        if all(scores["words"][name]["baseline"] == guessed for name in ALIGNMENTS):
+            scores["words_data"] = words_identity()
+    saved = scores.get("words_data", {})
+    if saved.get("key") != data.key:
+        raise DataError(
+            f"{file} has scores of other words ({saved.get('name', 'of an unknown version of Python')}; this is {data.name}); "
+            "take the same Python, remove the file's 'words', or choose another --out."
+        )
+
+
 def measure(entry: Entry, tasks: Tasks, wanted: Sequence[str], folder: Path, started: float) -> dict[str, Any]:
     """Measure what is missing of one model; every task is saved when it is done.
 
     Raises:
-        DataError: the file of scores is of other data or another model.
+        DataError: the file of scores is of other data, of another model, or its words are of another Python.
     """
     file = folder / entry.file_name
     identity = {"arm": entry.arm, "seed": entry.seed, "model": entry.key, "data": tasks.key}
     scores: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else dict(identity)
+    before = dict(scores)
+    if entry.former_key is not None and scores.get("model") == entry.former_key:
+        scores["model"] = entry.key
     changed = [key for key, value in identity.items() if scores.get(key) != value]
     if changed:
         raise DataError(f"{file} is of another {' and '.join(changed)}; remove it, or choose another --out.")
+    if "words" in scores:
+        require_same_words(scores, file)
+    if scores != before:
+        write_json(file, scores)
     missing = [task for task in wanted if task not in scores and not (task == "words" and entry.arm == "echo")]
     if not missing:
         return scores
@@ -215,6 +266,8 @@ def measure(entry: Entry, tasks: Tasks, wanted: Sequence[str], folder: Path, sta
     }
     for task in missing:
         scores[task] = work[task]()
+        if task == "words":
+            scores["words_data"] = words_identity()
         write_json(file, scores)
         print(
             f"{entry.file_name.removesuffix('.json')}: {task} after {(time.perf_counter() - started) / 60:.1f} min", flush=True

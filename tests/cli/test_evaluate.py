@@ -56,7 +56,7 @@ def test_a_run_without_an_export_says_how_to_make_one(tmp_path: Path) -> None:
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("")
     arguments = ["--tasks", str(tmp_path / "tasks"), "--device", "cpu"]
-    with pytest.raises(CheckpointError, match="is a run without an export: .* train it again with export.enabled=true"):
+    with pytest.raises(CheckpointError, match=r"is a run without an export: .* train it again with export\.enabled=true"):
         evaluate(["mteb", str(run), *arguments])
     (run / "checkpoints" / "step-00000003").mkdir()
     with pytest.raises(CheckpointError, match=f"is a run without an export: .*`unified-lm export {run}` writes one"):

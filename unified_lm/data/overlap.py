@@ -21,7 +21,7 @@ from typing import Any
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.data.row_files import RowWriter
 from unified_lm.data.row_texts import RowFile, row_texts
-from unified_lm.data.text_match import jaccard, normalised_words, shingles
+from unified_lm.data.text_match import SHINGLE_WORDS, jaccard, normalised_words, runs, shingles
 
 _PERMUTATIONS = 128
 _SHOWN = 300
@@ -44,7 +44,7 @@ class OverlapConfig:
     """Words of a shared run."""
     near_threshold: float = 0.8
     """Least Jaccard similarity of word shingles, in (0, 1]."""
-    shingle_words: int = 3
+    shingle_words: int = SHINGLE_WORDS
     """Words of a shingle."""
     min_words: int = 4
     """Texts with fewer words (labels, names, "yes") are not compared."""
@@ -134,7 +134,7 @@ class EvaluationIndex:
             self._shingles.append(frozenset())  # an equal text is indexed already
             return
         if OverlapKind.NGRAM in self.config.kinds:
-            for run in _runs(words, self.config.ngram_words):
+            for run in runs(words, self.config.ngram_words):
                 self._runs.setdefault(run, number)
         own = shingles(words, self.config.shingle_words) if self._near is not None else frozenset()
         self._shingles.append(own)
@@ -152,7 +152,7 @@ class EvaluationIndex:
         if OverlapKind.NORMALISED in kinds and (number := self._normalised.get(" ".join(words))) is not None:
             return Match(OverlapKind.NORMALISED, number, place, "the whole text")
         if OverlapKind.NGRAM in kinds:
-            for run in _runs(words, self.config.ngram_words):
+            for run in runs(words, self.config.ngram_words):
                 if (number := self._runs.get(run)) is not None:
                     return Match(OverlapKind.NGRAM, number, place, run)
         return self._nearest(words, place) if self._near is not None else None
@@ -194,10 +194,6 @@ class _NearIndex:
     def candidates(self, members: frozenset[str]) -> list[int]:
         """Numbers of the texts that may be similar; some are not."""
         return list(self._lsh.query(self._sketch(members)))
-
-
-def _runs(words: Sequence[str], size: int) -> Iterator[str]:
-    return (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
 
 
 def build_index(evaluation: Iterable[tuple[str, RowFile]], config: OverlapConfig) -> EvaluationIndex:

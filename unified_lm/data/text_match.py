@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 SHINGLE_WORDS = 3
 """Words per shingle when two texts are compared with each other."""
@@ -25,9 +25,14 @@ def normalised(text: str) -> str:
     return " ".join(normalised_words(text)) or text.strip()
 
 
+def runs(words: Sequence[str], size: int) -> Iterator[str]:
+    """All runs of `size` words (>= 1), in order; none of a shorter text."""
+    return (" ".join(words[i : i + size]) for i in range(len(words) - size + 1))
+
+
 def shingles(words: Sequence[str], size: int = SHINGLE_WORDS) -> frozenset[str]:
-    """All runs of `size` words; a shorter text is one shingle."""
-    return frozenset(" ".join(words[i : i + size]) for i in range(max(1, len(words) - size + 1)))
+    """The set of `runs`; a shorter text is one shingle."""
+    return frozenset(runs(words, size)) or frozenset({" ".join(words)})
 
 
 def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
