@@ -67,9 +67,7 @@ def test_help(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         (["eval", "words", "runs/a", "--help"], "--subtoken"),
     ],
 )
-def test_help_is_given_after_other_arguments(
-    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_is_given_after_other_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     assert expected in capsys.readouterr().out
 

@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
@@ -19,7 +20,6 @@ from unified_lm.data.negatives import Filter, Given, MiningConfig, Sampling
 from unified_lm.data.records import PairRecord, RecordKind, Text
 from unified_lm.data.sources import RecordSource, open_source
 from unified_lm.data.text_match import normalised_words
-from unified_lm.evaluation.embedders import FunctionEmbedder
 from unified_lm.evaluation.mining import Mining, WorkShare
 from unified_lm.evaluation.vector_cache import VectorCache
 
@@ -30,6 +30,15 @@ TOPICS = ("river", "engine", "violin", "planet", "garden")
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNIFIED_LM_CACHE", str(tmp_path / "cache"))
+
+
+@dataclass(frozen=True)
+class FunctionEmbedder:
+    """An `Embedder` made of two functions, `key` naming them in caches."""
+
+    key: str
+    queries: Callable[[Sequence[Text]], np.ndarray]
+    documents: Callable[[Sequence[Text]], np.ndarray]
 
 
 def bag_of_words(texts: Sequence[Text]) -> np.ndarray:

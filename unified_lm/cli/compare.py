@@ -18,7 +18,12 @@ def compare(argv: Sequence[str]) -> None:
         "compare", "put the held-out results of runs side by side, by what differs in them", "runs/a runs/b --out comparison"
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of an ablation")
-    parser.add_argument("--out", type=Path, default=None, help="folder for compare.csv, .json, .md and .png; the folder given, if it is one, else the working directory")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="folder for compare.csv, .json, .md and .png; the folder given, if it is one, else the working directory",
+    )
     parser.add_argument("--reference", default=None, metavar="ARM", help="what the others are compared with; the first arm")
     options = parser.parse_args(list(argv))
     comparison = compare_runs(options.runs, options.reference)

@@ -127,7 +127,9 @@ def prepare(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--from", dest="local", type=Path, metavar="LOCAL", help="read this copy, not the Hub")
     parser.add_argument("--revision", help="Hub revision; the newest if left out, and its commit stands in the manifest")
-    parser.add_argument("--format", choices=[ending.lstrip(".") for ending in FORMATS], default="jsonl", help="of the files (jsonl)")
+    parser.add_argument(
+        "--format", choices=[ending.lstrip(".") for ending in FORMATS], default="jsonl", help="of the files (jsonl)"
+    )
     parser.add_argument("--limit", type=int, help="read only the first rows of each file, for a trial")
     options = parser.parse_args(list(argv))
     done = write(

@@ -133,7 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     add("model", help="a run or its export folder, any causal model's folder, or a Hub name")
     add("--tasks", nargs="+", required=True, metavar="TASK", help=f"mteb's names, sets ({', '.join(task_sets())}), or folders")
     add("--instructions", default="export", help=f"export (default), none, task, {', '.join(table_names())}, or a .json table")
-    add("--languages", nargs="+", default=[], metavar="LANG", help="keep only subsets in these languages, such as eng; all if left out")
+    add(
+        "--languages",
+        nargs="+",
+        default=[],
+        metavar="LANG",
+        help="keep only subsets in these languages, such as eng; all if left out",
+    )
     add("--out", type=Path, default=None, help="mteb's cache folder (default: mteb beside the export)")
     add("--name", default=None, help='name in the results, "organization/model"')
     add("--overwrite", action="store_true", help="run finished tasks again")

@@ -109,7 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add = parser.add_argument
     add("--task", nargs="+", default=["all"], choices=[*TASKS, "all"], help="what to tag (all: what the data has)")
-    add("--data", default="builtin", metavar="SOURCE", help="builtin (default), conll:FOLDER, conll:TRAIN,TEST or hub:NAME[@REVISION]")
+    add(
+        "--data",
+        default="builtin",
+        metavar="SOURCE",
+        help="builtin (default), conll:FOLDER, conll:TRAIN,TEST or hub:NAME[@REVISION]",
+    )
     add("--subset", default="", help="subset of a Hub data set; its default one if left out")
     add(
         "--columns", nargs="+", default=[], metavar="NAME=WHERE", help="word, pos, chunk, ner: positions from 0, or Hub columns"

@@ -21,7 +21,12 @@ def plot(argv: Sequence[str]) -> None:
         "plot", "draw loss, learning rate, speed and validation of runs as PNG and HTML", "runs/a runs/b --out plots"
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of a chain of runs")
-    parser.add_argument("--out", type=Path, default=None, help="folder for curves.png and curves.html; the run's, for one, else the working directory")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        help="folder for curves.png and curves.html; the run's, for one, else the working directory",
+    )
     options = parser.parse_args(list(argv))
     runs = load_runs(options.runs)
     panels = build_panels(runs)

@@ -56,7 +56,9 @@ def generate(argv: Sequence[str]) -> None:
     parser = _parser("generate", "answer one message", 'runs/grit/export "What does json.loads do?" --max-new-tokens 60')
     parser.add_argument("message", help='the message; "-" reads it from stdin')
     parser.add_argument("--max-new-tokens", type=int, default=256, help="limit of the answer in tokens (256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the draws; 0.0 (the default) takes the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="of the draws; 0.0 (the default) takes the likeliest token"
+    )
     options = parser.parse_args(list(argv))
     message = sys.stdin.read() if options.message == "-" else options.message
     print(_load(options).generate(message, max_new_tokens=options.max_new_tokens, temperature=options.temperature))

@@ -7,9 +7,12 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unified_lm.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def cache_dir(*parts: str) -> Path:
@@ -94,6 +97,24 @@ def write_text(path: Path, text: str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     building.rename(path)
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Write a .npy file atomically (temporary sibling, fsync, rename); its folder must be there.
+
+    Raises:
+        OSError: the disk refused; nothing is left behind.
+    """
+    import numpy as np  # the command line's own help needs this module too
+
+    building = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(building, "wb") as handle:
+            np.save(handle, values)
+        sync(building)
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -36,21 +36,6 @@ class Embedder(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class FunctionEmbedder:
-    """An embedder made of two functions.
-
-    Attributes:
-        key: names the functions in caches.
-        queries: embeds queries.
-        documents: embeds documents.
-    """
-
-    key: str
-    queries: Callable[[Sequence[Text]], np.ndarray]
-    documents: Callable[[Sequence[Text]], np.ndarray]
-
-
 def load_embedder(
     name_or_path: str,
     *,

@@ -5,7 +5,6 @@ A killed run goes on where it stopped, and processes that share a disk share the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from unified_lm.core.errors import DataError
-from unified_lm.core.files import sync
+from unified_lm.core.files import write_array
 from unified_lm.data.records import Text
 
 CHUNK = 1024
@@ -123,12 +122,7 @@ class VectorCache:
         if not np.isfinite(vectors).all():
             bad = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
             raise DataError(f"the model's vector of {texts[bad].text[:60]!r} is not finite; try --dtype float32.")
-        building = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            with open(building, "wb") as handle:
-                np.save(handle, vectors)
-            sync(building)
-            building.replace(path)
+            write_array(path, vectors)
         except OSError as error:
-            building.unlink(missing_ok=True)
             raise DataError(f"cannot write the cache of vectors, {path}: {error}. Set UNIFIED_LM_CACHE.") from error

@@ -6,12 +6,10 @@ that the tokenizer adds by itself, else its begin or end of text, so that every 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from filelock import FileLock
 
 from unified_lm.batch import Sample
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
-from unified_lm.core.files import cache_dir, sync
+from unified_lm.core.files import cache_dir, write_array
 from unified_lm.data.plain_tokenizers import plain_tokenizers
 from unified_lm.data.prompt_encoding import PromptEncoder
 from unified_lm.evaluation.word_level_data import Sentence
@@ -293,7 +291,7 @@ def _cached(
             with FileLock(paths[missing[0]].with_suffix(".lock")):
                 missing = [alignment for alignment in missing if not paths[alignment].exists()]
                 for alignment, vectors in (_compute(model, sentences, missing, settings) if missing else {}).items():
-                    _write(paths[alignment], vectors)
+                    write_array(paths[alignment], vectors)
         return {alignment: np.load(path, mmap_mode="r") for alignment, path in paths.items()}
     except OSError as error:
         raise DataError(f"cannot use the cache of word vectors, {folder}: {error}. Set UNIFIED_LM_CACHE.") from error
@@ -309,14 +307,3 @@ def _digest(model: UnifiedLM, sentences: Sequence[Sentence], alignment: Alignmen
     for sentence in sentences:
         digest.update(repr((sentence.words, sorted(sentence.breaks))).encode())
     return digest.hexdigest()
-
-
-def _write(path: Path, vectors: np.ndarray) -> None:
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(building, "wb") as handle:
-            np.save(handle, vectors)
-        sync(building)
-        building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)

@@ -99,9 +99,7 @@ def model_folder(name_or_path: str | Path, revision: str | None) -> Path:
         return _export_of(path)
     name = str(name_or_path)
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or isinstance(name_or_path, Path):
-        raise CheckpointError(
-            f"there is no folder {name_or_path}. Give a run, its 'export' folder, or a Hub name (org/name)."
-        )
+        raise CheckpointError(f"there is no folder {name_or_path}. Give a run, its 'export' folder, or a Hub name (org/name).")
     try:
         return Path(snapshot_download(name, revision=revision))
     except (OSError, ValueError) as error:

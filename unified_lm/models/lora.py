@@ -286,46 +286,6 @@ def without_adapters(causal_lm: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def adapter_state(causal_lm: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, detached, by name.
-
-    Linear layers: "model.layers.0.self_attn.q_proj.lora_A.weight" `[r, I]`, "...lora_B.weight" `[O, r]`.
-    Fused experts: "...experts.down_proj.lora_A.weight" `[E * r, I]`, "...lora_B.weight" `[O, r * E]`.
-
-    Raises:
-        ModelError: the model has no adapter.
-    """
-    state: dict[str, torch.Tensor] = {}
-    for name, layer in _lora_layers(causal_lm):
-        owner = name.removesuffix(".weight")
-        a, b = _factors(layer)
-        state |= {f"{owner}.lora_A.weight": a.detach(), f"{owner}.lora_B.weight": b.detach()}
-    if not state:
-        raise ModelError("the model has no adapter. Call apply_lora first.")
-    return state
-
-
-def load_adapter_state(causal_lm: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
-    """Copy tensors of `adapter_state` into the adapter, in place.
-
-    Raises:
-        ModelError: names or shapes differ from the model's adapter.
-    """
-    own = adapter_state(causal_lm)
-    if missing := sorted(set(own) ^ set(state)):
-        raise ModelError(
-            f"the adapter does not fit: {len(missing)} of {len(own)} tensors are only on one side, e.g. '{missing[0]}'. "
-            "It was made with other lora.target_modules, or for another model."
-        )
-    for name, target in own.items():
-        if target.shape != state[name].shape:
-            raise ModelError(
-                f"the adapter does not fit: '{name}' has shape {list(state[name].shape)}, expected {list(target.shape)}. "
-                "It was made with another lora.r, or for another model."
-            )
-        target.copy_(state[name])
-
-
 @torch.no_grad()
 def lora_deltas(causal_lm: PreTrainedModel) -> Iterator[LoraDelta]:
     """The updates of all adapted weights, one at a time: what a merge adds, in float32 whatever the weights' dtype."""

@@ -1,4 +1,4 @@
-"""Ranking metrics from scores: nDCG, recall and reciprocal rank.
+"""Ranking metrics from scores: nDCG and recall.
 
 Equal scores rank in the order of the documents (a stable sort), so that a metric never depends on a sort's whim. Note
 that a constant scorer therefore profits where the relevant document comes first.
@@ -50,13 +50,6 @@ def recall_per_query(scores: torch.Tensor, relevant: Sequence[Collection[int]], 
     """What `recall_at_k` is the mean of: float64 `[Q]`."""
     hits_QK, counts_Q = _hits(scores, relevant, k)
     return hits_QK.sum(1) / counts_Q
-
-
-def mrr_at_k(scores: torch.Tensor, relevant: Sequence[Collection[int]], k: int) -> float:
-    """Mean reciprocal rank of the first relevant document, 0 where none is among the first k; arguments as in `ndcg_at_k`."""
-    hits_QK, _ = _hits(scores, relevant, k)
-    rank_K = torch.arange(1, hits_QK.shape[1] + 1, dtype=torch.float64, device=scores.device)
-    return float((hits_QK / rank_K).amax(1).mean())
 
 
 def _hits(scores: torch.Tensor, relevant: Sequence[Collection[int]], k: int) -> tuple[torch.Tensor, torch.Tensor]:

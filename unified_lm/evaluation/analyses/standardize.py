@@ -20,6 +20,7 @@ from unified_lm.core.errors import ConfigError
 from unified_lm.data.records import Text
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
 from unified_lm.evaluation.analyses.figure import PALETTE, finish, save, subplots
+from unified_lm.evaluation.analyses.states import pooled_vectors
 from unified_lm.evaluation.analyses.texts import (
     RetrievalPairs,
     ScoredPairs,
@@ -81,7 +82,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
     try:
 
         def encode(texts: list[Text]) -> np.ndarray:
-            return _encode(model, texts, show_progress)
+            return pooled_vectors(model, texts, show_progress)
 
         fitted = {label: _fit(encode([Text(text) for text in texts])) for label, texts in content.corpora.items()}
         result: Numbers = {"attention": model.attention, "standardized": own is not None}
@@ -96,17 +97,6 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
     finally:
         model.standardizer = own
     return result
-
-
-def _encode(model: UnifiedLM, texts: list[Text], show_progress: bool) -> np.ndarray:
-    """float32 `[N, D]`, as pooled."""
-    vectors = np.empty((len(texts), model.embedding_dim), np.float32)
-    for instruction in dict.fromkeys(text.instruction for text in texts):
-        chosen = [i for i, text in enumerate(texts) if text.instruction == instruction]
-        vectors[chosen] = model.encode(
-            [texts[i].text for i in chosen], instruction, normalize=False, show_progress=show_progress
-        )
-    return vectors
 
 
 def _fit(vectors: np.ndarray) -> Standardizer:

@@ -1,4 +1,4 @@
-"""Hidden states of token sequences, layer by layer, through the packed forward."""
+"""What analyses read off a model: hidden states layer by layer through the packed forward, and pooled vectors of texts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 from unified_lm.batch import Sample
 from unified_lm.core.errors import DataError
+from unified_lm.data.records import Text
 from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.embedding import sample_states
 
@@ -50,6 +51,17 @@ def layer_states(
         for index, states in sample_states(backbone.layer_states, samples, token_budget=TOKEN_BUDGET, device=model.device):
             yield index, states.float().cpu()
             bar.advance(task)
+
+
+def pooled_vectors(model: UnifiedLM, texts: Sequence[Text], show_progress: bool) -> np.ndarray:
+    """Embed texts, each with its instruction: float32 `[N, D]`, as pooled (not of length 1)."""
+    vectors = np.empty((len(texts), model.embedding_dim), np.float32)
+    for instruction in dict.fromkeys(text.instruction for text in texts):
+        chosen = [i for i, text in enumerate(texts) if text.instruction == instruction]
+        vectors[chosen] = model.encode(
+            [texts[i].text for i in chosen], instruction, normalize=False, show_progress=show_progress
+        )
+    return vectors
 
 
 def token_windows(model: UnifiedLM, texts: Sequence[str], positions: int, count: int) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from unified_lm.core.errors import DataError
 from unified_lm.data.records import Text
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
 from unified_lm.evaluation.analyses.figure import MARKERS, PALETTE, arm_legend, finish, save, subplots
+from unified_lm.evaluation.analyses.states import pooled_vectors
 from unified_lm.evaluation.analyses.texts import PYDOCS, fingerprint, read_retrieval, read_scored_pairs
 from unified_lm.evaluation.bootstrap import bootstrap_interval
 from unified_lm.evaluation.result_table import ResultTable
@@ -67,12 +68,7 @@ def _prepare(settings: AnalysisSettings) -> Material:
 
 def unit_vectors(model: UnifiedLM, texts: list[Text], show_progress: bool) -> np.ndarray:
     """float64 `[N, D]`, of length 1, each text with its instruction."""
-    vectors = np.empty((len(texts), model.embedding_dim))
-    for instruction in dict.fromkeys(text.instruction for text in texts):
-        chosen = [i for i, text in enumerate(texts) if text.instruction == instruction]
-        vectors[chosen] = model.encode(
-            [texts[i].text for i in chosen], instruction, normalize=False, show_progress=show_progress
-        )
+    vectors = pooled_vectors(model, texts, show_progress).astype(np.float64)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
