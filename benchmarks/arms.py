@@ -15,8 +15,8 @@ Seeds: a chain's seed decides order, masks and dropout of its training. The untr
 queries are a fixed choice, the probe is convex), so they have one number. Intervals: 95 % bootstrap over the task's items,
 seeds averaged; for words the mean of the seeds' own intervals.
 
-Every score is saved when it is there (OUT/scores), with hashes of the model's weights and of the data; the same command again goes
-on from what is missing. The words are source code of the interpreter itself, so their hash changes with Python's version.
+Every score is saved when it is there (OUT/scores), with hashes of the model's weights and of the data; the same command again
+goes on from what is missing. The words are source code of the interpreter itself, so their hash changes with Python's version.
 
 Usage: python benchmarks/arms.py STS_DEV.csv RUN_DIR... --out DIR [--tasks sts retrieval words] [--queries 300] [--base MODEL]
 """

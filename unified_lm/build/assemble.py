@@ -261,6 +261,7 @@ def _fixed_batches(config: RunConfig, streams: dict[str, Stream], trainable: Tra
     one_epoch = min(max(1, stream.num_rows // stream.batch_size) for stream in streams.values())
 
     def batches() -> Iterator[Batch]:
+        """The same batches on every call: the loader starts from its beginning."""
         loader.reset()
         for _ in range(min(config.validation.num_batches, one_epoch)):
             yield loader.next_batch()

@@ -98,6 +98,7 @@ def export_model(
     written: list[Manifest] = []
 
     def fill(building: Path) -> None:
+        """Write every file of the export into `building`, and verify it there."""
         _write_model(causal_lm, building, complete.dtype, max_shard_size)
         saved_tokenizer = _write_tokenizer(tokenizer, template, complete, building)
         overlay = _write_config(building, complete)

@@ -131,6 +131,7 @@ def _record_calls(model: PreTrainedModel) -> dict[str, _Call]:
         if isinstance(module, BaseTunerLayer) and "base_layer" not in name.split("."):
 
             def record(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor, name: str = name) -> None:
+                """A forward hook: keep what the layer was called with and what it gave."""
                 calls[name] = _Call(args, kwargs, output)
 
             handles.append(model.get_submodule(name).register_forward_hook(record, with_kwargs=True))

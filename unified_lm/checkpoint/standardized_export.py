@@ -54,6 +54,7 @@ def write_standardized(
     written: list[Manifest] = []
 
     def fill(building: Path) -> None:
+        """Copy the export into `building`, with the statistics and all that names them."""
         skipped = shutil.ignore_patterns(*([old] if old else []))
         shutil.copytree(source, building, dirs_exist_ok=True, ignore=skipped)
         save_standardizer(standardizer, building / standardizer_folder(complete))

@@ -181,6 +181,7 @@ class CheckpointCopier:
 
     def _copy(self, checkpoint: Path, metrics: bytes) -> None:
         def fill(building: Path) -> None:
+            """Copy the checkpoint's files and the metrics that go with it into `building`."""
             for path in checkpoint.iterdir():
                 shutil.copyfile(path, building / path.name)
             (building / _METRICS).write_bytes(metrics)

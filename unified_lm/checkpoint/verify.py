@@ -145,6 +145,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def _check_causal(loaded: PreTrainedModel) -> None:
     def logits(tokens: torch.Tensor) -> torch.Tensor:
+        """int64 `[S, T]` to logits `[S, T, V]`."""
         return loaded(input_ids=tokens, use_cache=False).logits
 
     if _sees_future(logits, _vocabulary(loaded)):
@@ -218,6 +219,7 @@ def _check_sentence_transformers(folder: Path, manifest: Manifest, template: Tem
     transformer = model[0]
 
     def states(tokens: torch.Tensor) -> torch.Tensor:
+        """int64 `[S, T]` to hidden states `[S, T, D]`."""
         return transformer({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)})["token_embeddings"]
 
     bidirectional = _sees_future(states, _vocabulary(cast(PreTrainedModel, transformer.auto_model)))

@@ -186,6 +186,7 @@ def _progress() -> Iterator[Report | None]:
         tasks: dict[str, TaskID] = {}
 
         def told(what: str, done: int, total: int) -> None:
+            """Move the bar of one kind of work, which appears with its first report."""
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)

@@ -75,6 +75,7 @@ def within(name: str, call: Callable[P, R]) -> Callable[P, R]:
     """The same call, made in a place that waits for other ranks."""
 
     def placed(*args: P.args, **kwargs: P.kwargs) -> R:
+        """`call`, in the place."""
         with place(name):
             return call(*args, **kwargs)
 

@@ -196,6 +196,7 @@ def long_on_main(work: Callable[[], T], name: str) -> T:
     watchdog = _watchdog
 
     def then_mark() -> T:
+        """Do the work, and tell the waiting ranks that it is done or has failed."""
         try:
             with place(name, waits=False):
                 return work()

@@ -1,0 +1,1 @@
+"""From files, Hub and built-in sets to samples: sources, formats, streams and the loader."""

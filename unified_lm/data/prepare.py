@@ -160,6 +160,7 @@ def _of_split(part: Part, files: list[Path], spec: Published, local: Path) -> li
 
 def _chained(files: list[Path]) -> Callable[[], Rows]:
     def rows() -> Rows:
+        """(file and place, row) of all files in order."""
         for file in files:
             yield from ((f"{file.name}, {place}", row) for place, row in read_rows(file))
 

@@ -144,6 +144,7 @@ def _instructed(instruction: str) -> Callable[[Mapping[str, Any], str, int], Map
     """Rows of query, pos and neg (or anchor, positive, negative) without instructions get one for the query."""
 
     def convert(row: Mapping[str, Any], name: str, number: int) -> Mapping[str, Any]:
+        """A row whose query, if it is a bare string, is [instruction, query]."""
         query = row.get("query", row.get("anchor"))
         changed = {key: value for key, value in row.items() if key not in ("query", "anchor")}
         return {**changed, "query": [instruction, query] if isinstance(query, str) else query}

@@ -208,6 +208,7 @@ class Stream:
         num_rows = len(self.tables[index])
 
         def order(epoch: int) -> np.ndarray:
+            """int64 `[rows]`: a permutation that depends on seed, stream, source and epoch alone."""
             seed = derive_seed(self.seed, self.name, "order", index, self.sources[index].fingerprint, epoch)
             return np.random.default_rng(seed).permutation(num_rows)
 

@@ -450,6 +450,7 @@ def _without_hooks(module: nn.Module) -> Callable[[], None]:
         module.__dict__[name] = dict(value) if name == "_parameters" else type(value)()
 
     def restore() -> None:
+        """Put back what was taken from the module."""
         module.__dict__.update(taken)
         module.__dict__.update(extra)
 

@@ -58,6 +58,7 @@ class MasterAdamW:
     @staticmethod
     def _collector(master: torch.Tensor):  # type: ignore[no-untyped-def]
         def collect(parameter: torch.Tensor) -> None:
+            """Add a parameter's gradient, in any dtype, to its master's, and free it."""
             assert master.grad is not None
             assert parameter.grad is not None
             master.grad.add_(parameter.grad)

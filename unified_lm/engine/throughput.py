@@ -46,6 +46,7 @@ class ComputeClock:
         """The same call, on the clock."""
 
         def measured(*args: P.args, **kwargs: P.kwargs) -> R:
+            """`call`, with the seconds it takes (of the device, on CUDA) added to the clock."""
             if distributed.local_device().type == "cuda":
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 begin.record()

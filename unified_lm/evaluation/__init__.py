@@ -1,0 +1,1 @@
+"""Offline evaluation, analyses, reports and comparisons of finished models."""

@@ -240,6 +240,7 @@ def _order(metrics: Iterable[str]) -> list[str]:
     ranks = ("retrieval/ndcg", "retrieval_causal/ndcg", "retrieval/", "retrieval_causal/")
 
     def rank(metric: str) -> tuple[int, str]:
+        """A sort key: the first prefix that the metric begins with, then its name."""
         return next((i for i, prefix in enumerate(ranks) if metric.startswith(prefix)), len(ranks)), metric
 
     return sorted(metrics, key=rank)

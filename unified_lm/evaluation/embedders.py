@@ -131,6 +131,7 @@ class _Unified:
 
     def _encode(self, texts: Sequence[Text]) -> np.ndarray:
         def encode(several: list[str], instruction: str) -> np.ndarray:
+            """Embed texts of one instruction."""
             return self.model.encode(several, instruction, normalize=True, max_tokens=self.max_tokens)
 
         return _by_instruction(texts, encode)
@@ -160,6 +161,7 @@ class _SentenceTransformers:
             return own([text.text for text in texts], **settings)
 
         def encode(several: list[str], instruction: str) -> np.ndarray:
+            """Embed texts of one instruction, with the prompt that was chosen."""
             return self.model.encode(several, prompt=_fill(prompt, instruction, role), **settings)
 
         return _by_instruction(texts, encode)

@@ -144,6 +144,7 @@ class Mining:
             done = [0]
 
             def embedded(count: int) -> None:
+                """Report `count` more documents as embedded."""
                 done[0] += count
                 if progress is not None:
                     progress("embedding documents", done[0], len(pool))

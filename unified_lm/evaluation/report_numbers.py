@@ -137,6 +137,7 @@ def _result(
     num_resamples: int,
 ) -> HeldOutResult:
     def interval(*items: ItemScores | None) -> Interval | None:
+        """The interval of one validation, or of the difference of two; see `_interval`."""
         return _interval(items, level, num_resamples)
 
     kept = items_after or items_before
@@ -178,6 +179,7 @@ def _interval(items: Sequence[ItemScores | None], level: float, num_resamples: i
         return None
 
     def statistic(*drawn: np.ndarray) -> float:
+        """The weighted mean of the last of arrays `[items, (score, weight)]`, less that of the first if there are two."""
         means = [float(array[:, 0] @ array[:, 1] / array[:, 1].sum()) for array in drawn]
         return means[-1] - (means[0] if len(means) > 1 else 0.0)
 
@@ -234,9 +236,11 @@ def run_cost(lines: Iterable[Mapping[str, Any]], starts: Sequence[Mapping[str, A
     seconds = [float(line["step_seconds"]) for line in measured]
 
     def total(name: str) -> float:
+        """Sum over all steps taken, those without a measurement counted as the average one."""
         return math.fsum(float(line.get(name, 0.0)) for line in measured) * scale
 
     def weighted(name: str) -> float | None:
+        """Sum over the measured steps of value times seconds; None where a step lacks the value."""
         if not all(name in line for line in measured):
             return None
         return math.fsum(float(line[name]) * time for line, time in zip(measured, seconds, strict=True))

@@ -92,6 +92,7 @@ def _whiskers(result: HeldOutResult) -> list[dict[str, Any]]:
     low, high = low - room, high + room
 
     def place(value: float) -> float:
+        """Position on the axis, in per cent of its width."""
         return round(100 * (value - low) / (high - low), 2)
 
     return [{"low": place(_ends(s)[0]), "high": place(_ends(s)[1]), "value": place(s.value)} for s in scores]

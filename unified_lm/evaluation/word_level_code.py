@@ -183,22 +183,27 @@ class _Tags(ast.NodeVisitor):
     spans: dict[str, dict[Place, tuple[Place, str]]] = field(default_factory=lambda: {"chunk": {}, "ner": {}})
 
     def visit_Name(self, node: ast.Name) -> None:
+        """A name alone."""
         self._dotted(node, "")
 
     def visit_Attribute(self, node: ast.Attribute) -> None:
+        """A dotted name that is read."""
         self._dotted(node, "")
 
     def visit_Call(self, node: ast.Call) -> None:
+        """The called name is CALL; the arguments are visited for their own."""
         self._dotted(node.func, "CALL")
         for argument in (*node.args, *node.keywords):
             self.visit(argument)
 
     def visit_keyword(self, node: ast.keyword) -> None:
+        """The name of a keyword argument is KWARG."""
         if node.arg is not None:
             self.roles[_start(node)] = "KWARG"
         self.visit(node.value)
 
     def visit_arguments(self, node: ast.arguments) -> None:
+        """Parameters, with their defaults in one PARAM span."""
         positional = [*node.posonlyargs, *node.args]
         missing = [None] * (len(positional) - len(node.defaults))
         pairs = [
@@ -218,6 +223,7 @@ class _Tags(ast.NodeVisitor):
                     self.spans["ner"] |= inner.spans["ner"]
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> None:
+        """A sign or `~` before its operand is UNARY; `not` keeps its keyword's role."""
         if not isinstance(node.op, ast.Not):
             self.roles[_start(node)] = "UNARY"
         self.visit(node.operand)

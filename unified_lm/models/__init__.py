@@ -1,0 +1,1 @@
+"""Backbones, attention, adapters, pooling, and where their weights come from."""

@@ -182,6 +182,7 @@ class Backbone(nn.Module):
             )
 
             def packed(hidden: torch.Tensor) -> torch.Tensor:
+                """Padded states `[S, L, D]` to `[1, T, D]`, in the pack's order."""
                 return hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch.rows)[None]
 
             outputs.last_hidden_state = packed(outputs.last_hidden_state)

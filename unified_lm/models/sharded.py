@@ -45,6 +45,7 @@ def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
     read: list[LoadedModel] = []
 
     def read_whole() -> dict[str, Any]:
+        """Load the whole model on this rank; returns what the other ranks need to build it empty."""
         loaded = load_model(config)
         read.append(loaded)
         causal_lm = loaded.causal_lm

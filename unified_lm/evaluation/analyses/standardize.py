@@ -82,6 +82,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
     try:
 
         def encode(texts: list[Text]) -> np.ndarray:
+            """float32 `[N, D]`, as pooled."""
             return pooled_vectors(model, texts, show_progress)
 
         fitted = {label: _fit(encode([Text(text) for text in texts])) for label, texts in content.corpora.items()}
@@ -119,6 +120,7 @@ def _rows(score: Callable[[Standardizer | None], Scores], fitted: Mapping[str, S
         interval = bootstrap_interval(statistic, values, *fixed)
 
         def difference(a: np.ndarray, b: np.ndarray, *columns: np.ndarray) -> float:
+            """The statistic of `a` less that of `b`, over the same items."""
             return statistic(a, *columns) - statistic(b, *columns)
 
         change = bootstrap_interval(difference, values, plain, *fixed)
