@@ -1,0 +1,118 @@
+"""Formats of running text: every token learned, or hidden ones predicted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+
+from unified_lm.batch.sample import IGNORE, Sample
+from unified_lm.config.schema import MaskingConfig, StreamConfig
+from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.data.formats.base import Format
+from unified_lm.data.masking import Corruptor
+from unified_lm.data.prompt_encoding import Encoded, PromptEncoder, Rejection
+from unified_lm.data.records import RecordKind, TextRecord
+from unified_lm.data.token_cache import Item, Row, TokenTable, chunks
+
+CHUNKINGS = ("record", "concatenate")
+
+
+class Text(Format):
+    """Running text: every token but the first is learned."""
+
+    kind = RecordKind.TEXT
+    attentions: ClassVar[tuple[str, ...]] = ("causal",)
+
+    def __init__(self, name: str, config: StreamConfig, encoder: PromptEncoder) -> None:
+        super().__init__(name, config, encoder)
+        if config.chunking not in CHUNKINGS:
+            raise ConfigError(
+                f"streams.{name}: unknown chunking '{config.chunking}'.{did_you_mean(config.chunking, CHUNKINGS)}"
+            )
+        self.leading = np.asarray(encoder.leading_ids, dtype=np.int32)
+
+    def limits(self) -> dict[str, Any]:
+        """See `Format.limits`."""
+        return {"tokens": self.config.max_tokens, "chunking": self.config.chunking}
+
+    def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
+        """See `Format.rows`."""
+        pieces = self._records(source, rejected) if self.config.chunking == "record" else self._concatenated(source)
+        for number, encoded in pieces:
+            if self._usable(encoded.ids):
+                yield Row(number, [Item(encoded)])
+            else:
+                rejected[Rejection.SHORT.value] += 1
+
+    def _usable(self, ids: np.ndarray) -> bool:
+        return len(ids) >= 2
+
+    @property
+    def _room(self) -> int:
+        """Tokens of text in one sample.
+
+        Raises:
+            ConfigError: the limit leaves none.
+        """
+        room = self.config.max_tokens - len(self.leading)
+        if room < 1:
+            raise ConfigError(
+                f"streams.{self.name}.max_tokens is {self.config.max_tokens}, and {len(self.leading)} tokens precede every "
+                "text; raise the limit."
+            )
+        return room
+
+    def _records(self, source: Any, rejected: Counter[str]) -> Iterator[tuple[int, Encoded]]:
+        room = self._room
+        for chunk in chunks(source):
+            texts = [record.text.strip() for _, record in chunk]
+            for (number, _), text, ids in zip(chunk, texts, self.encoder.running_text(texts), strict=True):
+                if text:
+                    yield number, Encoded(np.concatenate([self.leading, ids[:room]]), truncated=len(ids) > room)
+                else:
+                    rejected[Rejection.EMPTY.value] += 1
+
+    def _concatenated(self, source: Any) -> Iterator[tuple[int, Encoded]]:
+        """Rows joined by newlines and cut into pieces of the limit; the last piece may be shorter. Attention crosses rows."""
+        room = self._room
+        held, first = np.zeros(0, dtype=np.int32), 0
+        for chunk in chunks(source):
+            texts: list[TextRecord] = [record for _, record in chunk]
+            for (number, _), ids in zip(
+                chunk, self.encoder.running_text([f"{t.text.strip()}\n" for t in texts], continued=True)
+            ):
+                held = np.concatenate([held, ids])
+                while len(held) >= room:
+                    yield first, Encoded(np.concatenate([self.leading, held[:room]]))
+                    held, first = held[room:], number
+        if len(held):
+            yield first, Encoded(np.concatenate([self.leading, held]))
+
+    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
+        """See `Format.samples`."""
+        encoded = table.encoded(int(table.row_starts[row]))
+        ids = encoded.ids.astype(np.int64)
+        labels = ids.copy()
+        labels[0] = IGNORE
+        return [self._labelled_sample(encoded, group, ids, labels)]
+
+
+class MaskedText(Text):
+    """Text with hidden tokens, predicted from the position before them (MNTP)."""
+
+    attentions = ("causal", "bidirectional")
+
+    def __init__(self, name: str, config: StreamConfig, encoder: PromptEncoder) -> None:
+        super().__init__(name, config, encoder)
+        self.corruptor = Corruptor(config.masking or MaskingConfig(), encoder.tokenizer, encoder.special_ids)
+
+    def _usable(self, ids: np.ndarray) -> bool:
+        return len(self.corruptor.maskable(ids)) > 0
+
+    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
+        """See `Format.samples`."""
+        encoded = table.encoded(int(table.row_starts[row]))
+        return [self._labelled_sample(encoded, group, *self.corruptor.corrupt(encoded.ids, rng))]
