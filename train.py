@@ -8,7 +8,7 @@ from unified_lm.cli.main import run_command
 
 def main(argv: list[str]) -> None:
     """Compose the recipe, train it, export it; the folder of the run is the last line of output."""
-    from unified_lm.build import train
+    from unified_lm.cli.commands import train
 
     run_dir = train(argv)
     if os.environ.get("RANK", "0") == "0":

@@ -2,6 +2,9 @@
 
 import argparse
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +73,14 @@ def test_help(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_help_is_given_after_other_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     assert expected in capsys.readouterr().out
+
+
+def test_train_py_has_the_help_of_the_command() -> None:
+    script = Path(__file__).resolve().parents[2] / "train.py"
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "recipe=NAME" in done.stdout
+    assert "example:" in done.stdout
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -14,8 +14,8 @@ from unified_lm.config.locate import group_options, list_recipes
 from unified_lm.core.errors import UserError
 
 _SETTINGS = (
-    "any key of the configuration with its dots (optim.lr=1e-4), [a,b] for a list, ~key to remove one; group=option chooses "
-    "a group's option (model=tiny_random). What is not given is as the recipe says"
+    "any key of the configuration with its dots (optim.lr=1e-4), [a,b] for a list, ~key for its default; group=option "
+    "chooses a group's option (model=tiny_random). What is not given is as the recipe says"
 )
 _RECIPE = "a recipe's name (`unified-lm recipes` lists them), its file, or the folder of a run; required"
 

@@ -22,7 +22,7 @@ def compare(argv: Sequence[str]) -> None:
         "--out",
         type=Path,
         default=None,
-        help="folder for compare.csv, .json, .md and .png; the folder given, if it is one, else the working directory",
+        help="folder for compare.csv, .json, .md and .png; the one folder given, else the working directory",
     )
     parser.add_argument("--reference", default=None, metavar="ARM", help="what the others are compared with; the first arm")
     options = parser.parse_args(list(argv))
