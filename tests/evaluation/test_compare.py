@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from unified_lm.engine.validation_items import ItemScores
 from unified_lm.evaluation.bootstrap import bootstrap_interval
-from unified_lm.evaluation.compare import Arm, ComparedRun, Comparison
+from unified_lm.evaluation.compare import Arm, ComparedRun, Comparison, compare
 
 METRIC = "retrieval/ndcg@10"
 
@@ -46,3 +47,18 @@ def test_other_queries_are_not_paired() -> None:
     comparison = Comparison(arms, [key], [METRIC], arms[0], [])
     assert comparison.difference(arms[1], METRIC) is None
     assert comparison.difference(arms[2], METRIC) is not None
+
+
+def test_runs_that_are_not_finished_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = np.linspace(0, 1, 20)
+    settings = {"max_steps": 20, "optim.learning_rate": 1.0}
+    done, begun = (_run("a", seed, scores - seed, settings) for seed in (0, 1))
+    begun = replace(begun, name="a-seed1", step=0, finished=False)
+    monkeypatch.setattr("unified_lm.evaluation.compare._load", lambda folders: [done, begun])
+    found = compare([])
+    assert found.reference.mean(METRIC) == pytest.approx(0.5)
+    assert "Not finished, left out: a-seed1 (step 0 of 20)." in found.notes
+    monkeypatch.setattr("unified_lm.evaluation.compare._load", lambda folders: [begun])
+    found = compare([])
+    assert found.reference.mean(METRIC) == pytest.approx(-0.5)
+    assert "Not finished: a-seed1 (step 0 of 20)." in found.notes

@@ -151,6 +151,8 @@ def _paired(ours: ItemScores, theirs: ItemScores) -> tuple[np.ndarray, np.ndarra
 def compare(folders: Sequence[Path], reference: str | None = None) -> Comparison:
     """Read runs and put them side by side.
 
+    Runs that are not finished are left out (and named) as soon as one is: their numbers are of other steps.
+
     Args:
         folders: of runs, or of ablations (or chains), which stand for the runs inside.
         reference: name of the arm that others are compared with; None takes the first.
@@ -158,7 +160,8 @@ def compare(folders: Sequence[Path], reference: str | None = None) -> Comparison
     Raises:
         DataError: a folder is missing, holds no run, or no held-out number was measured; or no such arm.
     """
-    runs = _load(folders)
+    found = _load(folders)
+    runs = [run for run in found if run.finished] or found
     arms = _group(runs)
     metrics = _order({metric for run in runs for metric in run.after})
     differing = [
@@ -170,7 +173,7 @@ def compare(folders: Sequence[Path], reference: str | None = None) -> Comparison
     if reference is not None and reference not in names:
         raise DataError(f"no arm '{reference}'.{did_you_mean(reference, names)}")
     chosen = arms[0 if reference is None else names.index(reference)]
-    return Comparison(arms, differing, metrics, chosen, _notes(runs, differing, arms))
+    return Comparison(arms, differing, metrics, chosen, _notes(found, runs, differing, arms))
 
 
 def _load(folders: Sequence[Path]) -> list[ComparedRun]:
@@ -246,11 +249,13 @@ def _order(metrics: Iterable[str]) -> list[str]:
     return sorted(metrics, key=rank)
 
 
-def _notes(runs: Sequence[ComparedRun], differing: Sequence[str], arms: Sequence[Arm]) -> list[str]:
+def _notes(
+    found: Sequence[ComparedRun], runs: Sequence[ComparedRun], differing: Sequence[str], arms: Sequence[Arm]
+) -> list[str]:
     notes = []
-    open_runs = [f"{run.name} (step {run.step} of {run.settings['max_steps']})" for run in runs if not run.finished]
+    open_runs = [f"{run.name} (step {run.step} of {run.settings['max_steps']})" for run in found if not run.finished]
     if open_runs:
-        notes.append(f"Not finished: {', '.join(open_runs)}.")
+        notes.append(f"Not finished{'' if len(runs) == len(found) else ', left out'}: {', '.join(open_runs)}.")
     for stream in sorted({key.split(".")[1] for key in differing if key.startswith("streams.") and key.count(".") > 1}):
         own = [key for key in differing if key.startswith(f"streams.{stream}.")]
         common = all(arm.setting("validation.normalization") is not None for arm in arms)
