@@ -106,12 +106,16 @@ def padded_batch(samples: Sequence[Sample], budget: int, counts: dict[str, float
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE")
+    parser.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="a GRIT recipe, and changes to it"
+    )
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--chats", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--padded", action="store_true")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("full_size.py measures on a CUDA device, and none is visible.")
     config = compose_run([*arguments.overrides, f"streams.embedding.batch_size={arguments.pairs}"])
     seed_everything(config.seed)
     trainable = build(config)
