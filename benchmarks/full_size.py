@@ -106,9 +106,7 @@ def padded_batch(samples: Sequence[Sample], budget: int, counts: dict[str, float
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "overrides", nargs="+", metavar="KEY=VALUE", help="a GRIT recipe, and changes to it"
-    )
+    parser.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="a GRIT recipe, and changes to it")
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--chats", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)

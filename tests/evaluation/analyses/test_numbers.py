@@ -11,7 +11,15 @@ from tests.evaluation.analyses.conftest import sentences
 from unified_lm.core.errors import DataError, ModelError
 from unified_lm.evaluation.analyses.anisotropy import cosine_contributions, describe, rogue_dimensions
 from unified_lm.evaluation.analyses.base import AnalysisSettings
-from unified_lm.evaluation.analyses.future import FUTURE, Triple, check_control, encode_triples, prefix_vectors, read_triples
+from unified_lm.evaluation.analyses.future import (
+    FUTURE,
+    Triple,
+    check_control,
+    encode_triples,
+    gap_change,
+    prefix_vectors,
+    read_triples,
+)
 from unified_lm.evaluation.analyses.layers import LAYERS
 from unified_lm.evaluation.analyses.norms import NORMS
 from unified_lm.evaluation.analyses.states import layer_states, token_windows
@@ -104,6 +112,21 @@ def test_bad_triples(tmp_path: Path, rows: list[dict[str, str]], expected: str) 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=expected):
         read_triples(path)
+
+
+def test_a_change_of_the_gap_is_paired_by_triple() -> None:
+    """Triples differ far more from each other than models do on one triple; the interval of the change must not see that."""
+    hard = np.linspace(-0.2, 0.4, 30)
+    wobble = 0.01 * np.sin(np.arange(30))
+    first = {"similar_by_triple": (0.5 + hard).tolist(), "different_by_triple": [0.5] * 30}
+    other = {"similar_by_triple": (0.55 + hard + wobble).tolist(), "different_by_triple": [0.53] * 30}
+    change = gap_change(first, other)
+    assert change.value == pytest.approx(0.02 + wobble.mean(), abs=1e-6)
+    assert 0.01 < change.low < change.high < 0.03
+    numbers = dict.fromkeys(("similar", "different", "gap", "gap_low", "gap_high"), 0.0)
+    arms = {name: {"causal": numbers, "bidirectional": numbers | values} for name, values in (("a", first), ("b", other))}
+    rows = FUTURE.tabulate(arms, {"num_triples": 30, "triples": "own"}).rows
+    assert [row[7] for row in rows] == [None, None, None, pytest.approx(change.value, abs=1e-6)]
 
 
 # --- layers and norms ----------------------------------------------------------------------------------------------------

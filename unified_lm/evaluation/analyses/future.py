@@ -22,7 +22,7 @@ from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Mate
 from unified_lm.evaluation.analyses.figure import MARKERS, PALETTE, arm_legend, finish, save, subplots
 from unified_lm.evaluation.analyses.states import layer_states
 from unified_lm.evaluation.analyses.texts import fingerprint
-from unified_lm.evaluation.bootstrap import bootstrap_interval
+from unified_lm.evaluation.bootstrap import Interval, bootstrap_interval
 from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
@@ -224,18 +224,37 @@ def _name_rows(axis: Any, rows: list[tuple[str, str]]) -> None:
     axis.set_ylim(len(rows) - 0.45, -0.55)
 
 
+def gap_change(first: Numbers, other: Numbers) -> Interval:
+    """How much wider a model's gap is than another's on the same triples, with a 95 % interval: a paired bootstrap.
+
+    Two gaps whose own intervals overlap can differ clearly all the same: a triple that is hard for one model is hard for the
+    other.
+
+    Args:
+        first, other: what `FUTURE` measured under one attention.
+    """
+    gaps = [np.subtract(numbers["similar_by_triple"], numbers["different_by_triple"]) for numbers in (first, other)]
+    return bootstrap_interval(lambda change: float(change.mean()), gaps[1] - gaps[0])
+
+
 def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> ResultTable:
-    rows = [
-        [label, attention, *(numbers[attention][key] for key in ("similar", "different", "gap", "gap_low", "gap_high"))]
-        for label, numbers in arms.items()
-        for attention in ("causal", "bidirectional")
-    ]
+    first = next(iter(arms))
+    keys = ("similar", "different", "gap", "gap_low", "gap_high")
+    rows: list[list[Any]] = []
+    for label, numbers in arms.items():
+        for attention in ("causal", "bidirectional"):
+            row = [label, attention, *(numbers[attention][key] for key in keys)]
+            if label != first and attention == "bidirectional":
+                change = gap_change(arms[first][attention], numbers[attention])
+                row += [rounded(value) for value in (change.value, change.low, change.high)]
+            rows.append(row + [None] * (len(keys) + 5 - len(row)))
     return ResultTable(
         title="Future-token probe: does a prefix know what follows it?",
-        columns=("model", "attention", "similar", "different", "gap", "gap, low", "gap, high"),
+        columns=("model", "attention", "similar", "different", "gap", "low", "high", "change", "change, low", "change, high"),
         rows=rows,
         note=f"{material['num_triples']} triples ({material['triples']}): mean cosines of the prefix's vectors before a "
-        "similar and before a different continuation, last layer. 95 % interval of the gap: paired bootstrap over triples.",
+        "similar and before a different continuation, last layer. 95 % interval of the gap: paired bootstrap over triples. "
+        f"Change: of the gap against {first}, paired in the same way.",
     )
 
 
