@@ -1,8 +1,9 @@
 """A LoRA training step against full fine-tuning of the same batch on the CPU, through the engine.
 
 SmolLM2-135M in bfloat16; one pack of 8 samples of 128 tokens, causal, 200 supervised positions; a whole optimizer step:
-forward, backward, clipping, AdamW on float32 master weights. Repetitions are interleaved, so that another process on the
-machine disturbs all contestants alike.
+forward, backward, clipping, AdamW on float32 master weights. Each contestant is a process of its own, as a training run is: in
+one process the heap that full fine-tuning leaves behind slows LoRA's steps. One process works while the others wait, step by
+step in turn, so that whatever else runs on the machine disturbs all alike.
 
     python benchmarks/lora_step.py [--repetitions 5] [--threads 2] [--peft]
 
@@ -12,9 +13,11 @@ machine disturbs all contestants alike.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
@@ -33,6 +36,8 @@ from unified_lm.objectives import build_objective
 
 NUM_SAMPLES, LENGTH, NUM_SUPERVISED = 8, 128, 200
 LORA = LoraConfig(r=16, alpha=32.0, dropout=0.05)
+FULL, OURS, STOCK = "full fine-tuning", "LoRA (ours)", "LoRA (stock peft)"
+WARM_UP = 2
 
 
 def load() -> PreTrainedModel:
@@ -77,6 +82,22 @@ def step_of(model: PreTrainedModel) -> Callable[[], None]:
     return step
 
 
+def work(name: str, threads: int, end: Connection) -> None:
+    """A contestant's process: take a step whenever told to, and answer with its seconds."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    model, report = load(), (0, 0, 0)
+    if name == OURS:
+        applied = apply_lora(model, LORA, seed=0)
+        report = len(applied.targets), applied.num_trainable, applied.num_total
+    step = step_of(stock_peft(model) if name == STOCK else model)
+    end.send(report)
+    while end.recv():
+        start = time.perf_counter()
+        step()
+        end.send(time.perf_counter() - start)
+
+
 def main() -> None:
     """Run, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,25 +105,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peft", action="store_true", help="also time peft's own layers")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
-
-    adapted = load()
-    report = apply_lora(adapted, LORA, seed=0)
-    contestants = {"full fine-tuning": step_of(load()), "LoRA (ours)": step_of(adapted)}
-    if arguments.peft:
-        contestants["LoRA (stock peft)"] = step_of(stock_peft(load()))
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for repetition in range(arguments.repetitions + 1):
-        for name, step in contestants.items():
-            start = time.perf_counter()
-            step()
-            if repetition:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
+    names = [FULL, OURS, *([STOCK] if arguments.peft else [])]
+    context = multiprocessing.get_context("spawn")
+    ends, reports = {}, {}
+    for name in names:
+        ends[name], theirs = context.Pipe()
+        context.Process(target=work, args=(name, arguments.threads, theirs), daemon=True).start()
+        reports[name] = ends[name].recv()  # one after the other: loading two models at once takes longer
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(arguments.repetitions + WARM_UP):
+        for name, end in ends.items():
+            end.send(True)
+            taken = end.recv()
+            if repetition >= WARM_UP:
+                seconds[name].append(taken)
+    for end in ends.values():
+        end.send(False)
+    modules, trainable, total = reports[OURS]
     num_tokens = NUM_SAMPLES * LENGTH
     print(f"{num_tokens} tokens, {arguments.threads} threads, {arguments.repetitions} repetitions; LoRA r={LORA.r}, ", end="")
-    print(f"dropout {LORA.dropout}, {len(report.targets)} modules, {report.num_trainable:,} of {report.num_total:,} parameters")
-    full = seconds["full fine-tuning"]
+    print(f"dropout {LORA.dropout}, {modules} modules, {trainable:,} of {total:,} parameters")
+    full = seconds[FULL]
     for name, values in seconds.items():
         ratio = statistics.median(f / v for f, v in zip(full, values, strict=True))
         median = statistics.median(values)
