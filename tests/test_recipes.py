@@ -35,6 +35,47 @@ def test_three_steps_and_an_export(recipe, lora, tmp_path):
     assert (run_dir / "config.yaml").is_file()
 
 
+def test_mixtral_trains_with_router_balance(tmp_path):
+    run_dir = train(
+        [
+            "recipe=grit_mixtral8x7b",
+            "model=tiny_random",
+            "max_steps=3",
+            "export.enabled=false",
+            f"run_dir={tmp_path}/run",
+            *QUIET,
+        ]
+    )
+    steps = [line for line in lines(run_dir) if "loss" in line]
+    assert len(steps) == 3
+    for line in steps:
+        assert 1.5 < line["generation/router_balance"] < 4, "of the 4 experts of the tiny model 2 are chosen"
+        terms = line["loss/embedding"] + 0.003 * line["loss/generation"] + 0.02 * line["generation/router_balance"]
+        assert line["loss"] == pytest.approx(terms, rel=1e-6)
+    assert not any("router" in name for line in lines(run_dir) if "loss" not in line for name in line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["model=tiny_random", "streams.generation.objective.router_aux_loss_coef=0.1"], "'llama' has no router balance loss"),
+        (
+            [
+                "model=tiny_random",
+                "model.family=mixtral",
+                "streams.embedding.objective.name=unified_lm.objectives.contrastive.Contrastive",
+                "streams.embedding.objective.router_aux_loss_coef=0.1",
+                "~validation.retrieval",
+            ],
+            "streams.embedding.objective.router_aux_loss_coef: applies to token losses",
+        ),
+    ],
+)
+def test_router_balance_where_it_cannot_be_is_refused(arguments, text, tmp_path):
+    with pytest.raises(UserError, match=text):
+        train(["recipe=grit_smollm2", *arguments, f"run_dir={tmp_path}/run", *QUIET])
+
+
 @pytest.mark.slow  # ablation_attention runs in tests/build/test_sweep.py
 @pytest.mark.parametrize("recipe", sorted(name for name in list_recipes() if name.startswith("ablation_")))
 def test_an_ablation_runs_every_default_arm(recipe, tmp_path):

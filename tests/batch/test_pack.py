@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from unified_lm.batch import IGNORE, Sample, make_batch, make_pack
+from unified_lm.batch import IGNORE, Sample, empty_pack, make_batch, make_pack
 from unified_lm.batch.pack import first_fit
 
 
@@ -178,3 +178,13 @@ def test_a_moved_batch_is_the_same_batch():
         assert torch.equal(pack.pool_spans, other.pool_spans)
         assert pack.pool_rows == other.pool_rows
         assert pack.supervised.keys() == other.supervised.keys()
+
+
+def test_positions_of_a_stream_are_all_tokens_of_its_samples() -> None:
+    samples = random_samples(0)
+    pack = make_pack(samples)
+    for stream in ("gen", "emb", "prefix"):
+        expected = sorted(token for s in samples if s.stream == stream for token in s.input_ids.tolist())
+        assert sorted(pack.input_ids[pack.positions_of(stream)].tolist()) == expected
+    assert pack.positions_of("other").dtype == torch.int64
+    assert len(pack.positions_of("other")) == len(empty_pack().positions_of("gen")) == 0

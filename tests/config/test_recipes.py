@@ -92,7 +92,8 @@ def test_gritlm_8x7b_is_as_published() -> None:
     run = compose_run(["recipe=grit_mixtral8x7b"])
     assert {stream.batch_size for stream in run.streams.values()} == {256}
     objective = run.streams["generation"].objective
-    assert (objective.normalization, objective.weight) == ("sum_per_sample", 0.003)
+    assert (objective.normalization, objective.weight, objective.router_aux_loss_coef) == ("sum_per_sample", 0.003, 0.02)
+    assert run.streams["embedding"].objective.router_aux_loss_coef == 0.0
 
 
 def test_kto_is_as_published() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from unified_lm.batch.normalization import normalize
 from unified_lm.config.schema import LoraConfig, ObjectiveConfig, OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.engine.backend import Backend, make_backend
+from unified_lm.engine.balance import RouterBalance
 from unified_lm.engine.sequences import SequenceScoring
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.trainable import Trainable
@@ -25,6 +26,7 @@ from unified_lm.models.lora import apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.tiny import tiny_model
 from unified_lm.objectives import build_objective
+from unified_lm.objectives.balance import Routing, expert_share
 
 OPTIM = OptimConfig(eps=1e-3, weight_decay=0.1)  # an epsilon that does not amplify rounding
 RATE = 1e-3
@@ -51,6 +53,10 @@ class Case:
         own_baseline: whether every rank takes the baseline of KTO from its own controls, which is wrong.
         retain_all: whether to keep the graph of every pack: direct gradients instead of GradCache.
         steps: optimizer steps.
+        balance: factor of the router balance over generative tokens.
+        adapted: whether to train adapters only.
+        checkpointing: whether layers are recomputed in the backward.
+        own_choices: whether every rank balances by its own choices of experts, which is wrong.
     """
 
     backend: str
@@ -64,6 +70,10 @@ class Case:
     own_baseline: bool = False
     retain_all: bool = False
     steps: int = 5
+    balance: float = 0.0
+    adapted: bool = False
+    checkpointing: bool = False
+    own_choices: bool = False
 
 
 def make_trainable(case: Case) -> Trainable:
@@ -71,11 +81,20 @@ def make_trainable(case: Case) -> Trainable:
     if case.kind == "kto":
         adapt(model, dropout=case.dropout)
         return Trainable(Backbone(model, "sdpa"), "mean", {}, sequence_streams={"preference"})
+    if case.adapted:
+        adapt(model)
     objective = "masked_next_token" if case.kind == "mntp" else "next_token"
     torch.manual_seed(0)
     projection = Projection(64, case.projection) if case.projection else None
+    backbone = Backbone(model, "sdpa")
+    if case.checkpointing:
+        backbone.enable_gradient_checkpointing()
     return Trainable(
-        Backbone(model, "sdpa"), "mean", {"generation": build_objective(ObjectiveConfig(name=objective))}, projection
+        backbone,
+        "mean",
+        {"generation": build_objective(ObjectiveConfig(name=objective))},
+        projection,
+        balanced_streams=["generation"] if case.balance else [],
     )
 
 
@@ -184,7 +203,21 @@ def make_step(case: Case, backend: Backend) -> GradCacheStep:
         retained,
         equal_forwards=backend.equal_forwards,
         sequences=sequences,
+        balance=_make_balance(case, backend) if case.balance else None,
     )
+
+
+def _make_balance(case: Case, backend: Backend) -> RouterBalance:
+    made_by = _OwnChoices if case.own_choices else RouterBalance
+    return made_by({"generation": case.balance}, *backend.trainable.backbone.experts())  # type: ignore[attr-defined]
+
+
+class _OwnChoices(RouterBalance):
+    def begin(self, routings: Sequence[Mapping[str, Routing]]) -> None:
+        super().begin(routings)
+        (rows,) = (rows for _, rows in self._shares.values())
+        load = torch.stack([routing["generation"].load for routing in routings]).sum(0)
+        self._shares = {"generation": (expert_share(load, self.top_k)[0], rows)}
 
 
 class _OwnBaseline(SequenceScoring):

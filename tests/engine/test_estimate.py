@@ -13,7 +13,7 @@ from unified_lm.config.compose import compose, compose_run
 from unified_lm.config.locate import list_recipes
 from unified_lm.config.schema import LoraConfig, ModelConfig
 from unified_lm.core.errors import ModelError
-from unified_lm.engine.dry_run import print_dry_run
+from unified_lm.engine.dry_run import print_dry_run, training_teraflop
 from unified_lm.engine.estimate import activation_bytes, estimate, model_configuration, tokens_per_step
 from unified_lm.models.lora import apply_lora
 from unified_lm.models.tiny import tiny_model
@@ -158,3 +158,14 @@ def test_a_local_folder_is_enough(tmp_path: Any) -> None:
     (tmp_path / "export").mkdir()
     tiny_model("llama").config.save_pretrained(tmp_path / "export")
     assert model_configuration(ModelConfig(init_from=str(tmp_path))).model_type == "llama"
+
+
+def test_balanced_routers_forward_every_sample_twice() -> None:
+    arguments = ["recipe=grit_mixtral8x7b", "model=tiny_random"]
+    balanced, plain = (
+        compose_run([*arguments, *more]) for more in ([], ["streams.generation.objective.router_aux_loss_coef=0"])
+    )
+    found = estimate(plain)
+    assert found.packs_per_rank > 1
+    again = 2 * found.num_parameters * found.tokens_by_stream["generation"] * found.optimizer_steps / 1e12
+    assert training_teraflop(balanced, found) - training_teraflop(plain, found) == pytest.approx(again)

@@ -55,6 +55,17 @@ def test_work_that_is_done_twice_counts_for_the_hardware_only() -> None:
     assert direct["hfu"] < recomputed["hfu"] < direct["hfu"] * 4 / 3
 
 
+def test_balanced_routers_forward_every_pack_twice_but_one() -> None:
+    batch = make_batch(make_samples(num_chats=8)[0], 40, {"generation": 10.0})
+    assert any(not len(pack.pool_rows) for pack in batch.packs)
+    balanced = make_meter()
+    balanced._balanced = True
+    again = sum(balanced.flops.forward(pack, tokens=False) for pack in batch.packs[:-1])
+    values = balanced(batch, 1.0, 0.0)
+    assert values["hfu"] - values["mfu"] == pytest.approx(again / 1e12)
+    assert values["hfu"] > make_meter()(batch, 1.0, 0.0)["hfu"]
+
+
 def test_padding_is_by_kind() -> None:
     def sample(length: int, stream: str, slot: int = 0) -> Sample:
         return Sample(input_ids=np.arange(length), stream=stream, slot=slot)

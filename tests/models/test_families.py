@@ -184,6 +184,11 @@ def test_router_logits_come_per_token_and_layer(family: str) -> None:
     assert all(layer.shape == (len(pack), 4) for layer in logits)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe", "gpt_oss"])
+def test_balanced_families_say_how_many_experts_they_have(family: str) -> None:
+    assert Backbone(tiny_model(family, num_experts_per_tok=3), "sdpa").experts() == (4, 3)
+
+
 def test_router_logits_of_a_dense_model_are_refused() -> None:
     with pytest.raises(ModelError, match="'llama' gives no router logits"):
         Backbone(tiny_model("llama"), "sdpa").router_logits(make_pack(samples(CAUSAL)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from unified_lm.objectives.balance import expert_load, load_balancing
+from unified_lm.objectives.balance import expert_share, load_balancing, route
 
 LAYERS, T, E, TOP_K = 3, 24, 8, 2
 
@@ -15,35 +15,47 @@ def logits():
     return tuple((3 * torch.randn(T, E, generator=generator)).requires_grad_() for _ in range(LAYERS))
 
 
+def loss(logits, positions) -> tuple[torch.Tensor, float]:
+    """Over some tokens alone: the loss, and what its sum was divided by."""
+    routing = route(logits, TOP_K, positions)
+    share, rows = expert_share(routing.load, TOP_K)
+    return load_balancing(routing.probability, share) / max(rows, 1.0), rows
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_equals_transformers(logits, masked):
-    mask = torch.arange(T) % 3 != 0 if masked else None
-    term = load_balancing(logits, TOP_K, mask)
-    expected = load_balancing_loss_func(logits, E, TOP_K, None if mask is None else mask[None].long())
-    assert term.count == (T if mask is None else int(mask.sum()))
-    torch.testing.assert_close(term.sum / term.count, expected)
-    ours = torch.autograd.grad(term.sum / term.count, logits)
-    torch.testing.assert_close(ours, torch.autograd.grad(expected, logits))
+    mask = torch.arange(T) % 3 != 0 if masked else torch.ones(T, dtype=torch.bool)
+    value, rows = loss(logits, mask.nonzero().flatten())
+    expected = load_balancing_loss_func(logits, E, TOP_K, mask[None].long() if masked else None)
+    assert rows == LAYERS * int(mask.sum())
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, logits), torch.autograd.grad(expected, logits))
 
 
 def test_perfect_balance_gives_the_number_of_chosen_experts():
     eye = 20.0 * (torch.eye(E) + torch.eye(E).roll(1, 1))
-    term = load_balancing([eye], TOP_K)
-    assert (term.sum / term.count).item() == pytest.approx(TOP_K, rel=1e-4)
-    collapsed = load_balancing([eye[:1].expand(E, E)], TOP_K)
-    assert (collapsed.sum / collapsed.count).item() == pytest.approx(E, rel=1e-4)
+    assert loss([eye], torch.arange(E))[0].item() == pytest.approx(TOP_K, rel=1e-4)
+    assert loss([eye[:1].expand(E, E)], torch.arange(E))[0].item() == pytest.approx(E, rel=1e-4)
 
 
-def test_known_share_makes_packs_additive(logits):
-    share = expert_load(logits, TOP_K) / (T * LAYERS)
-    whole = load_balancing(logits, TOP_K, share=share)
-    parts = [[layer[at] for layer in logits] for at in (slice(0, 5), slice(5, T))]
-    split = sum(load_balancing(part, TOP_K, share=share).sum for part in parts)
-    torch.testing.assert_close(split, whole.sum)
-    own = sum(load_balancing(part, TOP_K).sum for part in parts)
-    assert abs(own - whole.sum) > 1e-3
+def test_a_known_share_makes_packs_additive(logits):
+    whole = route(logits, TOP_K, torch.arange(T))
+    share, _ = expert_share(whole.load, TOP_K)
+    parts = [route(logits, TOP_K, torch.arange(start, stop)) for start, stop in ((0, 5), (5, T))]
+    torch.testing.assert_close(sum(part.load for part in parts), whole.load)
+    split = sum(load_balancing(part.probability, share) for part in parts)
+    torch.testing.assert_close(split, load_balancing(whole.probability, share))
+    own = sum(load_balancing(part.probability, expert_share(part.load, TOP_K)[0]) for part in parts)
+    assert abs(own - split) > 1e-3
+
+
+def test_halves_are_computed_in_float32(logits):
+    half = route([layer.bfloat16() for layer in logits], TOP_K, torch.arange(T))
+    assert half.load.dtype == half.probability.dtype == torch.float32
+    assert route([layer.double() for layer in logits], TOP_K, torch.arange(T)).probability.dtype == torch.float64
 
 
 def test_nothing_counts(logits):
-    term = load_balancing(logits, TOP_K, torch.zeros(T, dtype=torch.bool))
-    assert (term.sum.item(), term.count) == (0.0, 0.0)
+    value, rows = loss(logits, torch.zeros(0, dtype=torch.int64))
+    assert (value.item(), rows) == (0.0, 0.0)
+    assert all(not gradient.any() for gradient in torch.autograd.grad(value, logits))

@@ -66,6 +66,16 @@ class Pack:
         """The stream's samples with supervised positions, in the order of `Supervision.lengths`."""
         return [sample for sample in self.samples if sample.stream == stream and sample.num_supervised]
 
+    def positions_of(self, stream: str) -> torch.Tensor:
+        """int64 `[N]`, pack coordinates of all tokens of a stream's samples, on the pack's device."""
+        mine = [
+            torch.arange(offset, offset + len(sample))
+            for sample, offset in zip(self.samples, self.plan.offsets, strict=False)
+            if sample.stream == stream
+        ]
+        positions = torch.cat(mine) if mine else torch.zeros(0, dtype=torch.int64)
+        return positions.to(self.input_ids.device, non_blocking=True)
+
     def to(self, device: torch.device) -> Pack:
         """The same pack with every tensor on `device`."""
         supervised = {

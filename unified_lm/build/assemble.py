@@ -29,6 +29,7 @@ from unified_lm.data.loader import SampleCost, StepLoader
 from unified_lm.data.retrieval import build_retrieval
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
 from unified_lm.engine.backend import Backend, check_backend, make_backend
+from unified_lm.engine.balance import RouterBalance
 from unified_lm.engine.deepspeed import ZeroSharding
 from unified_lm.engine.fit import Training
 from unified_lm.engine.flops import ModelFlops
@@ -96,7 +97,13 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     held_out = build_validation_streams(config, loaded.tokenizer)
     sequences = SequenceScoring(forward, trainable, objectives.sequences, backend.equal_forwards)
     step = GradCacheStep(
-        forward, backward, objectives.embeddings, weights, equal_forwards=backend.equal_forwards, sequences=sequences
+        forward,
+        backward,
+        objectives.embeddings,
+        weights,
+        equal_forwards=backend.equal_forwards,
+        sequences=sequences,
+        balance=_make_balance(config, backbone, objectives),
     )
     meter = StepMeter(trainable, step.num_retained, clock, recomputes=config.model.gradient_checkpointing)
     training = Training(
@@ -206,7 +213,29 @@ def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, 
         projection,
         torch.bfloat16 if config.model.autocast else None,
         sequence_streams=objectives.sequences,
+        balanced_streams=_balanced(config, objectives),
     )
+
+
+def _balanced(config: RunConfig, objectives: _Objectives) -> dict[str, float]:
+    """The streams whose routers are balanced, with their factors.
+
+    Raises:
+        ConfigError: one of them is not trained token by token (a custom objective; known ones are checked before).
+    """
+    found = {name: s.objective.router_aux_loss_coef for name, s in config.streams.items() if s.objective.router_aux_loss_coef}
+    for name in found:
+        if name not in objectives.tokens:
+            raise ConfigError(
+                f"streams.{name}.objective.router_aux_loss_coef: applies to token losses, and "
+                f"{config.streams[name].objective.name} is none. Remove it."
+            )
+    return found
+
+
+def _make_balance(config: RunConfig, backbone: Backbone, objectives: _Objectives) -> RouterBalance | None:
+    weights = _balanced(config, objectives)
+    return RouterBalance(weights, *backbone.experts()) if weights else None
 
 
 def _make_loader(config: RunConfig, streams: dict[str, Stream], trainable: Trainable) -> StepLoader:

@@ -112,6 +112,8 @@ class ObjectiveConfig:
     """Samples of one micro-batch under "mixed"."""
     cross_entropy: str = "chunked"
     """Token losses: "chunked" (every device), or "liger" (Liger's fused kernel; needs CUDA and the extra "liger")."""
+    router_aux_loss_coef: float = 0.0
+    """Token losses: factor of the router balance over the stream's tokens (mixtures of experts), not scaled by `weight`."""
     temperature: float = 0.02
     """Contrastive: cosine similarities are divided by it."""
     symmetric: bool = False

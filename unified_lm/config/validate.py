@@ -70,6 +70,11 @@ def _run(config: RunConfig) -> Iterator[str]:
                 f"streams.{name}.objective.reference: 'adapter_off' needs adapters, and lora is none; use lora=all_linear, or "
                 "reference=cached."
             )
+        if stream.objective.router_aux_loss_coef and config.model.attention_kernel == "padded":
+            yield (
+                f"streams.{name}.objective.router_aux_loss_coef: kernel padded mixes padding tokens into the router logits; "
+                "choose another model.attention_kernel, or 0."
+            )
         if stream.format == "views" and config.model.attention_dropout == 0 and not _adapter_dropout(config):
             yield f"streams.{name}: two views differ by dropout alone, and model.attention_dropout and lora.dropout are 0."
     yield from _optim(config.optim)

@@ -34,7 +34,7 @@ _CONTRASTIVE_ONLY = (
     "reference_world_size",
     "similarity_dtype",
 )
-_TOKEN_ONLY = ("normalization", "micro_batch_size", "cross_entropy")
+_TOKEN_ONLY = ("normalization", "micro_batch_size", "cross_entropy", "router_aux_loss_coef")
 _KTO_ONLY = ("beta", "desirable_weight", "undesirable_weight", "reference")
 
 
@@ -113,6 +113,8 @@ def _objective(path: str, stream: StreamConfig) -> Iterator[str]:
     yield from choice(f"{path}.name", objective.name, OBJECTIVES, open_ended=True)
     if not math.isfinite(objective.weight) or objective.weight < 0:
         yield f"{path}.weight: got {objective.weight}, expected a number of at least 0."
+    if not math.isfinite(objective.router_aux_loss_coef) or objective.router_aux_loss_coef < 0:
+        yield f"{path}.router_aux_loss_coef: got {objective.router_aux_loss_coef}, expected a number of at least 0."
     expected = _OBJECTIVE_OF_FORMAT.get(stream.format)
     if objective.name in OBJECTIVES and expected is not None and objective.name not in expected:
         yield f"{path}.name: format {stream.format} trains {' or '.join(expected)}, got {objective.name}."

@@ -36,6 +36,7 @@ from unified_lm.core.errors import ConfigError
 from unified_lm.engine.extension_locks import remove_stale_locks
 from unified_lm.engine.optimizer import MOMENTS, adamw_groups, check_names, read_shaped
 from unified_lm.engine.trainable import PackOutput, Trainable
+from unified_lm.objectives.balance import Routing
 
 _OFFLOADED = "zero3_offload"
 
@@ -103,14 +104,15 @@ class _Module(nn.Module):
         self.shape = torch.Size()
         self.counts: dict[str, float] = {}
         self.sizes: dict[str, int] = {}
+        self.routed: list[int] = []
 
     def forward(self, pack: Pack, tokens: bool) -> torch.Tensor:
-        """The embeddings, a loss sum for each of `counts`, the scores, and the anchor (see `PackOutput`), laid end to end.
+        """Embeddings, a loss sum for each of `counts`, scores, routing and the anchor (see `PackOutput`), laid end to end.
 
         Gradients reach DeepSpeed in the order of autograd, latest operation first, and ranks fill their buckets in that
         order. The head is therefore used before pooling whether the pack has labels or not.
         """
-        hidden = self.trainable.hidden_states(pack)
+        hidden, routing = self.trainable.routed_states(pack)
         head = self.trainable.backbone.output_head()  # ZeRO-3: fetched in every forward of every rank
         terms = self.trainable.token_terms(hidden, pack) if tokens else {}
         scores = self.trainable.sequence_scores(hidden, pack) if tokens else {}
@@ -122,7 +124,9 @@ class _Module(nn.Module):
         self.shape, self.counts = embeddings.shape, {name: term.count for name, term in terms.items()}
         self.sizes = {name: len(values) for name, values in scores.items()}
         sums = [term.sum[None] for term in terms.values()]
-        return torch.cat([embeddings.reshape(-1), *sums, *scores.values(), anchor[None]])
+        routed = [part for of_stream in routing.values() for part in (of_stream.load, of_stream.probability)]
+        self.routed = [len(part) for part in routed]
+        return torch.cat([embeddings.reshape(-1), *sums, *scores.values(), *routed, anchor[None]])
 
 
 class ZeroSharding:
@@ -211,10 +215,16 @@ class DeepSpeedBackend:
         """Run the module on one pack."""
         flat = self._engine(pack, tokens)
         shape = self._module.shape
-        counts, sizes = self._module.counts, self._module.sizes
-        embeddings, sums, *scores, anchor = flat.split([shape.numel(), len(counts), *sizes.values(), 1])
+        counts, sizes, routed = self._module.counts, self._module.sizes, self._module.routed
+        embeddings, sums, *parts, anchor = flat.split([shape.numel(), len(counts), *sizes.values(), *routed, 1])
+        scores, parts = parts[: len(sizes)], parts[len(sizes) :]
         terms = {name: LossTerm(total, count) for (name, count), total in zip(counts.items(), sums, strict=True)}
-        return PackOutput(embeddings.view(shape), terms, anchor[0], dict(zip(sizes, scores, strict=True)))
+        loads, probabilities = (load.detach() for load in parts[::2]), parts[1::2]
+        routing = {
+            name: Routing(load, probability)
+            for name, load, probability in zip(self.trainable.balanced_streams, loads, probabilities, strict=True)
+        }
+        return PackOutput(embeddings.view(shape), terms, anchor[0], dict(zip(sizes, scores, strict=True)), routing)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a scalar."""

@@ -107,15 +107,16 @@ def training_teraflop(config: RunConfig, found: Estimate) -> float:
 
     2 operations per parameter and token for a forward; the backward takes 2 for the inputs' gradients and 2 for those of
     trained weights (PaLM, arXiv:2204.02311, appendix B). Checkpointed layers take another forward, and so do the samples of
-    a contrastive stream that does not fit one pack (GradCache).
+    a contrastive stream that does not fit one pack (GradCache), and all samples where routers are balanced.
     """
     per_token = 4 * found.num_parameters + 2 * found.num_trainable
     if config.model.gradient_checkpointing:
         per_token += 2 * found.num_parameters
     work = per_token * found.tokens_per_step
     if found.packs_per_rank > 1:
-        pooled = [name for name, stream in config.streams.items() if stream.objective.name == "contrastive"]
-        work += 2 * found.num_parameters * sum(found.tokens_by_stream[name] for name in pooled)
+        balanced = any(stream.objective.router_aux_loss_coef for stream in config.streams.values())
+        again = [name for name, stream in config.streams.items() if balanced or stream.objective.name == "contrastive"]
+        work += 2 * found.num_parameters * sum(found.tokens_by_stream[name] for name in again)
     return work * found.optimizer_steps / 1e12
 
 

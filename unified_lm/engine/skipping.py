@@ -123,4 +123,5 @@ def _is_finite(pack: Pack, forward: Callable[[Pack], PackOutput]) -> bool:
     finally:
         state.restore()
     values = [output.embeddings, *(term.sum for term in output.terms.values()), *output.scores.values()]
+    values += [routing.probability for routing in output.routing.values()]
     return all(bool(value.isfinite().all()) for value in values)

@@ -12,7 +12,8 @@ rule at the embeddings e = f(x; w):
 
 The last pooled pack keeps its graph from (1), so a batch that fits one pack is the ordinary direct path, and N packs cost
 N - 1 extra forwards. Token losses are sums over positions: they need no cache and join whatever pack holds them. So do losses
-of whole samples, once `engine.sequences` has found what these are compared with.
+of whole samples, once `engine.sequences` has found what these are compared with. The balance of routers couples all tokens of
+the step (`engine.balance`): where it is trained, packs without pooled samples go through (1) and (3) as well.
 
 Every term is `weight * sum / count` with the count of the whole step over all ranks, known before any backward. Gradients
 of ranks are therefore *summed*, never averaged (`engine.backend`).
@@ -29,9 +30,11 @@ import torch
 from unified_lm.batch import Batch, Pack, SequenceScores, empty_pack
 from unified_lm.core import distributed
 from unified_lm.core.random import RngState
+from unified_lm.engine.balance import RouterBalance
 from unified_lm.engine.sequences import SequenceScoring
 from unified_lm.engine.trainable import PackOutput
 from unified_lm.objectives import EmbeddingObjective
+from unified_lm.objectives.balance import Routing
 
 Forward = Callable[..., PackOutput]
 Backward = Callable[[torch.Tensor], None]
@@ -44,7 +47,7 @@ class StepLosses:
     Attributes:
         by_stream: unweighted loss of every stream.
         total: weighted sum of them.
-        metrics: further numbers of the embedding and sequence objectives, as "stream/name".
+        metrics: further numbers of the embedding and sequence objectives and of the router balance, as "stream/name".
         scores: per stream with a sequence objective those of every sample of the step.
     """
 
@@ -56,12 +59,13 @@ class StepLosses:
 
 @dataclass
 class _Cached:
-    """A pooled pack between the first forward and its backward."""
+    """A pack between its first forward and its backward."""
 
     pack: Pack
     state: RngState
     output: PackOutput | None  # kept, with its graph, for the packs that are not forwarded again
     embeddings: torch.Tensor
+    routing: Mapping[str, Routing] = field(default_factory=dict)
 
 
 class GradCacheStep:
@@ -72,11 +76,13 @@ class GradCacheStep:
         backward: called with a scalar; adds its gradients.
         embedding_objectives: per contrastive stream its objective.
         weights: per stream the factor of its loss.
-        num_retained: pooled packs, counted from the last, whose graph is kept instead of being forwarded twice. One fits
-            in memory by construction; more trade memory for time.
+        num_retained: packs forwarded twice otherwise, counted from the last, whose graph is kept instead. One fits in memory by
+            construction; more trade memory for time.
         equal_forwards: whether every rank must run the same sequence of forwards and backwards (ZeRO-2 and 3). Ranks with
             fewer packs then run empty ones, which change neither losses, gradients nor the random numbers of real packs.
         sequences: the sequence objectives, or None where no stream has one.
+        balance: the router balance, or None where no stream has one. `losses_only` leaves it out: a held-out loss is that of
+            the stream's objective.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class GradCacheStep:
         num_retained: int = 1,
         equal_forwards: bool = False,
         sequences: SequenceScoring | None = None,
+        balance: RouterBalance | None = None,
     ) -> None:
         self.forward = forward
         self.backward = backward
@@ -96,6 +103,7 @@ class GradCacheStep:
         self.num_retained = num_retained
         self.equal_forwards = equal_forwards
         self.sequences = sequences
+        self.balance = balance
         self._sums: dict[str, torch.Tensor] = {}
 
     def __call__(self, batch: Batch) -> StepLosses:
@@ -107,16 +115,22 @@ class GradCacheStep:
             num_pooled, num_plain = distributed.all_reduce_max([len(pooled), len(plain)])
             pooled = [_EMPTY.to(distributed.local_device())] * (num_pooled - len(pooled)) + pooled
             plain = plain + [_EMPTY.to(distributed.local_device())] * (num_plain - len(plain))
-        cached = [self._first_forward(pack, index >= len(pooled) - self.num_retained) for index, pack in enumerate(pooled)]
+        twice, once = (pooled, plain) if self.balance is None else (pooled + plain, [])
+        cached = [self._first_forward(pack, index >= len(twice) - self.num_retained) for index, pack in enumerate(twice)]
         end = RngState.capture()
+        if self.balance is not None:
+            self.balance.begin([entry.routing for entry in cached])
         gradients = self._embedding_gradients(batch, cached, losses)
         for entry, gradient in reversed(list(zip(cached, gradients, strict=True))):
-            self._backward_pooled(entry, gradient, batch)
+            self._backward_cached(entry, gradient, batch)
         end.restore()
-        for pack in plain:
+        for pack in once:
             output = self._forward(pack)
             self._backward(self._pack_loss(pack, output, batch), output)
         self._report(batch, losses)
+        if self.balance is not None:
+            losses.metrics |= {f"{stream}/router_balance": loss for stream, loss in self.balance.losses.items()}
+            losses.total += self.balance.total
         return losses
 
     @torch.no_grad()
@@ -149,11 +163,11 @@ class GradCacheStep:
         state = RngState.capture()
         if retain:
             output = self._forward(pack)
-            return _Cached(pack, state, output, output.embeddings.detach())
+            return _Cached(pack, state, output, output.embeddings.detach(), output.routing)
         with torch.no_grad():
-            embeddings = self._forward(pack, tokens=False).embeddings
+            output = self._forward(pack, tokens=False)
         pack.plan.kernel_cache.clear()  # made again in the second forward: many packs must not all keep theirs
-        return _Cached(pack, state, None, embeddings)
+        return _Cached(pack, state, None, output.embeddings, output.routing)
 
     def _forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
         """Forward a pack; an empty one draws its random numbers without a trace."""
@@ -180,15 +194,19 @@ class GradCacheStep:
                 target[at] = flat[rows].to(target.dtype)
         return gradients
 
-    def _backward_pooled(self, entry: _Cached, gradient: torch.Tensor, batch: Batch) -> None:
+    def _backward_cached(self, entry: _Cached, gradient: torch.Tensor, batch: Batch) -> None:
         output = entry.output
         if output is None:
             entry.state.restore()
             output = self._forward(entry.pack)
         loss = (output.embeddings * gradient).sum()
         others = self._pack_loss(entry.pack, output, batch)
-        self._backward(loss if others is None else loss + others, output)
-        entry.output = None  # frees the graph before the next pack is forwarded
+        if others is not None:
+            loss = loss + others
+        if self.balance is not None:
+            loss = loss + _spoil(self.balance.share_of_pack(output.routing))
+        self._backward(loss, output)
+        entry.output, entry.routing = None, {}  # frees the graph before the next pack is forwarded
         entry.pack.plan.kernel_cache.clear()
 
     def _backward(self, loss: torch.Tensor | None, output: PackOutput) -> None:
@@ -198,7 +216,7 @@ class GradCacheStep:
             self.backward(loss)
 
     def _pack_loss(self, pack: Pack, output: PackOutput, batch: Batch) -> torch.Tensor | None:
-        """The weighted share of a pack in all losses but those of embeddings."""
+        """The weighted share of a pack in all losses but those of embeddings and of routers."""
         terms = dict(output.terms)
         if self.sequences is not None:
             terms |= self.sequences.terms(pack, output)

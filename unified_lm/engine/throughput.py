@@ -75,7 +75,7 @@ class StepMeter:
 
     Args:
         trainable: the module, for its sizes.
-        num_retained: pooled packs per step that GradCache forwards once only (`GradCacheStep.num_retained`).
+        num_retained: packs per step that GradCache forwards once only (`GradCacheStep.num_retained`).
         clock: the clock around the step's forwards and backwards.
         recomputes: whether layers are forwarded again in the backward (gradient checkpointing).
     """
@@ -84,6 +84,7 @@ class StepMeter:
         backbone = trainable.backbone
         self.flops = ModelFlops.of(trainable)
         self.num_retained = num_retained
+        self._balanced = bool(trainable.balanced_streams)
         self.clock = clock
         self._padded = backbone.kernel == PADDED
         self._recomputes = recomputes
@@ -132,8 +133,8 @@ class StepMeter:
         """Operations that the step needs, and those it really does: GradCache's first forwards and recomputed layers too."""
         model = sum(self.flops.training(pack) for pack in batch.packs)
         model += sum(self.flops.forward(pack) for pack in _scored(batch))
-        pooled = [pack for pack in batch.packs if len(pack.pool_rows)]
-        again = pooled[: max(0, len(pooled) - self.num_retained)]
+        cached = [pack for pack in batch.packs if len(pack.pool_rows) or self._balanced]
+        again = cached[: max(0, len(cached) - self.num_retained)]
         extra = sum(self.flops.forward(pack, tokens=False) for pack in again)
         if self._recomputes:
             extra += sum(self.flops.forward(pack, tokens=False) for pack in batch.packs)

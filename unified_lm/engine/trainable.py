@@ -19,6 +19,7 @@ from unified_lm.models.backbone import Backbone
 from unified_lm.models.lora import without_adapters
 from unified_lm.models.pooling import Projection, pool
 from unified_lm.objectives import TokenObjective
+from unified_lm.objectives.balance import Routing, route
 from unified_lm.objectives.cross_entropy import token_losses
 
 
@@ -33,12 +34,14 @@ class PackOutput:
             it where the backend gives one.
         scores: per stream with a sequence objective, float32 `[S]`: the log-probability of each of its labelled samples, in
             nats, in the order of `Pack.labelled`.
+        routing: per balanced stream what the routers did with its tokens in this pack, of which there may be none.
     """
 
     embeddings: torch.Tensor
     terms: Mapping[str, LossTerm]
     anchor: torch.Tensor | None = None
     scores: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    routing: Mapping[str, Routing] = field(default_factory=dict)
 
 
 class Trainable(nn.Module):
@@ -51,6 +54,11 @@ class Trainable(nn.Module):
         projection: a head applied to pooled vectors, or None.
         autocast: dtype to compute the backbone in under autocast, or None to use the weights' own.
         sequence_streams: streams whose samples are scored as wholes (`PackOutput.scores`).
+        balanced_streams: streams whose tokens' routers are watched (`PackOutput.routing`), in every forward, so that all
+            forwards have the same graph.
+
+    Raises:
+        ModelError: there are balanced streams, and the model has no routers that can be balanced.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class Trainable(nn.Module):
         projection: Projection | None = None,
         autocast: torch.dtype | None = None,
         sequence_streams: Collection[str] = (),
+        balanced_streams: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -69,19 +78,21 @@ class Trainable(nn.Module):
         self.token_objectives = dict(token_objectives)
         self.autocast = autocast
         self.sequence_streams = frozenset(sequence_streams)
+        self.balanced_streams = tuple(balanced_streams)
+        self._top_k = backbone.experts()[1] if self.balanced_streams else 0
 
     def forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
         """Run one pack.
 
         Args:
             pack: on the module's device.
-            tokens: whether to compute token losses and scores; GradCache's graph-free forwards need embeddings only.
+            tokens: whether to compute token losses and scores; GradCache's graph-free forwards need embeddings and routing.
         """
-        hidden = self.hidden_states(pack)
+        hidden, routing = self.routed_states(pack)
         if not tokens:
-            return PackOutput(self.pool(hidden, pack), {})
+            return PackOutput(self.pool(hidden, pack), {}, routing=routing)
         terms, scores = self.token_terms(hidden, pack), self.sequence_scores(hidden, pack)
-        return PackOutput(self.pool(hidden, pack), terms, scores=scores)
+        return PackOutput(self.pool(hidden, pack), terms, scores=scores, routing=routing)
 
     def token_terms(self, hidden: torch.Tensor, pack: Pack) -> dict[str, LossTerm]:
         """The token losses of a pack, per stream with supervised positions.
@@ -140,6 +151,16 @@ class Trainable(nn.Module):
         with self._computing(pack):
             hidden: torch.Tensor = self.backbone(pack)
         return hidden
+
+    def routed_states(self, pack: Pack) -> tuple[torch.Tensor, dict[str, Routing]]:
+        """`hidden_states`, and `PackOutput.routing`; without balanced streams no router logits are kept."""
+        if not self.balanced_streams:
+            return self.hidden_states(pack), {}
+        with self._computing(pack):
+            hidden, router_logits = self.backbone.router_logits(pack)
+        with torch.autocast(pack.input_ids.device.type, enabled=False):
+            routing = {name: route(router_logits, self._top_k, pack.positions_of(name)) for name in self.balanced_streams}
+        return hidden, routing
 
     def _computing(self, pack: Pack) -> torch.autocast:
         """The precision that matrix products run in; objectives turn it off for what must be float32."""

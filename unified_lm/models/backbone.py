@@ -111,13 +111,21 @@ class Backbone(nn.Module):
         Raises:
             ModelError: the model has no routers, or runs padded.
         """
-        if self._attention is None:
-            raise ModelError("router logits need packed attention; kernel padded mixes in those of padding tokens.")
+        self._require_packed_routers()
         outputs = self._run(pack, output_router_logits=True)
         logits = getattr(outputs, "router_logits", None)
         if not logits:
             raise ModelError(f"family '{self._config.model_type}' gives no router logits: it has no mixture of experts.")
         return outputs.last_hidden_state[0], tuple(logits)
+
+    def experts(self) -> tuple[int, int]:
+        """Experts of a layer, and how many of them a token visits; for the balance of routers.
+
+        Raises:
+            ModelError: the family has no router balance loss, or runs padded.
+        """
+        self._require_packed_routers()
+        return families.experts(self.causal_lm)
 
     def output_head(self) -> OutputHead:
         """The language-model head as data.
@@ -168,6 +176,13 @@ class Backbone(nn.Module):
             self.causal_lm.activation_checkpointing_disable()
         else:
             self.causal_lm.gradient_checkpointing_disable()
+
+    def _require_packed_routers(self) -> None:
+        if self._attention is None:
+            raise ModelError(
+                "router logits need packed attention; kernel padded mixes in those of padding tokens. "
+                "Choose another model.attention_kernel."
+            )
 
     def _run(self, pack: Pack, **options: Any) -> Any:
         decoder = self.causal_lm.get_decoder()

@@ -80,6 +80,25 @@ def check_padded(causal_lm: PreTrainedModel) -> None:
     _check_layers(config)
 
 
+def experts(causal_lm: PreTrainedModel) -> tuple[int, int]:
+    """Experts of a layer, and how many of them a token visits.
+
+    Only families for which transformers itself computes the balance loss: others balance in another way (DeepSeek-V3 by a bias,
+    which is no part of the router logits).
+
+    Raises:
+        ModelError: naming the family and the reason.
+    """
+    family = text_config(causal_lm).model_type
+    num_experts, top_k = (getattr(causal_lm, name, None) for name in ("num_experts", "num_experts_per_tok"))
+    if not num_experts or not top_k or not hasattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func"):
+        raise ModelError(
+            f"family '{family}' has no router balance loss: it is dense, or transformers knows no such loss for it. "
+            "Set streams.NAME.objective.router_aux_loss_coef=0."
+        )
+    return int(num_experts), int(top_k)
+
+
 def logit_scale(config: Any) -> float:
     """The factor between the head's output and the logits (see `batch.OutputHead`).
 
