@@ -61,6 +61,15 @@ def test_panels_of_one_run(tmp_path: Path) -> None:
     assert panels["MFU"].curves[0].values[0] == 30.0
 
 
+def test_router_balance_has_a_panel(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", steps=3)
+    changed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [line | ({"generation/router_balance": 2.1} if "loss" in line else {}) for line in changed]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    (curve,) = panels_of(run)["generation router balance"].curves
+    assert (curve.kind, curve.values) == ("training", [2.1, 2.1, 2.1])
+
+
 def test_runs_of_different_recipes_share_what_they_have(tmp_path: Path) -> None:
     grit, mntp = write_run(tmp_path / "grit"), write_run(tmp_path / "mntp", streams=("mntp",), held_out=False)
     panels = panels_of(grit, mntp)

@@ -212,9 +212,11 @@ def _loss_panel(runs: Sequence[Run], stream: str) -> Panel:
 
 
 def _further_panels(runs: Sequence[Run]) -> list[Panel]:
-    """What an objective measures on held-out rows besides its loss ("heldout/STREAM/NAME"), with the same of training steps."""
-    keys = dict.fromkeys(key for run in runs for line in run.lines for key in line if key.startswith("heldout/"))
-    names = [key.partition("/")[2] for key in keys if not _is_loss(key)]
+    """What is measured besides losses: the balance of routers, and what an objective says of held-out rows
+    ("heldout/STREAM/NAME"), with the same of training steps."""
+    keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
+    names = [key for key in keys if key.endswith("/router_balance")]
+    names += [key.partition("/")[2] for key in keys if key.startswith("heldout/") and not _is_loss(key)]
     return [
         Panel(
             name.replace("/", " ").replace("_", " "),
