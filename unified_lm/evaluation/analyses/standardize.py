@@ -191,7 +191,7 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
     bars_only = [h for h in handles if h.__class__.__name__ == "BarContainer"]
     figure.legend(
         bars_only, [f"fitted on: {row}" if row != NONE else "not standardised" for row in rows], loc="outside upper left",
-        ncols=min(4, len(rows)), frameon=False, fontsize=9,
+        ncols=min(2 * len(metrics), len(rows)), frameon=False, fontsize=9,
     )  # fmt: skip
     return save(figure, path)
 
