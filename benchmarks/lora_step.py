@@ -5,8 +5,9 @@ forward, backward, clipping, AdamW on float32 master weights. Each contestant is
 one process the heap that full fine-tuning leaves behind slows LoRA's steps. One process works while the others wait, step by
 step in turn, so that whatever else runs on the machine disturbs all alike.
 
-    python benchmarks/lora_step.py [--repetitions 5] [--threads 2] [--peft]
+    python benchmarks/lora_step.py [--repetitions 20] [--threads 2] [--peft]
 
+Steps of the two that follow each other make a pair; the ratio is the median over pairs, with its 95 % interval (bootstrap).
 `--peft` adds peft's own layers, as `get_peft_model` makes them (float32 adapters, torch's dropout), in the same engine.
 """
 
@@ -98,10 +99,17 @@ def work(name: str, threads: int, end: Connection) -> None:
         end.send(time.perf_counter() - start)
 
 
+def median_interval(ratios: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
+    """The median of `[N]` ratios and the ends of its 95 % interval (percentile bootstrap)."""
+    drawn = np.random.default_rng(0).choice(ratios, size=(draws, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return float(np.median(ratios)), float(low), float(high)
+
+
 def main() -> None:
     """Run, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peft", action="store_true", help="also time peft's own layers")
     arguments = parser.parse_args()
@@ -127,10 +135,12 @@ def main() -> None:
     print(f"dropout {LORA.dropout}, {modules} modules, {trainable:,} of {total:,} parameters")
     full = seconds[FULL]
     for name, values in seconds.items():
-        ratio = statistics.median(f / v for f, v in zip(full, values, strict=True))
         median = statistics.median(values)
-        print(f"{name:20} median {median:.2f} s, fastest {min(values):.2f} s, {num_tokens / median:.0f} tokens/s, ", end="")
-        print(f"{ratio:.2f} times as fast as full fine-tuning")
+        print(f"{name:20} median {median:.2f} s, fastest {min(values):.2f} s, {num_tokens / median:.0f} tokens/s", end="")
+        if name != FULL:
+            ratio, low, high = median_interval(np.divide(full, values))
+            print(f", {ratio:.2f} times as fast as full fine-tuning ({low:.2f} to {high:.2f})", end="")
+        print()
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ With z = head(h), the loss of position i is `logsumexp(z_i) - z_i[target_i]`, an
 `softmax(z_i) - onehot(target_i)`. Both need one tile of z at a time. How tiles are cut depends on what is trained:
 
 - **head frozen** (LoRA, evaluation): tiles of rows. The gradient of the hidden states is complete as soon as a row's tile is
-  there, so it is computed in the forward and only scaled in the backward: two matrix products, nothing recomputed.
+  there, so it is computed in the forward and only scaled in the backward: two matrix products, nothing recomputed. A product
+  wants many rows and the passes between the two want rows that stay in the cache, so on a CPU they take a tile in slices.
 - **head trained**: tiles of vocabulary columns. Every tile's weight gradient is then one matrix product over all positions:
   nothing is summed over tiles in bfloat16, and no float32 copy of the head is needed. (Row tiles need one, or lose precision; a
   prototype of them took 1.1 to 1.9 times as long on CPU for 2,048 tokens.) Tiles are computed again in the backward, unless
   the whole vocabulary is one tile.
 
 Matrix products run in the head's dtype (or in autocast's, where autocast is on), everything after them in float32, or in
-float64 where the hidden states are. Legend: `batch/__init__.py`; C is the number of columns (or rows) of a tile.
+float64 where the hidden states are. Legend: `batch/__init__.py`; C is the number of columns (or rows) of a tile, P
+of rows of a slice.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ import torch
 from unified_lm.batch import OutputHead
 
 TILE_BYTES = 32 * 2**20
-"""Bytes of one float32 tile of logits; about twice as much is alive at a time."""
+"""Bytes of one tile of logits; at most about twice as much is alive at a time."""
+
+_CACHED_BYTES = 2 * 2**20  # of float32 logits that a CPU works on at a time: flat from 1 to 6 MiB
 
 _MIN_COLUMNS = 256  # narrower tiles make the matrix products inefficient; only exceeds the budget beyond 32,768 positions
 
@@ -122,19 +126,22 @@ class _RowTiles(torch.autograd.Function):
         losses_N = torch.empty(len(targets_N), dtype=settings.work, device=hidden_ND.device)
         correct_N = torch.empty(len(targets_N), dtype=torch.bool, device=hidden_ND.device)
         gradient_ND = torch.empty_like(hidden_ND) if settings.differentiate else None
-        rows = max(1, settings.tile_bytes // (len(weight_VD) * settings.work.itemsize))
-        for start in range(0, len(targets_N), rows):
-            at = slice(start, start + rows)
-            target_C1 = targets_N[at, None]
-            logits_CV = _logits(hidden_ND[at], weight_VD, bias_V, settings)
-            chosen_C1 = logits_CV.gather(1, target_C1)
-            normalizer_C1 = logits_CV.logsumexp(1, keepdim=True)
-            losses_N[at] = (normalizer_C1 - chosen_C1)[:, 0]
-            correct_N[at] = chosen_C1[:, 0] >= logits_CV.amax(1)
+        rows, rows_cached = _rows(len(weight_VD), settings, hidden_ND.device)
+        for tile in _slices(len(targets_N), rows):
+            product_CV = hidden_ND[tile] @ weight_VD.t()
+            for part in _slices(len(product_CV), rows_cached):
+                at = slice(tile.start + part.start, tile.start + part.stop)
+                target_P1 = targets_N[at, None]
+                logits_PV = _logits(product_CV[part], bias_V, settings)
+                chosen_P1 = logits_PV.gather(1, target_P1)
+                normalizer_P1 = logits_PV.logsumexp(1, keepdim=True)
+                losses_N[at] = (normalizer_P1 - chosen_P1)[:, 0]
+                correct_N[at] = chosen_P1[:, 0] >= logits_PV.amax(1)
+                if gradient_ND is not None:
+                    minus_one_P1 = torch.full_like(chosen_P1, -1.0)
+                    product_CV[part] = _logits_gradient(logits_PV, normalizer_P1, target_P1, minus_one_P1, settings)
             if gradient_ND is not None:
-                minus_one_C1 = torch.full_like(chosen_C1, -1.0)
-                gradient_CV = _logits_gradient(logits_CV, normalizer_C1, target_C1, minus_one_C1, settings)
-                gradient_ND[at] = gradient_CV.to(settings.product) @ weight_VD
+                gradient_ND[tile] = product_CV @ weight_VD  # by now the gradient of the product
         ctx.save_for_backward(gradient_ND)
         ctx.mark_non_differentiable(correct_N)
         return losses_N, correct_N
@@ -216,6 +223,15 @@ class _ColumnTiles(torch.autograd.Function):
         return hidden_gradient, weight_gradient, bias_gradient, None, None
 
 
+def _rows(vocabulary: int, settings: _Settings, device: torch.device) -> tuple[int, int]:
+    """Rows of a tile, and how many of them are worked on at a time between its two products."""
+    row_bytes = vocabulary * settings.work.itemsize
+    if device.type != "cpu":
+        rows = max(1, settings.tile_bytes // row_bytes)
+        return rows, rows
+    return max(1, settings.tile_bytes // (vocabulary * settings.product.itemsize)), max(1, _CACHED_BYTES // row_bytes)
+
+
 def _columns(num_positions: int, vocabulary: int, settings: _Settings) -> list[slice]:
     width = max(_MIN_COLUMNS, settings.tile_bytes // (num_positions * settings.work.itemsize))
     return list(_slices(vocabulary, width))
@@ -226,9 +242,9 @@ def _slices(total: int, width: int) -> Iterator[slice]:
         yield slice(start, min(start + width, total))
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: _Settings) -> torch.Tensor:
-    """`OutputHead`'s formula for some rows of the hidden states and some rows of the head, in `settings.work`."""
-    logits = (hidden @ weight.t()).to(settings.work)
+def _logits(product: torch.Tensor, bias: torch.Tensor | None, settings: _Settings) -> torch.Tensor:
+    """`OutputHead`'s formula after the matrix product, in `settings.work`; in place where the product has that dtype."""
+    logits = product.to(settings.work)
     if bias is not None:
         logits += bias.to(settings.work)
     if settings.scale != 1.0:
@@ -242,7 +258,7 @@ def _tile(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None, at: slice, settings: _Settings
 ) -> torch.Tensor:
     bias = None if bias_V is None else bias_V[at]
-    return _logits(hidden_ND, weight_VD[at].to(settings.product), bias, settings)
+    return _logits(hidden_ND @ weight_VD[at].to(settings.product).t(), bias, settings)
 
 
 def _target_column(targets_N: torch.Tensor, at: slice, width: int) -> tuple[torch.Tensor, torch.Tensor]:
