@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unified_lm.batch import OutputHead
+from unified_lm.objectives import cross_entropy
 from unified_lm.objectives.cross_entropy import linear_cross_entropy, token_losses
 
 N, D, V = 37, 16, 1000
@@ -90,6 +91,23 @@ def test_bfloat16_has_the_error_of_its_matrix_products_only(trained):
     for a, b in zip(ours, theirs, strict=False):
         assert a.dtype == torch.bfloat16
         assert (a.double() - b).norm() / b.norm() < 6e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 11])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_slices_of_a_tile_change_nothing(monkeypatch, dtype, rows, softcap):
+    hidden, weight, bias, targets, weights = problem(dtype, bias=True)
+    head = OutputHead(weight.requires_grad_(False), bias.requires_grad_(False), 1.0, softcap)
+
+    def loss_and_gradient():
+        losses, correct = token_losses(hidden, head, targets, tile_bytes=dtype.itemsize * V * 11)  # eleven rows a tile
+        return losses, correct, torch.autograd.grad((losses * weights).sum(), hidden)[0]
+
+    whole = loss_and_gradient()
+    monkeypatch.setattr(cross_entropy, "_CACHED_BYTES", 4 * V * rows)
+    sliced = loss_and_gradient()
+    assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
 
 
 def test_streams_that_share_a_head_add_their_gradients():
