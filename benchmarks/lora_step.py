@@ -30,6 +30,7 @@ from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.engine.backend import TorchBackend
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.trainable import Trainable
+from unified_lm.evaluation.bootstrap import bootstrap_interval
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.loading import load_model
 from unified_lm.models.lora import apply_lora
@@ -99,13 +100,6 @@ def work(name: str, threads: int, end: Connection) -> None:
         end.send(time.perf_counter() - start)
 
 
-def median_interval(ratios: np.ndarray, draws: int = 2000) -> tuple[float, float, float]:
-    """The median of `[N]` ratios and the ends of its 95 % interval (percentile bootstrap)."""
-    drawn = np.random.default_rng(0).choice(ratios, size=(draws, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
-    return float(np.median(ratios)), float(low), float(high)
-
-
 def main() -> None:
     """Run, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,6 +107,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peft", action="store_true", help="also time peft's own layers")
     arguments = parser.parse_args()
+    if arguments.repetitions < 2:
+        parser.error(f"--repetitions is {arguments.repetitions}; an interval needs at least 2.")
     names = [FULL, OURS, *([STOCK] if arguments.peft else [])]
     context = multiprocessing.get_context("spawn")
     ends, reports = {}, {}
@@ -138,8 +134,8 @@ def main() -> None:
         median = statistics.median(values)
         print(f"{name:20} median {median:.2f} s, fastest {min(values):.2f} s, {num_tokens / median:.0f} tokens/s", end="")
         if name != FULL:
-            ratio, low, high = median_interval(np.divide(full, values))
-            print(f", {ratio:.2f} times as fast as full fine-tuning ({low:.2f} to {high:.2f})", end="")
+            ratio = bootstrap_interval(lambda ratios: float(np.median(ratios)), np.divide(full, values))
+            print(f", {ratio.value:.2f} times as fast as full fine-tuning ({ratio.low:.2f} to {ratio.high:.2f})", end="")
         print()
 
 

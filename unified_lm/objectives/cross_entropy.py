@@ -26,7 +26,8 @@ import torch
 from unified_lm.batch import OutputHead
 
 TILE_BYTES = 32 * 2**20
-"""Bytes of one tile of logits; at most about twice as much is alive at a time."""
+"""Bytes of one tile of logits; about twice as much is alive at a time (less on a CPU with a frozen head, and half a tile
+more on other devices, where a tile in the head's dtype lies beside its float32 copies)."""
 
 _CACHED_BYTES = 2 * 2**20  # of float32 logits that a CPU works on at a time: flat from 1 to 6 MiB
 
