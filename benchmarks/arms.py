@@ -43,24 +43,24 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from unified_lm import UnifiedLM
-from unified_lm.checkpoint.manifest import hash_weights
 from unified_lm.cli.main import run_command
-from unified_lm.config.convert import from_yaml
+from unified_lm.composition.convert import from_yaml
 from unified_lm.config.schema import ModelConfig, RunConfig, SourceConfig
 from unified_lm.core.errors import DataError
 from unified_lm.core.files import write_json, write_text
-from unified_lm.data.records import PairRecord, RecordKind
+from unified_lm.data.rows.records import PairRecord, RecordKind
 from unified_lm.data.sources import open_source
 from unified_lm.evaluation.bootstrap import bootstrap_interval
-from unified_lm.evaluation.curves import PALETTE
-from unified_lm.evaluation.embedders import folder_hash
-from unified_lm.evaluation.word_level import word_level_scores
-from unified_lm.evaluation.word_level_code import code_words
-from unified_lm.evaluation.word_level_scores import most_frequent_tags, tag_scores
+from unified_lm.evaluation.words.code import code_words
+from unified_lm.evaluation.words.scores import most_frequent_tags, tag_scores
+from unified_lm.evaluation.words.tasks import word_level_scores
+from unified_lm.export.manifest import hash_weights
 from unified_lm.inference.loading import model_folder
+from unified_lm.mining.embedders import folder_hash
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.loading import load_model
 from unified_lm.objectives.ranking import ndcg_per_query
+from unified_lm.reporting.curves import PALETTE
 
 MAX_TOKENS = 128
 """Limit of a text; under echo of either copy, and its prompt stands around them."""
@@ -278,7 +278,7 @@ def measure(entry: Entry, tasks: Tasks, wanted: Sequence[str], folder: Path, sta
 # --- table -------------------------------------------------------------------------------------------------------------
 
 
-def summarise(found: Sequence[dict[str, Any]], tasks: Tasks) -> dict[str, Any]:
+def summarize(found: Sequence[dict[str, Any]], tasks: Tasks) -> dict[str, Any]:
     """One column a task: the value of every seed, mean, standard deviation over seeds, and an interval over items."""
     columns: dict[str, Any] = {}
     sts = [np.array(scores["sts"]) for scores in found if "sts" in scores]
@@ -393,7 +393,7 @@ def main(argv: Sequence[str]) -> None:
         found.setdefault(entry.arm, []).append(measure(entry, tasks, options.tasks, options.out / "scores", started))
         seeds.setdefault(entry.arm, []).append(entry.seed)
     for arm, scores in found.items():
-        table[arm] = summarise(scores, tasks)
+        table[arm] = summarize(scores, tasks)
     write_results(table, seeds, tasks, options.out)
 
 

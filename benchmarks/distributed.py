@@ -47,10 +47,10 @@ from unified_lm.core import distributed
 from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.core.live_tensors import LiveTensors
 from unified_lm.core.random import seed_everything
-from unified_lm.data.loader import SampleCost, deal, imbalance
-from unified_lm.engine.backend import make_backend
+from unified_lm.data.loader import SampleCost, imbalance, partition_samples
+from unified_lm.engine.backends.backend import make_backend
 from unified_lm.engine.step import GradCacheStep
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.objectives import build_objective
 
@@ -144,7 +144,7 @@ def share_of(case: Case, rank: int) -> Batch:
     """A rank's packs of the global batch."""
     samples = make_step(case)
     counts = {"generation": float(sum(s.num_supervised for s in samples.get("generation", ())))} if case.chats else {}
-    return make_batch(deal(samples, case.processes, COST)[rank], case.budget, counts)
+    return make_batch(partition_samples(samples, case.processes, COST)[rank], case.budget, counts)
 
 
 def run_case(case: Case) -> list[dict[str, Any]]:
@@ -167,14 +167,14 @@ def work(rank: int, case: Case, port: int, folder: str) -> None:
     clock = CollectiveClock()
     if case.backend.startswith("zero"):
         import deepspeed  # noqa: F401 - its import is not the stage's memory
-    distributed.initialise(timeout_minutes=5)
+    distributed.initialize(timeout_minutes=5)
     batch = share_of(case, rank)
     before = start_of_peak()
     seed_everything(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **case.architecture))
     backbone = Backbone(model, "sdpa")
     tokens = {"generation": build_objective(ObjectiveConfig(name="next_token"))} if case.chats else {}
-    trainable = Trainable(backbone, "mean", tokens).train()
+    trainable = TrainingModule(backbone, "mean", tokens).train()
     backend = make_backend(trainable, OptimConfig(), ParallelConfig(backend=case.backend, bucket_elements=BUCKET))
     embeddings = {"embedding": build_objective(ObjectiveConfig(name="contrastive", temperature=0.05))}
     weights = {name: WEIGHTS[name] for name in (*tokens, *embeddings)}
@@ -347,7 +347,11 @@ def balance(repetitions: int) -> None:
                 for group in range(num_chats):
                     step["generation"].append(Sample(input_ids=np.ones(length(500, 2048), int), stream="g", group=group))
                 turn = [[s for stream in step.values() for s in stream if s.group % ranks == rank] for rank in range(ranks)]
-                for name, shares in (("turn", turn), ("tokens", deal(step, ranks)), ("cost", deal(step, ranks, cost))):
+                for name, shares in (
+                    ("turn", turn),
+                    ("tokens", partition_samples(step, ranks)),
+                    ("cost", partition_samples(step, ranks, cost)),
+                ):
                     found[name].append(imbalance([sum(map(cost, share)) for share in shares]))
             turn_, tokens, costs = (statistics.mean(values) for values in found.values())
             print(f"{num_pairs:5} {num_chats:6} {ranks:6} {turn_:8.3f} {tokens:10.4f} {costs:8.4f}", flush=True)

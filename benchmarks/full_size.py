@@ -23,14 +23,14 @@ from packed_vs_padded import now, padded_forward
 from transformers import AutoModelForCausalLM
 
 from unified_lm.batch import IGNORE, Batch, Sample, make_batch, make_pack
-from unified_lm.config.compose import compose_run
+from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import RunConfig
 from unified_lm.core.random import seed_everything
-from unified_lm.engine.backend import TorchBackend
-from unified_lm.engine.estimate import estimate, model_configuration
+from unified_lm.engine.accounting.estimate import estimate, model_configuration
+from unified_lm.engine.accounting.throughput import ComputeClock, StepMeter, describe_device
+from unified_lm.engine.backends.backend import TorchBackend
 from unified_lm.engine.step import GradCacheStep
-from unified_lm.engine.throughput import ComputeClock, StepMeter, describe_device
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.lora import apply_lora
 from unified_lm.objectives import build_objective
@@ -64,7 +64,7 @@ def make_samples(config: RunConfig, vocabulary: int, num_pairs: int, num_chats: 
     return samples
 
 
-def build(config: RunConfig) -> Trainable:
+def build(config: RunConfig) -> TrainingModule:
     """The recipe's model with random weights on the GPU."""
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -75,7 +75,7 @@ def build(config: RunConfig) -> Trainable:
     backbone = Backbone(model, config.model.attention_kernel).cuda()
     if config.model.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    return Trainable(backbone, config.model.pooling, {"generation": objective(config, "generation")}).cuda().train()
+    return TrainingModule(backbone, config.model.pooling, {"generation": objective(config, "generation")}).cuda().train()
 
 
 def objective(config: RunConfig, stream: str):
@@ -168,7 +168,7 @@ class Padded:
     step: GradCacheStep
 
 
-def run_padded(padded: Padded, trainable: Trainable, update: Callable[[], float], packed_seconds: float) -> None:
+def run_padded(padded: Padded, trainable: TrainingModule, update: Callable[[], float], packed_seconds: float) -> None:
     """The same step over padded batches of stock transformers."""
     seconds = []
     torch.cuda.reset_peak_memory_stats()
@@ -187,7 +187,7 @@ def run_padded(padded: Padded, trainable: Trainable, update: Callable[[], float]
     print(f"packed is {fastest / packed_seconds:.2f} times as fast")
 
 
-def untrained_losses(step: GradCacheStep, trainable: Trainable, batch: Batch) -> str:
+def untrained_losses(step: GradCacheStep, trainable: TrainingModule, batch: Batch) -> str:
     """Losses of the step's streams with the weights as they are."""
     trainable.eval()
     losses = step.losses_only(batch).by_stream

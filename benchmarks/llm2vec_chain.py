@@ -1,7 +1,7 @@
 """What the LLM2Vec chain does to sentence similarity: STS-B dev before, after MNTP, and after SimCSE on the embedded model.
 
 Spearman correlation of cosine similarity and human scores, mean pooling, no prompt. The text is a WikiText file; its
-tokenisation is undone (" @-@ ", spaces before punctuation), headings and unknown words are left out. STS-B is not trained on;
+tokenization is undone (" @-@ ", spaces before punctuation), headings and unknown words are left out. STS-B is not trained on;
 the recipe's template and SimCSE's learning rate were chosen on pairs of its training split. With `checkpoint.every=20
 checkpoint.keep_last=99` every checkpoint is measured too: the curve.
 
@@ -23,8 +23,8 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from unified_lm import UnifiedLM
-from unified_lm.build import train
-from unified_lm.build.checkpoints import load_run
+from unified_lm.assembly import train
+from unified_lm.assembly.checkpoints import load_run
 from unified_lm.checkpoint.state import PREFIX
 from unified_lm.checkpoint.store import list_checkpoints
 from unified_lm.config.schema import ModelConfig

@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 from unified_lm.batch import IGNORE, Batch, Sample, make_batch
 from unified_lm.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig
 from unified_lm.core.allocator import keep_freed_memory
-from unified_lm.engine.backend import TorchBackend
+from unified_lm.engine.backends.backend import TorchBackend
 from unified_lm.engine.step import GradCacheStep
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 from unified_lm.evaluation.bootstrap import bootstrap_interval
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.loading import load_model
@@ -72,7 +72,7 @@ def make_samples(vocabulary: int) -> Batch:
 def step_of(model: PreTrainedModel) -> Callable[[], None]:
     """A function that takes one optimizer step."""
     objective = build_objective(ObjectiveConfig(name="next_token"))
-    trainable = Trainable(Backbone(model, "sdpa"), "mean", {"text": objective}).train()
+    trainable = TrainingModule(Backbone(model, "sdpa"), "mean", {"text": objective}).train()
     backend = TorchBackend(trainable, OptimConfig())
     losses = GradCacheStep(backend.forward, backend.backward, {}, {"text": 1.0})
     batch = make_samples(model.config.vocab_size)

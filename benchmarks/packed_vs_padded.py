@@ -24,11 +24,11 @@ from unified_lm.batch import IGNORE, Batch, Sample, make_batch
 from unified_lm.config.schema import ModelConfig, ObjectiveConfig
 from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.core.distributed import local_device
-from unified_lm.data.pydocs import pydocs_file
-from unified_lm.data.records import RecordKind
+from unified_lm.data.pydocs.dataset import pydocs_file
+from unified_lm.data.rows.records import RecordKind
+from unified_lm.engine.accounting.throughput import describe_device
 from unified_lm.engine.step import GradCacheStep
-from unified_lm.engine.throughput import describe_device
-from unified_lm.engine.trainable import PackOutput, Trainable
+from unified_lm.engine.training_module import PackOutput, TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.loading import load_model
 from unified_lm.models.pooling import pool
@@ -115,7 +115,7 @@ def main(repetitions: int = 3) -> None:
     next_token = build_objective(ObjectiveConfig(name="next_token"))
     contrastive = {"embedding": build_objective(ObjectiveConfig(name="contrastive", temperature=TEMPERATURE))}
     backbone = Backbone(loaded.causal_lm, "auto").to(device)
-    trainable = Trainable(backbone, "mean", {"generation": next_token})
+    trainable = TrainingModule(backbone, "mean", {"generation": next_token})
     sides = {"packed": trainable, "padded": padded_forward(backbone, batch, next_token)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses = {}

@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from unified_lm.config.compose import compose
+from unified_lm.composition.compose import compose
 from unified_lm.config.schema import RunConfig
-from unified_lm.engine.estimate import Estimate, estimate, pack_tokens
+from unified_lm.engine.accounting.estimate import Estimate, estimate, pack_tokens
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "distributed.md"
 BEGIN, END = "<!-- settings: launch/settings_table.py --write -->", "<!-- end of settings -->"

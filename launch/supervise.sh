@@ -3,7 +3,7 @@
 #
 # Workers stop between two steps on SIGTERM or SIGUSR1, save and exit with 0. torchrun spoils that: it dies of SIGUSR1, and on
 # SIGTERM it kills the workers after 30 seconds and exits with 1 even if all of them saved. So torchrun runs in a process group of
-# its own, where what a scheduler sends to the group of this script does not reach it, and only its children are signalled;
+# its own, where what a scheduler sends to the group of this script does not reach it, and only its children are signaled;
 # when they have ended well, so does torchrun. Ctrl-C ends it at once.
 #
 # UNIFIED_LM_DRY=1 prints the command instead.

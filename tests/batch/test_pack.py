@@ -13,7 +13,7 @@ def sample(length: int, first: int = 100, mode: str = "causal", stream: str = "g
     return Sample(input_ids=np.arange(first, first + length), stream=stream, bidirectional=span, **settings)
 
 
-def labelled(length: int, first: int, at: list[int], stream: str = "gen", weights: float | None = None) -> Sample:
+def labeled(length: int, first: int, at: list[int], stream: str = "gen", weights: float | None = None) -> Sample:
     labels = np.full(length, IGNORE)
     labels[at] = np.array(at) + first + 1000
     token_weights = None if weights is None else np.full(length, weights, np.float32)
@@ -36,7 +36,7 @@ def random_samples(seed: int) -> list[Sample]:
     for i in range(8):
         length = int(rng.integers(2, 30))
         at = sorted(rng.choice(np.arange(1, length), size=int(rng.integers(1, length)), replace=False).tolist())
-        samples.append(labelled(length, 10_000 + 100 * i, at, weights=0.5))
+        samples.append(labeled(length, 10_000 + 100 * i, at, weights=0.5))
     samples += [sample(int(rng.integers(4, 20)), 50_000 + 100 * i, "span", "prefix") for i in range(3)]
     return samples
 
@@ -55,7 +55,7 @@ def test_a_pack_holds_every_sample_where_the_plan_says():
 
 
 def test_supervision_points_at_the_state_before_each_label():
-    one, two = labelled(5, 10, [2, 4], weights=0.25), labelled(4, 50, [1], stream="mntp")
+    one, two = labeled(5, 10, [2, 4], weights=0.25), labeled(4, 50, [1], stream="mntp")
     pack = make_pack([one, two])
     gen, mntp = pack.supervised["gen"], pack.supervised["mntp"]
     assert gen.positions.tolist() == [1, 3]
@@ -68,7 +68,7 @@ def test_supervision_points_at_the_state_before_each_label():
 
 
 def test_supervision_never_crosses_a_border():
-    pack = make_pack([labelled(3, 10, [1]), labelled(3, 20, [1])])
+    pack = make_pack([labeled(3, 10, [1]), labeled(3, 20, [1])])
     starts = set(pack.plan.offsets[:-1])
     owner = np.searchsorted(pack.plan.offsets, pack.supervised["gen"].positions, side="right") - 1
     assert owner.tolist() == [0, 1]
@@ -133,9 +133,9 @@ def test_an_incomplete_group_is_our_mistake():
         make_batch([*group(0, 3), *group(1, 3)[:2]], 100)
 
 
-def test_labelled_samples_share_only_the_last_pooled_pack():
+def test_labeled_samples_share_only_the_last_pooled_pack():
     pooled = [s for g in range(6) for s in group(g, 2, length=10)]
-    plain = [labelled(5, 10_000 + 10 * i, [1]) for i in range(6)]
+    plain = [labeled(5, 10_000 + 10 * i, [1]) for i in range(6)]
     batch = make_batch([*plain, *pooled], 40)
     holds_pooled = [any(s.pool for s in pack.samples) for pack in batch.packs]
     holds_plain = [any(not s.pool for s in pack.samples) for pack in batch.packs]
@@ -144,8 +144,8 @@ def test_labelled_samples_share_only_the_last_pooled_pack():
     assert not any(holds_plain[: sum(holds_pooled) - 1])
 
 
-def test_a_share_of_labelled_samples_only():
-    batch = make_batch([labelled(5, 10, [1]), labelled(6, 20, [1])], 8, {"gen": 2.0})
+def test_a_share_of_labeled_samples_only():
+    batch = make_batch([labeled(5, 10, [1]), labeled(6, 20, [1])], 8, {"gen": 2.0})
     assert len(batch.packs) == 2
     assert batch.group_sizes == {}
     assert batch.counts == {"gen": 2.0}

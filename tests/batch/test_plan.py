@@ -57,7 +57,7 @@ def test_a_one_token_span_has_the_causal_mask():
     assert not torch.equal(sequence_mask(4, (1, 3)), sequence_mask(4, (0, 0)))
 
 
-def test_runs_cover_the_pack_and_join_neighbours_of_one_mode():
+def test_runs_cover_the_pack_and_join_neighbors_of_one_mode():
     lengths, spans = [3, 2, 5, 4, 1], [(0, 0), (0, 0), (1, 3), (0, 4), (0, 1)]
     plan = AttentionPlan.build(lengths, spans)
     assert [run.mode for run in plan.runs] == [

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("seqeval")
 
-from tests.evaluation.word_files import random_data
+from tests.evaluation.words.word_files import random_data
 from tests.inference.conftest import make_export
 from unified_lm.core.errors import DataError
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unified_lm.checkpoint import shards as module
-from unified_lm.checkpoint.shards import ShardWriter
+from unified_lm.checkpoint import tensor_shards as module
 from unified_lm.checkpoint.state import (
     LATEST,
     Identity,
@@ -23,6 +22,7 @@ from unified_lm.checkpoint.state import (
     save_state,
     torn,
 )
+from unified_lm.checkpoint.tensor_shards import ShardWriter
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.random import RngState
 

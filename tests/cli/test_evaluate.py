@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("mteb")
 
-from tests.evaluation import task_folders
+from tests.evaluation.embedding import task_folders
 from tests.inference.conftest import make_export
 from unified_lm.cli.evaluate import evaluate
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, UserError

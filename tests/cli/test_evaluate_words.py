@@ -7,12 +7,12 @@ import pytest
 
 pytest.importorskip("seqeval")
 
-from tests.evaluation.word_files import random_data, write
+from tests.evaluation.words.word_files import random_data, write
 from tests.inference.conftest import make_export
 from unified_lm.cli.evaluate import evaluate
 from unified_lm.core.errors import ConfigError, DataError, UserError
-from unified_lm.evaluation import word_level_probe
-from unified_lm.evaluation.word_level_probe import LogisticProbe
+from unified_lm.evaluation.words import probe as word_level_probe
+from unified_lm.evaluation.words.probe import LogisticProbe
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from unified_lm.cli import data, evaluate
 from unified_lm.cli.main import COMMANDS, main
-from unified_lm.config.compose import compose
+from unified_lm.composition.compose import compose
 
 GROUPS = {"eval": evaluate.COMMANDS, "data": data.COMMANDS}
 WORDS = [
@@ -64,8 +64,8 @@ def test_help(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["analyse", "future", "--help"], "--positions"),
-        (["analyse", "layers", "embedded", "-h"], "--positions"),
+        (["analyze", "future", "--help"], "--positions"),
+        (["analyze", "layers", "embedded", "-h"], "--positions"),
         (["train", "recipe=grit_smollm2", "--help"], "dry_run=true"),
         (["eval", "words", "runs/a", "--help"], "--subtoken"),
     ],

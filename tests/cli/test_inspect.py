@@ -1,4 +1,4 @@
-"""`inspect` shows every stream with its parts in their colours, counts, packing, and a picture of the mask."""
+"""`inspect` shows every stream with its parts in their colors, counts, packing, and a picture of the mask."""
 
 import io
 import json
@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from unified_lm.batch import IGNORE, Sample, make_pack
-from unified_lm.cli.inspect import Part, coloured, parts, run_inspect
+from unified_lm.cli.inspect import Part, colored, parts, run_inspect
 from unified_lm.cli.mask_picture import mask_image
 from unified_lm.config.schema import (
     MaskingConfig,
@@ -73,8 +73,8 @@ def test_everything_is_shown_and_the_picture_is_written(config, tmp_path):
         assert expected in text, expected
     image = matplotlib.image.imread(path)
     assert image.shape[0] > 500
-    colours = {tuple(c) for c in (image[::4, ::4, :3].reshape(-1, 3) * 255).round().astype(int).tolist()}
-    assert {(0x3B, 0x6F, 0xB6), (0xE0, 0x8A, 0x2E), (0x3A, 0x9A, 0x5B)} <= colours, "all three modes are drawn"
+    colors = {tuple(c) for c in (image[::4, ::4, :3].reshape(-1, 3) * 255).round().astype(int).tolist()}
+    assert {(0x3B, 0x6F, 0xB6), (0xE0, 0x8A, 0x2E), (0x3A, 0x9A, 0x5B)} <= colors, "all three modes are drawn"
 
 
 def test_styles_reach_the_terminal(config, tmp_path):
@@ -95,12 +95,12 @@ def test_parts_of_every_kind_of_sample():
 
 def test_the_text_shown_is_the_text_read():
     ids = np.array(TOKENIZER("Zwölf 十二\nab")["input_ids"])
-    assert coloured(Sample(input_ids=ids, stream="s", pool=(1, len(ids))), TOKENIZER).plain == "<s>Zwölf 十二↵\nab"
+    assert colored(Sample(input_ids=ids, stream="s", pool=(1, len(ids))), TOKENIZER).plain == "<s>Zwölf 十二↵\nab"
 
 
 def test_long_samples_are_cut_on_screen_and_say_so():
     ids = np.full(400, 80)
-    assert "240 more tokens" in coloured(Sample(input_ids=ids, stream="s"), TOKENIZER).plain
+    assert "240 more tokens" in colored(Sample(input_ids=ids, stream="s"), TOKENIZER).plain
 
 
 def test_the_picture_has_the_plans_mask():

@@ -20,7 +20,7 @@ from unified_lm.core import distributed
 from unified_lm.core.errors import DataError
 
 def command():
-    distributed.initialise(1.0)
+    distributed.initialize(1.0)
     if {alone} and os.environ["RANK"] == "0":
         distributed.barrier()  # fails when the other rank ends
     raise {error}

@@ -8,7 +8,7 @@ import pytest
 
 from tests.engine.processes import Group
 from tests.engine.small_run import small_run
-from unified_lm.core.places import place, present
+from unified_lm.core.tracing import current_span, trace_span
 from unified_lm.core.watchdog import HUNG
 
 TIMEOUT = 0.1  # minutes
@@ -30,14 +30,14 @@ def sleep_in_the_second_step(rank: int) -> None:
 
 
 def sleep_in_the_export(rank: int) -> None:
-    from unified_lm.build import stages
+    from unified_lm.assembly import stages
 
     stages.check_export = lambda run: None
     stages.export_run = lambda run, console: time.sleep(3 * TIMEOUT * 60)
 
 
 def fail_in_the_export(rank: int) -> None:
-    from unified_lm.build import stages
+    from unified_lm.assembly import stages
     from unified_lm.core.errors import CheckpointError
 
     def fail(run, console):
@@ -76,17 +76,17 @@ def test_a_failure_of_rank_0_reaches_the_ranks_that_wait_for_it(tmp_path):
 
 
 def test_places_are_told_apart_and_progress_starts_the_time_anew():
-    with place("outer", waits=False):
+    with trace_span("outer", waits=False):
         time.sleep(0.05)
-        with place("inner"):
-            where, waits, seconds = present()
+        with trace_span("inner"):
+            where, waits, seconds = current_span()
             assert (where, waits) == ("outer > inner", True)
             assert seconds < 0.05
-        assert present()[:2] == ("outer", False)
-    assert present()[:2] == ("after 'outer'", False)
+        assert current_span()[:2] == ("outer", False)
+    assert current_span()[:2] == ("after 'outer'", False)
 
 
 def test_a_place_is_left_when_it_fails():
-    with pytest.raises(KeyError), place("somewhere"):
+    with pytest.raises(KeyError), trace_span("somewhere"):
         raise KeyError
-    assert present()[0] == "after 'somewhere'"
+    assert current_span()[0] == "after 'somewhere'"

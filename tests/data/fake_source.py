@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
 from unified_lm.config.schema import ObjectiveConfig, StreamConfig
-from unified_lm.data.records import ChatRecord, PairRecord, Record, Text, TextRecord
+from unified_lm.data.rows.records import ChatRecord, PairRecord, Record, Text, TextRecord
 
 CONTRASTIVE = ObjectiveConfig(name="contrastive")
 NEXT_TOKEN = ObjectiveConfig(name="next_token")

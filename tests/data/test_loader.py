@@ -11,7 +11,7 @@ from unified_lm.batch import Batch, Sample
 from unified_lm.batch.plan import sequence_mask
 from unified_lm.config.schema import ObjectiveConfig
 from unified_lm.core.errors import CheckpointError, ConfigError
-from unified_lm.data.loader import SampleCost, StepLoader, deal, imbalance
+from unified_lm.data.loader import SampleCost, StepLoader, imbalance, partition_samples
 from unified_lm.data.streams import Stream
 from unified_lm.models.tiny import tiny_tokenizer
 
@@ -77,8 +77,8 @@ def test_weighted_sums_and_counts_make_the_same_loss_on_any_number_of_ranks():
         for stream in ("gen", "mntp"):
             assert weighted_sum(shares, stream) == pytest.approx(weighted_sum([alone], stream), rel=1e-12)
     assert alone.counts["gen"] == 3, "7 samples are 3 micro-batches of at most 3"
-    labelled = sum(s.num_supervised for pack in alone.packs for s in pack.samples if s.stream == "mntp")
-    assert alone.counts["mntp"] == labelled
+    labeled = sum(s.num_supervised for pack in alone.packs for s in pack.samples if s.stream == "mntp")
+    assert alone.counts["mntp"] == labeled
     assert "emb" not in alone.counts
 
 
@@ -124,7 +124,7 @@ def random_step(seed: int) -> dict[str, list[Sample]]:
 def test_properties_of_a_deal(world_size, cost):
     for seed in range(8):
         step = random_step(seed)
-        shares = deal(step, world_size, cost)
+        shares = partition_samples(step, world_size, cost)
         dealt = [id(sample) for share in shares for sample in share]
         assert sorted(dealt) == sorted(id(s) for samples in step.values() for s in samples), "every sample once"
         owners: dict[tuple[str, int], set[int]] = {}
@@ -148,7 +148,7 @@ def test_one_large_stream_keeps_the_bound_of_lpt():
         rng = np.random.default_rng(seed)
         lengths = rng.lognormal(4, 1.5, size=30).astype(int) + 1
         samples = [Sample(input_ids=np.ones(n, int), stream="gen", group=i) for i, n in enumerate(lengths)]
-        loads = [sum(map(len, share)) for share in deal({"gen": samples}, 4)]
+        loads = [sum(map(len, share)) for share in partition_samples({"gen": samples}, 4)]
         assert max(loads) <= 4 / 3 * max(lengths.sum() / 4, lengths.max())
 
 
@@ -167,7 +167,7 @@ def test_attention_counts_where_it_costs():
     cost = SampleCost(1.0, 0.01)
 
     def waste(dealt_by: SampleCost) -> float:
-        return imbalance([sum(map(cost, share)) for share in deal({"gen": samples}, 4, dealt_by)])
+        return imbalance([sum(map(cost, share)) for share in partition_samples({"gen": samples}, 4, dealt_by)])
 
     assert waste(cost) < 1.02 < 1.3 < waste(SampleCost())
 
@@ -176,7 +176,7 @@ def test_dealing_balances_tokens():
     rng = np.random.default_rng(0)
     lengths = rng.lognormal(4, 0.8, size=64).astype(int) + 1
     samples = {"gen": [Sample(input_ids=np.ones(n, int), stream="gen", group=i) for i, n in enumerate(lengths)]}
-    loads = [sum(map(len, share)) for share in deal(samples, 4)]
+    loads = [sum(map(len, share)) for share in partition_samples(samples, 4)]
     in_order = [lengths[rank::4].sum() for rank in range(4)]
     assert imbalance(loads) < 1.02 < imbalance(in_order)
 
@@ -196,7 +196,7 @@ def test_the_loader_deals_by_its_cost():
 def test_a_stream_of_few_groups_leaves_no_rank_without_one():
     big = [Sample(input_ids=np.ones(500, int), stream="a", pool=(0, 1), group=g, slot=s) for g in range(2) for s in (0, 1)]
     small = [Sample(input_ids=np.ones(n, int), stream="b", pool=(0, 1), group=g) for g, n in enumerate((3, 9))]
-    shares = deal({"a": big[:2] + big[2:], "b": small}, 2)
+    shares = partition_samples({"a": big[:2] + big[2:], "b": small}, 2)
     assert all({s.stream for s in share} == {"a", "b"} for share in shares)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import DataError
-from unified_lm.data.records import ChatRecord, PairRecord, RecordKind, Text, TextRecord
+from unified_lm.data.rows.records import ChatRecord, PairRecord, RecordKind, Text, TextRecord
 from unified_lm.data.sources import RecordSource, open_source, open_sources
 
 PAIR, CHAT, TEXT, PREFERENCE = RecordKind.PAIR, RecordKind.CHAT, RecordKind.TEXT, RecordKind.PREFERENCE
@@ -118,7 +118,7 @@ def test_second_opening_does_not_parse_again(tmp_path: Path, monkeypatch: pytest
     def fail(*_: object) -> None:
         raise AssertionError("parsed again")
 
-    monkeypatch.setattr("unified_lm.data.shards._write", fail)
+    monkeypatch.setattr("unified_lm.data.rows.record_cache._write", fail)
     assert list(opened(path)) == list(first)
     jsonl(path, [*ROWS, ROWS[0]])  # changed content must be parsed
     with pytest.raises(AssertionError, match="parsed again"):
@@ -162,7 +162,7 @@ def test_fingerprint_changes_with_what_changes_rows(tmp_path: Path) -> None:
 def test_fingerprint_is_the_same_in_another_process(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl")
     code = (
-        "import sys; from unified_lm.config.schema import SourceConfig; from unified_lm.data.records import RecordKind; "
+        "import sys; from unified_lm.config.schema import SourceConfig; from unified_lm.data.rows.records import RecordKind; "
         "from unified_lm.data.sources import open_source; "
         "print(open_source(SourceConfig(path=sys.argv[1], limit=2), RecordKind.PAIR, 5).fingerprint)"
     )

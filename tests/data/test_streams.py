@@ -14,8 +14,8 @@ from unified_lm.config.schema import MaskingConfig, ModelConfig, RetrievalConfig
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError
 from unified_lm.data import streams as streams_module
 from unified_lm.data.cursor import Cursor
-from unified_lm.data.records import PairRecord, Text
 from unified_lm.data.retrieval import build_retrieval
+from unified_lm.data.rows.records import PairRecord, Text
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
 from unified_lm.models.tiny import tiny_tokenizer
 
@@ -115,7 +115,7 @@ def test_contrastive_batches_come_from_one_source_in_proportion_to_rows():
     assert sum(found == {"a"} for found in prefixes) / 400 == pytest.approx(0.75, abs=0.06)
 
 
-def test_labelled_batches_mix_sources():
+def test_labeled_batches_mix_sources():
     stream = make_stream(chats(30), [*chats(10)], format="chat", batch_size=40)
     stream.draw()
     taken = [cursor.epoch * cursor.num_rows + cursor.position for cursor in stream.cursors]
@@ -194,7 +194,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_rows_are_tokenised_once(monkeypatch):
+def test_rows_are_tokenized_once(monkeypatch):
     calls = counting(monkeypatch)
     first = make_stream(pairs(5)).draw(5)
     assert len(calls) == 10

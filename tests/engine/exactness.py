@@ -16,11 +16,11 @@ from unified_lm.batch import IGNORE, Batch, Sample, make_batch
 from unified_lm.batch.normalization import normalize
 from unified_lm.config.schema import LoraConfig, ObjectiveConfig, OptimConfig, ParallelConfig
 from unified_lm.core import distributed
-from unified_lm.engine.backend import Backend, make_backend
+from unified_lm.engine.backends.backend import Backend, make_backend
 from unified_lm.engine.balance import RouterBalance
 from unified_lm.engine.sequences import SequenceScoring
 from unified_lm.engine.step import GradCacheStep
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.lora import apply_lora
 from unified_lm.models.pooling import Projection
@@ -49,7 +49,7 @@ class Case:
         dropout: of the attention.
         dtype: of the weights.
         projection: dimensions of a projection, or None.
-        averaged: whether to normalise token losses per rank and average, which is wrong.
+        averaged: whether to normalize token losses per rank and average, which is wrong.
         own_baseline: whether every rank takes the baseline of KTO from its own controls, which is wrong.
         retain_all: whether to keep the graph of every pack: direct gradients instead of GradCache.
         steps: optimizer steps.
@@ -76,11 +76,11 @@ class Case:
     own_choices: bool = False
 
 
-def make_trainable(case: Case) -> Trainable:
+def make_trainable(case: Case) -> TrainingModule:
     model = tiny_model(case.family, dtype=getattr(torch, case.dtype), attention_dropout=case.dropout)
     if case.kind == "kto":
         adapt(model, dropout=case.dropout)
-        return Trainable(Backbone(model, "sdpa"), "mean", {}, sequence_streams={"preference"})
+        return TrainingModule(Backbone(model, "sdpa"), "mean", {}, sequence_streams={"preference"})
     if case.adapted:
         adapt(model)
     objective = "masked_next_token" if case.kind == "mntp" else "next_token"
@@ -89,7 +89,7 @@ def make_trainable(case: Case) -> Trainable:
     backbone = Backbone(model, "sdpa")
     if case.checkpointing:
         backbone.enable_gradient_checkpointing()
-    return Trainable(
+    return TrainingModule(
         backbone,
         "mean",
         {"generation": build_objective(ObjectiveConfig(name=objective))},
@@ -273,7 +273,7 @@ def work(rank: int, ranks: int, port: int, folder: str, job: Callable[[], State]
         RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    distributed.initialise(timeout_minutes=2)
+    distributed.initialize(timeout_minutes=2)
     result = job()
     if rank == 0:
         torch.save(result, Path(folder) / "result.pt")

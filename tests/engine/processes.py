@@ -16,7 +16,7 @@ import pytest
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["unified_lm.build"])
+_CONTEXT.set_forkserver_preload(["unified_lm.assembly"])
 
 
 class Group:
@@ -83,7 +83,7 @@ def _train(arguments: list[str], rank: int, size: int, port: int, log: str, prep
     os.dup2(descriptor, 2)
     import torch
 
-    from unified_lm.build import train
+    from unified_lm.assembly import train
     from unified_lm.cli.main import run_command
 
     torch.set_num_threads(1)

@@ -15,10 +15,10 @@ from tests.engine.tiny import NEXT_TOKEN, WEIGHTS, embedding_objectives, make_sa
 from unified_lm.batch import Batch, make_batch
 from unified_lm.config.schema import OptimConfig
 from unified_lm.core.errors import ModelError
-from unified_lm.engine.backend import TorchBackend
+from unified_lm.engine.backends.backend import TorchBackend
 from unified_lm.engine.balance import RouterBalance
 from unified_lm.engine.step import GradCacheStep, StepLosses
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.tiny import tiny_model
 from unified_lm.objectives import build_objective
@@ -29,15 +29,15 @@ ONE_PACK = 10_000
 
 def make_trainable(
     family: str = "mixtral", balanced: Any = BALANCE, dropout: float = 0.0, dtype: torch.dtype = torch.float64
-) -> Trainable:
+) -> TrainingModule:
     model = tiny_model(family, dtype=dtype, attention_dropout=dropout)
     model.set_experts_implementation("eager")  # torch's grouped matrix product has no float64
     backbone = Backbone(model, "sdpa")
     tokens = {"generation": build_objective(NEXT_TOKEN)}
-    return Trainable(backbone, "mean", tokens, balanced_streams=balanced).train()
+    return TrainingModule(backbone, "mean", tokens, balanced_streams=balanced).train()
 
 
-def make_step(trainable: Trainable, num_retained: int = 1, weights: Any = BALANCE, forward: Any = None) -> GradCacheStep:
+def make_step(trainable: TrainingModule, num_retained: int = 1, weights: Any = BALANCE, forward: Any = None) -> GradCacheStep:
     balance = RouterBalance(weights, *trainable.backbone.experts()) if weights else None
     objectives = embedding_objectives()
     return GradCacheStep(forward or trainable, lambda loss: loss.backward(), objectives, WEIGHTS, num_retained, balance=balance)
@@ -46,7 +46,7 @@ def make_step(trainable: Trainable, num_retained: int = 1, weights: Any = BALANC
 Result = tuple[StepLosses, dict[str, torch.Tensor]]
 
 
-def run(trainable: Trainable, batch: Batch, num_retained: int = 1, **options: Any) -> Result:
+def run(trainable: TrainingModule, batch: Batch, num_retained: int = 1, **options: Any) -> Result:
     """One step's losses and gradients, from the same random state every time."""
     trainable.zero_grad()
     torch.manual_seed(1234)
@@ -57,7 +57,7 @@ def run(trainable: Trainable, batch: Batch, num_retained: int = 1, **options: An
 class Counting:
     """A forward that counts its calls."""
 
-    def __init__(self, trainable: Trainable) -> None:
+    def __init__(self, trainable: TrainingModule) -> None:
         self.trainable = trainable
         self.calls = 0
 
@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_finite_spoils_the_gradient():
 )
 def test_models_whose_routers_cannot_be_balanced_are_refused(family, kernel, text):
     with pytest.raises(ModelError, match=text):
-        Trainable(Backbone(tiny_model(family), kernel), "mean", {}, balanced_streams=["generation"])
+        TrainingModule(Backbone(tiny_model(family), kernel), "mean", {}, balanced_streams=["generation"])
 
 
 def test_training_with_it_balances_the_experts():
@@ -241,7 +241,7 @@ def test_training_with_it_balances_the_experts():
     samples, counts = make_samples(num_groups=4, num_chats=6)
     batch = make_batch(samples, 120, counts)
 
-    def train(trainable: Trainable, weight: float) -> float:
+    def train(trainable: TrainingModule, weight: float) -> float:
         backend = TorchBackend(trainable, OptimConfig())
         step = make_step(trainable, weights={"generation": weight})
         for _ in range(12):

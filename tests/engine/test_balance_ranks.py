@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from tests.engine.backends.test_zero import Results, assert_same_steps, spawn
 from tests.engine.exactness import MANY_PACKS, ONE_PACK, Case, State, distance, run
-from tests.engine.test_zero import Results, assert_same_steps, spawn
 
 WEIGHT = 20.0
 """Large: the term has to show in the gradient next to the others."""

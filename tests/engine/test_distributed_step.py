@@ -14,7 +14,7 @@ from tests.engine.tiny import WEIGHTS, embedding_objectives, make_samples, make_
 from unified_lm.batch import make_batch
 from unified_lm.config.schema import OptimConfig
 from unified_lm.core import distributed
-from unified_lm.engine.backend import TorchBackend
+from unified_lm.engine.backends.backend import TorchBackend
 from unified_lm.engine.step import GradCacheStep
 
 
@@ -34,7 +34,7 @@ def step(rank: int, ranks: int, budget: int) -> tuple[float, dict[str, torch.Ten
 def work(rank: int, port: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    distributed.initialise(timeout_minutes=1)
+    distributed.initialize(timeout_minutes=1)
     loss, gradients = step(rank, 2, 60)
     torch.save({"loss": loss, "gradients": gradients}, Path(folder) / f"{rank}.pt")
     distributed.shutdown()

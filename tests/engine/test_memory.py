@@ -8,7 +8,7 @@ from tests.engine.tiny import CONTRASTIVE
 from unified_lm.batch import Sample, make_batch
 from unified_lm.core.live_tensors import LiveTensors
 from unified_lm.engine.step import GradCacheStep
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.objectives import Contrastive
 
@@ -50,7 +50,7 @@ def peak_of_a_step(num_pairs: int, num_retained: int = 1) -> int:
     ]
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=256, hidden_size=8, intermediate_size=256, num_hidden_layers=8, num_attention_heads=2)
-    trainable = Trainable(Backbone(LlamaForCausalLM(config), "sdpa"), "mean", {}).train()
+    trainable = TrainingModule(Backbone(LlamaForCausalLM(config), "sdpa"), "mean", {}).train()
     objective = Contrastive(CONTRASTIVE, score_bytes=2**13)
     step = GradCacheStep(trainable, torch.Tensor.backward, {"embedding": objective}, {"embedding": 1.0}, num_retained)
     with LiveTensors() as live:

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from tests.engine.processes import NEEDS_DEEPSPEED, Group
 from tests.engine.small_run import equal, metrics, tensors
-from unified_lm.build import train
-from unified_lm.build.checkpoints import export_checkpoint
-from unified_lm.checkpoint.manifest import Manifest
+from unified_lm.assembly import train
+from unified_lm.assembly.checkpoints import export_checkpoint
 from unified_lm.core.errors import ConfigError
-from unified_lm.data.templates import get_template
+from unified_lm.data.prompts.templates import get_template
 from unified_lm.engine import references
 from unified_lm.engine.references import ReferenceCache
+from unified_lm.export.manifest import Manifest
 
 ANOTHER = replace(get_template("grit"), name="another", bare_prompt="Another prompt\n")
 

@@ -10,7 +10,7 @@ from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
 
 
 def fill_the_disk_of_rank_1(rank: int) -> None:
-    from unified_lm.checkpoint.shards import ShardWriter
+    from unified_lm.checkpoint.tensor_shards import ShardWriter
 
     original = ShardWriter.add
 

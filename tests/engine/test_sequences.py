@@ -27,7 +27,7 @@ from tests.engine.exactness import (
 from tests.engine.processes import NEEDS_DEEPSPEED
 from unified_lm.batch import Sample, make_batch, make_pack
 from unified_lm.engine.sequences import SequenceScoring
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.tiny import tiny_model
 
@@ -113,7 +113,7 @@ def kto_step(case: Case, change: Callable[[list[Sample]], list[Sample]] = list) 
     return losses.total, gradients, losses.metrics
 
 
-def log_probabilities(trainable: Trainable, samples: list[Sample]) -> list[float]:
+def log_probabilities(trainable: TrainingModule, samples: list[Sample]) -> list[float]:
     with trainable.scoring():
         return [float(trainable(make_pack([sample])).scores["preference"]) for sample in samples]
 
@@ -121,7 +121,7 @@ def log_probabilities(trainable: Trainable, samples: list[Sample]) -> list[float
 def test_the_reference_is_the_model_without_adapters():
     """A copy of the model that never had adapters scores every sample the same."""
     trainable = make_trainable(replace(ALONE, dropout=0.3)).train()
-    plain = Trainable(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, sequence_streams={"preference"})
+    plain = TrainingModule(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, sequence_streams={"preference"})
     samples = [s for s in draw("kto", 0)[0] if s.stream == "preference"]
     expected = torch.tensor(log_probabilities(plain, samples))
     pack = make_pack(samples)
@@ -149,7 +149,7 @@ def test_scores_are_sums_of_log_probabilities():
 
 def test_known_references_give_the_same_step():
     """Cached log-probabilities and switched-off adapters are one reference, and the former need no reference forward."""
-    plain = Trainable(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, sequence_streams={"preference"})
+    plain = TrainingModule(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, sequence_streams={"preference"})
 
     def known(samples: list[Sample]) -> list[Sample]:
         values = log_probabilities(plain, samples)
@@ -182,7 +182,7 @@ def test_scoring_draws_no_random_numbers_and_leaves_no_gradient():
 def test_the_step_is_the_formula():
     """Loss and metrics from log-probabilities that are computed sample by sample, outside of the engine."""
     trainable = make_trainable(ALONE)
-    plain = Trainable(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, sequence_streams={"preference"})
+    plain = TrainingModule(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, sequence_streams={"preference"})
     samples = [s for s in draw("kto", 3)[0] if s.stream == "preference"]
     ratios = torch.tensor(log_probabilities(trainable, samples)) - torch.tensor(log_probabilities(plain, samples))
     z0 = max(0.0, float(ratios[1::2].mean()))

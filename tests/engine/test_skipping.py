@@ -15,7 +15,7 @@ from tests.engine.tiny import WEIGHTS, embedding_objectives, make_samples, make_
 from unified_lm.batch import make_batch
 from unified_lm.config.schema import OptimConfig
 from unified_lm.core.errors import ModelError
-from unified_lm.engine.backend import TorchBackend
+from unified_lm.engine.backends.backend import TorchBackend
 from unified_lm.engine.skipping import SkippedSteps
 from unified_lm.engine.step import GradCacheStep
 

@@ -8,14 +8,14 @@ import torch
 from tests.engine.tiny import WEIGHTS, embedding_objectives, make_samples, make_trainable
 from unified_lm.batch import Batch, make_batch
 from unified_lm.engine.step import GradCacheStep, StepLosses
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 
 
 def backward(loss: torch.Tensor) -> None:
     loss.backward()
 
 
-def run(trainable: Trainable, batch: Batch, num_retained: int = 1) -> tuple[StepLosses, dict[str, torch.Tensor]]:
+def run(trainable: TrainingModule, batch: Batch, num_retained: int = 1) -> tuple[StepLosses, dict[str, torch.Tensor]]:
     """One step's losses and gradients, from the same random state every time."""
     trainable.train()
     trainable.zero_grad()

@@ -8,7 +8,7 @@ import torch
 from unified_lm.batch import IGNORE, Sample
 from unified_lm.batch.normalization import normalize
 from unified_lm.config.schema import ObjectiveConfig
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.tiny import tiny_model
 from unified_lm.objectives import build_objective
@@ -18,13 +18,13 @@ NEXT_TOKEN = ObjectiveConfig(name="next_token")
 WEIGHTS = {"embedding": 1.0, "generation": 0.7}
 
 
-def make_trainable(seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Trainable:
+def make_trainable(seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> TrainingModule:
     """A tiny llama, optionally with attention dropout."""
     model = tiny_model("llama", seed=seed, dtype=dtype)
     model.config.attention_dropout = dropout
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = dropout
-    return Trainable(Backbone(model, "sdpa"), "mean", {"generation": build_objective(NEXT_TOKEN)})
+    return TrainingModule(Backbone(model, "sdpa"), "mean", {"generation": build_objective(NEXT_TOKEN)})
 
 
 def embedding_objectives() -> dict:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from unified_lm.checkpoint.export import export_model
-from unified_lm.checkpoint.manifest import Manifest
-from unified_lm.checkpoint.merge import merge_lora
 from unified_lm.config.schema import LoraConfig
-from unified_lm.data.templates import get_template
+from unified_lm.data.prompts.templates import get_template
+from unified_lm.export.directory import export_model
+from unified_lm.export.manifest import Manifest
+from unified_lm.export.merge import merge_lora
 from unified_lm.models.lora import apply_lora
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 

@@ -74,7 +74,7 @@ def run(script: str, *arguments: str, env: dict[str, str], cwd: Path) -> subproc
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
 
 
-def signalled(script: str, *arguments: str, env: dict[str, str], tmp_path: Path, number: signal.Signals) -> tuple[int, str]:
+def signaled(script: str, *arguments: str, env: dict[str, str], tmp_path: Path, number: signal.Signals) -> tuple[int, str]:
     """Start a script, signal its process group once the worker runs (as Slurm does), and wait for its end."""
     command = ["bash", str(LAUNCH / script), *arguments]
     with open(tmp_path / "output", "w") as output:
@@ -131,7 +131,7 @@ def test_what_is_missing_is_named(tmp_path, script, arguments, missing):
 @pytest.mark.parametrize("exit_code", [0, 3])
 def test_signals_reach_the_workers_and_their_exit_code_comes_back(tmp_path, number, exit_code):
     env = environment(tmp_path, exit_code)
-    code, output = signalled("single_node.sh", "recipe=a", env=env, tmp_path=tmp_path, number=number)
+    code, output = signaled("single_node.sh", "recipe=a", env=env, tmp_path=tmp_path, number=number)
     assert code == exit_code, output
     assert f"{number.name} received" in output
 
@@ -152,7 +152,7 @@ def test_the_stand_in_for_torchrun_dies_of_the_signal_itself(tmp_path):
 
 def test_a_preempted_job_saves_and_goes_back_into_the_queue(tmp_path):
     env = slurm(tmp_path)
-    code, output = signalled("slurm.sbatch", "recipe=a", env=env, tmp_path=tmp_path, number=signal.SIGUSR1)
+    code, output = signaled("slurm.sbatch", "recipe=a", env=env, tmp_path=tmp_path, number=signal.SIGUSR1)
     assert code == 0, output
     assert (tmp_path / "requeued").read_text().split() == ["4711"]
     assert "back into the queue" in output
@@ -171,7 +171,7 @@ def test_a_job_that_ends_by_itself_is_not_requeued(tmp_path):
 
 def test_a_job_whose_workers_fail_after_the_signal_is_not_requeued(tmp_path):
     env = {**slurm(tmp_path), "PYTHON": environment(tmp_path, 3)["PYTHON"]}
-    code, output = signalled("slurm.sbatch", "recipe=a", env=env, tmp_path=tmp_path, number=signal.SIGUSR1)
+    code, output = signaled("slurm.sbatch", "recipe=a", env=env, tmp_path=tmp_path, number=signal.SIGUSR1)
     assert code == 3, output
     assert not (tmp_path / "requeued").exists()
     assert "exit code 3" in output

@@ -25,7 +25,7 @@ TOKENS = torch.tensor([[1, 70, 80, 90, 100, 110, 120, 130], [1, 9, 8, 7, 6, 5, 4
 EXPERTS = ("q_proj", "gate_up_proj", "down_proj")
 
 
-def randomise(model: nn.Module, seed: int = 5) -> None:
+def randomize(model: nn.Module, seed: int = 5) -> None:
     """Give B (zero at first) values, so that the adapters do something."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -61,7 +61,7 @@ def test_the_inner_decoder_uses_the_adapters() -> None:
     model = tiny_model("llama")
     before = model.model(TOKENS)[0]
     apply_lora(model, LoraConfig(r=4, target_modules=("q_proj",)), seed=0)
-    randomise(model)
+    randomize(model)
     assert (model.model(TOKENS)[0] - before).abs().max() > 1e-3
 
 
@@ -89,7 +89,7 @@ def test_partial_suffixes_do_not_match() -> None:
         apply_lora(tiny_model("llama"), LoraConfig(target_modules=("proj",)), seed=0)
 
 
-def test_a_second_adapter_and_a_missing_quantisation_are_refused() -> None:
+def test_a_second_adapter_and_a_missing_quantization_are_refused() -> None:
     model = tiny_model("llama")
     apply_lora(model, LoraConfig(), seed=0)
     with pytest.raises(ModelError, match="already carries an adapter"):
@@ -105,10 +105,10 @@ def test_works_without_storage_for_estimates() -> None:
     assert apply_lora(model.to("meta"), LoraConfig(), 0).num_trainable == apply_lora(real, LoraConfig(), 0).num_trainable
 
 
-# --- initialisation
+# --- initialization
 
 
-def test_initialisation_depends_on_seed_and_name_alone() -> None:
+def test_initialization_depends_on_seed_and_name_alone() -> None:
     states = []
     for global_seed, seed in ((1, 7), (2, 7), (2, 8)):
         torch.manual_seed(global_seed)
@@ -140,7 +140,7 @@ def test_outputs_and_gradients_equal_pefts_own_layers(family: str) -> None:
     if family == "deepseek_v3":  # peft rewrites gate_proj and others into fused experts: compare attention alone
         wanted = tuple(name for name in wanted if "attn" in name)
     targets = apply_lora(ours, LoraConfig(r=4, alpha=7.0, dropout=0.0, target_modules=wanted), seed=0).targets
-    randomise(ours)
+    randomize(ours)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out, which peft sets right by itself
         theirs = get_peft_model(theirs, PeftConfig(r=4, lora_alpha=7, target_modules=list(targets))).base_model.model
@@ -205,15 +205,15 @@ def test_dropout_rate_and_independence(probability: float, draw: Callable[[tuple
     deviation = (probability * (1 - probability) / kept.numel()) ** 0.5
     assert abs(kept.mean() - (1 - probability)) < 5 * deviation
     assert abs(keep_probability(probability) - (1 - probability)) < 2**-24
-    centred = kept - kept.mean()
-    for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll(4, 1)):
-        assert abs((centred * shifted).mean()) < 5 * deviation**2 * kept.numel() ** 0.5
+    centerd = kept - kept.mean()
+    for shifted in (centerd.roll(1, 0), centerd.roll(1, 1), centerd.roll(4, 1)):
+        assert abs((centerd * shifted).mean()) < 5 * deviation**2 * kept.numel() ** 0.5
 
 
 def test_dropout_repeats_with_the_generator_and_differs_between_modules() -> None:
     model = tiny_model("llama")
     apply_lora(model, LoraConfig(dropout=0.3), seed=0)
-    randomise(model)
+    randomize(model)
     model.train()
     state = RngState.capture()
     first, second = loss_of(model), loss_of(model)
@@ -230,7 +230,7 @@ def test_gradients_agree_with_gradient_checkpointing_and_dropout() -> None:
     for checkpointing in (False, True):
         model = tiny_model("llama").train()
         apply_lora(model, LoraConfig(dropout=0.2), seed=0)
-        randomise(model)
+        randomize(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(3)
@@ -243,7 +243,7 @@ def test_gradients_agree_with_gradient_checkpointing_and_dropout() -> None:
 def test_autocast_computes_in_bfloat16_with_float32_gradients() -> None:
     model = tiny_model("llama").train()
     apply_lora(model, LoraConfig(dropout=0.1), seed=0)
-    randomise(model)
+    randomize(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.model.layers[0].mlp.down_proj(torch.randn(2, 3, 128))
         loss_of(model).backward()
@@ -268,7 +268,7 @@ def test_named_experts_are_adapted_and_their_updates_exact(family: str) -> None:
     report = apply_lora(model, LoraConfig(r=2, dropout=0.05, target_modules=EXPERTS), seed=0)
     assert sum(".experts." in target for target in report.targets) == len(expert_parameter_names(tiny_model(family))) == 4
     assert "without dropout" in report.notices[0]
-    randomise(model)
+    randomize(model)
     merged = merge(model)
     torch.testing.assert_close(merged(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
     assert (tiny_model(family)(TOKENS).logits - merged(TOKENS).logits).abs().max() > 1e-2
@@ -299,7 +299,7 @@ def merge(model: nn.Module) -> nn.Module:
 def test_merged_equals_adapter(family: str) -> None:
     model = tiny_model(family)
     apply_lora(model, LoraConfig(r=4), seed=0)
-    randomise(model)
+    randomize(model)
     torch.testing.assert_close(merge(model)(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -318,7 +318,7 @@ def test_removal_restores_the_model(targets) -> None:
     names = [name for name, _ in model.named_parameters()]
     before = model(TOKENS).logits
     apply_lora(model, LoraConfig(target_modules=targets), seed=0)
-    randomise(model)
+    randomize(model)
     remove_lora(model)
     assert [name for name, _ in model.named_parameters()] == names
     assert torch.equal(model(TOKENS).logits, before)

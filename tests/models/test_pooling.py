@@ -41,7 +41,7 @@ def test_equals_each_span_alone(hidden, method):
 
 
 @pytest.mark.parametrize("method", [p.value for p in Pooling])
-def test_neighbours_do_not_matter(hidden, method):
+def test_neighbors_do_not_matter(hidden, method):
     spans = torch.tensor(SPANS)
     before = pool(hidden, spans, method)
     poisoned = hidden.detach().clone()
@@ -142,7 +142,7 @@ def test_embedding_restores_the_mode_of_every_module():
     assert backbone.training
 
 
-def test_embedding_projects_normalises_and_takes_nothing():
+def test_embedding_projects_normalizes_and_takes_nothing():
     backbone, samples = Backbone(), make_samples([3, 9])
     head = Projection(D, 4)
     found = embed_samples(backbone, samples, "cls", token_budget=16, device="cpu", projection=head, normalize=True)

@@ -1,4 +1,4 @@
-"""Per-dimension standardisation: the statistics, their limits, and the arithmetic."""
+"""Per-dimension standardization: the statistics, their limits, and the arithmetic."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_moments_do_not_depend_on_order_or_blocks(vectors: np.ndarray) -> None:
     assert abs(naive[3] / expected.var(0)[3] - 1) > 1e-3, "this data does show the error that a naive sum makes"
 
 
-def test_it_standardises(vectors: np.ndarray) -> None:
+def test_it_standardizes(vectors: np.ndarray) -> None:
     standardizer = Standardizer.fit(_moments(vectors))
     result = standardizer(torch.from_numpy(vectors)).numpy()
     np.testing.assert_allclose(result.mean(0), 0, atol=1e-3)
@@ -47,7 +47,7 @@ def test_it_standardises(vectors: np.ndarray) -> None:
     half = standardizer(torch.from_numpy(vectors).bfloat16())
     assert half.dtype == torch.float32
     one = standardizer(torch.from_numpy(vectors[:1])).numpy()
-    np.testing.assert_array_equal(one, result[:1], "a vector does not depend on its neighbours")
+    np.testing.assert_array_equal(one, result[:1], "a vector does not depend on its neighbors")
 
 
 def test_a_constant_dimension_stays_small(vectors: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Next-token objectives: gathering, normalisation over packs, and the optional kernel."""
+"""Next-token objectives: gathering, normalization over packs, and the optional kernel."""
 
 from dataclasses import replace
 

@@ -22,10 +22,10 @@ def leaf(tensor, dtype):
 @PRECISIONS
 @pytest.mark.parametrize("name", ["G1", "G2", "G4", "G2_temp"])
 def test_g1_gritlm(shared_dir, name, dtype):
-    """Ours sums over queries and normalises inside; their loss is the mean, on vectors normalised before.
+    """Ours sums over queries and normalizes inside; their loss is the mean, on vectors normalized before.
 
-    Departure: the gradient with respect to *normalised* vectors. Theirs is of the loss without normalisation; ours lacks
-    that gradient's radial part, because the loss does not depend on a vector's length. Through the normalisation, with respect
+    Departure: the gradient with respect to *normalized* vectors. Theirs is of the loss without normalization; ours lacks
+    that gradient's radial part, because the loss does not depend on a vector's length. Through the normalization, with respect
     to the raw vectors, which is all that training sees, both are the same.
     """
     case = Case(shared_dir, f"G1_contrastive_{name}")

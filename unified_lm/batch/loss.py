@@ -1,4 +1,4 @@
-"""What objectives take and give: the output head, scores of sequences, and a loss before it is normalised."""
+"""What objectives take and give: the output head, scores of sequences, and a loss before it is normalized."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class SequenceScores:
     """What an objective over whole sequences is computed from; S sequences.
 
     Attributes:
-        policy: `[S]` float32, log-probability of each sample's labelled tokens under the model being trained, in nats; with
+        policy: `[S]` float32, log-probability of each sample's labeled tokens under the model being trained, in nats; with
             gradient while training.
         reference: `[S]` float32, the same under the reference model.
-        desirable: `[S]` bool, whether the labelled tokens are to become more likely, or less.
+        desirable: `[S]` bool, whether the labeled tokens are to become more likely, or less.
         baseline: `[S]` float32, what the step's controls gave (`SequenceObjective.baseline`), without gradient.
     """
 

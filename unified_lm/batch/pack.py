@@ -25,7 +25,7 @@ class Supervision:
         positions: int64 `[N]`, pack coordinates of the states that predict (one before each label).
         targets: int64 `[N]`, the tokens to predict.
         weights: float32 `[N]`, the weight of each prediction in the sum.
-        lengths: how many positions each of the stream's labelled samples has, in pack order; they add up to N.
+        lengths: how many positions each of the stream's labeled samples has, in pack order; they add up to N.
     """
 
     positions: torch.Tensor
@@ -62,7 +62,7 @@ class Pack:
     def __len__(self) -> int:
         return self.plan.num_tokens
 
-    def labelled(self, stream: str) -> list[Sample]:
+    def labeled(self, stream: str) -> list[Sample]:
         """The stream's samples with supervised positions, in the order of `Supervision.lengths`."""
         return [sample for sample in self.samples if sample.stream == stream and sample.num_supervised]
 

@@ -1,4 +1,4 @@
-"""The attention plan of a pack: who sees whom, said once, honoured by every kernel.
+"""The attention plan of a pack: who sees whom, said once, honored by every kernel.
 
 Legend: `batch/__init__.py`. Offsets are in pack coordinates, spans in sample coordinates.
 """
@@ -24,7 +24,7 @@ class AttentionMode(Enum):
 
 @dataclass(frozen=True)
 class ModeRun:
-    """Neighbouring sequences of one mode: what a varlen kernel can take in one call.
+    """Neighboring sequences of one mode: what a varlen kernel can take in one call.
 
     Attributes:
         mode: the mode they share.

@@ -28,10 +28,10 @@ class Sample:
         slot: place inside the group: 0 query, 1 positive, 2 and up hard negatives. 0 for samples that stand alone.
         text_id: a 63-bit hash of the embedded text, for masking equal texts among the negatives; 0 where unused.
         truncated: whether the text was cut to its limit.
-        desirable: for objectives over whole sequences, whether the labelled tokens are to become more likely, or less; None
+        desirable: for objectives over whole sequences, whether the labeled tokens are to become more likely, or less; None
             elsewhere.
         control: whether the sample is only scored, without a gradient, for what its objective compares the others with.
-        reference: log-probability of the labelled tokens under the reference model, in nats, where it is known beforehand.
+        reference: log-probability of the labeled tokens under the reference model, in nats, where it is known beforehand.
     """
 
     input_ids: np.ndarray

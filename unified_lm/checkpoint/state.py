@@ -3,7 +3,7 @@
 A checkpoint is `run_dir/checkpoints/step-00000050/` with
 
 - `optimizer-00001-of-00002.safetensors`, ...: float32 trained weights (adapters among them) and AdamW's moments, shared out
-  among the ranks that wrote it (`checkpoint.shards`),
+  among the ranks that wrote it (`checkpoint.tensor_shards`),
 - `rng.safetensors`: the random state of every rank,
 - `state.json`: step, data cursors, metrics position, identity of what is trained, and every file with its size.
 
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from unified_lm.checkpoint.shards import ShardReader, shard_name, write_share
+from unified_lm.checkpoint.tensor_shards import ShardReader, shard_name, write_share
 from unified_lm.core import distributed
 from unified_lm.core.agreement import failures
 from unified_lm.core.errors import CheckpointError
@@ -128,7 +128,7 @@ def save_state(state: RunState, rng: RngState, tensors: Iterable[tuple[str, torc
     _raise_together(failure, building, target)
     shares = distributed.all_gather_objects(names)
     rngs = distributed.all_gather_objects(rng)
-    _raise_together(_finish(state, shares, rngs, building, target) if distributed.is_main() else None, building, target)
+    _raise_together(_finish(state, shares, rngs, building, target) if distributed.is_rank0() else None, building, target)
     return target
 
 
@@ -136,13 +136,13 @@ def _raise_together(failure: Exception | None, building: Path, target: Path) -> 
     found = failures(failure)
     if found is None:
         return
-    if distributed.is_main():
+    if distributed.is_rank0():
         shutil.rmtree(building, ignore_errors=True)
     raise CheckpointError(f"could not write {target}: {found}. What was there before is untouched.") from failure
 
 
 def _start(building: Path) -> OSError | None:
-    if not distributed.is_main():
+    if not distributed.is_rank0():
         return None
     try:
         if building.exists():

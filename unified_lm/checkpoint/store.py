@@ -100,21 +100,21 @@ def sweep(folder: Path) -> list[Path]:
     return left
 
 
-def prune(folder: Path, keep_last: int, keep_every: int, spare: Collection[Path] = ()) -> None:
+def prune(folder: Path, keep_last: int, keep_every: int, protected: Collection[Path] = ()) -> None:
     """Remove all but the newest checkpoints.
 
     Args:
         folder: where they are.
         keep_last: how many of the newest to keep.
         keep_every: also keep those whose step is a multiple of this; 0: none.
-        spare: not to be removed now.
+        protected: not to be removed now.
 
     Raises:
         CheckpointError: the operating system refused.
     """
     for old in list_checkpoints(folder)[: -max(1, keep_last)]:
         step = int(old.name.removeprefix(PREFIX))
-        if old not in spare and not (keep_every and step % keep_every == 0):
+        if old not in protected and not (keep_every and step % keep_every == 0):
             # renamed first: a removal that is cut short leaves no folder that looks like a checkpoint
             _remove(old.rename(old.with_name(f".{old.name}.removing")))
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from unified_lm.cli.arguments import HELP, command_parser
-from unified_lm.config.compose import compose_run
-from unified_lm.config.locate import group_options, list_recipes
+from unified_lm.composition.compose import compose_run
+from unified_lm.composition.locate import group_options, list_recipes
 from unified_lm.core.errors import UserError
 
 _SETTINGS = (
@@ -33,7 +33,7 @@ def train(argv: Sequence[str]) -> Path:
             "resume=auto": "go on from the run's newest checkpoint (none)",
         },
     )
-    from unified_lm.build import train as run
+    from unified_lm.assembly import train as run
 
     return run(argv)
 
@@ -89,7 +89,7 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("--step", type=int, default=None, help="the checkpoint's step; the newest if left out")
     parser.add_argument("--out", type=Path, default=None, help="folder to write; RUN/export (with --step: RUN/export-STEP)")
     options = parser.parse_args(list(argv))
-    from unified_lm.build.checkpoints import export_checkpoint
+    from unified_lm.assembly.checkpoints import export_checkpoint
 
     name = "export" if options.step is None else f"export-{options.step}"
     print(export_checkpoint(options.run, options.out or options.run / name, Console(stderr=True), options.step))

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.console import Console
 
 from unified_lm.cli.arguments import command_parser
-from unified_lm.evaluation.compare import compare as compare_runs
-from unified_lm.evaluation.compare_output import settings_of, to_table, write_comparison
+from unified_lm.reporting.compare import compare as compare_runs
+from unified_lm.reporting.compare_output import settings_of, to_table, write_comparison
 
 
 def compare(argv: Sequence[str]) -> None:

@@ -13,15 +13,15 @@ from rich.table import Table
 
 from unified_lm.cli.arguments import Command, command_parser, run_group
 from unified_lm.core.errors import UserError, did_you_mean
-from unified_lm.data.overlap import (
+from unified_lm.data.rows.files import write_report
+from unified_lm.data.rows.texts import open_rows
+from unified_lm.mining.overlap import (
     OverlapConfig,
     OverlapKind,
     OverlapReport,
     build_index,
     find_overlap,
 )
-from unified_lm.data.row_files import write_report
-from unified_lm.data.row_texts import open_rows
 
 COMMANDS: Mapping[str, Command] = {
     "mine": Command("hard negatives for pair rows", "unified_lm.cli.data_mine:mine"),
@@ -98,7 +98,7 @@ def _print_overlap(report: OverlapReport, config: OverlapConfig, console: Consol
         return
     names = {
         OverlapKind.EXACT: "exact",
-        OverlapKind.NORMALISED: "normalised",
+        OverlapKind.NORMALIZED: "normalized",
         OverlapKind.NGRAM: f"{config.ngram_words} words",
         OverlapKind.NEAR: f"Jaccard {config.near_threshold:g}",
     }
@@ -116,9 +116,9 @@ def _print_overlap(report: OverlapReport, config: OverlapConfig, console: Consol
 
 def prepare(argv: Sequence[str]) -> None:
     """Write a published data set in our formats, with a manifest."""
-    from unified_lm.data.prepare import FORMATS
-    from unified_lm.data.prepare import prepare as write
-    from unified_lm.data.published import PUBLISHED
+    from unified_lm.data.rows.prepare import FORMATS
+    from unified_lm.data.rows.prepare import prepare as write
+    from unified_lm.data.rows.published import PUBLISHED
 
     parser = command_parser(
         "data prepare", "write a published data set as files that the recipes read", "tulu2 --out data/tulu2 --limit 1000"

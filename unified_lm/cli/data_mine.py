@@ -19,13 +19,13 @@ from unified_lm.config.schema import SourceConfig
 from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import UserError
 from unified_lm.core.files import cache_dir
-from unified_lm.data.negatives import Given, MiningConfig, Sampling
-from unified_lm.data.records import RecordKind
-from unified_lm.data.row_texts import HUB_PREFIX
+from unified_lm.data.rows.records import RecordKind
+from unified_lm.data.rows.texts import HUB_PREFIX
 from unified_lm.data.sources import open_source, open_sources
-from unified_lm.evaluation.embedders import load_embedder
-from unified_lm.evaluation.mining import Mining, WorkShare
-from unified_lm.evaluation.mining import Progress as Report
+from unified_lm.mining.embedders import load_embedder
+from unified_lm.mining.mine import Mining, WorkShare
+from unified_lm.mining.mine import Progress as Report
+from unified_lm.mining.negatives import Given, MiningConfig, Sampling
 
 BUILTIN_PREFIX = "builtin:"
 

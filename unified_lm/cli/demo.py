@@ -9,14 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.build import train
-from unified_lm.config.compose import from_yaml
+from unified_lm.assembly import train
+from unified_lm.composition.compose import from_yaml
 from unified_lm.config.schema import RunConfig
-from unified_lm.data.records import PairRecord, RecordKind
+from unified_lm.data.rows.records import PairRecord, RecordKind
 from unified_lm.data.sources import open_source
 from unified_lm.engine.metrics import held_out
-from unified_lm.evaluation.curves import plot_run
 from unified_lm.inference import UnifiedLM
+from unified_lm.reporting.curves import plot_run
 
 RECIPE = "grit_smollm2"
 SEARCHES = (

@@ -16,12 +16,12 @@ from rich.table import Table
 from unified_lm.cli.arguments import Command, command_parser, positive, run_group
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.core.files import write_json
-from unified_lm.evaluation.instructions import instructions_of, require_known, table_names
-from unified_lm.evaluation.offline import find_tasks, read_task
-from unified_lm.evaluation.task_sets import RegistryTask, task_sets
+from unified_lm.evaluation.embedding.instructions import instructions_of, require_known, table_names
+from unified_lm.evaluation.embedding.offline import find_tasks, read_task
+from unified_lm.evaluation.embedding.task_sets import RegistryTask, task_sets
 
 if TYPE_CHECKING:
-    from unified_lm.evaluation.mteb_adapter import AbsTask, ModelIdentity, TaskScore
+    from unified_lm.evaluation.embedding.mteb_adapter import AbsTask, ModelIdentity, TaskScore
     from unified_lm.inference import UnifiedLM
 
 COMMANDS: Mapping[str, Command] = {
@@ -52,9 +52,9 @@ def evaluate_mteb(argv: Sequence[str]) -> None:
     """
     options = _parser().parse_args(list(argv))
     adapter = _adapter()
-    from unified_lm.evaluation.embedders import folder_hash
     from unified_lm.inference import UnifiedLM
     from unified_lm.inference.loading import model_folder
+    from unified_lm.mining.embedders import folder_hash
 
     console = Console(stderr=True)
     tasks = select_tasks(options.tasks, options.languages, console)
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _adapter():  # type: ignore[no-untyped-def]  # a module has no type of its own
     try:
-        from unified_lm.evaluation import mteb_adapter
+        from unified_lm.evaluation.embedding import mteb_adapter
     except ImportError as error:
         raise ConfigError(
             f"this needs mteb ({error}): pip install 'unified_lm[eval]', on Python 3.11 or newer "

@@ -16,7 +16,7 @@ from unified_lm.cli.arguments import command_parser, positive
 from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, progress_bar
 from unified_lm.core.errors import ConfigError, UserError
 from unified_lm.core.files import cache_dir, write_json
-from unified_lm.evaluation.perplexity import BUILT_IN, CONTEXT, Domain, num_windows, perplexity, read_domain
+from unified_lm.evaluation.generation.perplexity import BUILT_IN, CONTEXT, Domain, num_windows, perplexity, read_domain
 from unified_lm.evaluation.result_table import FOLDER
 
 
@@ -123,7 +123,7 @@ def evaluate_lm(argv: Sequence[str]) -> None:
     """
     options = _lm_parser().parse_args(list(argv))
     try:
-        from unified_lm.evaluation import lm_eval_adapter
+        from unified_lm.evaluation.generation import lm_eval_adapter
     except ImportError as error:
         raise ConfigError(f"this needs lm-eval ({error}): pip install 'unified_lm[lm-eval]'.") from error
     if options.include_path is not None and not options.include_path.is_dir():

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from unified_lm.checkpoint.manifest import FILE_NAME
-from unified_lm.evaluation.embedders import folder_hash
 from unified_lm.evaluation.result_table import ResultTable
+from unified_lm.export.manifest import FILE_NAME
 from unified_lm.inference import UnifiedLM
 from unified_lm.inference.loading import model_folder
+from unified_lm.mining.embedders import folder_hash
 from unified_lm.models.embedded import EMBEDDED_MODELS, embedded_directory
 
 

@@ -10,15 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.checkpoint.manifest import ATTENTIONS
 from unified_lm.cli.arguments import command_parser, positive
 from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, progress_bar
 from unified_lm.core.errors import ConfigError, UserError, did_you_mean
 from unified_lm.core.files import write_json
 from unified_lm.evaluation.result_table import FOLDER
-from unified_lm.evaluation.word_level_code import code_words
-from unified_lm.evaluation.word_level_data import TASKS, WORD, WordData, find_conll, read_conll, read_hub, require_tasks
-from unified_lm.evaluation.word_level_features import MAX_TOKENS, Alignment, Subtoken
+from unified_lm.evaluation.words.code import code_words
+from unified_lm.evaluation.words.data import TASKS, WORD, WordData, find_conll, read_conll, read_hub, require_tasks
+from unified_lm.evaluation.words.features import MAX_TOKENS, Alignment, Subtoken
+from unified_lm.export.manifest import ATTENTIONS
 
 _SOURCES = ("builtin", "conll", "hub")
 _ALIGNMENTS = tuple(alignment.value for alignment in Alignment)
@@ -37,8 +37,8 @@ def evaluate_words(argv: Sequence[str]) -> None:
     alignments = [Alignment.parse(name).value for name in options.alignment]
     Subtoken.parse(options.subtoken)
     try:
-        from unified_lm.evaluation.word_level import word_level_scores
-        from unified_lm.evaluation.word_level_probe import make_probe
+        from unified_lm.evaluation.words.probe import make_probe
+        from unified_lm.evaluation.words.tasks import word_level_scores
     except ImportError as error:
         raise ConfigError(f"this needs scikit-learn and seqeval ({error}): pip install 'unified_lm[eval]'.") from error
     probe = make_probe(options.probe, options.seed)
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--alignment", nargs="+", default=list(_ALIGNMENTS), metavar="NAME", help=f"{', '.join(_ALIGNMENTS)} (both)")
     add("--attention", nargs="+", default=None, metavar="MODE", help="causal, bidirectional; the model's own if left out")
     add("--subtoken", default="mean", help="what stands for a word of several tokens: mean (default), first or last")
-    add("--probe", default="logistic", help="logistic (default; regularised, no seed), or linear (trained as in LLM2Vec)")
+    add("--probe", default="logistic", help="logistic (default; regularized, no seed), or linear (trained as in LLM2Vec)")
     add("--seed", type=int, default=0, help="of the linear probe (0)")
     add("--train-sentences", type=positive, default=None, help="at most this many training sentences, evenly spread")
     add("--max-tokens", type=positive, default=MAX_TOKENS, help=f"tokens of one context ({MAX_TOKENS}); longer ones are split")

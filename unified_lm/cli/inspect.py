@@ -139,7 +139,7 @@ def _print_samples(stream: Stream, tokenizer: PreTrainedTokenizerBase, console: 
     console.rule(f"{stream.name}: {stream.config.format}, objective {stream.config.objective.name}")
     for sample in stream.draw(count):
         console.print(Text(describe(sample, pooled=stream.pooled), style="bold"))
-        console.print(coloured(sample, tokenizer))
+        console.print(colored(sample, tokenizer))
 
 
 def describe(sample: Sample, *, pooled: bool) -> str:
@@ -168,7 +168,7 @@ def parts(sample: Sample) -> list[Part]:
     return found
 
 
-def coloured(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
+def colored(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The sample's text, every token in the style of its part; line ends are shown as ↵."""
     text = Text()
     for part, piece in _pieces(sample, tokenizer):

@@ -38,13 +38,13 @@ COMMANDS: Mapping[str, Command] = {
         "evaluate a model: mteb (its tasks, or files of yours), words (tagging), perplexity, lm (lm-eval): mteb MODEL ...",
         "unified_lm.cli.evaluate:evaluate",
     ),
-    "analyse": Command(
+    "analyze": Command(
         "measure and draw what a model's vectors are like: future|layers|anisotropy|uniformity|norms|standardize|all MODEL...",
-        "unified_lm.cli.analyse:analyse",
+        "unified_lm.cli.analyze:analyze",
     ),
     "standardize": Command(
-        "write a copy of an export whose vectors are standardised: EXPORT --corpus FILE|pydocs --out DIR",
-        "unified_lm.cli.analyse:standardize",
+        "write a copy of an export whose vectors are standardized: EXPORT --corpus FILE|pydocs --out DIR",
+        "unified_lm.cli.analyze:standardize",
     ),
     "plot": Command(
         "draw loss, learning rate, speed and validation of runs as PNG and HTML: RUN... [--out DIR]", "unified_lm.cli.plot:plot"

@@ -15,21 +15,21 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-COLOURS = {AttentionMode.CAUSAL: "#3b6fb6", AttentionMode.SPAN: "#e08a2e", AttentionMode.BIDIRECTIONAL: "#3a9a5b"}
-"""The colour of each attention mode."""
+COLORS = {AttentionMode.CAUSAL: "#3b6fb6", AttentionMode.SPAN: "#e08a2e", AttentionMode.BIDIRECTIONAL: "#3a9a5b"}
+"""The color of each attention mode."""
 
 
 def mask_image(pack: Pack) -> np.ndarray:
-    """The mask of a pack, int64 `[T, T]`: 0 unseen, else 1 + the index in `COLOURS` of the mode of the sample there."""
+    """The mask of a pack, int64 `[T, T]`: 0 unseen, else 1 + the index in `COLORS` of the mode of the sample there."""
     image = pack.plan.dense_mask().numpy().astype(np.int64)
-    modes, offsets = list(COLOURS), pack.plan.offsets
+    modes, offsets = list(COLORS), pack.plan.offsets
     for index in range(len(pack.plan.lengths)):
         image[offsets[index] : offsets[index + 1]] *= 1 + modes.index(pack.plan.mode(index))
     return image
 
 
 def save_mask_picture(pack: Pack, path: Path) -> None:
-    """Draw who sees whom in a pack: rows look, columns are seen, one colour per attention mode, lines between samples.
+    """Draw who sees whom in a pack: rows look, columns are seen, one color per attention mode, lines between samples.
 
     Args:
         pack: the pack.
@@ -37,8 +37,8 @@ def save_mask_picture(pack: Pack, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(9, 9), layout="constrained")
-    colours = ListedColormap(["#ffffff", *COLOURS.values()])
-    axes.imshow(mask_image(pack), cmap=colours, vmin=0, vmax=len(COLOURS), interpolation="nearest")
+    colors = ListedColormap(["#ffffff", *COLORS.values()])
+    axes.imshow(mask_image(pack), cmap=colors, vmin=0, vmax=len(COLORS), interpolation="nearest")
     borders = [offset - 0.5 for offset in pack.plan.offsets]
     axes.hlines(borders, -0.5, len(pack) - 0.5, color="#999999", linewidth=0.4)
     axes.vlines(borders, -0.5, len(pack) - 0.5, color="#999999", linewidth=0.4)
@@ -46,6 +46,6 @@ def save_mask_picture(pack: Pack, path: Path) -> None:
     axes.set_ylabel("token that looks")
     axes.set_title(f"one pack: {len(pack.samples)} samples, {len(pack):,} tokens, no padding")
     used = {pack.plan.mode(index) for index in range(len(pack.plan.lengths))}
-    axes.legend(handles=[Patch(color=c, label=mode.value) for mode, c in COLOURS.items() if mode in used], loc="upper right")
+    axes.legend(handles=[Patch(color=c, label=mode.value) for mode, c in COLORS.items() if mode in used], loc="upper right")
     figure.savefig(path, dpi=130)
     plt.close(figure)

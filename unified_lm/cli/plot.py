@@ -7,8 +7,8 @@ from pathlib import Path
 
 from unified_lm.cli.arguments import command_parser
 from unified_lm.core.errors import DataError
-from unified_lm.evaluation.curves import build_panels, draw_png, load_runs
-from unified_lm.evaluation.curves_page import write_page
+from unified_lm.reporting.curves import build_panels, draw_png, load_runs
+from unified_lm.reporting.curves_page import write_page
 
 
 def plot(argv: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unified_lm.cli.arguments import command_parser
-from unified_lm.evaluation.report_page import write_report
+from unified_lm.reporting.report_page import write_report
 
 
 def report(argv: Sequence[str]) -> None:

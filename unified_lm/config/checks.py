@@ -26,7 +26,7 @@ def above(path: str, value: float, bound: float) -> Iterator[str]:
         yield f"{path}: got {value}, expected more than {bound}."
 
 
-def share(path: str, value: float) -> Iterator[str]:
+def fraction(path: str, value: float) -> Iterator[str]:
     """A number outside [0, 1)."""
     if not 0 <= value < 1:
         yield f"{path}: got {value}, expected a share from 0 to below 1."

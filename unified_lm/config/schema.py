@@ -1,7 +1,7 @@
 """Everything that can be set for a run. One sentence with its unit under each field.
 
-Values come from a recipe (`recipes/`), its groups (`configs/`) and `key=value` arguments; `config.compose` builds these
-dataclasses, `config.validate` checks that they fit together. Nothing here changes after composition.
+Values come from a recipe (`recipes/`), its groups (`configs/`) and `key=value` arguments; `composition.compose` builds these
+dataclasses, `composition.validate` checks that they fit together. Nothing here changes after composition.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ModelConfig:
     tokenizer: str | None = None
     """Hub name or directory of another tokenizer; None takes the model's own."""
     trust_remote_code: bool = False
-    """Whether to run modelling code that comes with a checkpoint."""
+    """Whether to run modeling code that comes with a checkpoint."""
     dtype: str = "bfloat16"
     """Storage and compute type of the weights: "float32", or "bfloat16" (with float32 master weights for what is trained)."""
     autocast: bool = False
@@ -47,7 +47,7 @@ class ModelConfig:
     projection_dim: int | None = None
     """Output dimensions of a linear head applied to the pooled vector; None for none."""
     normalize: bool = True
-    """Whether exported embeddings are L2-normalised."""
+    """Whether exported embeddings are L2-normalized."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class LoraConfig:
     target_modules: tuple[str, ...] | str = "all-linear"
     """Module names (suffixes) to adapt, or "all-linear": every linear layer but the output head."""
     quantize_4bit: bool = False
-    """QLoRA: frozen weights in 4-bit NF4 with double quantisation (needs bitsandbytes and CUDA)."""
+    """QLoRA: frozen weights in 4-bit NF4 with double quantization (needs bitsandbytes and CUDA)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ class ObjectiveConfig:
     """KTO: where the reference's log-probabilities come from: "adapter_off" (LoRA), "cached" (all rows scored before
     training), or "auto" (adapter_off where there is a LoRA, else cached)."""
     similarity_dtype: str = "float32"
-    """Contrastive: "float32", or "bfloat16": vectors are normalised and multiplied in it (GRIT's precision ablation)."""
+    """Contrastive: "float32", or "bfloat16": vectors are normalized and multiplied in it (GRIT's precision ablation)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 
 from unified_lm.core import distributed
 from unified_lm.core.errors import UserError
-from unified_lm.core.places import place
+from unified_lm.core.tracing import trace_span
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ def failures(error: Exception | None) -> str | None:
     return "; ".join(found) or None
 
 
-def on_main(work: Callable[[], T]) -> T:
+def run_on_rank0(work: Callable[[], T]) -> T:
     """Do short work on rank 0 alone and give every rank its result. Collective.
 
     Args:
@@ -46,25 +46,25 @@ def on_main(work: Callable[[], T]) -> T:
         return work()
     result: tuple[T | None, Exception | None] = (None, None)
     failure: Exception | None = None
-    if distributed.is_main():
+    if distributed.is_rank0():
         try:
             result = (work(), None)
         except UserError as error:
             result, failure = (None, error), error
         except Exception as error:
             result, failure = (None, RuntimeError(f"rank 0 failed: {error!r}")), error
-    value, told = share(result)
+    value, told = broadcast_object(result)
     if failure is not None or told is not None:
         raise failure or told or AssertionError
     return value  # type: ignore[return-value]
 
 
-def share(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """Rank 0's value on every rank; it is pickled. Collective."""
     if distributed.world_size() == 1:
         return value
     box = [value]
-    with place("hear from rank 0"):
+    with trace_span("hear from rank 0"):
         torch.distributed.broadcast_object_list(box, src=0, device=distributed.local_device())
     return box[0]
 
@@ -86,7 +86,7 @@ def fail_alike(error: Exception, name: str, seconds: float = 30.0) -> bool:
         return False  # whatever it was may have come between the ranks
     same = f"unified_lm/fail_alike/{name}/{blake2b(str(error).encode(), digest_size=8).hexdigest()}"
     deadline = time.monotonic() + seconds
-    with place("compare failures", waits=False):
+    with trace_span("compare failures", waits=False):
         try:
             store: Any = torch.distributed.distributed_c10d._get_default_store()
             store.add(same, 1)

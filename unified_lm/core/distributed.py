@@ -10,27 +10,27 @@ import torch
 import torch.distributed as dist
 
 from unified_lm.core.parent import follow_agent
-from unified_lm.core.places import place
+from unified_lm.core.tracing import trace_span
 
 T = TypeVar("T")
 
 
-def is_initialised() -> bool:
+def is_initialized() -> bool:
     """Whether a process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """This process's rank; 0 without a process group."""
-    return dist.get_rank() if is_initialised() else 0
+    return dist.get_rank() if is_initialized() else 0
 
 
 def world_size() -> int:
     """The number of processes; 1 without a process group."""
-    return dist.get_world_size() if is_initialised() else 1
+    return dist.get_world_size() if is_initialized() else 1
 
 
-def is_main() -> bool:
+def is_rank0() -> bool:
     """Whether this process writes files and prints."""
     return rank() == 0
 
@@ -42,10 +42,10 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def initialise(timeout_minutes: float = 30.0) -> None:
+def initialize(timeout_minutes: float = 30.0) -> None:
     """Join the process group that torchrun describes in the environment; does nothing when there is none."""
     follow_agent()
-    if is_initialised() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     device = local_device()
     if device.type == "cuda":
@@ -55,9 +55,9 @@ def initialise(timeout_minutes: float = 30.0) -> None:
     dist.init_process_group(backend, timeout=timedelta(minutes=1.25 * timeout_minutes + 1))
 
 
-def initialise_alone() -> None:
+def initialize_alone() -> None:
     """Make a group of this process alone, for libraries that need one; does nothing where a group exists."""
-    if not is_initialised():
+    if not is_initialized():
         backend = "nccl" if local_device().type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
@@ -69,21 +69,21 @@ def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
-    if is_initialised():
+    if is_initialized():
         dist.destroy_process_group()
 
 
 def barrier() -> None:
     """Wait for every rank."""
-    if is_initialised():
-        with place("wait for every rank"):
+    if is_initialized():
+        with trace_span("wait for every rank"):
             dist.barrier()
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over ranks, in place; returns it. Shapes must agree on every rank."""
     if world_size() > 1:
-        with place("sum over ranks"):
+        with trace_span("sum over ranks"):
             dist.all_reduce(value)
     return value
 
@@ -93,7 +93,7 @@ def all_reduce_max(values: list[int]) -> list[int]:
     if world_size() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.int64, device=local_device())
-    with place("maximum over ranks"):
+    with trace_span("maximum over ranks"):
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [int(value) for value in tensor.tolist()]
 
@@ -103,7 +103,7 @@ def all_gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
-    with place("gather from every rank"):
+    with trace_span("gather from every rank"):
         dist.all_gather_object(values, value)
     return cast("list[T]", values)
 
@@ -119,7 +119,7 @@ def all_gather_uneven(value: torch.Tensor) -> tuple[list[torch.Tensor], int]:
     """
     if world_size() == 1:
         return [value.detach()], 0
-    with place("gather tensors from every rank"):
+    with trace_span("gather tensors from every rank"):
         sizes = torch.zeros(world_size(), dtype=torch.int64, device=value.device)
         sizes[rank()] = value.shape[0]
         dist.all_reduce(sizes)

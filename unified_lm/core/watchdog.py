@@ -1,7 +1,7 @@
 """An end to waiting for ever: where a rank waits too long for the others, every rank says where it is and the run ends.
 
 The libraries' own timeouts say neither which rank is missing nor what it was doing. So each process has a thread that tells
-the store of the process group where the process is (`core.places`), looks whether anyone has given up, and gives up itself
+the store of the process group where the process is (`core.tracing`), looks whether anyone has given up, and gives up itself
 when its own process has waited too long in one place. A thread, because the process itself cannot speak while it hangs.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar
 import torch.distributed as dist
 
 from unified_lm.core import agreement, distributed
-from unified_lm.core.places import place, present
+from unified_lm.core.tracing import current_span, trace_span
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class Watchdog(threading.Thread):
             except (dist.DistError, RuntimeError):
                 self._lost = time.monotonic()
                 continue
-            where, waits, seconds = present()
+            where, waits, seconds = current_span()
             if gone is not None and gone["rank"] != self.rank:
                 self._give_up(f"Rank {gone['rank']} has given up: it waited in '{gone['place']}'. {self._here()}")
             elif waits and seconds > self.timeout_seconds:
@@ -76,7 +76,7 @@ class Watchdog(threading.Thread):
 
     def tell(self) -> None:
         """Say in the store where this process is, and that it lives."""
-        where, waits, seconds = present()
+        where, waits, seconds = current_span()
         self._put(str(self.rank), {"place": where, "waits": waits, "seconds": seconds, "time": time.time()})
 
     def mark(self, key: str) -> None:
@@ -99,7 +99,7 @@ class Watchdog(threading.Thread):
             time.sleep(min(0.2, self.interval))
 
     def _here(self) -> str:
-        where, waits, seconds = present()
+        where, waits, seconds = current_span()
         return f"Rank {self.rank} of {self.world_size} {'has waited' if waits else 'is'} {_where(where, waits, seconds)}."
 
     def _others(self) -> str:
@@ -175,7 +175,7 @@ def watching(timeout_minutes: float) -> Iterator[None]:
 _num_long = 0
 
 
-def long_on_main(work: Callable[[], T], name: str) -> T:
+def run_long_on_rank0(work: Callable[[], T], name: str) -> T:
     """Do work on rank 0 alone while the others wait, however long it takes (an export, say). Collective.
 
     The others wait without a collective, so that no timeout counts, and only as long as rank 0 lives.
@@ -190,7 +190,7 @@ def long_on_main(work: Callable[[], T], name: str) -> T:
     """
     global _num_long
     if distributed.world_size() == 1 or _watchdog is None:
-        return agreement.on_main(work)
+        return agreement.run_on_rank0(work)
     _num_long += 1
     mark = f"done/{_num_long}"
     watchdog = _watchdog
@@ -198,12 +198,12 @@ def long_on_main(work: Callable[[], T], name: str) -> T:
     def then_mark() -> T:
         """Do the work, and tell the waiting ranks that it is done or has failed."""
         try:
-            with place(name, waits=False):
+            with trace_span(name, waits=False):
                 return work()
         finally:
             watchdog.mark(mark)
 
-    if not distributed.is_main():
-        with place(f"{name} on rank 0", waits=False):
+    if not distributed.is_rank0():
+        with trace_span(f"{name} on rank 0", waits=False):
             watchdog.wait_for_mark(mark, owner=0)
-    return agreement.on_main(then_mark)
+    return agreement.run_on_rank0(then_mark)

@@ -89,7 +89,7 @@ class StepLoader:
     def next_batch(self) -> Batch:
         """This rank's share of the next step."""
         samples, counts = self.draw()
-        shares = deal(samples, self.world_size, self.cost)
+        shares = partition_samples(samples, self.world_size, self.cost)
         return make_batch(shares[self.rank], self.token_budget, counts)
 
     def draw(self) -> tuple[dict[str, list[Sample]], dict[str, float]]:
@@ -129,7 +129,9 @@ class StepLoader:
             stream.load_state_dict(state[name])
 
 
-def deal(samples: Mapping[str, Sequence[Sample]], world_size: int, cost: SampleCost | None = None) -> list[list[Sample]]:
+def partition_samples(
+    samples: Mapping[str, Sequence[Sample]], world_size: int, cost: SampleCost | None = None
+) -> list[list[Sample]]:
     """Share a step's samples among ranks: whole groups, balanced by cost.
 
     Stream by stream, and within a stream the costliest group first, each to the rank with the least so far (LPT; Graham, 1969).

@@ -11,10 +11,10 @@ from unified_lm.batch.sample import Sample
 from unified_lm.config.schema import RetrievalConfig, RunConfig, StreamConfig
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.data.formats import hash_text
-from unified_lm.data.prompt_encoding import Encoded, PromptEncoder
-from unified_lm.data.records import PairRecord, RecordKind, Text
+from unified_lm.data.prompts.encoding import Encoded, PromptEncoder
+from unified_lm.data.prompts.templates import get_template
+from unified_lm.data.rows.records import PairRecord, RecordKind, Text
 from unified_lm.data.sources import HELD_OUT_SEED, open_source
-from unified_lm.data.templates import get_template
 
 
 @dataclass(frozen=True)

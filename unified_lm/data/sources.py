@@ -20,12 +20,12 @@ import numpy as np
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.core.random import derive_seed
-from unified_lm.data.hub import hub_rows
-from unified_lm.data.pydocs import pydocs_file
-from unified_lm.data.readers import Rows, data_files, extension, read_rows
-from unified_lm.data.records import PairRecord, Record, RecordKind, Text
-from unified_lm.data.rows import RowParser
-from unified_lm.data.shards import Shard, open_shard, shard_key
+from unified_lm.data.pydocs.dataset import pydocs_file
+from unified_lm.data.rows.hub_datasets import hub_rows
+from unified_lm.data.rows.parse import RowParser
+from unified_lm.data.rows.readers import Rows, data_files, extension, read_rows
+from unified_lm.data.rows.record_cache import Shard, open_shard, shard_key
+from unified_lm.data.rows.records import PairRecord, Record, RecordKind, Text
 
 logger = logging.getLogger(__name__)
 

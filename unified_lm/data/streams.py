@@ -20,9 +20,9 @@ from unified_lm.core.errors import CheckpointError, ConfigError, DataError, did_
 from unified_lm.core.random import derive_seed
 from unified_lm.data.cursor import Cursor
 from unified_lm.data.formats import get_format
-from unified_lm.data.prompt_encoding import PromptEncoder
+from unified_lm.data.prompts.encoding import PromptEncoder
+from unified_lm.data.prompts.templates import get_template
 from unified_lm.data.sources import HELD_OUT_SEED, RecordSource, open_sources
-from unified_lm.data.templates import get_template
 from unified_lm.data.token_cache import TokenTable, cached_table, table_key
 
 
@@ -88,7 +88,7 @@ class Stream:
         self.batch_size = config.batch_size
         self.seed = seed
         self.draws = 0
-        self.tables = [self._tokenise(source) for source in self.sources]
+        self.tables = [self._tokenize(source) for source in self.sources]
         self.cursors = [self._cursor(index) for index in range(len(self.sources))]
         self.probabilities = self._source_probabilities([1.0] * len(self.sources) if weights is None else weights)
         drawn = np.flatnonzero(self.probabilities)
@@ -98,7 +98,7 @@ class Stream:
         """One global batch: `count` groups or samples (default: `batch_size`), group after group.
 
         Groups that are embedded come from one source per draw, so that a batch's negatives are of one kind (unless
-        `mix_sources` is set); labelled samples choose their source one by one.
+        `mix_sources` is set); labeled samples choose their source one by one.
         """
         count = self.batch_size if count is None else count
         rng = np.random.default_rng(derive_seed(self.seed, self.name, "draw", self.draws))
@@ -195,7 +195,7 @@ class Stream:
             limits=self.format.limits(),
         )
 
-    def _tokenise(self, source: RecordSource) -> TokenTable:
+    def _tokenize(self, source: RecordSource) -> TokenTable:
         rejected: Counter[str] = Counter()
         table = cached_table(self._key(source), self.format.rows(source, rejected), rejected)
         if not len(table):

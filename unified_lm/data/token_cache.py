@@ -1,4 +1,4 @@
-"""Tokenised rows: made once per source, tokenizer, template and limits, then memory-mapped.
+"""Tokenized rows: made once per source, tokenizer, template and limits, then memory-mapped.
 
 A table holds rows; a row holds items (a query and its documents, or one conversation or text); an item holds tokens and spans.
 All of it lies in flat arrays, so that a million rows cost no Python objects and several processes share one copy.
@@ -26,13 +26,13 @@ from rich.progress import Progress
 
 from unified_lm.core import distributed
 from unified_lm.core.files import cache_dir, write_directory
-from unified_lm.data.prompt_encoding import Encoded
+from unified_lm.data.prompts.encoding import Encoded
 
 BUILDER_VERSION = 1
 """Part of every key: raise it when the same input would give other tokens."""
 
 _PROGRESS_ROWS = 20_000
-"""Rows from which tokenising takes seconds, so that it is worth a progress bar."""
+"""Rows from which tokenizing takes seconds, so that it is worth a progress bar."""
 
 _ARRAYS = {
     "ids": np.int32,
@@ -79,7 +79,7 @@ class TokenTable:
     """Rows of one source as tokens.
 
     Attributes:
-        rejected: records left out while tokenising, by reason.
+        rejected: records left out while tokenizing, by reason.
         roles: int8 `[items]`, the `Role` of every item.
         row_starts: int64 `[rows + 1]`, the first item of every row.
         records: int64 `[rows]`, each row's record in the source.
@@ -156,7 +156,7 @@ def _read(folder: Path) -> TokenTable | None:
         arrays = {name: _map(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
         return TokenTable(arrays, meta["rejected"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"tokenised data in {folder} is damaged ({error}); it is built anew", stacklevel=2)
+        warnings.warn(f"tokenized data in {folder} is damaged ({error}); it is built anew", stacklevel=2)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
@@ -194,9 +194,9 @@ def _write(folder: Path, rows: Iterable[Row], rejected: Counter[str]) -> None:
 
 def chunks(source: Sequence[Any], size: int = 512) -> Iterator[list[tuple[int, Any]]]:
     """The records of a source with their numbers, `size` at a time; a source that takes long shows a progress bar."""
-    quiet = len(source) < _PROGRESS_ROWS or not distributed.is_main()
+    quiet = len(source) < _PROGRESS_ROWS or not distributed.is_rank0()
     with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        task = progress.add_task(f"tokenising {getattr(source, 'name', 'rows')}", total=len(source))
+        task = progress.add_task(f"tokenizing {getattr(source, 'name', 'rows')}", total=len(source))
         for start in range(0, len(source), size):
             stop = min(start + size, len(source))
             yield [(index, source[index]) for index in range(start, stop)]

@@ -15,17 +15,17 @@ from unified_lm.checkpoint.state import Identity, RunState, load_rng, load_state
 from unified_lm.checkpoint.store import CheckpointCopier, prune, sweep
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
-from unified_lm.core.agreement import on_main
-from unified_lm.core.places import place
+from unified_lm.core.agreement import run_on_rank0
 from unified_lm.core.random import RngState
-from unified_lm.engine.backend import Backend
+from unified_lm.core.tracing import trace_span
+from unified_lm.engine.accounting.throughput import StepMeter
+from unified_lm.engine.backends.backend import Backend
 from unified_lm.engine.interruption import StopRequest, stop_message
 from unified_lm.engine.metrics import Reporter
 from unified_lm.engine.schedule import learning_rate
 from unified_lm.engine.skipping import SkippedSteps, finite, save_rows
 from unified_lm.engine.step import GradCacheStep, StepLosses
-from unified_lm.engine.throughput import StepMeter
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 from unified_lm.engine.validation import Validator
 from unified_lm.engine.validation_items import write_items
 
@@ -44,7 +44,7 @@ class Loader(Protocol):
 
 
 @dataclass
-class Training:
+class TrainingState:
     """Everything `fit` works with; the composition root (`build`) makes it.
 
     Attributes:
@@ -64,7 +64,7 @@ class Training:
 
     config: RunConfig
     run_dir: Path
-    trainable: Trainable
+    trainable: TrainingModule
     backend: Backend
     step: GradCacheStep
     loader: Loader
@@ -76,7 +76,7 @@ class Training:
     resume_from: Path | None = None
 
 
-def fit(training: Training, stop: StopRequest) -> bool:
+def fit(training: TrainingState, stop: StopRequest) -> bool:
     """Train to `max_steps`, from the start or from a checkpoint.
 
     SIGTERM or SIGUSR1, on any rank, ends it after the step under way, with a checkpoint. After the last step nothing is left to
@@ -130,19 +130,19 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _train_step(training: Training, progress: _Progress, stop: StopRequest) -> tuple[dict[str, float], str | None]:
+def _train_step(training: TrainingState, progress: _Progress, stop: StopRequest) -> tuple[dict[str, float], str | None]:
     """Take one optimizer step; returns what it measured, and the signal that asks the run to stop."""
     config = training.config
     started = time.perf_counter()
-    with place("load a batch", waits=False):
+    with trace_span("load a batch", waits=False):
         batch = training.loader.next_batch().to(distributed.local_device())
     loaded = time.perf_counter()
     training.trainable.train()
     rate = learning_rate(config.optim, progress.step, config.max_steps)
     progress.step += 1
-    with place(f"step {progress.step}"):
+    with trace_span(f"step {progress.step}"):
         losses = training.step(batch)
-        with place("update"):
+        with trace_span("update"):
             norm = training.backend.update(rate, config.optim.max_grad_norm)
         stopped_by = stop.agree()
     skipped = not math.isfinite(norm)
@@ -154,7 +154,7 @@ def _train_step(training: Training, progress: _Progress, stop: StopRequest) -> t
     return (finite(values) if skipped else values), stopped_by
 
 
-def _report_skipped(training: Training, progress: _Progress, batch: Batch, losses: StepLosses, norm: float) -> None:
+def _report_skipped(training: TrainingState, progress: _Progress, batch: Batch, losses: StepLosses, norm: float) -> None:
     forward = None if training.backend.equal_forwards else training.backend.forward
     rows = save_rows(training.run_dir, progress.step, batch, training.decode, forward)
     training.reporter.say(
@@ -174,12 +174,12 @@ def _measurements(losses: StepLosses, rate: float, norm: float) -> dict[str, flo
     }
 
 
-def _validate(training: Training, step: int, *, both_masks: bool) -> None:
+def _validate(training: TrainingState, step: int, *, both_masks: bool) -> None:
     """Measure held-out data; the first and the last time retrieval under the causal mask too."""
     if training.validator is None:
         return
     measured = training.validator(both_masks=both_masks)
-    on_main(lambda: write_items(training.run_dir, step, measured.items))
+    run_on_rank0(lambda: write_items(training.run_dir, step, measured.items))
     training.reporter.write(step, measured.values)
     shown = "  ".join(f"{name} {value:.3f}" for name, value in measured.values.items())
     training.reporter.say(f"step {step}: {shown}")
@@ -193,17 +193,17 @@ class _Saver:
         progress: how far it is; read at each save.
     """
 
-    def __init__(self, training: Training, progress: _Progress) -> None:
+    def __init__(self, training: TrainingState, progress: _Progress) -> None:
         self.training = training
         self.progress = progress
         self.settings = training.config.checkpoint
         self.folder = training.run_dir / "checkpoints"
         self._copier: CheckpointCopier | None = None
-        if self.settings.copy_to is not None and distributed.is_main():
+        if self.settings.copy_to is not None and distributed.is_rank0():
             self._copier = CheckpointCopier(Path(self.settings.copy_to), self.settings.keep_last, self.settings.keep_every)
 
     def __enter__(self) -> _Saver:
-        on_main(self._sweep)
+        run_on_rank0(self._sweep)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -223,9 +223,9 @@ class _Saver:
             backend=training.backend.name,
             identity=training.identity,
         )
-        with place(f"checkpoint of step {state.step}"):
+        with trace_span(f"checkpoint of step {state.step}"):
             path = save_state(state, RngState.capture(), training.backend.optimizer_state(), self.folder)
-            on_main(lambda: self._settle(path))
+            run_on_rank0(lambda: self._settle(path))
 
     def _sweep(self) -> None:
         for folder in (self.folder, *([Path(self.settings.copy_to)] if self.settings.copy_to else [])):
@@ -233,26 +233,26 @@ class _Saver:
 
     def _settle(self, path: Path) -> None:
         """What follows a complete checkpoint."""
-        spare: set[Path] = set()
+        protected: set[Path] = set()
         if self._copier is not None:
             self._say(self._copier.problems())
             self._copier.submit(path, self.training.reporter.log.path)
-            spare = self._copier.busy
-        prune(self.folder, self.settings.keep_last, self.settings.keep_every, spare)
+            protected = self._copier.busy
+        prune(self.folder, self.settings.keep_last, self.settings.keep_every, protected)
 
     def _say(self, texts: Iterable[str]) -> None:
         for text in texts:
             self.training.reporter.say(text)
 
 
-def _resume(training: Training) -> _Progress:
+def _resume(training: TrainingState) -> _Progress:
     skipped = SkippedSteps(training.config.optim.max_skipped_steps)
     path = training.resume_from
     if path is None:
         training.reporter.log.cut(0)  # of a run that ended before its first checkpoint
         return _Progress(0, skipped)
     state = load_state(path, training.identity)
-    with open_tensors(path) as read, place("read the checkpoint"):
+    with open_tensors(path) as read, trace_span("read the checkpoint"):
         training.backend.load_optimizer_state(read, read.names)
     training.loader.load_state_dict(state.loader)
     ranks = distributed.world_size()

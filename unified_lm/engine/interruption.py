@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from unified_lm.core import distributed
-from unified_lm.core.places import place
+from unified_lm.core.tracing import trace_span
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to stop."""
@@ -47,7 +47,7 @@ class StopRequest:
 
     def agree(self) -> str | None:
         """The name of the signal that a rank has noted, the same on all of them; None where none has. Collective."""
-        with place("agree whether to stop"):
+        with trace_span("agree whether to stop"):
             (number,) = distributed.all_reduce_max([self.number])
         return signal.Signals(number).name if number else None
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unified_lm.config.schema import LoggingConfig
 from unified_lm.core import distributed
-from unified_lm.core.agreement import on_main
+from unified_lm.core.agreement import run_on_rank0
 from unified_lm.core.errors import DataError
 from unified_lm.engine.wandb_run import WandbRun
 
@@ -28,7 +28,7 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle = None
-        if distributed.is_main():
+        if distributed.is_rank0():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
 
@@ -91,13 +91,13 @@ class Reporter:
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not (config.progress and distributed.is_main()),
+            disable=not (config.progress and distributed.is_rank0()),
         )
         self._task = self._progress.add_task("train", total=total_steps, note="")
 
     def __enter__(self) -> Reporter:
         if self.config.wandb != "disabled":
-            on_main(self._start_wandb)
+            run_on_rank0(self._start_wandb)
         self._progress.start()
         return self
 
@@ -136,7 +136,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0."""
-        if distributed.is_main():
+        if distributed.is_rank0():
             self._progress.console.print(text, highlight=False, soft_wrap=True)
 
 

@@ -19,12 +19,12 @@ from rich.progress import Progress
 from unified_lm.batch import Pack, Sample, empty_pack, make_pack
 from unified_lm.batch.pack import first_fit
 from unified_lm.core import distributed
-from unified_lm.core.agreement import on_main
+from unified_lm.core.agreement import run_on_rank0
 from unified_lm.core.errors import DataError
 from unified_lm.core.files import cache_dir
 from unified_lm.data.streams import Stream
 from unified_lm.data.token_cache import table_key
-from unified_lm.engine.trainable import PackOutput, Trainable
+from unified_lm.engine.training_module import PackOutput, TrainingModule
 
 CHUNK_ROWS = 256
 """Rows scored between two writes to the cache: what a run that is killed loses at most."""
@@ -47,7 +47,7 @@ class ReferenceCache:
     def __init__(
         self,
         forward: Callable[[Pack], PackOutput],
-        trainable: Trainable,
+        trainable: TrainingModule,
         model_key: str,
         token_budget: int,
         *,
@@ -70,7 +70,7 @@ class ReferenceCache:
         folder = cache_dir("references", key)
         num_rows = len(stream.tables[index])
         values = np.zeros((num_rows, 2), dtype=np.float32)
-        quiet = not (self.progress and distributed.is_main())
+        quiet = not (self.progress and distributed.is_rank0())
         with Progress(console=Console(stderr=True), transient=True, disable=quiet) as bar:
             task = bar.add_task(f"reference log-probabilities of {stream.source_names[index]}", total=num_rows)
             for start in range(0, num_rows, CHUNK_ROWS):
@@ -80,7 +80,7 @@ class ReferenceCache:
         return values
 
     def _chunk(self, stream: Stream, index: int, rows: range, path: Path) -> np.ndarray:
-        found = on_main(lambda: _read(path, len(rows)))
+        found = run_on_rank0(lambda: _read(path, len(rows)))
         if found is not None:
             return found
         rng = np.random.default_rng(0)  # these formats draw nothing from it
@@ -94,7 +94,7 @@ class ReferenceCache:
         for (row, sample), score in zip(mine, scores, strict=True):
             values[row - rows.start, sample.slot] = score
         result = distributed.all_reduce_sum(values).cpu().numpy()  # every entry is of one rank, and 0 on the others
-        on_main(lambda: _write(path, result))
+        run_on_rank0(lambda: _write(path, result))
         return result
 
     def _score(self, samples: Sequence[Sample]) -> list[float]:
@@ -106,7 +106,7 @@ class ReferenceCache:
         with self.trainable.scoring():
             for pack in packs:
                 for stream, values in self.forward(pack.to(distributed.local_device())).scores.items():
-                    found |= dict(zip(map(id, pack.labelled(stream)), values.tolist(), strict=True))
+                    found |= dict(zip(map(id, pack.labeled(stream)), values.tolist(), strict=True))
         return [found[id(sample)] for sample in samples]
 
 

@@ -18,7 +18,7 @@ import torch
 
 from unified_lm.batch import Batch, LossTerm, Pack, Sample, SequenceScores, empty_pack
 from unified_lm.core import distributed
-from unified_lm.engine.trainable import PackOutput, Trainable
+from unified_lm.engine.training_module import PackOutput, TrainingModule
 from unified_lm.objectives import SequenceObjective
 
 _EMPTY = empty_pack()
@@ -37,7 +37,7 @@ class SequenceScoring:
     def __init__(
         self,
         forward: Callable[[Pack], PackOutput],
-        trainable: Trainable,
+        trainable: TrainingModule,
         objectives: Mapping[str, SequenceObjective],
         equal_forwards: bool = False,
     ) -> None:
@@ -74,7 +74,7 @@ class SequenceScoring:
             pack.plan.kernel_cache.clear()
         device = distributed.local_device()
         for stream, objective in self.objectives.items():
-            own = [s for pack in batch.control_packs for s in pack.labelled(stream)]
+            own = [s for pack in batch.control_packs for s in pack.labeled(stream)]
             ratios = torch.tensor([policy[id(s)] - self._reference(s) for s in own], dtype=torch.float32, device=device)
             self._baselines[stream] = objective.baseline(self._of_all_ranks(ratios)).detach()
 
@@ -87,7 +87,7 @@ class SequenceScoring:
         """
         terms = {}
         for stream, policy in output.scores.items():
-            samples = pack.labelled(stream)
+            samples = pack.labeled(stream)
             columns = torch.tensor([(self._reference(s), bool(s.desirable)) for s in samples], dtype=torch.float32)
             reference, desirable = columns.to(policy.device).unbind(1)
             baseline = self._baselines[stream].expand(len(samples))
@@ -115,9 +115,9 @@ class SequenceScoring:
         return self._references[id(sample)] if sample.reference is None else sample.reference
 
     def _score(self, packs: Sequence[Pack]) -> dict[int, float]:
-        """Log-probabilities by `id` of the sample; call it within `Trainable.scoring`."""
+        """Log-probabilities by `id` of the sample; call it within `TrainingModule.scoring`."""
         found: dict[int, float] = {}
         for pack in packs:
             for stream, values in self.forward(pack).scores.items():
-                found |= dict(zip(map(id, pack.labelled(stream)), values.tolist(), strict=True))
+                found |= dict(zip(map(id, pack.labeled(stream)), values.tolist(), strict=True))
         return found

@@ -16,7 +16,7 @@ from unified_lm.core import distributed
 from unified_lm.core.errors import ModelError
 from unified_lm.core.files import write_text
 from unified_lm.core.random import RngState
-from unified_lm.engine.trainable import PackOutput
+from unified_lm.engine.training_module import PackOutput
 
 _MAX_FILES = 20
 
@@ -93,7 +93,7 @@ def save_rows(
         for row in _rows(pack, index, decode, None if forward is None else _is_finite(pack, forward))
     ]
     gathered = distributed.all_gather_objects(rows)
-    if distributed.is_main() and len(list(run_dir.glob("offending-step-*.jsonl"))) < _MAX_FILES:
+    if distributed.is_rank0() and len(list(run_dir.glob("offending-step-*.jsonl"))) < _MAX_FILES:
         lines = [json.dumps({"rank": rank, **row}, ensure_ascii=False) for rank, part in enumerate(gathered) for row in part]
         write_text(path, "\n".join(lines) + "\n")
     return path

@@ -16,7 +16,7 @@ of whole samples, once `engine.sequences` has found what these are compared with
 the step (`engine.balance`): where it is trained, packs without pooled samples go through (1) and (3) as well.
 
 Every term is `weight * sum / count` with the count of the whole step over all ranks, known before any backward. Gradients
-of ranks are therefore *summed*, never averaged (`engine.backend`).
+of ranks are therefore *summed*, never averaged (`engine.backends.backend`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from unified_lm.core import distributed
 from unified_lm.core.random import RngState
 from unified_lm.engine.balance import RouterBalance
 from unified_lm.engine.sequences import SequenceScoring
-from unified_lm.engine.trainable import PackOutput
+from unified_lm.engine.training_module import PackOutput
 from unified_lm.objectives import EmbeddingObjective
 from unified_lm.objectives.balance import Routing
 
@@ -204,7 +204,7 @@ class GradCacheStep:
         if others is not None:
             loss = loss + others
         if self.balance is not None:
-            loss = loss + _spoil(self.balance.share_of_pack(output.routing))
+            loss = loss + propagate_nonfinite(self.balance.share_of_pack(output.routing))
         self._backward(loss, output)
         entry.output, entry.routing = None, {}  # frees the graph before the next pack is forwarded
         entry.pack.plan.kernel_cache.clear()
@@ -223,7 +223,7 @@ class GradCacheStep:
         total: torch.Tensor | None = None
         for stream, term in terms.items():
             self._sums[stream] = self._sums.get(stream, 0.0) + term.sum.detach()
-            share = _spoil(term.sum) * (self.weights[stream] / batch.counts[stream])
+            share = propagate_nonfinite(term.sum) * (self.weights[stream] / batch.counts[stream])
             total = share if total is None else total + share
         return total
 
@@ -242,7 +242,7 @@ class GradCacheStep:
 _EMPTY = empty_pack()
 
 
-def _spoil(loss: torch.Tensor) -> torch.Tensor:
+def propagate_nonfinite(loss: torch.Tensor) -> torch.Tensor:
     """A loss that is not finite gets a gradient that is not either, so that the update is skipped on every rank."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 

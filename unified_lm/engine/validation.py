@@ -17,7 +17,7 @@ from unified_lm.core import distributed
 from unified_lm.core.random import RngState
 from unified_lm.data.retrieval import RetrievalSet
 from unified_lm.engine.step import GradCacheStep
-from unified_lm.engine.trainable import Trainable
+from unified_lm.engine.training_module import TrainingModule
 from unified_lm.engine.validation_items import ItemScores
 from unified_lm.models.embedding import embed_samples
 from unified_lm.objectives.ranking import ndcg_per_query, recall_per_query
@@ -66,7 +66,7 @@ class Validator:
 
     def __init__(
         self,
-        trainable: Trainable,
+        trainable: TrainingModule,
         step: GradCacheStep,
         batches: Callable[[], Iterator[Batch]],
         retrieval: RetrievalSet | None,

@@ -9,14 +9,14 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from unified_lm.checkpoint.export import template_of
-from unified_lm.checkpoint.manifest import FILE_NAME, Manifest
-from unified_lm.checkpoint.standardizer_files import load_standardizer
 from unified_lm.checkpoint.store import list_checkpoints
-from unified_lm.checkpoint.verify import load_projection, quiet_transformers
 from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import CheckpointError, ConfigError
-from unified_lm.data.templates import Template
+from unified_lm.data.prompts.templates import Template
+from unified_lm.export.directory import template_of
+from unified_lm.export.manifest import FILE_NAME, Manifest
+from unified_lm.export.standardizer_files import load_standardizer
+from unified_lm.export.verify import load_projection, quiet_transformers
 from unified_lm.models.pooling import Projection
 from unified_lm.models.standardizer import Standardizer
 

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unified_lm.checkpoint.export import stop_token_ids
-from unified_lm.checkpoint.manifest import ATTENTIONS, MODES, Manifest
-from unified_lm.checkpoint.samples import embedding_sample
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from unified_lm.data.prompt_encoding import Encoded, PromptEncoder, Rejection
-from unified_lm.data.templates import Template, get_template
+from unified_lm.data.prompts.encoding import Encoded, PromptEncoder, Rejection
+from unified_lm.data.prompts.templates import Template, get_template
+from unified_lm.export.directory import stop_token_ids
+from unified_lm.export.manifest import ATTENTIONS, MODES, Manifest
+from unified_lm.export.samples import embedding_sample
 from unified_lm.inference.loading import load_parts
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.embedding import embed_samples
@@ -200,7 +200,7 @@ class UnifiedLM:
 
     @property
     def standardizer(self) -> Standardizer | None:
-        """What standardises vectors; None where they stay as the model gives them. May be set, for comparisons.
+        """What standardizes vectors; None where they stay as the model gives them. May be set, for comparisons.
 
         Raises:
             ConfigError: on setting one of another number of dimensions.

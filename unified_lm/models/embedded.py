@@ -124,7 +124,7 @@ def _smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the file, with the digit splitting that transformers' GGUF conversion loses.
 
     The file names the pre-tokenizer "smollm": every digit stands alone, then GPT-2's byte-level split. Without the first
-    step two spaces before a digit would be tokenised differently from the published tokenizer.
+    step two spaces before a digit would be tokenized differently from the published tokenizer.
     """
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

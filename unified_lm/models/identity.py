@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from unified_lm.core import distributed
-from unified_lm.core.agreement import share
+from unified_lm.core.agreement import broadcast_object
 
 _BLOCK_BYTES = 1 << 26
 """Hashed at a time by one thread: what a hash holds of a model on the CPU, times the threads."""
@@ -48,11 +48,11 @@ def identity_key(causal_lm: PreTrainedModel, whole: Whole = _always_whole) -> st
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
         for name, parameter in causal_lm.named_parameters():
             with whole([parameter]):
-                if distributed.is_main():
+                if distributed.is_rank0():
                     digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
                     for block in threads.map(_hash, _blocks(parameter.detach())):
                         digest.update(block)
-    return share(digest.hexdigest())
+    return broadcast_object(digest.hexdigest())
 
 
 def _configuration(causal_lm: PreTrainedModel) -> str:

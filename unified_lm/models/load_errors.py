@@ -64,7 +64,7 @@ def _text(error: Exception, location: str, part: str, is_hub: bool) -> str:
         )
     if "trust_remote_code" in message:
         return (
-            f"'{location}' needs modelling code that comes with it. Read that code, then set model.trust_remote_code=true, "
+            f"'{location}' needs modeling code that comes with it. Read that code, then set model.trust_remote_code=true, "
             "or choose a family that transformers has itself."
         )
     if any(isinstance(e, LocalEntryNotFoundError | HfHubHTTPError) for e in chain) or "couldn't connect" in message:

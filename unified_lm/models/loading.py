@@ -47,7 +47,7 @@ class LoadedModel:
     Attributes:
         causal_lm: in the recipe's dtype, evaluation mode, every parameter as loaded.
         tokenizer: with a pad token; no token was added to it.
-        provenance: JSON-serialisable: "source", "name", "revision" (the resolved commit where there is one), "family",
+        provenance: JSON-serializable: "source", "name", "revision" (the resolved commit where there is one), "family",
             "dtype", "fingerprint" (see `fingerprint`), "notices" (what was changed, for the log), and with `init_from` also
             "init_from" and "manifest" (that of the export, or None).
     """
@@ -128,7 +128,7 @@ def _load_tiny(config: ModelConfig, dtype: torch.dtype, device: torch.device | s
     if not config.family:
         raise ModelError("model.tiny_random needs to know which family to build: set model.family (for example llama).")
     if quantize_4bit:
-        raise ModelError("a tiny random model is not quantised. Set lora.quantize_4bit=false.")
+        raise ModelError("a tiny random model is not quantized. Set lora.quantize_4bit=false.")
     overrides: dict[str, Any] = {"attn_implementation": "eager"} if config.attention_kernel == "padded" else {}
     causal_lm = tiny_model(config.family, dtype=dtype, **overrides)
     notices = override_dropout(causal_lm.config, config.attention_dropout)
@@ -249,10 +249,10 @@ def _quiet_progress() -> Iterator[None]:
 
 
 def four_bit_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """4-bit NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3).
+    """4-bit NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3).
 
     Args:
-        compute_dtype: of the products with the dequantised weights.
+        compute_dtype: of the products with the dequantized weights.
 
     Raises:
         ModelError: bitsandbytes or CUDA is missing.

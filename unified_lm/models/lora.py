@@ -58,7 +58,7 @@ class LoraDelta:
 
     Attributes:
         name: the weight's name in the model without adapters ("model.layers.0.self_attn.q_proj.weight").
-        base: the frozen weight as it is stored, dequantised where it is 4-bit.
+        base: the frozen weight as it is stored, dequantized where it is 4-bit.
         delta: float32, of the shape of `base`: alpha / r * B @ A.
     """
 
@@ -118,14 +118,14 @@ def apply_lora(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> Lor
     ):
         raise ModelError("lora.quantize_4bit=true, but the model was not loaded in 4 bit. Load it with quantize_4bit=True.")
     modules, experts = _match_targets(causal_lm, config.target_modules)
-    with torch.random.fork_rng(devices=[]):  # peft's own initialisation, redone below
+    with torch.random.fork_rng(devices=[]):  # peft's own initialization, redone below
         if modules:
             _inject(causal_lm, config, modules)
         if experts:
             _inject_experts(causal_lm, config, experts)
     causal_lm.requires_grad_(False)
     for name, layer in _lora_layers(causal_lm):
-        _initialise(layer, derive_seed("lora", seed, name))
+        _initialize(layer, derive_seed("lora", seed, name))
     return LoraReport(
         targets=tuple(name.removesuffix(".weight") for name, _ in _lora_layers(causal_lm)),
         num_trainable=sum(p.numel() for p in causal_lm.parameters() if p.requires_grad),
@@ -143,7 +143,7 @@ def _scale(config: LoraConfig) -> dict[str, Any]:
 
 
 def _inject(causal_lm: PreTrainedModel, config: LoraConfig, modules: list[str]) -> None:
-    if getattr(causal_lm, "is_quantized", False):  # quantised layers have peft classes of their own
+    if getattr(causal_lm, "is_quantized", False):  # quantized layers have peft classes of their own
         inject_adapter_in_model(_peft_config(config, config.dropout, target_modules=modules), causal_lm, ADAPTER)
         return
     # not by peft's injection: for mixture-of-experts families it rewrites names such as gate_proj into fused experts
@@ -168,7 +168,7 @@ def _replace(causal_lm: PreTrainedModel, name: str, module: nn.Module) -> None:
     setattr(causal_lm.get_submodule(parent), child, module)
 
 
-def _initialise(layer: LoraLayer, seed: int) -> None:
+def _initialize(layer: LoraLayer, seed: int) -> None:
     a, b = _factors(layer)
     a.requires_grad_(True)
     b.requires_grad_(True)

@@ -53,7 +53,7 @@ def pool(hidden: torch.Tensor, spans: torch.Tensor, method: str | Pooling) -> to
         method: a `Pooling` or its name.
 
     Returns:
-        float32 `[E, D]` (float64 for float64 states), not normalised, differentiable. Each row depends on its own span alone.
+        float32 `[E, D]` (float64 for float64 states), not normalized, differentiable. Each row depends on its own span alone.
 
     Raises:
         ConfigError: unknown method.

@@ -1,7 +1,7 @@
 """A leak probe for the model at hand, run once at start-up: who really sees whom?
 
 Nothing is assumed about the family: three short samples are packed, the last token of one is changed, and the hidden states
-tell whether its past, its future and its neighbours noticed. Costs four forwards of eighteen tokens.
+tell whether its past, its future and its neighbors noticed. Costs four forwards of eighteen tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def probe_attention(backbone: Backbone, *, partial_spans: bool = True, whole: Wh
         whole: parameters -> a context in which they hold their whole values, where ranks hold parts.
 
     Raises:
-        ModelError: a causal token sees its future, a bidirectional one does not, a neighbour leaks, or the output head is not
+        ModelError: a causal token sees its future, a bidirectional one does not, a neighbor leaks, or the output head is not
             what `Backbone.output_head` says.
     """
     rng, training = RngState.capture(), backbone.training

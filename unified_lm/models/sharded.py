@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core import distributed
-from unified_lm.core.agreement import on_main, share
+from unified_lm.core.agreement import broadcast_object, run_on_rank0
 from unified_lm.core.errors import ModelError
 from unified_lm.models.loading import DTYPES, LoadedModel, load_model
 
@@ -25,7 +25,7 @@ from unified_lm.models.loading import DTYPES, LoadedModel, load_model
 class Sharding(Protocol):
     """How ranks split parameters."""
 
-    def initialising(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+    def initializing(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """Parameters made within it are split as soon as their module is complete."""
 
     def filling(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
@@ -58,7 +58,7 @@ def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
             "buffers": dict(causal_lm.named_buffers()),
         }
 
-    known = on_main(read_whole)
+    known = run_on_rank0(read_whole)
     causal_lm = _build(config, known, sharding)
     whole = dict(read[0].causal_lm.named_parameters()) if read else {}
     _check_names(causal_lm, whole)
@@ -73,7 +73,7 @@ def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
 def _build(config: ModelConfig, known: dict[str, Any], sharding: Sharding) -> PreTrainedModel:
     """The model in parts, its weights not yet filled."""
     dtype = DTYPES[config.dtype]
-    with no_init_weights(), sharding.initialising(dtype):
+    with no_init_weights(), sharding.initializing(dtype):
         causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
             known["config"],
             dtype=dtype,
@@ -91,7 +91,7 @@ def _build(config: ModelConfig, known: dict[str, Any], sharding: Sharding) -> Pr
 def _check_names(causal_lm: PreTrainedModel, whole: dict[str, nn.Parameter]) -> None:
     """See that parts and whole are the same weights, of one shape and dtype; a missing one would stay empty without a word."""
     found = {name: (distributed.full_shape(p), p.dtype) for name, p in causal_lm.named_parameters()}
-    expected = share({name: (tuple(p.shape), p.dtype) for name, p in whole.items()})
+    expected = broadcast_object({name: (tuple(p.shape), p.dtype) for name, p in whole.items()})
     if found != expected:
         differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         raise ModelError(

@@ -1,8 +1,8 @@
-"""Per-dimension standardisation of embeddings with statistics that are fitted once, on a reference corpus.
+"""Per-dimension standardization of embeddings with statistics that are fitted once, on a reference corpus.
 
 A few dimensions of a language model's states are far larger than the others and decide every cosine (Timkey and van Schijndel
-2021, arXiv:2109.04404, who standardise as here). Statistics of the texts that happen to be encoded together would make a vector
-depend on its neighbours; these are numbers of the model, saved with it.
+2021, arXiv:2109.04404, who standardize as here). Statistics of the texts that happen to be encoded together would make a vector
+depend on its neighbors; these are numbers of the model, saved with it.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ class Standardizer(nn.Module):
 
     @classmethod
     def fit(cls, moments: RunningMoments, min_texts: int = MIN_TEXTS) -> Standardizer:
-        """Standardise by these moments.
+        """Standardize by these moments.
 
         Standard deviations below `RELATIVE_EPS` times their median are raised to that.
 
         Args:
-            moments: of the reference vectors, not normalised.
+            moments: of the reference vectors, not normalized.
             min_texts: fewest vectors accepted.
 
         Raises:
@@ -123,13 +123,13 @@ class Standardizer(nn.Module):
         return len(self.scale)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Standardise `[N, D]`, in float32 (float64 for float64) with autocast off."""
+        """Standardize `[N, D]`, in float32 (float64 for float64) with autocast off."""
         with torch.autocast(vectors.device.type, enabled=False):
             work = torch.promote_types(vectors.dtype, torch.float32)
             return torch.addcmul(self.shift.to(work), vectors.to(work), self.scale.to(work))
 
 
 def embedding_head(projection: nn.Module | None, standardizer: nn.Module | None) -> nn.Module | None:
-    """What is applied to a pooled vector, in order: the linear head, then standardisation. None for neither."""
+    """What is applied to a pooled vector, in order: the linear head, then standardization. None for neither."""
     parts = [part for part in (projection, standardizer) if part is not None]
     return nn.Sequential(*parts) if parts else None

@@ -75,7 +75,7 @@ class Contrastive:
     ``L = -sum_i log( exp(cos(q_i, p_i) / t) / sum_j exp(cos(q_i, d_j) / t) )``, d running over the positives and hard negatives
     of *every* query of the global batch. The temperature t divides (the GRIT paper prints a product, its code divides;
     LLM2Vec's scale of 50 is a temperature of 0.02). Runs in float32 (float64 for float64 embeddings) with autocast off; with
-    `similarity_dtype` "bfloat16" vectors are rounded, normalised and multiplied in bfloat16, and the softmax stays in float32.
+    `similarity_dtype` "bfloat16" vectors are rounded, normalized and multiplied in bfloat16, and the softmax stays in float32.
 
     Args:
         config: `temperature`, `symmetric`, `mask_same_text`, `matryoshka_dims`, `gradient_scale`, `reference_world_size`,
@@ -116,7 +116,7 @@ class Contrastive:
         """See `EmbeddingObjective`.
 
         Args:
-            embeddings: `[G, K, D]`, K at least 2; normalised here. G may be 0.
+            embeddings: `[G, K, D]`, K at least 2; normalized here. G may be 0.
             text_ids: int64 `[G, K]`; needed with `mask_same_text`, where 0 equals nothing, not even 0.
 
         Returns:
@@ -180,8 +180,8 @@ def info_nce(
     """Cross-entropy of every query over all documents, query i's positive being document i.
 
     Args:
-        queries: `[G, D]`, float32 or float64, normalised here.
-        documents: `[M, D]`, M at least G: all positives, then any number of negatives; normalised here.
+        queries: `[G, D]`, float32 or float64, normalized here.
+        documents: `[M, D]`, M at least G: all positives, then any number of negatives; normalized here.
         temperature: cosines are divided by it; above 0.
         own_ids: int64 `[G, 2]`, text ids of each query and its positive; None compares no texts.
         document_ids: int64 `[M]`, text ids of the documents. One that equals an own id, is not 0 and is not the query's

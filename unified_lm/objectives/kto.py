@@ -14,7 +14,7 @@ from unified_lm.objectives.protocol import ObjectiveKind
 
 
 class KTO:
-    """Kahneman-Tversky optimisation (KTO, equations 7 and 8).
+    """Kahneman-Tversky optimization (KTO, equations 7 and 8).
 
     With the log-ratio r = log pi(y|x) - log pi_ref(y|x) of a completion and a reference point z0::
 

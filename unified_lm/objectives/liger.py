@@ -40,7 +40,7 @@ def liger_cross_entropy(
     """`sum_i weights_i * CE_i` through Liger's kernel, as `cross_entropy.linear_cross_entropy`.
 
     Liger's backward scales by one number, not by one per position, so there is one call per distinct weight: one call under
-    "token" normalisation, up to one per sample under "sample".
+    "token" normalization, up to one per sample under "sample".
 
     Args:
         kernel: what `load_liger` returns.

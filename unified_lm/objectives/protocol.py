@@ -41,7 +41,7 @@ class TokenObjective(Protocol):
         Args:
             hidden: `[T, D]`, last hidden states of the pack (after the final norm), in the model's dtype.
             head: the output head.
-            supervision: where, what and how much; its weights carry the normalisation (`batch/normalization.py`).
+            supervision: where, what and how much; its weights carry the normalization (`batch/normalization.py`).
 
         Returns:
             The weighted sum, and the number of supervised positions. The engine divides the sum over packs and ranks by
@@ -69,7 +69,7 @@ class EmbeddingObjective(Protocol):
         """The loss of a step.
 
         Args:
-            embeddings: `[G, K, D]` float32 (or float64), not normalised, every group of the global batch in one order on all
+            embeddings: `[G, K, D]` float32 (or float64), not normalized, every group of the global batch in one order on all
                 ranks: slot 0 query, 1 positive, 2 and up hard negatives. Ranks may hold different numbers of groups.
             text_ids: int64 `[G, K]`, hashes of the texts, 0 where unknown; None where nothing is known.
 

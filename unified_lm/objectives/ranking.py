@@ -14,7 +14,7 @@ from unified_lm.core.errors import DataError
 
 
 def ndcg_at_k(scores: torch.Tensor, relevant: Sequence[Collection[int]], k: int) -> float:
-    """Mean normalised discounted cumulative gain (Järvelin and Kekäläinen, 2002) with binary relevance, as BEIR reports it.
+    """Mean normalized discounted cumulative gain (Järvelin and Kekäläinen, 2002) with binary relevance, as BEIR reports it.
 
     ``DCG = sum over the first k ranks r, from 1, of relevance_r / log2(r + 1)``, divided by that of the ideal order.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.inference.conftest import make_export
-from unified_lm.cli.analyse import analyse
+from unified_lm.cli.analyze import analyze
 from unified_lm.cli.main import main
 from unified_lm.core.errors import CheckpointError, ConfigError, UserError
 from unified_lm.evaluation.analyses import ANALYSES
@@ -34,7 +34,7 @@ def _arguments(files: dict[str, Path], out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def out(folder: Path, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("analysis")
-    analyse(["all", f"uni={folder}@causal", f"bi={folder}", *_arguments(files, out)])
+    analyze(["all", f"uni={folder}@causal", f"bi={folder}", *_arguments(files, out)])
     return out
 
 
@@ -51,11 +51,11 @@ def test_every_analysis_writes_numbers_and_a_figure(out: Path, name: str) -> Non
 def test_too_few_positions_or_windows_are_refused(folder: Path, files: dict[str, Path], tmp_path: Path, name: str) -> None:
     arguments = [name, f"bi={folder}", *_arguments(files, tmp_path)]
     with pytest.raises(ConfigError, match=r"--positions 2: .*give at least 3"):
-        analyse([*arguments, "--positions", "2"])
+        analyze([*arguments, "--positions", "2"])
     with pytest.raises(ConfigError, match=r"--num-windows 1: .*at least 2"):
-        analyse([*arguments, "--num-windows", "1"])
+        analyze([*arguments, "--num-windows", "1"])
     assert not (tmp_path / f"{name}.json").exists()
-    analyse([*arguments, "--positions", "3", "--num-windows", "2"])
+    analyze([*arguments, "--positions", "3", "--num-windows", "2"])
     assert "NaN" not in (tmp_path / f"{name}.json").read_text()
 
 
@@ -64,7 +64,7 @@ def test_the_report_of_a_run_finds_every_analysis(
 ) -> None:
     run = tmp_path_factory.mktemp("run")
     make_export(run / "export")
-    analyse(["all", f"base={folder}", f"trained={run}", f"causal={run / 'export'}@causal", *_arguments(files, tmp_path)])
+    analyze(["all", f"base={folder}", f"trained={run}", f"causal={run / 'export'}@causal", *_arguments(files, tmp_path)])
     tables = find_result_tables(run)
     assert len(tables) == len(ANALYSES)
     for name, table in zip(sorted(ANALYSES), tables, strict=True):
@@ -97,14 +97,14 @@ def test_what_is_measured_is_not_measured_again(
     out: Path, folder: Path, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (out / "norms.json").read_text()
-    analyse(["norms", f"bi={folder}", f"again={folder}@bidirectional", f"uni={folder}@causal", *_arguments(files, out)])
+    analyze(["norms", f"bi={folder}", f"again={folder}@bidirectional", f"uni={folder}@causal", *_arguments(files, out)])
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(":")[2].strip() == "measured before" for line in lines] == [True, False, True]
     arms = json.loads((out / "norms.json").read_text())["arms"]
     assert list(arms) == ["bi", "again", "uni"]
     assert arms["uni"] == json.loads(before)["arms"]["uni"]
     assert arms["again"]["norm"] == arms["bi"]["norm"]
-    analyse(["norms", f"bi={folder}", *_arguments(files, out), "--positions", "13"])
+    analyze(["norms", f"bi={folder}", *_arguments(files, out), "--positions", "13"])
     assert "measured before" not in capsys.readouterr().err, "other material is measured anew"
 
 
@@ -125,11 +125,11 @@ def test_arms(folder: Path, tmp_path: Path) -> None:
 
 def test_mistakes(folder: Path, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"unknown analysis 'layer'\. Did you mean 'layers'"):
-        analyse(["layer", str(folder)])
+        analyze(["layer", str(folder)])
     with pytest.raises(ConfigError, match="needs something to score"):
-        analyse(["standardize", str(folder), "--retrieval", "none", "--out", str(tmp_path)])
+        analyze(["standardize", str(folder), "--retrieval", "none", "--out", str(tmp_path)])
     with pytest.raises(ConfigError, match="two corpora are called 'texts'"):
-        analyse(["norms", str(folder), "--corpus", str(files["texts"]), "--corpus", "texts=pydocs"])
+        analyze(["norms", str(folder), "--corpus", str(files["texts"]), "--corpus", "texts=pydocs"])
     (tmp_path / "norms.json").write_text('{"arms": [1]}')
-    assert main(["analyse", "norms", str(folder), *_arguments(files, tmp_path)]) == 2
+    assert main(["analyze", "norms", str(folder), *_arguments(files, tmp_path)]) == 2
     assert "is not the result of an analysis" in capsys.readouterr().err

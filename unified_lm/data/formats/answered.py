@@ -12,9 +12,9 @@ import numpy as np
 from unified_lm.batch.sample import IGNORE, Sample
 from unified_lm.core.errors import DataError
 from unified_lm.data.formats.base import Format, hash_text
-from unified_lm.data.mismatch import mismatched_partners
-from unified_lm.data.prompt_encoding import Encoded, Rejection
-from unified_lm.data.records import ChatRecord, PreferenceRecord, RecordKind
+from unified_lm.data.formats.mismatch import mismatched_partners
+from unified_lm.data.prompts.encoding import Encoded, Rejection
+from unified_lm.data.rows.records import ChatRecord, PreferenceRecord, RecordKind
 from unified_lm.data.token_cache import Item, Role, Row, TokenTable, chunks
 
 
@@ -48,14 +48,14 @@ class Chat(Format):
         labels = np.full(len(ids), IGNORE, dtype=np.int64)
         for start, stop in encoded.spans:
             labels[start:stop] = ids[start:stop]
-        return self._labelled_sample(encoded, group, ids, labels)
+        return self._labeled_sample(encoded, group, ids, labels)
 
 
 class Preference(Chat):
     """A prompt with a completion that is desirable or not (slot 0), and with the completion of another prompt (slot 1).
 
     The second sample is a control: scored, never trained on. Which completion it has depends on the rows of the source alone
-    (`data/mismatch.py`), so that what is known about a sample can be stored.
+    (`data/formats/mismatch.py`), so that what is known about a sample can be stored.
     """
 
     kind = RecordKind.PREFERENCE

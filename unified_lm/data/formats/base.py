@@ -13,8 +13,8 @@ import numpy as np
 from unified_lm.batch.sample import Sample
 from unified_lm.config.schema import StreamConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
-from unified_lm.data.prompt_encoding import Encoded, PromptEncoder
-from unified_lm.data.records import RecordKind
+from unified_lm.data.prompts.encoding import Encoded, PromptEncoder
+from unified_lm.data.rows.records import RecordKind
 from unified_lm.data.token_cache import Row, TokenTable
 
 ATTENTIONS = ("causal", "bidirectional", "bidirectional_prompt")
@@ -60,7 +60,7 @@ class Format(ABC):
 
     @abstractmethod
     def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
-        """Tokenise every record of a source; what yields no row is counted in `rejected`."""
+        """Tokenize every record of a source; what yields no row is counted in `rejected`."""
 
     @abstractmethod
     def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
@@ -96,7 +96,7 @@ class Format(ABC):
             truncated=encoded.truncated,
         )
 
-    def _labelled_sample(self, encoded: Encoded, group: int, read: np.ndarray, labels: np.ndarray) -> Sample:
+    def _labeled_sample(self, encoded: Encoded, group: int, read: np.ndarray, labels: np.ndarray) -> Sample:
         return Sample(
             input_ids=read,
             stream=self.name,

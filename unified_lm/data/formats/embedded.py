@@ -11,8 +11,8 @@ import numpy as np
 from unified_lm.batch.sample import Sample
 from unified_lm.core.errors import DataError
 from unified_lm.data.formats.base import Format, hash_text
-from unified_lm.data.prompt_encoding import Encoded, Rejection
-from unified_lm.data.records import PairRecord, RecordKind
+from unified_lm.data.prompts.encoding import Encoded, Rejection
+from unified_lm.data.rows.records import PairRecord, RecordKind
 from unified_lm.data.token_cache import Item, Role, Row, TokenTable, chunks
 
 

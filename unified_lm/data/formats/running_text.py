@@ -12,9 +12,9 @@ from unified_lm.batch.sample import IGNORE, Sample
 from unified_lm.config.schema import MaskingConfig, StreamConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
 from unified_lm.data.formats.base import Format
-from unified_lm.data.masking import Corruptor
-from unified_lm.data.prompt_encoding import Encoded, PromptEncoder, Rejection
-from unified_lm.data.records import RecordKind, TextRecord
+from unified_lm.data.formats.masking import Corruptor
+from unified_lm.data.prompts.encoding import Encoded, PromptEncoder, Rejection
+from unified_lm.data.rows.records import RecordKind, TextRecord
 from unified_lm.data.token_cache import Item, Row, TokenTable, chunks
 
 CHUNKINGS = ("record", "concatenate")
@@ -97,7 +97,7 @@ class Text(Format):
         ids = encoded.ids.astype(np.int64)
         labels = ids.copy()
         labels[0] = IGNORE
-        return [self._labelled_sample(encoded, group, ids, labels)]
+        return [self._labeled_sample(encoded, group, ids, labels)]
 
 
 class MaskedText(Text):
@@ -115,4 +115,4 @@ class MaskedText(Text):
     def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
         """See `Format.samples`."""
         encoded = table.encoded(int(table.row_starts[row]))
-        return [self._labelled_sample(encoded, group, *self.corruptor.corrupt(encoded.ids, rng))]
+        return [self._labeled_sample(encoded, group, *self.corruptor.corrupt(encoded.ids, rng))]

@@ -72,7 +72,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
 
 
 def describe(vectors: np.ndarray) -> Numbers:
-    """All numbers of the analysis for vectors `[N, D]` that are not normalised."""
+    """All numbers of the analysis for vectors `[N, D]` that are not normalized."""
     mean, std = vectors.mean(axis=0), vectors.std(axis=0)
     magnitude = np.abs(vectors).mean(axis=0)
     median = float(np.median(magnitude))
@@ -80,27 +80,27 @@ def describe(vectors: np.ndarray) -> Numbers:
     total = float(parts.sum())
     rogue = rogue_dimensions(vectors)
     order = np.argsort(-parts)[:_TOP]
-    centred = vectors - mean
+    centerd = vectors - mean
     rest = np.delete(vectors, rogue, axis=1)
     return {
         "num_texts": len(vectors),
         "dimensions": vectors.shape[1],
         "mean_cosine": rounded(total),
         "mean_cosine_without_rogue": rounded(float(cosine_contributions(rest).sum())),
-        "mean_cosine_centred": rounded(float(cosine_contributions(centred).sum())),
-        "mean_cosine_standardized": rounded(float(cosine_contributions(centred / np.where(std > 0, std, 1)).sum())),
+        "mean_cosine_centred": rounded(float(cosine_contributions(centerd).sum())),
+        "mean_cosine_standardized": rounded(float(cosine_contributions(centerd / np.where(std > 0, std, 1)).sum())),
         "median_magnitude": rounded(median),
         "magnitudes_sorted": rounded(-np.sort(-magnitude), 4),
         "rogue": [_dimension(i, mean, std, magnitude, median, parts, total) for i in rogue],
         "rogue_share": rounded(float(parts[rogue].sum()) / total),
-        "rogue_magnitude_after_centring": rounded(_largest_ratio(centred, rogue)),
+        "rogue_magnitude_after_centring": rounded(_largest_ratio(centerd, rogue)),
         "top": [_dimension(int(i), mean, std, magnitude, median, parts, total) for i in order],
     }
 
 
-def _largest_ratio(centred: np.ndarray, rogue: list[int]) -> float:
+def _largest_ratio(centerd: np.ndarray, rogue: list[int]) -> float:
     """Largest mean magnitude of the rogue dimensions after centring, against the median dimension's; 0 without any."""
-    magnitude = np.abs(centred).mean(axis=0)
+    magnitude = np.abs(centerd).mean(axis=0)
     return float(magnitude[rogue].max() / np.median(magnitude)) if rogue else 0.0
 
 
@@ -120,8 +120,8 @@ def _dimension(
 _BARS = (
     ("mean_cosine", "as they are"),
     ("mean_cosine_without_rogue", "rogue dimensions\nleft out"),
-    ("mean_cosine_centred", "centred"),
-    ("mean_cosine_standardized", "standardised"),
+    ("mean_cosine_centred", "centerd"),
+    ("mean_cosine_standardized", "standardized"),
 )
 
 
@@ -129,18 +129,18 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
     figure, axes = subplots(1, 3, 14, 4.3, gridspec_kw={"width_ratios": [1, 1.1, 1.2]})
     width = 0.8 / len(arms)
     for index, numbers in enumerate(arms.values()):
-        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
         magnitudes = numbers["magnitudes_sorted"]
-        axes[0][0].plot(range(1, len(magnitudes) + 1), magnitudes, color=colour, linewidth=1.5)
+        axes[0][0].plot(range(1, len(magnitudes) + 1), magnitudes, color=color, linewidth=1.5)
         for rank, dimension in enumerate(numbers["rogue"], start=1):
-            axes[0][0].plot(rank, dimension["magnitude"], color=colour, marker=marker, markersize=5)
-            axes[0][0].annotate(str(dimension["dimension"]), (rank, dimension["magnitude"]), fontsize=7.5, color=colour,
+            axes[0][0].plot(rank, dimension["magnitude"], color=color, marker=marker, markersize=5)
+            axes[0][0].annotate(str(dimension["dimension"]), (rank, dimension["magnitude"]), fontsize=7.5, color=color,
                                 xytext=(6, 4 - 9 * index), textcoords="offset points")  # fmt: skip
         shares = [100 * dimension["share_of_mean_cosine"] for dimension in numbers["top"]]
-        axes[0][1].plot(range(1, len(shares) + 1), shares, color=colour, marker=marker, markersize=4.5, linewidth=1)
+        axes[0][1].plot(range(1, len(shares) + 1), shares, color=color, marker=marker, markersize=4.5, linewidth=1)
         places = np.arange(len(_BARS)) + (index - (len(arms) - 1) / 2) * width
         cosines = [numbers[key] for key, _ in _BARS]
-        bars = axes[0][2].bar(places, cosines, width=width * 0.94, color=colour)
+        bars = axes[0][2].bar(places, cosines, width=width * 0.94, color=color)
         named = [f"{round(cosine, 2) + 0.0:.2f}" for cosine in cosines]  # + 0.0: no negative zero
         axes[0][2].bar_label(bars, labels=named, fontsize=7, padding=2)
     axes[0][0].set_xscale("log")

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
-from unified_lm.checkpoint.manifest import ATTENTIONS, FILE_NAME
 from unified_lm.core.errors import ConfigError, did_you_mean
-from unified_lm.evaluation.embedders import folder_hash
+from unified_lm.export.manifest import ATTENTIONS, FILE_NAME
 from unified_lm.inference.loading import model_folder
 from unified_lm.inference.unified import UnifiedLM
+from unified_lm.mining.embedders import folder_hash
 from unified_lm.models.embedded import EMBEDDED_MODELS, embedded_directory
 
 EMBEDDED = "embedded"

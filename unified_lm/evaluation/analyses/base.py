@@ -28,7 +28,7 @@ class AnalysisSettings:
         num_pairs: sentence pairs, and retrieval rows, at most.
         positive_score: least score of a pair that counts as similar (alignment).
         retrieval: retrieval pairs: "pydocs", a file or folder; None leaves them out.
-        corpora: label -> reference corpus of standardisation, as `texts`.
+        corpora: label -> reference corpus of standardization, as `texts`.
         corpus_texts: texts of each corpus, at most.
     """
 

@@ -69,8 +69,8 @@ def draw_by_layer(
         arms: label -> numbers.
         maps: key of the values of a heat map in the numbers, `[L + 1, positions]`.
         titles: of the heat maps.
-        scale: matplotlib's `Normalize`, from values to the colour map.
-        scale_label: of the colours.
+        scale: matplotlib's `Normalize`, from values to the color map.
+        scale_label: of the colors.
         curves: in the diagram.
         legend: where the diagram's legend is.
 
@@ -85,11 +85,11 @@ def draw_by_layer(
     heat_legend(figure, image, list(axes[0][: len(arms)]), scale_label)
     axis = axes[0][-1]
     for index, numbers in enumerate(arms.values()):
-        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
         for curve in curves:
             values = numbers[curve.key]
             marked = {"marker": marker, "markevery": max(1, len(values) // 10), "markersize": 4} if curve is curves[0] else {}
-            axis.plot(range(len(values)), values, color=colour, linewidth=curve.width, linestyle=curve.style, **marked)
+            axis.plot(range(len(values)), values, color=color, linewidth=curve.width, linestyle=curve.style, **marked)
     for curve in curves:
         axis.plot([], [], color="#333333", linestyle=curve.style, label=curve.label)
     axis.legend(fontsize=8, frameon=False, loc=legend)

@@ -1,4 +1,4 @@
-"""How figures look: colours that are told apart by readers with any colour vision, sober axes."""
+"""How figures look: colors that are told apart by readers with any color vision, sober axes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """A second way to tell arms apart."""
 
 HEAT = "viridis"
-"""Colour map of heat maps: ordered in lightness, so that it survives grey printing."""
+"""Color map of heat maps: ordered in lightness, so that it survives grey printing."""
 
 
 def subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
@@ -58,7 +58,7 @@ def arm_legend(figure: Any, labels: list[str], columns: int = 4, extra: Sequence
 
 
 def heat_legend(figure: Any, image: Any, axes: list[Any], label: str) -> None:
-    """The colour scale beside heat maps that share it."""
+    """The color scale beside heat maps that share it."""
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)

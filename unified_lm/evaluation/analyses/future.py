@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from unified_lm.core.errors import DataError, ModelError
-from unified_lm.data.readers import read_rows
+from unified_lm.data.rows.readers import read_rows
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
 from unified_lm.evaluation.analyses.figure import MARKERS, PALETTE, arm_legend, finish, save, subplots
 from unified_lm.evaluation.analyses.states import layer_states
@@ -196,23 +196,23 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
 
 def _draw_cosines(axis: Any, arms: Mapping[str, Numbers], rows: list[tuple[str, str]]) -> None:
     """Every triple as a dot, the means as bars across: similar continuation above, different one below."""
-    for place, (label, attention) in enumerate(rows):
+    for row, (label, attention) in enumerate(rows):
         numbers = arms[label][attention]
-        for key, colour, shift, marker in (("similar", _ALIKE, -0.16, "o"), ("different", _OTHER, 0.16, "s")):
+        for key, color, shift, marker in (("similar", _ALIKE, -0.16, "o"), ("different", _OTHER, 0.16, "s")):
             values = numbers[f"{key}_by_triple"]
-            axis.scatter(values, [place + shift] * len(values), s=10, color=colour, alpha=0.35, linewidths=0, marker=marker)
-            axis.plot([numbers[key]] * 2, [place + shift - 0.14, place + shift + 0.14], color=colour, linewidth=2.4)
+            axis.scatter(values, [row + shift] * len(values), s=10, color=color, alpha=0.35, linewidths=0, marker=marker)
+            axis.plot([numbers[key]] * 2, [row + shift - 0.14, row + shift + 0.14], color=color, linewidth=2.4)
     _name_rows(axis, rows)
     finish(axis, "the prefix, before a similar and a different end", "cosine of the prefix's vectors", "")
 
 
 def _draw_gaps(axis: Any, arms: Mapping[str, Numbers], rows: list[tuple[str, str]]) -> None:
     labels = list(arms)
-    for place, (label, attention) in enumerate(rows):
+    for row, (label, attention) in enumerate(rows):
         numbers, index = arms[label][attention], labels.index(label)
         error = [[numbers["gap"] - numbers["gap_low"]], [numbers["gap_high"] - numbers["gap"]]]
-        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
-        axis.errorbar(numbers["gap"], place, xerr=np.maximum(error, 0), color=colour, marker=marker, capsize=3, markersize=6)
+        color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        axis.errorbar(numbers["gap"], row, xerr=np.maximum(error, 0), color=color, marker=marker, capsize=3, markersize=6)
     axis.axvline(0, color="#555555", linewidth=0.8)
     _name_rows(axis, rows)
     axis.set_yticklabels([])

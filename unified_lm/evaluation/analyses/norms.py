@@ -68,8 +68,8 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
     for label, numbers in arms.items():
         largest = numbers["largest_ratio"]
         sinks = ", ".join(str(sink["position"]) for sink in numbers["sinks"])
-        place = (largest["ratio"], largest["layer"], largest["position"])
-        rows.append([label, numbers["attention"], sinks or "none", *place, numbers["last_layer_first_ratio"]])
+        peak = (largest["ratio"], largest["layer"], largest["position"])
+        rows.append([label, numbers["attention"], sinks or "none", *peak, numbers["last_layer_first_ratio"]])
     return ResultTable(
         title="Attention sinks: length of the states",
         columns=("model", "attention", "sinks at", "largest ratio", "in layer", "at position", "position 0, last layer"),

@@ -1,4 +1,4 @@
-"""What does standardising every dimension do to a model's scores, and how much does the reference corpus matter?
+"""What does standardizing every dimension do to a model's scores, and how much does the reference corpus matter?
 
 Statistics are fitted on every corpus given, and, as a bound that no deployed model can have, on the evaluated texts themselves.
 The evaluated vectors are computed once, without any standardizer that the model has.
@@ -17,7 +17,7 @@ import torch
 from scipy.stats import rankdata
 
 from unified_lm.core.errors import ConfigError
-from unified_lm.data.records import Text
+from unified_lm.data.rows.records import Text
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
 from unified_lm.evaluation.analyses.figure import PALETTE, finish, save, subplots
 from unified_lm.evaluation.analyses.states import pooled_vectors
@@ -111,7 +111,7 @@ Scores = tuple[np.ndarray, Callable[..., float], tuple[np.ndarray, ...]]
 
 
 def _rows(score: Callable[[Standardizer | None], Scores], fitted: Mapping[str, Standardizer]) -> dict[str, Numbers]:
-    """The score without standardisation and with every corpus, and the paired difference to none, with 95% intervals."""
+    """The score without standardization and with every corpus, and the paired difference to none, with 95% intervals."""
     plain, statistic, fixed = score(None)
     base = bootstrap_interval(statistic, plain, *fixed)
     rows = {NONE: {"value": rounded(base.value), "low": rounded(base.low), "high": rounded(base.high)}}
@@ -190,7 +190,7 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
     handles = axes[0][0].containers
     bars_only = [h for h in handles if h.__class__.__name__ == "BarContainer"]
     figure.legend(
-        bars_only, [f"fitted on: {row}" if row != NONE else "not standardised" for row in rows], loc="outside upper left",
+        bars_only, [f"fitted on: {row}" if row != NONE else "not standardized" for row in rows], loc="outside upper left",
         ncols=min(2 * len(metrics), len(rows)), frameon=False, fontsize=9,
     )  # fmt: skip
     return save(figure, path)
@@ -205,17 +205,17 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
         for row, scores in numbers.get(metric, {}).items()
     ]
     return ResultTable(
-        title="Standardised vectors, by reference corpus",
+        title="Standardized vectors, by reference corpus",
         columns=("model", "data", "score", "fitted on", "value", "low", "high", "change", "change, low", "change, high"),
         rows=rows,
-        note=f"Change: paired difference to no standardisation. 95 % intervals: bootstrap over pairs or queries. No model in "
+        note=f"Change: paired difference to no standardization. 95 % intervals: bootstrap over pairs or queries. No model in "
         f"use can be fitted on {ITSELF}.",
     )
 
 
 STANDARDIZE = Analysis(
     name="standardize",
-    summary="scores without and with standardisation, by reference corpus",
+    summary="scores without and with standardization, by reference corpus",
     version=1,
     prepare=_prepare,
     measure=_measure,

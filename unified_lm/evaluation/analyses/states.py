@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from unified_lm.batch import Sample
 from unified_lm.core.errors import DataError
-from unified_lm.data.records import Text
+from unified_lm.data.rows.records import Text
 from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.embedding import sample_states
 

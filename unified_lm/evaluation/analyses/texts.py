@@ -12,10 +12,10 @@ import numpy as np
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import DataError
 from unified_lm.core.random import derive_seed
-from unified_lm.data.records import PairRecord, RecordKind, Text, TextRecord
+from unified_lm.data.rows.records import PairRecord, RecordKind, Text, TextRecord
 from unified_lm.data.sources import open_source
-from unified_lm.evaluation.offline import DESCRIPTION, Kind, read_task
-from unified_lm.evaluation.offline_files import Layout, read_fields
+from unified_lm.evaluation.embedding.offline import DESCRIPTION, Kind, read_task
+from unified_lm.evaluation.embedding.offline_files import Layout, read_fields
 
 PYDOCS = "pydocs"
 """Stands for the built-in data set."""
@@ -132,12 +132,12 @@ def read_retrieval(source: str, limit: int | None) -> RetrievalPairs:
     )
     records = open_source(config, RecordKind.PAIR, seed=0)
     rows = [record for record in records if isinstance(record, PairRecord)]
-    place: dict[Text, int] = {}
+    index_of: dict[Text, int] = {}
     for row in rows:
         for text in (*row.positives, *row.negatives):
-            place.setdefault(text, len(place))
-    relevant = [{place[text] for text in row.positives} for row in rows]
-    return RetrievalPairs(records.name, [row.query for row in rows], list(place), relevant)
+            index_of.setdefault(text, len(index_of))
+    relevant = [{index_of[text] for text in row.positives} for row in rows]
+    return RetrievalPairs(records.name, [row.query for row in rows], list(index_of), relevant)
 
 
 def _choose(items: list, limit: int | None) -> list:

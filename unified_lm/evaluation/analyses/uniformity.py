@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from unified_lm.core.errors import DataError
-from unified_lm.data.records import Text
+from unified_lm.data.rows.records import Text
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
 from unified_lm.evaluation.analyses.figure import MARKERS, PALETTE, arm_legend, finish, save, subplots
 from unified_lm.evaluation.analyses.states import pooled_vectors
@@ -93,9 +93,9 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
     axis = axes[0][0]
     for index, numbers in enumerate(arms.values()):
         error = [[numbers["alignment"] - numbers["alignment_low"]], [numbers["alignment_high"] - numbers["alignment"]]]
-        colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
+        color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
         axis.errorbar(
-            numbers["uniformity"], numbers["alignment"], yerr=np.maximum(error, 0), color=colour, marker=marker, markersize=9,
+            numbers["uniformity"], numbers["alignment"], yerr=np.maximum(error, 0), color=color, marker=marker, markersize=9,
             capsize=3, linewidth=1,
         )  # fmt: skip
     axis.margins(0.2)

@@ -2,7 +2,7 @@
 
 A pack is S sequences laid end to end. Its `AttentionPlan` says for each sequence whether it is causal, bidirectional, or causal
 with a bidirectional span; no sequence ever sees another. The plan reaches every layer as a keyword argument, through
-transformers' attention interface, so no modelling file is patched:
+transformers' attention interface, so no modeling file is patched:
 
     decoder(input_ids, position_ids, plan=plan, attention_kernel=kernel) -> layer -> attention -> `packed_attention` -> kernel
 
@@ -48,7 +48,7 @@ ATTENTION_NAME = "unified_lm_packed"
 looks for as substrings."""
 
 _UNSUPPORTED = ("position_bias", "alibi", "cache", "block_table", "attention_chunk_size", "head_mask", "output_attentions")
-"""Arguments that would change the result, and that no kernel here honours."""
+"""Arguments that would change the result, and that no kernel here honors."""
 
 
 class AutoKernel:
@@ -140,7 +140,7 @@ def packed_attention(
         `[1, T, H, e]`, and None in place of the attention weights.
 
     Raises:
-        ModelError: there is no plan, or something was asked for that no kernel honours.
+        ModelError: there is no plan, or something was asked for that no kernel honors.
     """
     if plan is None or attention_kernel is None:
         raise ModelError(
@@ -151,7 +151,7 @@ def packed_attention(
     if attention_mask is not None:
         asked.append("attention_mask")
     if asked:
-        raise ModelError(f"{type(module).__name__} asks the packed attention for {', '.join(asked)}, which it cannot honour.")
+        raise ModelError(f"{type(module).__name__} asks the packed attention for {', '.join(asked)}, which it cannot honor.")
     if query.shape[0] != 1 or query.shape[2] != plan.num_tokens or key.shape[2] != plan.num_tokens:
         raise ModelError(
             f"the plan is for {plan.num_tokens} tokens, but {type(module).__name__} attends with queries {tuple(query.shape)} "

@@ -59,7 +59,7 @@ class FlexKernel:
         output_THe = output[0].transpose(0, 1)
         if heads.sinks_H is None:
             return output_THe
-        # Flex normalises by exp(lse); with a sink the denominator is exp(lse) + exp(sink).
+        # Flex normalizes by exp(lse); with a sink the denominator is exp(lse) + exp(sink).
         share_TH = torch.sigmoid(lse.lse[0].transpose(0, 1) - heads.sinks_H.float())
         return (output_THe * share_TH[..., None]).to(heads.v_TKe.dtype)
 

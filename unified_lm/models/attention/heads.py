@@ -22,7 +22,7 @@ class Heads:
 
     Attributes:
         q_THd: `[T, H, d]` queries, rotary positions applied.
-        k_TKd: `[T, K, d]` keys; every `H / K` neighbouring query heads share one.
+        k_TKd: `[T, K, d]` keys; every `H / K` neighboring query heads share one.
         v_TKe: `[T, K, e]` values.
         plan: who sees whom.
         scaling: factor of the scores.
@@ -44,7 +44,7 @@ class Heads:
 
 
 class AttentionKernel(Protocol):
-    """Computes one layer's attention, honouring every field of `Heads` or refusing it by name."""
+    """Computes one layer's attention, honoring every field of `Heads` or refusing it by name."""
 
     name: str
 

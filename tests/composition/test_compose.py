@@ -1,0 +1,205 @@
+"""Arguments -> configuration: groups, dotted keys, every problem at once."""
+
+from pathlib import Path
+
+import pytest
+
+from unified_lm.composition.compose import compose, compose_run, from_yaml, to_yaml
+from unified_lm.config.schema import ChainConfig, RunConfig, SourceConfig
+from unified_lm.core.errors import ConfigError
+
+
+def problems_of(*argv: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        compose(argv)
+    return caught.value.problems
+
+
+def test_values_of_every_kind_reach_their_fields() -> None:
+    config = compose_run(
+        [
+            "recipe=llm2vec_mntp",
+            "model=llama2_7b",
+            "optim=cosine",
+            "max_steps=7",
+            "optim.learning_rate=1e-3",
+            "optim.betas=[0.9,0.95]",
+            "lora.target_modules=[q_proj,v_proj]",
+            "streams.mntp.sources=[{path: 'a b.txt', weight: 2}]",
+            "streams.mntp.sources.0.limit=5",
+            "push_to_hub=org/name",
+            "run_dir='runs/a, b'",
+            "model.revision=null",
+            "~lora.dropout",
+        ]
+    )
+    assert (config.max_steps, config.optim.learning_rate, config.optim.betas) == (7, 1e-3, (0.9, 0.95))
+    assert config.optim.schedule == "cosine"
+    assert config.model.name == "meta-llama/Llama-2-7b-chat-hf"
+    assert config.lora is not None
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert config.streams["mntp"].sources == (SourceConfig(path="a b.txt", weight=2.0, limit=5),)
+    assert config.export.push_to_hub == "org/name"
+    assert config.run_dir == "runs/a, b"
+
+
+def test_data_keys_flow_into_the_streams() -> None:
+    config = compose_run(["recipe=grit_mistral7b", "data=files", "data.pairs_path=p", "data.chat_path=c"])
+    assert config.streams["embedding"].sources == (SourceConfig(path="p"),)
+    assert config.streams["generation"].sources == (SourceConfig(path="c"),)
+    assert config.streams["embedding"].num_hard_negatives == 0, "the group says how many negatives its rows have"
+
+
+def test_a_recipe_may_take_several_data_groups_and_an_argument_replaces_them_all() -> None:
+    both = compose_run(["recipe=grit_mistral7b"])
+    assert both.streams["embedding"].sources[0].path == "data/e5"
+    assert both.streams["generation"].sources[0].hub == "allenai/tulu-v2-sft-mixture"
+    one = compose_run(["recipe=grit_mistral7b", "data=pydocs"])
+    assert {stream.sources[0].builtin for stream in one.streams.values()} == {"pydocs"}
+    assert one.validation.retrieval is not None
+
+
+def test_every_problem_is_reported_at_once_with_a_suggestion() -> None:
+    found = problems_of(
+        "recipe=llm2vec_mntp",
+        "model=lama2_7b",
+        "max_steps=many",
+        "learning_rate=1",
+        "optim.learning_rat=1",
+        "streams.mnpt.batch_size=2",
+        "streams.mntp.sources.0.pth=x",
+        "optim.warmup_steps=3",
+        "optim.warmup_ratio=0.1",
+        "seed=1,2",
+        "x=[",
+        "~nothing",
+        "hydra.run.dir=x",
+    )
+    text = "\n".join(found)
+    assert len(found) == 11
+    assert "unknown model 'lama2_7b'. Did you mean 'llama2_7b'?" in text
+    assert "max_steps: got 'many' (str), expected a whole number." in text
+    assert "unknown key 'learning_rate'. Did you mean 'optim.learning_rate'?" in text
+    assert "unknown key 'optim.learning_rat'. Did you mean 'optim.learning_rate'?" in text
+    assert "unknown stream in 'streams.mnpt.batch_size'. Did you mean 'mntp'?" in text
+    assert "unknown key 'streams.mntp.sources.0.pth'. Did you mean 'streams.mntp.sources.0.path'?" in text
+    assert "optim.warmup_steps=3 and optim.warmup_ratio=0.1 exclude each other" in text
+    assert "'seed=1,2': a run takes one value; write a list as [a,b]." in text
+    assert "cannot read the argument 'x=['" in text
+    assert "~nothing: there is no such key" in text
+    assert "'hydra.run.dir' cannot be set here" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "no recipe given"),
+        (["recipe=grit_smollm"], "unknown recipe 'grit_smollm'. Did you mean 'grit_smollm2'?"),
+        (["recipe=no/such.yaml"], "there is no such file"),
+        (["recipe=grit_smollm2", "recipe=llm2vec"], "given 2 times"),
+        (["recipe=grit_smollm2", "lora.r=4"], "choose one first, such as lora=llm2vec"),
+        (["recipe=grit_smollm2", "data.path=x"], "unknown key 'data.path'"),
+        (["recipe=grit_smollm2", "max_steps.x=1"], "max_steps is a single value"),
+        (["recipe=generative_only", "data=e5"], "choose data=... that offers such rows"),
+        (["recipe=grit_smollm2", "model.dtype=bf16"], "model.dtype: unknown value 'bf16'"),
+        (["recipe=grit_smollm2", "packing=paked"], "unknown packing 'paked'. Did you mean 'packed'?"),
+    ],
+)
+def test_each_mistake_has_its_message(argv: list[str], message: str) -> None:
+    assert message in "\n".join(problems_of(*argv))
+
+
+def test_a_recipe_of_the_users_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("defaults: [grit_smollm2, _self_]\ndescription: mine\nmax_steps: 3\noptim: {learning_rate: 1e-4}\n")
+    config = compose_run([f"recipe={mine}", "lora=llm2vec"])
+    assert (config.recipe, config.max_steps, config.optim.learning_rate) == ("mine", 3, 1e-4)
+    assert set(config.streams) == {"embedding", "generation"}
+    assert config.lora is not None
+
+
+def test_a_faulty_recipe_of_the_users_own_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("defaults: [\nmax_steps: 3")
+    assert "broken.yaml" in problems_of(f"recipe={broken}")[0]
+    broken.write_text("")
+    assert "expected the keys and values" in problems_of(f"recipe={broken}")[0]
+    broken.write_text("defaults: [{model: nothing}, _self_]\n")
+    assert "nothing" in problems_of(f"recipe={broken}")[0]
+
+
+def test_the_resolved_yaml_is_enough_to_start_again(tmp_path: Path) -> None:
+    config = compose_run(["recipe=llm2vec_simcse", "model=smollm2_135m", "max_steps=9", f"run_dir={tmp_path}"])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(config))
+    assert from_yaml(saved) == config
+    assert compose([f"recipe={saved}"]) == config
+    again = compose_run([f"recipe={tmp_path}", "max_steps=4"])
+    assert (again.max_steps, again.streams) == (4, config.streams)
+    assert "resolved configuration without groups" in problems_of(f"recipe={saved}", "model=llama2_7b")[0]
+
+
+def test_an_old_or_edited_resolved_yaml_lists_its_problems(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    text = to_yaml(compose(["recipe=grit_smollm2"]))
+    saved.write_text(text.replace("max_steps: 50", "max_stps: 50").replace("schedule: linear", "schedule: linaer"))
+    with pytest.raises(ConfigError, match=r"2 problems(.|\n)*'max_steps'(.|\n)*'linear'"):
+        from_yaml(saved)
+
+
+def test_a_chain_composes_its_stages_with_shared_and_own_arguments() -> None:
+    chain = compose(
+        [
+            "recipe=llm2vec",
+            "model=smollm2_135m",
+            "seed=5",
+            "run_dir='runs/x'",
+            "push_to_hub=org/name",
+            "llm2vec_mntp.max_steps=11",
+            "llm2vec_simcse.lora=none",
+            "~llm2vec_simcse.validation.retrieval",
+        ]
+    )
+    assert isinstance(chain, ChainConfig)
+    mntp, simcse = chain.stages
+    assert [stage.recipe for stage in chain.stages] == ["llm2vec_mntp", "llm2vec_simcse"]
+    assert [stage.run_dir for stage in chain.stages] == ["runs/x/1-llm2vec_mntp", "runs/x/2-llm2vec_simcse"]
+    assert {stage.seed for stage in chain.stages} == {5}
+    assert mntp.max_steps == 11 != simcse.max_steps
+    assert mntp.lora is not None
+    assert simcse.lora is None
+    assert simcse.validation.retrieval is None
+    assert mntp.export.push_to_hub is None, "only the last stage's result is published"
+    assert simcse.export.push_to_hub == "org/name"
+
+
+def test_a_chain_reports_the_problems_of_all_stages(tmp_path: Path) -> None:
+    found = problems_of("recipe=llm2vec", "llm2vec_mntp.max_stps=1", "llm2vec_simcse.optim.schedule=x")
+    assert [problem.partition(":")[0] for problem in found] == ["stage llm2vec_mntp", "stage llm2vec_simcse"]
+    with pytest.raises(ConfigError, match="choose one of its stages: llm2vec_mntp, llm2vec_simcse"):
+        compose_run(["recipe=llm2vec"])
+    saved = tmp_path / "chain.yaml"
+    chain = compose(["recipe=llm2vec"])
+    saved.write_text(to_yaml(chain))
+    assert from_yaml(saved) == chain
+
+
+def test_another_name_forgets_the_architecture_of_the_first() -> None:
+    config = compose_run(["recipe=llm2vec_mntp", "model=qwen3", "model.name=Qwen/Qwen3-8B"])
+    assert config.model.architecture == {}
+    assert compose_run(["recipe=llm2vec_mntp", "model=qwen3"]).model.architecture["hidden_size"] == 1024
+
+
+def test_composition_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from unified_lm.composition.compose import compose; compose(['recipe=grit_smollm2']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_run_config_is_what_a_recipe_gives() -> None:
+    assert isinstance(compose(["recipe=grit_smollm2"]), RunConfig)

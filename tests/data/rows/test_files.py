@@ -1,0 +1,60 @@
+"""Files of rows come whole or not at all, and give back the records that went in; normalized texts."""
+
+from pathlib import Path
+
+import pytest
+
+from unified_lm.config.schema import SourceConfig
+from unified_lm.core.errors import DataError
+from unified_lm.data.rows.files import RowWriter, record_row, write_report, write_rows
+from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
+from unified_lm.data.sources import open_source
+from unified_lm.mining.text_match import jaccard, normalized, normalized_words, shingles
+
+RECORDS: dict[RecordKind, Record] = {
+    RecordKind.PAIR: PairRecord(Text("q", "Find it"), (Text("a"), Text("b", "i")), (Text("n\nm"),)),
+    RecordKind.CHAT: ChatRecord((("system", "s"), ("user", "u"), ("assistant", "a"))),
+    RecordKind.TEXT: TextRecord("some text — naïve 日本"),
+    RecordKind.PREFERENCE: PreferenceRecord("p", "c", False),
+}
+
+
+@pytest.mark.parametrize("kind", list(RecordKind))
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_records_come_back(kind: RecordKind, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unified_lm.data.rows.files._ROWS_PER_GROUP", 2)
+    path = tmp_path / "deep" / f"rows{suffix}"
+    assert write_rows(path, [record_row(RECORDS[kind])] * 5) == 5
+    assert list(open_source(SourceConfig(path=str(path)), kind, 0)) == [RECORDS[kind]] * 5
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("before\n")
+    with pytest.raises(DataError, match="row 2: Object of type bytes"):
+        write_rows(path, [{"text": "a"}, {"text": b"b"}])
+    assert [file.name for file in tmp_path.iterdir() if file.name != "cache"] == ["rows.jsonl"]
+    assert path.read_text() == "before\n"
+
+
+def test_other_endings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"ends in \.jsonl, \.parquet, \.txt"):
+        RowWriter(tmp_path / "rows.csv")
+    with pytest.raises(DataError, match=r"ends in \.yaml"):
+        write_report(tmp_path / "report.json", {})
+
+
+def test_normalized_texts() -> None:
+    assert normalized("  Hello,\tWORLD!\n") == normalized("hello world") == "hello world"
+    assert normalized("ﬁne “text”") == "fine text"
+    assert normalized("???") == "???"
+    assert normalized_words("東京 tower 2") == ["東", "京", "tower", "2"]
+    assert normalized("snake_case") == "snake case"
+
+
+def test_jaccard() -> None:
+    left, right = shingles(list("abcd")), shingles(list("bcde"))
+    assert left == {"a b c", "b c d"}
+    assert jaccard(left, right) == pytest.approx(1 / 3)
+    assert shingles(["a"]) == {"a"}
+    assert jaccard(shingles(["a", "b"]), shingles(["a", "b"])) == 1.0

@@ -1,0 +1,223 @@
+"""Laws 3 and 4 across processes and backends: DDP and ZeRO take the steps that one process takes.
+
+Each group of processes is started once and runs all its cases; importing torch and DeepSpeed takes longer than the cases.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from tests.engine.exactness import (
+    KINDS,
+    MANY_PACKS,
+    ONE_PACK,
+    RATE,
+    Case,
+    State,
+    copy_state,
+    distance,
+    held_bytes,
+    make_step,
+    run,
+    share,
+    start,
+    work,
+)
+from unified_lm.composition.compose import compose_run
+from unified_lm.core import distributed
+from unified_lm.core.errors import ConfigError
+from unified_lm.engine.accounting.estimate import estimate
+from unified_lm.models.tiny import tiny_tokenizer
+
+ZERO = ("zero1", "zero2", "zero3")
+EXACT = [Case(backend, kind, budget) for kind in KINDS for backend in ("ddp", *ZERO) for budget in (ONE_PACK, MANY_PACKS)] + [
+    Case("zero0", "grit", MANY_PACKS)
+]
+PARTS = [
+    Case(backend, "grit", MANY_PACKS, family, projection=projection)
+    for backend in ("zero2", "zero3")
+    for family, projection in (("llama", 8), ("mixtral", None))
+]
+DIRECT = Case("ddp", "grit", MANY_PACKS, dropout=0.3, retain_all=True, steps=2)
+CACHED = [Case(backend, "grit", MANY_PACKS, dropout=0.3, steps=2) for backend in ZERO]
+HALF = [Case(backend, "grit", MANY_PACKS, dtype="bfloat16") for backend in ("ddp", *ZERO)]
+HELD = [Case(backend, "grit", MANY_PACKS, dtype=dtype) for backend in ZERO for dtype in ("float32", "bfloat16")] + [
+    Case("zero0", "grit", MANY_PACKS)
+]
+AVERAGED = Case("ddp", "mntp", averaged=True)
+
+Results = dict[Any, Any]
+
+
+def spawn(job: Callable[[], Results], ranks: int, folder: Path) -> Results:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, args=(ranks, port, str(folder), job), nprocs=ranks)
+    return torch.load(folder / "result.pt", weights_only=False)
+
+
+def two_processes() -> Results:
+    results: Results = {case: run(case) for case in (*EXACT, *PARTS, DIRECT, *CACHED, *HALF, AVERAGED)}
+    results |= {("poisoned", backend): poisoned(backend) for backend in ("ddp", "zero0", *ZERO)}
+    results |= {("resumed", *names): resumed(*names) for names in (("zero2", "zero3"), ("zero3", "zero1"), ("ddp", "zero2"))}
+    results |= {("held", case): held_bytes(case) for case in HELD}
+    return results
+
+
+def poisoned(backend_name: str) -> tuple[float, float, float]:
+    """A step, one with a NaN on the last rank only, another good one: the norm, the change of the state, and the norm after."""
+    case = Case(backend_name, "grit", MANY_PACKS)
+    backend = start(case)
+    step = make_step(case, backend)
+    step(share(case, 0))
+    backend.update(RATE, 1.0)
+    before = copy_state(backend)
+    good = backend.backward
+    step.backward = lambda loss: good(loss * (math.nan if distributed.rank() == distributed.world_size() - 1 else 1.0))
+    step(share(case, 1))
+    norm = backend.update(RATE, 1.0)
+    after = copy_state(backend)
+    change = max(float((after[name] - before[name]).abs().max()) for name in before)
+    step.backward = good
+    step(share(case, 1))
+    recovered = backend.update(RATE, 1.0)
+    backend.close()
+    return norm, change, recovered
+
+
+def resumed(first: str, second: str) -> State:
+    """Three steps under one backend, then two under another that starts from the first one's state."""
+    case = Case(first, "grit", MANY_PACKS)
+    backend = start(case)
+    step = make_step(case, backend)
+    for index in range(3):
+        step(share(case, index))
+        backend.update(RATE, 0.0 if index == 0 else 1.0)
+    saved = copy_state(backend)
+    backend.close()
+    case = Case(second, "grit", MANY_PACKS)
+    backend = start(case)
+    backend.load_optimizer_state(saved.__getitem__, frozenset(saved))
+    reread = copy_state(backend)
+    assert reread.keys() == saved.keys()
+    assert all(torch.equal(reread[name], saved[name]) for name in saved), "the state changed on its way"
+    step = make_step(case, backend)
+    for index in range(3, 5):
+        step(share(case, index))
+        backend.update(RATE, 1.0)
+    result = copy_state(backend)
+    backend.close()
+    return result
+
+
+def four_processes() -> Results:
+    return {case: run(case) for case in (Case("ddp", kind, budget) for kind in KINDS for budget in (ONE_PACK, MANY_PACKS))}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[tuple[str, str, int | None], State]:
+    """One process, one pack, by kind, family and projection."""
+    cases = [Case("single", kind) for kind in KINDS] + [
+        Case("single", "grit", family=case.family, projection=case.projection) for case in PARTS
+    ]
+    return {(case.kind, case.family, case.projection): run(case) for case in cases}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Results:
+    pytest.importorskip("deepspeed")
+    return spawn(two_processes, 2, tmp_path_factory.mktemp("two"))
+
+
+def assert_same_steps(result: State, expected: State) -> None:
+    assert distance(result, expected, "gradient/") < 1e-6
+    assert distance(result, expected, "weight/") < 1e-5
+    assert distance(result, expected, "exp_avg") < 1e-5
+    assert result["loss"].tolist() == pytest.approx(expected["loss"].tolist(), rel=1e-6, abs=1e-6)
+    assert result["norm"].tolist() == pytest.approx(expected["norm"].tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", [*EXACT, *PARTS], ids=lambda c: f"{c.kind}-{c.backend}-{c.budget}-{c.family}-{c.projection}")
+def test_two_processes_take_the_steps_of_one(alone, together, case):
+    """Law 3."""
+    assert_same_steps(together[case], alone[case.kind, case.family, case.projection])
+
+
+def test_four_processes_take_the_steps_of_one(alone, tmp_path):
+    """Law 3."""
+    for case, result in spawn(four_processes, 4, tmp_path).items():
+        assert_same_steps(result, alone[case.kind, case.family, case.projection])
+
+
+def test_a_mean_per_rank_would_be_wrong(alone, together):
+    """The tests above can fail: every rank divides by its own tokens, and gradients are averaged."""
+    assert distance(together[AVERAGED], alone["mntp", "llama", None], "gradient/") > 1e-3
+
+
+@pytest.mark.parametrize("case", CACHED, ids=lambda c: c.backend)
+def test_gradcache_under_zero_equals_direct_gradients(together, case):
+    """Law 4, with dropout."""
+    assert distance(together[case], together[DIRECT], "gradient/") < 1e-6
+    assert distance(together[case], together[DIRECT], "weight/") < 1e-5
+
+
+def test_dropout_was_on(together, alone):
+    assert distance(together[DIRECT], alone["grit", "llama", None], "gradient/") > 1e-2
+
+
+@pytest.mark.parametrize("case", HALF[1:], ids=lambda c: c.backend)
+def test_bfloat16_weights_have_float32_masters_and_sums(together, case):
+    """All backends round at the same places: the weights after every update, and each pack's gradients."""
+    assert distance(together[case], together[HALF[0]], "gradient/") < 1e-6
+    change = {name: t - together[HALF[0]][name].bfloat16().float() for name, t in together[case].items() if "weight/" in name}
+    assert any(value.any() for value in change.values()), "masters carry more than bfloat16 can"
+    assert distance(together[case], together[HALF[0]], "weight/") < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["ddp", "zero0", *ZERO])
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(together, backend):
+    norm, change, recovered = together["poisoned", backend]
+    assert not math.isfinite(norm)
+    assert change == 0
+    assert math.isfinite(recovered)
+
+
+@pytest.mark.parametrize("names", [("zero2", "zero3"), ("zero3", "zero1"), ("ddp", "zero2")], ids="->".join)
+def test_state_moves_between_backends(together, alone, names):
+    assert distance(together[("resumed", *names)], alone["grit", "llama", None], "weight/") < 1e-5
+    assert distance(together[("resumed", *names)], alone["grit", "llama", None], "exp_avg_sq/") < 1e-5
+
+
+@pytest.mark.parametrize("case", HELD, ids=lambda c: f"{c.backend}-{c.dtype}")
+def test_the_estimator_knows_what_deepspeed_holds(together, case):
+    config = compose_run(
+        [
+            "recipe=grit_mistral7b",
+            "model=tiny_random",
+            "model.family=llama",
+            f"model.dtype={case.dtype}",
+            f"parallel={case.backend}",
+            "parallel.persistence_threshold=0",
+        ]
+    )
+    estimated = estimate(config, world_size=2).bytes_by_part
+    held = together[("held", case)]
+    for part, size in held.items():
+        transient = 2 * 64 * len(tiny_tokenizer()) if part == "gradients" and case.dtype == "bfloat16" else 0
+        assert estimated[part] - transient == pytest.approx(size, rel=0.05), part
+    assert sum(estimated[part] for part in held) == pytest.approx(sum(held.values()), rel=0.05)
+
+
+def test_stage_0_refuses_bfloat16():
+    pytest.importorskip("deepspeed")
+    with pytest.raises(ConfigError, match="adds bfloat16 gradients up in bfloat16"):
+        start(Case("zero0", dtype="bfloat16"))

@@ -1,0 +1,1 @@
+"""Ablations: grids of runs of one recipe, one after another."""

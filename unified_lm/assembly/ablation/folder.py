@@ -1,0 +1,107 @@
+"""The folder of an ablation: which of its runs are finished, have failed, or were started with other settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unified_lm.checkpoint.store import list_checkpoints
+from unified_lm.composition.convert import from_yaml
+from unified_lm.composition.flat import flatten
+from unified_lm.composition.locate import RESOLVED_NAME
+from unified_lm.config.schema import ArmConfig, SweepConfig
+from unified_lm.core.errors import CheckpointError
+from unified_lm.core.files import write_json
+from unified_lm.reporting.compare import SWEEP_FILE
+
+FINISHED = "finished.json"
+"""Written into an arm's folder when its last step is taken and measured."""
+FAILED = "failed.json"
+"""Written into an arm's folder when it fails, with the reason; removed when it finishes."""
+
+_FREE = ("run_dir", "resume", "dry_run", "description", "notices", "logging", "checkpoint", "parallel.timeout_minutes")
+"""What may differ between a started arm and what is asked for now: it changes no number."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What earlier calls have left.
+
+    Attributes:
+        finished: folders of runs that are finished.
+        failed: folders of runs that failed, and have not finished since.
+    """
+
+    finished: frozenset[str]
+    failed: frozenset[str]
+
+    def order(self, sweep: SweepConfig) -> list[int]:
+        """The numbers of the runs in the order to run them: finished ones, the recipe's order, and what failed before last.
+
+        A run that fails may take the whole process with it (several ranks, memory): the others must still get their turn.
+        """
+
+        def rank(index: int) -> int:
+            folder = sweep.arms[index].run.run_dir
+            return 0 if folder in self.finished else 2 if folder in self.failed else 1
+
+        return sorted(range(len(sweep.arms)), key=rank)
+
+
+def begin(sweep: SweepConfig) -> Begun:
+    """Write down the order of the arms, and look what is there.
+
+    Raises:
+        CheckpointError: an arm was started with other settings; all of them are named.
+    """
+    problems = [problem for arm in sweep.arms if (problem := _difference(arm)) is not None]
+    if problems:
+        raise CheckpointError(
+            "\n".join([f"{sweep.run_dir} holds runs with other settings; nothing was changed.", *problems])
+            + "\nUndo the change, remove the folders of these runs, or choose another run_dir."
+        )
+    write_json(Path(sweep.run_dir) / SWEEP_FILE, {"recipe": sweep.recipe, "base": sweep.base, "arms": list(sweep.arm_names)})
+    folders = [arm.run.run_dir for arm in sweep.arms]
+    finished = frozenset(folder for folder in folders if (Path(folder) / FINISHED).is_file())
+    failed = frozenset(folder for folder in folders if (Path(folder) / FAILED).is_file())
+    return Begun(finished, failed - finished)
+
+
+def mark_finished(folder: Path, arm: ArmConfig, *, keep: bool) -> None:
+    """Mark an arm as finished; its checkpoints, several times the model, have then served."""
+    write_json(folder / FINISHED, {"arm": arm.name, "seed": arm.run.seed, "steps": arm.run.max_steps})
+    (folder / FAILED).unlink(missing_ok=True)
+    if not keep:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def mark_failed(arm: ArmConfig, reason: str) -> None:
+    """Write into an arm's folder why it failed."""
+    write_json(Path(arm.run.run_dir) / FAILED, {"arm": arm.name, "seed": arm.run.seed, "reason": reason})
+
+
+def _difference(arm: ArmConfig) -> str | None:
+    """How an arm differs from what its folder holds; None where it does not, or holds no step that could go on."""
+    folder = Path(arm.run.run_dir)
+    file = folder / RESOLVED_NAME
+    if not file.is_file() or ((folder / FAILED).is_file() and not list_checkpoints(folder / "checkpoints")):
+        return None
+    before, now = (flatten(config) for config in (from_yaml(file), arm.run))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not _is_free(key)]
+    if not changed:
+        return None
+    listed = ", ".join(f"{key} was {_show(before.get(key))}, is {_show(now.get(key))}" for key in changed[:8])
+    more = f", and {len(changed) - 8} more" if len(changed) > 8 else ""
+    return f"  {file.parent.name}: {listed}{more}"
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,310 @@
+"""From a `RunConfig` to objects that train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from unified_lm.batch import Batch
+from unified_lm.checkpoint.state import Identity, load_state
+from unified_lm.checkpoint.store import find_checkpoint, restore_metrics
+from unified_lm.composition.validate import zero_stage
+from unified_lm.config.schema import RunConfig, StreamConfig
+from unified_lm.core import distributed
+from unified_lm.core.agreement import run_on_rank0
+from unified_lm.core.allocator import keep_freed_memory
+from unified_lm.core.errors import CheckpointError, ConfigError
+from unified_lm.core.random import seed_everything
+from unified_lm.core.tracing import traced
+from unified_lm.data.formats import get_format
+from unified_lm.data.loader import SampleCost, StepLoader
+from unified_lm.data.retrieval import build_retrieval
+from unified_lm.data.streams import Stream, build_streams, build_validation_streams
+from unified_lm.engine.accounting.flops import ModelFlops
+from unified_lm.engine.accounting.throughput import ComputeClock, StepMeter, describe_device
+from unified_lm.engine.backends.backend import Backend, check_backend, make_backend
+from unified_lm.engine.backends.deepspeed import ZeroSharding
+from unified_lm.engine.balance import RouterBalance
+from unified_lm.engine.fit import TrainingState
+from unified_lm.engine.metrics import Reporter
+from unified_lm.engine.sequences import SequenceScoring
+from unified_lm.engine.step import GradCacheStep
+from unified_lm.engine.training_module import TrainingModule
+from unified_lm.engine.validation import Validator
+from unified_lm.export.manifest import Manifest
+from unified_lm.export.verify import load_projection
+from unified_lm.models.backbone import Backbone
+from unified_lm.models.loading import LoadedModel, load_model
+from unified_lm.models.lora import LoraReport, apply_lora
+from unified_lm.models.pooling import Projection
+from unified_lm.models.probe import probe_attention
+from unified_lm.models.sharded import load_sharded
+from unified_lm.objectives import EmbeddingObjective, ObjectiveKind, SequenceObjective, TokenObjective, build_objective
+
+
+@dataclass
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        training: what `fit` takes.
+        loaded: model and tokenizer, with where they came from.
+        streams: the training streams, for their counts of rejected and truncated rows.
+        lora: what adapters were applied, or None.
+        scored: the streams, also held-out ones, that take reference log-probabilities before training (`assembly.references`).
+    """
+
+    training: TrainingState
+    loaded: LoadedModel
+    streams: dict[str, Stream]
+    lora: LoraReport | None
+    scored: tuple[Stream, ...] = ()
+
+
+def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
+    """Load the model and the data, and put the parts of a run together. Before training `assembly.references` follows."""
+    check_backend(config.parallel)
+    seed_everything(config.seed)
+    device = distributed.local_device()
+    if device.type == "cpu":
+        keep_freed_memory()
+    quantize = config.lora is not None and config.lora.quantize_4bit
+    if zero_stage(config.parallel.backend) == 3:
+        loaded = load_sharded(config.model, ZeroSharding(config.parallel))
+    else:
+        loaded = load_model(config.model, quantize_4bit=quantize)
+    lora = apply_lora(loaded.causal_lm, config.lora, config.seed) if config.lora else None
+    backbone = Backbone(loaded.causal_lm, config.model.attention_kernel).to(device)
+    if config.model.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    streams = build_streams(config, loaded.tokenizer)
+    objectives = _objectives(config)
+    trainable = _make_trainable(config, loaded, backbone, objectives).to(device)
+    backend = make_backend(trainable, config.optim, config.parallel)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
+        probe_attention(backbone, whole=backend.whole)
+    weights = {name: stream.objective.weight for name, stream in config.streams.items()}
+    identity = _identity(config, loaded, trainable)
+    resume_from = run_on_rank0(lambda: _checkpoint_to_resume(config, run_dir, identity, console))
+    clock = ComputeClock()
+    forward, backward = traced("forward", clock.timed(backend.forward)), traced("backward", clock.timed(backend.backward))
+    held_out = build_validation_streams(config, loaded.tokenizer)
+    sequences = SequenceScoring(forward, trainable, objectives.sequences, backend.equal_forwards)
+    step = GradCacheStep(
+        forward,
+        backward,
+        objectives.embeddings,
+        weights,
+        equal_forwards=backend.equal_forwards,
+        sequences=sequences,
+        balance=_make_balance(config, backbone, objectives),
+    )
+    meter = StepMeter(trainable, step.num_retained, clock, recomputes=config.model.gradient_checkpointing)
+    training = TrainingState(
+        config=config,
+        run_dir=run_dir,
+        trainable=trainable,
+        backend=backend,
+        step=step,
+        loader=_make_loader(config, streams, trainable),
+        validator=_make_validator(config, loaded, backend, trainable, objectives, held_out),
+        reporter=Reporter(config.logging, run_dir, config.max_steps, asdict(config), console, _facts(meter)),
+        meter=meter,
+        identity=identity,
+        decode=lambda ids: str(loaded.tokenizer.decode(list(ids))),
+        resume_from=resume_from,
+    )
+    seed_everything(config.seed + 1 + distributed.rank())  # dropout differs between ranks, and from initialization
+    both = [*streams.items(), *held_out.items()]
+    scored = tuple(stream for name, stream in both if _is_cached(config, config.streams[name]))
+    return Run(training, loaded, streams, lora, scored)
+
+
+def _checkpoint_to_resume(config: RunConfig, run_dir: Path, identity: Identity, console: Console) -> Path | None:
+    """Find and check the checkpoint, on rank 0: files of a shared disk may show up on other nodes later.
+
+    Raises:
+        CheckpointError: there is one, and it does not belong to this run or is ahead of it.
+    """
+    copies = config.checkpoint.copy_to
+    found = find_checkpoint(config.resume, run_dir / "checkpoints", Path(copies) if copies else None)
+    for notice in found.notices:
+        console.print(notice, highlight=False, soft_wrap=True)
+    if found.path is None:
+        return None
+    taken = load_state(found.path, identity).step
+    if taken > config.max_steps:
+        raise CheckpointError(f"{found.path} has taken {taken} steps, max_steps is {config.max_steps}. Raise max_steps.")
+    restore_metrics(found.path, run_dir)
+    return found.path
+
+
+def _facts(meter: StepMeter) -> dict[str, Any]:
+    """What a reader of the metrics must know about the machine."""
+    return {
+        "world_size": distributed.world_size(),
+        "device": describe_device(),
+        "peak_teraflops_per_device": meter.peak.flops / 1e12,
+        "peak_source": meter.peak.source,
+    }
+
+
+@dataclass(frozen=True)
+class _Objectives:
+    """The objectives of a run by what they are computed from, each by stream."""
+
+    tokens: dict[str, TokenObjective] = field(default_factory=dict)
+    embeddings: dict[str, EmbeddingObjective] = field(default_factory=dict)
+    sequences: dict[str, SequenceObjective] = field(default_factory=dict)
+
+
+def _objectives(config: RunConfig) -> _Objectives:
+    found = _Objectives()
+    by_kind: dict[ObjectiveKind, dict[str, Any]] = {
+        ObjectiveKind.TOKEN: found.tokens,
+        ObjectiveKind.EMBEDDING: found.embeddings,
+        ObjectiveKind.SEQUENCE: found.sequences,
+    }
+    for name, stream in config.streams.items():
+        objective = build_objective(stream.objective)
+        by_kind[objective.kind][name] = objective
+    return found
+
+
+def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
+    """Whether a stream's reference log-probabilities are computed before training."""
+    if not get_format(stream.format).scored:
+        return False
+    reference = stream.objective.reference
+    return reference == "cached" or (reference == "auto" and config.lora is None)
+
+
+def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
+    """The head on pooled vectors: that of the export the run starts from, or a new one.
+
+    Raises:
+        ConfigError: the recipe's size is not that of the export.
+    """
+    earlier = (loaded.provenance.get("manifest") or {}).get("projection_dim")
+    wanted = config.model.projection_dim
+    if earlier is not None:
+        if wanted != earlier:
+            raise ConfigError(
+                f"model.projection_dim is {wanted}, and {config.model.init_from} has a projection to {earlier} dimensions. "
+                f"Set model.projection_dim={earlier}."
+            )
+        folder = Path(loaded.provenance["init_from"])
+        return load_projection(folder, Manifest.load(folder), hidden_size)
+    return None if wanted is None else Projection(hidden_size, wanted)
+
+
+def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, objectives: _Objectives) -> TrainingModule:
+    projection = _make_projection(config, loaded, backbone.hidden_size)
+    return TrainingModule(
+        backbone,
+        config.model.pooling,
+        objectives.tokens,
+        projection,
+        torch.bfloat16 if config.model.autocast else None,
+        sequence_streams=objectives.sequences,
+        balanced_streams=_balanced(config, objectives),
+    )
+
+
+def _balanced(config: RunConfig, objectives: _Objectives) -> dict[str, float]:
+    """The streams whose routers are balanced, with their factors.
+
+    Raises:
+        ConfigError: one of them is not trained token by token (a custom objective; known ones are checked before).
+    """
+    found = {name: s.objective.router_aux_loss_coef for name, s in config.streams.items() if s.objective.router_aux_loss_coef}
+    for name in found:
+        if name not in objectives.tokens:
+            raise ConfigError(
+                f"streams.{name}.objective.router_aux_loss_coef: applies to token losses, and "
+                f"{config.streams[name].objective.name} is none. Remove it."
+            )
+    return found
+
+
+def _make_balance(config: RunConfig, backbone: Backbone, objectives: _Objectives) -> RouterBalance | None:
+    weights = _balanced(config, objectives)
+    return RouterBalance(weights, *backbone.experts()) if weights else None
+
+
+def _make_loader(config: RunConfig, streams: dict[str, Stream], trainable: TrainingModule) -> StepLoader:
+    flops = ModelFlops.of(trainable)
+    per_token = 2 * (flops.trained + flops.frozen)
+    return StepLoader(
+        streams,
+        token_budget=config.packing.token_budget,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        cost=SampleCost(per_token, flops.pair * sum(flops.windows.values())),
+    )
+
+
+def _make_validator(
+    config: RunConfig,
+    loaded: LoadedModel,
+    backend: Backend,
+    trainable: TrainingModule,
+    objectives: _Objectives,
+    streams: dict[str, Stream],
+) -> Validator | None:
+    retrieval = build_retrieval(config, loaded.tokenizer)
+    if not streams and retrieval is None:
+        return None
+    embeddings = {name: objective for name, objective in objectives.embeddings.items() if name in streams}
+    sequences = {name: objective for name, objective in objectives.sequences.items() if name in streams}
+    forward = traced("forward", backend.forward)
+    held_out = GradCacheStep(
+        forward,
+        backend.backward,
+        embeddings,
+        {name: stream.objective.weight for name, stream in config.streams.items()},
+        num_retained=0,
+        equal_forwards=backend.equal_forwards,
+        sequences=SequenceScoring(forward, trainable, sequences, backend.equal_forwards),
+    )
+    return Validator(
+        trainable,
+        held_out,
+        _fixed_batches(config, streams, trainable),
+        retrieval,
+        config.packing.token_budget,
+    )
+
+
+def _fixed_batches(config: RunConfig, streams: dict[str, Stream], trainable: TrainingModule) -> Callable[[], Iterator[Batch]]:
+    """The same held-out batches every time they are asked for."""
+    if not streams:
+        return lambda: iter(())
+    loader = _make_loader(config, streams, trainable)
+    one_epoch = min(max(1, stream.num_rows // stream.batch_size) for stream in streams.values())
+
+    def batches() -> Iterator[Batch]:
+        """The same batches on every call: the loader starts from its beginning."""
+        loader.reset()
+        for _ in range(min(config.validation.num_batches, one_epoch)):
+            yield loader.next_batch()
+
+    return batches
+
+
+def _identity(config: RunConfig, loaded: LoadedModel, trainable: TrainingModule) -> Identity:
+    # a parameter that ZeRO-3 has shared out is empty, and remembers its shape
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable.named_parameters() if p.requires_grad}
+    tokenizer = loaded.tokenizer.backend_tokenizer.to_str()
+    return Identity(
+        recipe=config.recipe,
+        model=f"{loaded.provenance['family']} {loaded.provenance['fingerprint']}",
+        tokenizer=blake2b(tokenizer.encode(), digest_size=16).hexdigest(),
+        trained=shapes,
+    )

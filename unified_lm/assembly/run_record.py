@@ -1,0 +1,107 @@
+"""`RUN/run.json`: what a run was made of and where it ran. Written when it starts; every later start adds an entry."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from unified_lm.assembly.build import Run
+from unified_lm.checkpoint.state import load_state
+from unified_lm.core import distributed
+from unified_lm.core.errors import DataError
+from unified_lm.core.files import write_json
+from unified_lm.core.version import code_version
+from unified_lm.engine.accounting.throughput import describe_device
+
+FILE_NAME = "run.json"
+
+
+def write_record(run: Run) -> None:
+    """Write the record of a run that is about to start. Call it on one rank.
+
+    Raises:
+        DataError: an earlier start left a file that cannot be read.
+    """
+    training = run.training
+    path = training.run_dir / FILE_NAME
+    step = 0 if training.resume_from is None else load_state(training.resume_from, training.identity).step
+    starts = [start for start in _earlier_starts(path) if start["from_step"] < step]  # later ones left nothing behind
+    record = {
+        "recipe": training.config.recipe,
+        "model": _model(run),
+        "data": _data(run),
+        "starts": [*starts, _start(run, step)],
+    }
+    write_json(path, record)
+
+
+def _earlier_starts(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}). Remove it; only the report reads it.") from error
+
+
+def _model(run: Run) -> dict[str, Any]:
+    trainable = run.training.trainable
+    provenance = run.loaded.provenance
+    return {
+        "name": provenance["name"],
+        "revision": provenance.get("revision") or "",
+        "family": provenance["family"],
+        "fingerprint": provenance["fingerprint"],
+        "parameters": _count(trainable, trained=False),
+        "trained_parameters": _count(trainable, trained=True),
+        "attention_kernel": trainable.backbone.kernel,
+        "notices": [*provenance["notices"], *(run.lora.notices if run.lora else ())],
+    }
+
+
+def _count(module: nn.Module, *, trained: bool) -> int:
+    """Parameters; those that ZeRO-3 has shared out remember their size."""
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters() if p.requires_grad or not trained)
+
+
+def _data(run: Run) -> list[dict[str, Any]]:
+    """One entry per source: rows in use, what was left out and why, cut texts, and a hash of the content."""
+    found = []
+    for name, stream in run.streams.items():
+        truncated = stream.stats.truncated
+        for label, source, table in zip(stream.source_names, stream.sources, stream.tables, strict=True):
+            found.append(
+                {
+                    "stream": name,
+                    "source": label,
+                    "rows": len(table),
+                    "rejected": dict(Counter(source.rejected) + table.rejected),
+                    "truncated": truncated[label],
+                    "fingerprint": source.fingerprint,
+                }
+            )
+    return found
+
+
+def _start(run: Run, step: int) -> dict[str, Any]:
+    training = run.training
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "from_step": step,
+        "num_ranks": distributed.world_size(),
+        "backend": training.backend.name,
+        "device_type": distributed.local_device().type,
+        "device": describe_device(),
+        "peak_teraflops_per_device": training.meter.peak.flops / 1e12,
+        "peak_source": training.meter.peak.source,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": code_version(),
+    }

@@ -1,7 +1,0 @@
-"""The composition root: the only place that sees every layer."""
-
-from unified_lm.build.assemble import Run, build_run
-from unified_lm.build.publish import export_run
-from unified_lm.build.stages import run_chain, run_stage, train
-
-__all__ = ["Run", "build_run", "export_run", "run_chain", "run_stage", "train"]

@@ -1,0 +1,179 @@
+"""The tensors of a checkpoint in one file per rank that writes, streamed through memory one tensor at a time.
+
+Every rank sees the same tensors in the same order (`engine.backends.backend.Backend.optimizer_state`), so all of them agree,
+without a word, on who writes which: each goes to the rank with the fewest bytes so far. Which rank wrote a tensor means
+nothing to a reader, and so a checkpoint is the same set of tensors whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from unified_lm.core import distributed
+from unified_lm.core.errors import CheckpointError
+
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_HEADER_BYTES = 2**20  # room for some 8,000 tensors; a longer header costs one more copy of the file
+
+
+class ShardWriter:
+    """Writes a safetensors file tensor by tensor: only the present one is in memory.
+
+    The format wants its header first, and the header is only known at the end. So room is left for it, and what is not used
+    is filled with spaces, which the format allows.
+
+    Args:
+        path: the file to create.
+
+    Raises:
+        OSError: the disk refused (from every method).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: dict[str, Any] = {}
+        self._end = 0
+        self._handle = open(path, "w+b")  # noqa: SIM115 - closed by `close`
+        self._handle.seek(_HEADER_BYTES)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor; it may be overwritten afterwards."""
+        data = tensor.detach().cpu().contiguous()
+        start, self._end = self._end, self._end + data.nbytes
+        self._entries[name] = {"dtype": _DTYPES[data.dtype], "shape": list(data.shape), "data_offsets": [start, self._end]}
+        self._handle.write(data.reshape(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Write the header and flush the file to disk."""
+        with self._handle:
+            header = json.dumps(self._entries, separators=(",", ":")).encode()
+            if len(header) + 8 > _HEADER_BYTES:
+                self._make_room(len(header) + 8)
+            self._handle.seek(0)
+            room = max(_HEADER_BYTES, len(header) + 8) - 8
+            self._handle.write(struct.pack("<Q", room) + header.ljust(room))
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+
+    def discard(self) -> None:
+        """Give up: close the file as it is."""
+        self._handle.close()
+
+    def _make_room(self, num_bytes: int) -> None:
+        self._handle.close()
+        moved = self.path.with_suffix(".moved")
+        with open(self.path, "rb") as source, open(moved, "wb") as target:
+            source.seek(_HEADER_BYTES)
+            target.seek(num_bytes)
+            shutil.copyfileobj(source, target, 2**24)
+        moved.rename(self.path)
+        self._handle = open(self.path, "r+b")  # noqa: SIM115 - closed by `close`
+
+
+def write_share(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> tuple[list[str], OSError | None]:
+    """Write the tensors that fall to this rank into one file of `folder`. Collective where `tensors` is.
+
+    A disk that refuses does not end the iteration, which the other ranks take part in.
+
+    Args:
+        tensors: whole tensors by name, the same on every rank in the same order.
+        folder: exists, and is the same folder for every rank.
+
+    Returns:
+        The names of the tensors written here, and what the operating system said when it refused.
+    """
+    rank, loads = distributed.rank(), [0] * distributed.world_size()
+    names: list[str] = []
+    failure: OSError | None = None
+    writer: ShardWriter | None = None
+    for name, tensor in tensors:
+        owner = loads.index(min(loads))
+        loads[owner] += tensor.nbytes
+        if owner != rank or failure is not None:
+            continue
+        try:
+            writer = writer or ShardWriter(folder / shard_name(rank, len(loads)))
+            writer.add(name, tensor)
+            names.append(name)
+        except OSError as error:
+            failure = error
+    if writer is not None:
+        failure = _finish(writer, failure)
+    return names, failure
+
+
+def _finish(writer: ShardWriter, failure: OSError | None) -> OSError | None:
+    try:
+        if failure is None:
+            writer.close()
+        else:
+            writer.discard()
+    except OSError as error:  # what was buffered is only refused now
+        return failure or error
+    return failure
+
+
+def shard_name(rank: int, world_size: int) -> str:
+    """The file of one writing rank: `optimizer-00001-of-00002.safetensors` for rank 0 of 2."""
+    return f"optimizer-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+
+
+class ShardReader:
+    """Reads single tensors out of a checkpoint's files; use it as a context manager.
+
+    Args:
+        folder: the checkpoint.
+        tensors: file name -> names of the tensors in it.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Iterable[str]]) -> None:
+        self.folder = folder
+        self._files = {name: file for file, names in tensors.items() for name in names}
+        self._open: dict[str, Any] = {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors there are."""
+        return frozenset(self._files)
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Read one tensor, whole.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        file = self._files[name]
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.folder / file, framework="pt")
+            value: torch.Tensor = self._open[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"checkpoint {self.folder}: {file} cannot be read: {error}. Remove it to resume from an earlier one."
+            ) from error
+        return value
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.clear()

@@ -1,0 +1,180 @@
+"""`unified-lm analyze NAME MODEL...`, the papers' analyses; `unified-lm standardize EXPORT`, a copy that standardizes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+from unified_lm.cli.arguments import command_parser, positive
+from unified_lm.core.errors import ConfigError, UserError, did_you_mean
+
+ALL = "all"
+
+
+def analyze(argv: Sequence[str]) -> None:
+    """Run the analysis named by the first argument, or all of them.
+
+    Raises:
+        UserError: a mistake in the arguments, the files or the models.
+    """
+    from unified_lm.evaluation.analyses import ANALYSES, AnalysisSettings
+    from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
+    from unified_lm.evaluation.analyses.runner import run_analyses
+
+    names = {name: analysis.summary for name, analysis in ANALYSES.items()}
+    options = _analyze_parser(names).parse_args(list(argv))
+    if options.name not in (*names, ALL):
+        raise UserError(f"unknown analysis '{options.name}'.{did_you_mean(options.name, (*names, ALL))}")
+    defaults = AnalysisSettings()
+    settings = AnalysisSettings(
+        texts=options.texts,
+        num_texts=options.num_texts,
+        num_windows=options.num_windows,
+        positions=options.positions,
+        triples=options.triples,
+        sts=options.sts,
+        num_pairs=options.num_pairs,
+        retrieval=None if options.retrieval == "none" else options.retrieval,
+        corpora=_corpora(options.corpus) or defaults.corpora,
+        corpus_texts=options.corpus_texts,
+    )
+    arms = parse_arms(
+        options.models,
+        ArmSettings(
+            device=options.device,
+            dtype=options.dtype,
+            template=options.template,
+            pooling=options.pooling,
+            attention=options.attention,
+        ),
+    )
+    console = Console(stderr=True)
+    outcomes = run_analyses(
+        list(ANALYSES.values()) if options.name == ALL else [ANALYSES[options.name]],
+        arms,
+        settings,
+        options.out,
+        overwrite=options.overwrite,
+        show_progress=sys.stderr.isatty(),
+        report=lambda line: console.print(line, markup=False, highlight=False),
+    )
+    for outcome in outcomes:
+        print(outcome.numbers)
+        print(outcome.figure)
+
+
+def standardize(argv: Sequence[str]) -> None:
+    """Fit statistics on a reference corpus and write a copy of an export that applies them.
+
+    Raises:
+        UserError: no export; a corpus that is missing, too small or without variance; a copy that stock tools read otherwise.
+    """
+    options = _standardize_parser().parse_args(list(argv))
+    from unified_lm.evaluation.analyses.texts import read_texts
+    from unified_lm.export.manifest import StandardizerRecord
+    from unified_lm.export.standardized import write_standardized
+    from unified_lm.inference import UnifiedLM
+    from unified_lm.inference.loading import model_folder
+    from unified_lm.inference.standardize import fit_standardizer
+    from unified_lm.models.standardizer import RELATIVE_EPS
+
+    source = model_folder(options.export, None)
+    name, texts = read_texts(options.corpus, options.num_texts, split="train")
+    model = UnifiedLM.from_pretrained(source, device=options.device, dtype=options.dtype)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("embedding the corpus", total=len(texts))
+        fitted = fit_standardizer(
+            model, texts, instruction=options.instruction, progress=lambda count: bar.update(task, advance=count)
+        )
+    record = StandardizerRecord(
+        corpus=name,
+        corpus_hash=fitted.corpus_hash,
+        num_texts=fitted.num_texts,
+        num_floored=fitted.num_floored,
+        relative_eps=RELATIVE_EPS,
+        instruction=options.instruction,
+    )
+    write_standardized(source, options.out, fitted.standardizer, record)
+    print(f"{options.out}: standardized on {fitted.num_texts} texts of {name}")
+    if fitted.num_floored:
+        print(f"{fitted.num_floored} dimensions hardly vary; their deviation was raised to {RELATIVE_EPS:g} of the median one")
+
+
+def _corpora(given: Sequence[str]) -> dict[str, str]:
+    """LABEL=CORPUS pairs; a corpus without a label is called after its file.
+
+    Raises:
+        ConfigError: two corpora of one label.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        label, separator, source = text.partition("=")
+        if not separator or Path(text).expanduser().exists():
+            label, source = Path(text).name.split(".")[0], text
+        if label in found:
+            raise ConfigError(f"two corpora are called '{label}'; tell them apart: LABEL=CORPUS.")
+        found[label] = source
+    return found
+
+
+def _analyze_parser(names: dict[str, str]) -> argparse.ArgumentParser:
+    listed = "".join(f"\n  {name:<12} {summary}" for name, summary in {**names, ALL: "all of these"}.items())
+    parser = command_parser(
+        "analyze",
+        f"numbers and a figure for each analysis; several models share one figure:{listed}",
+        "anisotropy uni=embedded@causal bi=embedded@bidirectional tuned=runs/grit --out analysis",
+    )
+    add = parser.add_argument
+    add("name", metavar="NAME", help=f"{', '.join(names)}, or {ALL}")
+    model_help = "[LABEL=]MODEL[@causal|@bidirectional]: export, run, folder or Hub name of a causal model, or 'embedded'"
+    add("models", nargs="+", metavar="MODEL", help=model_help)
+    add("--out", type=Path, default=Path("analysis"), help="folder for NAME.json and NAME.png (analysis)")
+    add("--overwrite", action="store_true", help="measure again what is measured")
+    add(
+        "--texts",
+        default="pydocs",
+        help="texts to look at: pydocs (default), a file or folder of texts, or an offline STS task",
+    )
+    add("--num-texts", type=positive, default=1000, help="texts of anisotropy (1000)")
+    add("--num-windows", type=positive, default=32, help="texts of layers and norms (32)")
+    add("--positions", type=positive, default=64, help="tokens of each of those (64)")
+    add("--triples", type=Path, default=None, help="prefixes with continuations for future, in place of the package's own")
+    add("--sts", default=None, help="offline STS task or file (sentence1, sentence2, score), for uniformity and standardize")
+    add("--num-pairs", type=positive, default=500, help="sentence pairs and retrieval rows, at most (500)")
+    add("--retrieval", default="pydocs", help="retrieval pairs for standardize: pydocs (default), a file or folder, or none")
+    corpus_help = "reference corpus for standardize, as --texts; may be given several times (pydocs)"
+    add("--corpus", action="append", default=[], metavar="[LABEL=]CORPUS", help=corpus_help)
+    add("--corpus-texts", type=positive, default=1000, help="texts of each corpus, at most (1000)")
+    _add_model_options(parser)
+    add("--template", default=None, help="prompt template; 'plain' for a model that is no export")
+    add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
+    add("--attention", default=None, help="bidirectional or causal, in place of the export's")
+    return parser
+
+
+def _standardize_parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "standardize",
+        "write a copy of an export whose vectors are standardized per dimension",
+        "runs/grit --corpus texts.txt --out runs/grit-standardized",
+    )
+    add = parser.add_argument
+    add("export", help="the export folder of a run, or the run, or a Hub name")
+    add("--corpus", required=True, help="reference texts: pydocs, a file or folder of texts, or an offline STS task")
+    add("--out", type=Path, required=True, help="the folder to write")
+    add("--num-texts", type=positive, default=None, help="texts of the corpus, at most; all if left out")
+    add("--instruction", default="", help="embed the corpus with this instruction; as documents if left out")
+    _add_model_options(parser)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
+    parser.add_argument(
+        "--dtype", default="float32", help="float32 (default), bfloat16...; the control of future is sharpest in float32"
+    )

@@ -1,0 +1,202 @@
+"""Plain nested values <-> the frozen dataclasses, strictly, with every problem collected instead of only the first."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from unified_lm.composition.locate import read_yaml
+from unified_lm.composition.validate import find_problems
+from unified_lm.config import schema
+from unified_lm.config.schema import ChainConfig, RunConfig
+from unified_lm.core.errors import ConfigError, did_you_mean
+
+_FAILED = object()
+
+
+def convert(cls: type, value: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """Build a configuration dataclass from nested plain values.
+
+    Args:
+        cls: the dataclass.
+        value: nested dicts, lists and scalars.
+
+    Returns:
+        The instance and the problems found: unknown keys, wrong types, missing fields, each with its dotted key. A faulty
+        value is replaced by its default, so that what depends on the others can still be checked; the instance is None
+        where a field without a default is missing or faulty.
+    """
+    problems: list[str] = []
+    made = _dataclass(cls, value, "", problems)
+    return (None if made is _FAILED else made), problems
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, vars(schema))
+
+
+def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, Mapping):
+        problems.append(f"{path}: got {_show(value)}, expected keys and values ({', '.join(_hints(cls))}).")
+        return _FAILED
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in fields:
+            problems.append(f"unknown key '{prefix}{key}'.{_suggest(str(key), prefix, list(fields))}")
+    made: dict[str, Any] = {}
+    complete = True
+    for name, field in fields.items():
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if name not in value:
+            if not has_default:
+                problems.append(f"missing key '{prefix}{name}' ({_name_of(_hints(cls)[name])}), which has no default.")
+                complete = False
+            continue
+        item = _value(_hints(cls)[name], value[name], prefix + name, problems)
+        if item is not _FAILED:
+            made[name] = item
+        elif not has_default:
+            complete = False
+    return cls(**made) if complete else _FAILED
+
+
+def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
+    """Convert one value to an annotated type, or record why not and return `_FAILED`."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _union(args, value, path, problems)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _dataclass(kind, value, path, problems)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(kinds) != len(value):
+            problems.append(f"{path}: got {len(value)} values, expected {len(kinds)}.")
+            return _FAILED
+        items = [_value(k, v, f"{path}.{index}", problems) for index, (k, v) in enumerate(zip(kinds, value, strict=True))]
+        return _FAILED if any(item is _FAILED for item in items) else tuple(items)
+    if origin is dict and isinstance(value, Mapping):
+        pairs = {str(key): _value(args[1], item, f"{path}.{key}", problems) for key, item in value.items()}
+        return _FAILED if any(item is _FAILED for item in pairs.values()) else pairs
+    if _is_scalar(kind, value):
+        return float(value) if kind is float else value
+    problems.append(f"{path}: got {_show(value)}, expected {_name_of(kind)}.")
+    return _FAILED
+
+
+def _union(kinds: tuple[Any, ...], value: Any, path: str, problems: list[str]) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    others = [kind for kind in kinds if kind is not type(None)]
+    if len(others) == 1:
+        return _value(others[0], value, path, problems)
+    for kind in others:
+        attempt: list[str] = []
+        made = _value(kind, value, path, attempt)
+        if not attempt:
+            return made
+    problems.append(f"{path}: got {_show(value)}, expected {' or '.join(_name_of(kind) for kind in others)}.")
+    return _FAILED
+
+
+def _is_scalar(kind: Any, value: Any) -> bool:
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return kind in (str, bool) and isinstance(value, kind)
+
+
+def _name_of(kind: Any) -> str:
+    """A type in a user's words."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if arg is type(None) else _name_of(arg) for arg in args)
+    if origin is tuple:
+        return f"a list of {_name_of(args[0])}"
+    if origin is dict or dataclasses.is_dataclass(kind):
+        return "keys and values"
+    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, str(kind))
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) < 60 else text[:57] + '...'} ({'null' if value is None else type(value).__name__})"
+
+
+def _suggest(key: str, prefix: str, known: list[str]) -> str:
+    """ " Did you mean ...?": a key of the same group first, then the same key in another group, then the list of keys."""
+    close = did_you_mean(key, known)
+    if close.startswith(" Did you mean"):
+        return close.replace(f"'{close.split(chr(39))[1]}'", f"'{prefix}{close.split(chr(39))[1]}'")
+    elsewhere = [path for path in schema_keys() if path.rpartition(".")[2] == key]
+    return f" Did you mean {' or '.join(repr(path) for path in elsewhere)}?" if elsewhere else close
+
+
+@cache
+def schema_keys() -> tuple[str, ...]:
+    """Every dotted key of a run; `*` stands for a name of the user's (a stream) or a position in a list."""
+    return tuple(_keys_of(RunConfig, ""))
+
+
+def _keys_of(cls: type, prefix: str) -> Iterator[str]:
+    for name, kind in _hints(cls).items():
+        yield prefix + name
+        inner, star = kind, ""
+        while get_args(inner):
+            star += ".*" if get_origin(inner) in (tuple, dict) else ""
+            nested = [arg for arg in get_args(inner) if arg not in (type(None), Ellipsis, str)]
+            inner = nested[0] if nested else str
+        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
+            yield from _keys_of(inner, f"{prefix}{name}{star}.")
+
+
+def to_plain(config: Any) -> Any:
+    """Nested dicts, lists and scalars of a configuration."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {key: to_plain(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_plain(value) for value in config]
+    return config
+
+
+def to_yaml(config: RunConfig | ChainConfig) -> str:
+    """The resolved configuration as YAML: every key, in the order of the schema. `from_yaml` reads it back equal."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def from_yaml(path: str | Path) -> RunConfig | ChainConfig:
+    """Read a resolved configuration, as saved with a run.
+
+    Raises:
+        ConfigError: not readable, or not (or no longer) a valid configuration; every problem is listed.
+    """
+    return build_config(read_yaml(Path(path)))
+
+
+def build_config(values: Mapping[str, Any], problems: list[str] | None = None) -> RunConfig | ChainConfig:
+    """Convert and cross-check nested values; `problems` are earlier findings to report together with ours.
+
+    Raises:
+        ConfigError: anything is wrong; every problem is listed.
+    """
+    cls = ChainConfig if "stages" in values else RunConfig
+    config, found = convert(cls, values)
+    found = [*(problems or []), *found]
+    if config is not None:
+        found += find_problems(config)
+    if found:
+        raise ConfigError(list(dict.fromkeys(found)))
+    assert isinstance(config, (RunConfig, ChainConfig))
+    return config

@@ -1,0 +1,95 @@
+"""`key=value` arguments merged into the nested values of a recipe, before these become dataclasses."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from unified_lm.composition.convert import schema_keys
+from unified_lm.core.errors import did_you_mean
+
+
+def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, nested mappings merged key by key; neither is changed."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        merged[key] = overlay(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def apply_override(tree: dict[str, Any], key: str, value: Any, delete: bool, problems: list[str]) -> bool:
+    """Set or delete one dotted key of nested values, in place.
+
+    Args:
+        tree: the values of a recipe.
+        key: dotted; a number is a position in a list.
+        value: what to set; a mapping is merged over a mapping that is there.
+        delete: whether the key is removed instead.
+        problems: takes a sentence when the key cannot exist.
+
+    Returns:
+        False when the way leads through an interpolation that is not resolved yet, and nothing was done.
+    """
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for depth, name in enumerate(parents):
+        below = _child(node, name)
+        if isinstance(below, str) and "${" in below:
+            return False
+        if below is None:
+            reason = _missing_parent(tree, node, parents[: depth + 1], key)
+            if reason:
+                problems.append(reason)
+                return True
+            node[name] = below = {}
+        if not isinstance(below, (dict, list)):
+            problems.append(f"unknown key '{key}': {'.'.join(parents[: depth + 1])} is a single value.")
+            return True
+        node = below
+    if delete and _child(node, leaf, missing=...) is ...:
+        problems.append(f"~{key}: there is no such key to remove.{did_you_mean(leaf, map(str, node))}")
+    elif delete:
+        node.pop(leaf if isinstance(node, dict) else int(leaf))
+    elif isinstance(node, list):
+        _set_item(node, leaf, value, key, problems)
+    elif parents[:1] == ["data"] and leaf not in node:
+        problems.append(f"unknown key '{key}'.{did_you_mean(leaf, node)}")
+    else:
+        current = node.get(leaf)
+        node[leaf] = overlay(current, value) if isinstance(current, dict) and isinstance(value, dict) else value
+    return True
+
+
+def _child(node: Any, name: str, missing: Any = None) -> Any:
+    if isinstance(node, list):
+        return node[int(name)] if name.isdigit() and int(name) < len(node) else missing
+    return node.get(name, missing)
+
+
+def _set_item(node: list[Any], leaf: str, value: Any, key: str, problems: list[str]) -> None:
+    if leaf.isdigit() and int(leaf) < len(node):
+        node[int(leaf)] = value
+    else:
+        problems.append(f"'{key}': expected a position below {len(node)}, got '{leaf}'.")
+
+
+def _missing_parent(tree: dict[str, Any], node: Any, parents: list[str], key: str) -> str | None:
+    """Why a key cannot be set below a parent that is absent or null; None where an empty parent may be made."""
+    path = ".".join(parents)
+    if parents[0] == "streams" and len(parents) == 2:
+        return f"unknown stream in '{key}'.{did_you_mean(parents[1], tree.get('streams') or {})}"
+    if isinstance(node, list) or (parents[0] == "data" and parents[-1] not in node):
+        return f"unknown key '{key}'."
+    if parents == ["lora"]:
+        return f"'{key}': no adapter is trained here (lora is none); choose one first, such as lora=llm2vec."
+    if parents[-1] in node:
+        return f"'{key}': {path} is null here; set it as a whole first ({path}={{...}})."
+    if not any(_matches(path, known) for known in schema_keys()):
+        top = {known.partition(".")[0] for known in schema_keys()}
+        return f"unknown key '{key}'.{did_you_mean(parents[0], top) if parents[0] not in top else ''}"
+    return None
+
+
+def _matches(path: str, known: str) -> bool:
+    return re.fullmatch(re.escape(known).replace(r"\*", r"[^.]+"), path) is not None

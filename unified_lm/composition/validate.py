@@ -1,0 +1,271 @@
+"""Cross-checks of a configuration: what single fields cannot know. Every problem is returned, none is raised here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from unified_lm.composition.validate_streams import DTYPES, source_problems, stream_problems
+from unified_lm.config.checks import above, at_least, choice, fraction
+from unified_lm.config.schema import ChainConfig, ModelConfig, OptimConfig, RunConfig, StreamConfig
+from unified_lm.core.errors import did_you_mean
+
+MODEL_SOURCES = ("hub", "embedded")
+KERNELS = ("auto", "flash", "flex", "sdpa", "padded")
+POOLINGS = ("mean", "weighted_mean", "last_token", "cls")
+BACKENDS = ("auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "zero3_offload")
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def find_problems(config: RunConfig | ChainConfig) -> list[str]:
+    """Every contradiction, value out of range and unknown choice of a configuration, each as one sentence with its key."""
+    if isinstance(config, ChainConfig):
+        return list(_chain(config))
+    return list(_run(config))
+
+
+def _adapter_dropout(config: RunConfig) -> float:
+    return 0.0 if config.lora is None else config.lora.dropout
+
+
+def find_notices(config: RunConfig) -> list[str]:
+    """What is allowed but rarely meant, one sentence each."""
+    return list(_notices(config))
+
+
+def longest_sample(stream: StreamConfig) -> int:
+    """The limit of a stream's longest sample, in tokens."""
+    if stream.format == "pairs":
+        return max(stream.max_query_tokens, stream.max_document_tokens)
+    return stream.max_tokens
+
+
+def zero_stage(backend: str) -> int | None:
+    """The ZeRO stage of a backend; None where DeepSpeed is not used."""
+    return int(backend[len("zero")]) if backend.startswith("zero") and backend in BACKENDS else None
+
+
+def _chain(config: ChainConfig) -> Iterator[str]:
+    if not config.stages:
+        yield "chain: got no stages, expected the names of at least one recipe."
+    for stage in config.stages[:-1]:
+        if not stage.export.enabled:
+            yield f"export.enabled: the stage after {stage.recipe} starts from its export, which is turned off."
+    for stage in config.stages:
+        if stage.resume not in ("none", "auto"):
+            yield f"resume: got '{stage.resume}', a chain takes 'none' or 'auto'."
+        yield from (f"stage {stage.recipe}: {problem}" for problem in _run(stage))
+
+
+def _run(config: RunConfig) -> Iterator[str]:
+    yield from at_least("max_steps", config.max_steps, 1)
+    yield from _model(config)
+    yield from _lora(config)
+    if not config.streams:
+        yield "streams: got none, expected at least one."
+    for name, stream in config.streams.items():
+        yield from stream_problems(f"streams.{name}", stream)
+        if stream.objective.name == "kto" and stream.objective.reference == "adapter_off" and config.lora is None:
+            yield (
+                f"streams.{name}.objective.reference: 'adapter_off' needs adapters, and lora is none; use lora=all_linear, or "
+                "reference=cached."
+            )
+        if stream.objective.router_aux_loss_coef and config.model.attention_kernel == "padded":
+            yield (
+                f"streams.{name}.objective.router_aux_loss_coef: kernel padded mixes padding tokens into the router logits; "
+                "choose another model.attention_kernel, or 0."
+            )
+        if stream.format == "views" and config.model.attention_dropout == 0 and not _adapter_dropout(config):
+            yield f"streams.{name}: two views differ by dropout alone, and model.attention_dropout and lora.dropout are 0."
+    yield from _optim(config.optim)
+    yield from _parallel(config)
+    yield from at_least("packing.token_budget", config.packing.token_budget, 1)
+    yield from at_least("logging.every", config.logging.every, 1)
+    yield from choice("logging.wandb", config.logging.wandb, ("disabled", "offline", "online"))
+    if not config.logging.wandb_project:
+        yield "logging.wandb_project: is empty; give the wandb project a name."
+    yield from _checkpoint(config)
+    yield from _validation(config)
+    yield from _export(config)
+    if config.resume not in ("none", "auto") and not Path(config.resume).is_dir():
+        yield f"resume: got '{config.resume}', expected 'none', 'auto' or the folder of a checkpoint; there is no such folder."
+    if config.resume == "auto" and not config.run_dir:
+        yield "resume: 'auto' looks for checkpoints in run_dir, which is not set; add run_dir=FOLDER."
+
+
+def _parallel(config: RunConfig) -> Iterator[str]:
+    parallel = config.parallel
+    yield from choice("parallel.backend", parallel.backend, BACKENDS)
+    yield from above("parallel.timeout_minutes", parallel.timeout_minutes, 0)
+    yield from at_least("parallel.bucket_elements", parallel.bucket_elements, 1)
+    yield from at_least("parallel.persistence_threshold", parallel.persistence_threshold, 0)
+    stage = zero_stage(parallel.backend)
+    if stage == 0 and config.model.dtype == "bfloat16":
+        yield (
+            "parallel.backend: zero0 adds bfloat16 gradients up in bfloat16, and model.dtype is bfloat16; use parallel=ddp or "
+            "zero1, which add them up in float32."
+        )
+    if stage == 3 and config.model.autocast:
+        yield (
+            f"model.autocast: keeps a bfloat16 copy of every weight while it runs, so {parallel.backend} would save nothing; "
+            "set model.dtype=bfloat16 and model.autocast=false, or use parallel=zero2."
+        )
+    if stage is not None and config.lora is not None and config.lora.quantize_4bit:
+        yield (
+            f"lora.quantize_4bit: 4-bit weights cannot be partitioned or flattened, got parallel.backend={parallel.backend}; "
+            "use parallel=ddp."
+        )
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    yield from choice("model.source", model.source, MODEL_SOURCES)
+    yield from choice("model.dtype", model.dtype, DTYPES)
+    yield from choice("model.attention_kernel", model.attention_kernel, KERNELS)
+    yield from choice("model.pooling", model.pooling, POOLINGS)
+    if not model.name and not model.tiny_random and model.init_from is None:
+        yield "model.name: is empty; choose a model (model=smollm2_135m), or give model.name or model.init_from."
+    if model.tiny_random and not model.family:
+        yield "model.family: is empty; a tiny random model needs the family to build (llama, mistral, qwen3, ...)."
+    if model.autocast and model.dtype != "float32":
+        yield f"model.autocast: keeps float32 weights, but model.dtype is {model.dtype}; set model.dtype=float32."
+    if model.attention_dropout is not None:
+        yield from fraction("model.attention_dropout", model.attention_dropout)
+        if model.attention_dropout > 0 and model.attention_kernel == "flex":
+            yield "model.attention_dropout: the flex kernel has no dropout; choose model.attention_kernel=sdpa or flash."
+    if model.projection_dim is not None:
+        yield from at_least("model.projection_dim", model.projection_dim, 1)
+        if not any(stream.objective.name == "contrastive" for stream in config.streams.values()):
+            yield "model.projection_dim: projects embeddings, but no stream has a contrastive objective."
+
+
+def _lora(config: RunConfig) -> Iterator[str]:
+    lora = config.lora
+    if lora is None:
+        return
+    yield from at_least("lora.r", lora.r, 1)
+    yield from above("lora.alpha", lora.alpha, 0)
+    yield from fraction("lora.dropout", lora.dropout)
+    if isinstance(lora.target_modules, str):
+        yield from choice("lora.target_modules", lora.target_modules, ("all-linear",))
+    elif not lora.target_modules:
+        yield "lora.target_modules: is empty; name modules (q_proj, ...), or 'all-linear'."
+    if lora.quantize_4bit:
+        yield from _quantized(config.model)
+
+
+def _quantized(model: ModelConfig) -> Iterator[str]:
+    if model.source != "hub" or model.tiny_random:
+        yield "lora.quantize_4bit: needs weights from the Hub or a directory (model.source=hub)."
+    if model.dtype != "bfloat16":
+        yield f"lora.quantize_4bit: computes in bfloat16, but model.dtype is {model.dtype}."
+
+
+def _checkpoint(config: RunConfig) -> Iterator[str]:
+    checkpoint = config.checkpoint
+    yield from at_least("checkpoint.every", checkpoint.every, 0)
+    yield from at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
+    yield from at_least("checkpoint.keep_every", checkpoint.keep_every, 0)
+    if checkpoint.keep_every > 0 and checkpoint.every > 0 and checkpoint.keep_every % checkpoint.every:
+        yield (
+            f"checkpoint.keep_every: got {checkpoint.keep_every}, expected a multiple of checkpoint.every "
+            f"({checkpoint.every}): there is no checkpoint at the steps between."
+        )
+    if checkpoint.copy_to is not None and config.run_dir:
+        own = Path(config.run_dir, "checkpoints").resolve()
+        if Path(checkpoint.copy_to).resolve() == own:
+            yield f"checkpoint.copy_to: {checkpoint.copy_to} is where the run keeps its checkpoints; name another folder."
+
+
+def _optim(optim: OptimConfig) -> Iterator[str]:
+    yield from at_least("optim.max_skipped_steps", optim.max_skipped_steps, 1)
+    yield from choice("optim.schedule", optim.schedule, SCHEDULES)
+    yield from above("optim.learning_rate", optim.learning_rate, 0)
+    yield from above("optim.eps", optim.eps, 0)
+    for index, beta in enumerate(optim.betas):
+        yield from fraction(f"optim.betas.{index}", beta)
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+        yield from at_least(f"optim.{name}", getattr(optim, name), 0)
+    yield from fraction("optim.warmup_ratio", optim.warmup_ratio)
+    if not 0 <= optim.final_ratio <= 1:
+        yield f"optim.final_ratio: got {optim.final_ratio}, expected 0 to 1."
+    if optim.warmup_steps and optim.warmup_ratio:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} and optim.warmup_ratio={optim.warmup_ratio} exclude each other; "
+            "set one of them to 0."
+        )
+    if optim.horizon_steps is not None:
+        yield from at_least("optim.horizon_steps", optim.horizon_steps, 1)
+    if optim.schedule == "constant" and (optim.horizon_steps is not None or optim.final_ratio):
+        yield "optim.schedule: 'constant' does not decay, so horizon_steps and final_ratio do not apply."
+
+
+def _validation(config: RunConfig) -> Iterator[str]:
+    validation = config.validation
+    yield from at_least("validation.every", validation.every, 0)
+    yield from at_least("validation.num_batches", validation.num_batches, 1)
+    if validation.normalization is not None:
+        yield from choice("validation.normalization", validation.normalization, ("token", "sample", "sum_per_sample"))
+    for name, sources in validation.sources.items():
+        if name not in config.streams:
+            yield f"validation.sources.{name}: there is no stream '{name}'.{did_you_mean(name, config.streams)}"
+        elif config.streams[name].format == "views":
+            yield f"validation.sources.{name}: two views are equal without dropout, so a held-out loss would say nothing."
+        for index, source in enumerate(sources):
+            yield from source_problems(f"validation.sources.{name}.{index}", source)
+    if validation.retrieval is None:
+        return
+    yield from source_problems("validation.retrieval.queries", validation.retrieval.queries)
+    yield from at_least("validation.retrieval.max_queries", validation.retrieval.max_queries, 2)
+    if not any(stream.objective.name == "contrastive" for stream in config.streams.values()):
+        yield "validation.retrieval: no stream trains embeddings (objective contrastive); remove it: ~validation.retrieval"
+
+
+def _export(config: RunConfig) -> Iterator[str]:
+    export = config.export
+    yield from choice("export.dtype", export.dtype, (*DTYPES, "float16"))
+    for index, mode in enumerate(export.modes):
+        yield from choice(f"export.modes.{index}", mode, ("embed", "generate"))
+    templates = {name: s.template for name, s in config.streams.items() if s.format in ("pairs", "views", "chat", "preference")}
+    if export.enabled and len(set(templates.values())) > 1:
+        listed = ", ".join(f"streams.{name}.template is '{template}'" for name, template in templates.items())
+        yield f"export: has one template for all modes, but {listed}; make them equal, or set export.enabled=false."
+    if export.dtype == "float32" and config.model.dtype == "bfloat16":
+        yield "export.dtype: the weights are bfloat16 (model.dtype), so a float32 export would only be larger; use bfloat16."
+    for name, stream in config.streams.items():
+        if export.enabled and stream.template == "echo":
+            yield (
+                f"streams.{name}.template: stock tools cannot repeat a text as 'echo' does; choose another template, or set "
+                "export.enabled=false."
+            )
+        if export.enabled and stream.attention == "bidirectional_prompt":
+            yield (
+                f"streams.{name}.attention: stock tools generate causally and cannot repeat 'bidirectional_prompt'; "
+                "train with 'causal', or set export.enabled=false."
+            )
+    if export.push_to_hub is None:
+        return
+    owner, _, name = export.push_to_hub.partition("/")
+    if not owner or not name or "/" in name:
+        yield f"export.push_to_hub: got '{export.push_to_hub}', expected ORGANIZATION/NAME."
+    if not export.enabled:
+        yield "export.push_to_hub: there is nothing to upload with export.enabled=false."
+
+
+def _notices(config: RunConfig) -> Iterator[str]:
+    for name, stream in config.streams.items():
+        if longest_sample(stream) > config.packing.token_budget:
+            yield (
+                f"packing.token_budget={config.packing.token_budget} is below stream {name}'s limit of "
+                f"{longest_sample(stream)} tokens: longer samples get a pack of their own."
+            )
+        if stream.format == "views" and config.model.attention_dropout is None and not _adapter_dropout(config):
+            yield (
+                f"stream {name}: two views of a text differ by dropout alone, and here only the checkpoint's own settings can "
+                "give some; set model.attention_dropout."
+            )
+    if config.optim.warmup_steps >= config.max_steps:
+        yield (
+            f"optim.warmup_steps={config.optim.warmup_steps} is not below max_steps={config.max_steps}: "
+            "the learning rate never reaches its peak."
+        )

@@ -1,0 +1,1 @@
+"""Templates and their encoding at token level, with exact spans."""

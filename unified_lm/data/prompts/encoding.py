@@ -1,0 +1,380 @@
+"""Prompts at token level: ids with exact borders between prompt, text and answer.
+
+The ids are those that the stock tokenizer gives for the whole string (sentence-transformers joins prompt and text before it
+tokenizes), with one deliberate difference: a special token spelled out *inside* a user's text ("<|im_end|>", "</s>") stays
+ordinary text, so that data can neither end a turn nor fake one. Stock tools parse it at inference; `PromptEncoder` never does.
+
+How: the special tokens of the template are atoms; the stretches between them are tokenized whole, each as the tokenizer would
+see it after a special token, and the borders inside a stretch are read off the offsets. A text whose border falls inside a
+token is rejected, never shifted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from unified_lm.core.errors import ConfigError, DataError
+from unified_lm.data.prompts.echo import EchoPrompt, encode_echo
+from unified_lm.data.prompts.plain_tokenizers import plain_tokenizers
+from unified_lm.data.prompts.templates import Template, added_ids
+
+_PROBE_INSTRUCTION = "Find the passage, please: 'x'"
+_PROBE_TEXTS = ("What is it?", "the (second) text 12", "Zwölf – 十二", "_x")
+
+
+class Rejection(Enum):
+    """Why a text did not become a sample."""
+
+    EMPTY = "text empty after stripping"
+    STRADDLES = "a token straddles the border between prompt and text"
+    NO_ROOM = "the prompt leaves no room for an answer within the limit"
+    SHORT = "fewer than two tokens"
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A text that became tokens.
+
+    Attributes:
+        ids: int32 `[T]`.
+        spans: `[start, stop)` of what is pooled (an embedding: one), or of what is learned (a conversation: every answer
+            with its end token); empty for running text.
+        truncated: whether the text was cut.
+    """
+
+    ids: np.ndarray
+    spans: tuple[tuple[int, int], ...] = ()
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class _Fragment:
+    """A bit of a conversation: `template` text may hold special tokens, other text may not; `answer` marks what is learned."""
+
+    text: str
+    template: bool
+    answer: bool = False
+
+
+class PromptEncoder:
+    """A template bound to a tokenizer.
+
+    Args:
+        template: the prompt template.
+        tokenizer: a fast tokenizer. It is copied, never changed.
+
+    Raises:
+        ConfigError: the tokenizer is not a fast one, or does not read this template token by token (the text names where).
+    """
+
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise ConfigError(f"{type(tokenizer).__name__} is not a fast tokenizer (no tokenizer.json); convert it first")
+        self.template = template
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {token.content: index for index, token in added if token.special}
+        self._splitter = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r"(?!)")
+        description = tokenizer.backend_tokenizer.to_str()
+        self.fingerprint = blake2b(description.encode(), digest_size=16).hexdigest()
+        self._at_start, self._after_special = plain_tokenizers(description)
+        leading, trailing = added_ids(tokenizer)
+        self._leading, self._trailing = leading, trailing
+        self._prompt = lru_cache(maxsize=4096)(self._prompt_parts)
+        self._check_end()
+        self._verify()
+
+    def embed(self, texts: Sequence[tuple[str, str]], limit: int) -> list[Encoded | Rejection]:
+        """Encode texts to embed.
+
+        Args:
+            texts: (text, instruction) pairs; both are stripped.
+            limit: the most tokens of prompt and text together. Only the text is cut.
+
+        Returns:
+            Per text its tokens, whose span is exactly what sentence-transformers pools behind the prompt (all of it where the
+            prompt is empty), or the second copy under a template that echoes; or why it has none.
+
+        Raises:
+            DataError: an instruction leaves no room for any text.
+        """
+        if self.template.echoes:
+            return [self._embed_echo(text.strip(), instruction.strip(), limit) for text, instruction in texts]
+        prompts = [self._prompt(instruction.strip()) for _, instruction in texts]
+        for (_, instruction), prompt in zip(texts, prompts, strict=True):
+            if len(prompt.ids) + len(self._trailing) >= limit:
+                raise DataError(
+                    f"the instruction {instruction.strip()[:80]!r} takes {len(prompt.ids)} tokens with its template "
+                    f"'{self.template.name}' and leaves no room for text under the limit of {limit}. "
+                    "Shorten it, or raise the limit."
+                )
+        strings = [prompt.tail + text.strip() for (text, _), prompt in zip(texts, prompts, strict=True)]
+        encodings = self._encode(strings, [prompt.after_special for prompt in prompts])
+        return [
+            Rejection.EMPTY if not text.strip() else self._finish_embedding(prompt, encoding, limit)
+            for (text, _), prompt, encoding in zip(texts, prompts, encodings, strict=True)
+        ]
+
+    def chat(self, conversations: Sequence[Sequence[tuple[str, str]]], limit: int) -> list[Encoded | Rejection]:
+        """Encode conversations of (role, content) turns.
+
+        Args:
+            conversations: their turns; contents are stripped.
+            limit: the most tokens. The answer that crosses it is cut and keeps its end token; turns after it are dropped.
+
+        Returns:
+            Per conversation its tokens with one span per answer (its text and its end token), or why it has none.
+        """
+        self.template.require_chat()
+        return [
+            _truncate_chat(encoded, limit) for encoded in self._encode_fragments([self._fragments(c) for c in conversations])
+        ]
+
+    def generation_prompt(self, turns: Sequence[tuple[str, str]]) -> np.ndarray:
+        """The ids, int32 `[T]`, that a model continues with its answer to `turns`."""
+        self.template.require_chat()
+        opening = self.template.separator + self.template.turns["assistant"].opening
+        (encoded,) = self._encode_fragments([[*self._fragments(turns), _Fragment(opening, template=True)]])
+        assert isinstance(encoded, Encoded)
+        return encoded.ids
+
+    def running_text(self, texts: Sequence[str], *, continued: bool = False) -> list[np.ndarray]:
+        """The ids of each text alone, int32, without begin or end of text.
+
+        Args:
+            texts: as they are, not stripped.
+            continued: whether the texts continue others, so that a Llama-like tokenizer adds no leading space.
+        """
+        return [np.asarray(e.ids, dtype=np.int32) for e in self._encode(list(texts), [continued] * len(texts))]
+
+    @property
+    def leading_ids(self) -> list[int]:
+        """What precedes running text: the begin of text, where the tokenizer adds it or the template wants it."""
+        bos = self.tokenizer.bos_token_id
+        return list(self._leading) or ([bos] if self.template.literal_bos and bos is not None else [])
+
+    @property
+    def special_ids(self) -> list[int]:
+        """All ids of special tokens."""
+        return sorted({*self._special.values(), *self.tokenizer.all_special_ids})
+
+    # -- embeddings ---------------------------------------------------------------------------------------------------
+
+    def _prompt_parts(self, instruction: str) -> _Prompt:
+        bos = self.template.embedding_prompt(self.tokenizer, instruction)
+        body = self.template.body(instruction)
+        bos = bos[: len(bos) - len(body)]
+        before, marker, after = self.template.instruction_prompt.partition("{instruction}") if instruction else ("", "", body)
+        fragments = [_Fragment(bos + before, template=True), _Fragment(instruction if marker else "", template=False)]
+        fragments.append(_Fragment(after, template=True))
+        atoms = self._atoms(fragments)
+        tail = "".join(text for text, _ in atoms[-1])
+        head_atoms: list[_Atom] = atoms[:-1]
+        head = list(self._leading)
+        strings = [(index, "".join(t for t, _ in atom)) for index, atom in enumerate(head_atoms) if isinstance(atom, list)]
+        encoded = dict(
+            zip([i for i, _ in strings], self._encode([s for _, s in strings], [i > 0 for i, _ in strings]), strict=True)
+        )
+        for index, atom in enumerate(head_atoms):
+            head.extend(encoded[index].ids if isinstance(atom, list) else [atom[0]])
+        after_special = len(atoms) > 1
+        tail_ids = self._encode([tail], [after_special])[0].ids if tail else []
+        return _Prompt(tuple(head), tail, tuple(tail_ids), after_special, self._pool_start(head + tail_ids, bos + body))
+
+    def _embed_echo(self, text: str, instruction: str, limit: int) -> Encoded | Rejection:
+        if not text:
+            return Rejection.EMPTY
+        around = len(self._leading) + len(self._trailing)
+        tokens = encode_echo(self._echo_prompt(instruction), text, limit - around, lambda s: self._encode(s, [False] * len(s)))
+        if tokens.start is None:
+            return Rejection.STRADDLES
+        ids = np.asarray([*self._leading, *tokens.ids, *self._trailing], dtype=np.int32)
+        first = len(self._leading)
+        return Encoded(ids, ((first + tokens.start, first + len(tokens.ids)),), tokens.truncated)
+
+    def _echo_prompt(self, instruction: str) -> EchoPrompt:
+        template = self.template
+        return EchoPrompt(template.body(instruction), template.instruction_echo if instruction else template.bare_echo)
+
+    def _pool_start(self, prompt_ids: list[int], prompt: str) -> int:
+        """How many tokens sentence-transformers leaves out of the pool (its `_get_prompt_length`)."""
+        if not prompt:
+            return 0
+        alone = [*prompt_ids, *self._trailing]
+        return len(alone) - (alone[-1] in self.tokenizer.all_special_ids)
+
+    def _finish_embedding(self, prompt: _Prompt, encoding: Encoding, limit: int) -> Encoded | Rejection:
+        ids, width = encoding.ids, len(prompt.tail_ids)
+        if tuple(ids[:width]) != prompt.tail_ids or len(ids) == width:
+            return Rejection.STRADDLES
+        room = limit - len(prompt.head) - len(self._trailing)
+        full = [*prompt.head, *ids[:room], *self._trailing]
+        return Encoded(np.asarray(full, dtype=np.int32), ((prompt.pool_start, len(full)),), len(ids) > room)
+
+    # -- conversations ------------------------------------------------------------------------------------------------
+
+    def _fragments(self, turns: Sequence[tuple[str, str]]) -> list[_Fragment]:
+        fragments = [_Fragment(self.template.chat_bos(self.tokenizer), template=True)]
+        for index, (role, content) in enumerate(turns):
+            opening = self.template.separator * (index > 0) + self.template.turns[role].opening
+            answer = role == "assistant"
+            fragments.append(_Fragment(opening, template=True))
+            fragments.append(_Fragment(content.strip(), template=False, answer=answer))
+            fragments.append(_Fragment(self.template.closing(role, self.tokenizer), template=True, answer=answer))
+        return fragments
+
+    def _encode_fragments(self, conversations: Sequence[Sequence[_Fragment]]) -> list[Encoded | Rejection]:
+        atoms = [self._atoms(fragments) for fragments in conversations]
+        stretches = [
+            (c, index, atom) for c, row in enumerate(atoms) for index, atom in enumerate(row) if isinstance(atom, list)
+        ]
+        strings = ["".join(text for text, _ in atom) for _, _, atom in stretches]
+        encodings = self._encode(strings, [index > 0 for _, index, _ in stretches])
+        by_place = {(c, index): encoding for (c, index, _), encoding in zip(stretches, encodings, strict=True)}
+        return [_assemble(row, lambda index, c=c: by_place[c, index]) for c, row in enumerate(atoms)]  # type: ignore[misc]
+
+    def _atoms(self, fragments: Sequence[_Fragment]) -> list[Any]:
+        """Special tokens as `(id, answer)`, and between them stretches: lists of `(text, answer)`; the last is a stretch."""
+        atoms: list[Any] = [[]]
+        for fragment in fragments:
+            if not fragment.template:
+                atoms[-1].append((fragment.text, fragment.answer))
+                continue
+            start = 0
+            for match in self._splitter.finditer(fragment.text):
+                atoms[-1].append((fragment.text[start : match.start()], fragment.answer))
+                atoms += [(self._special[match.group()], fragment.answer), []]
+                start = match.end()
+            atoms[-1].append((fragment.text[start:], fragment.answer))
+        return atoms
+
+    # -- tokenizer ----------------------------------------------------------------------------------------------------
+
+    def _encode(self, strings: Sequence[str], after_special: Sequence[bool]) -> list[Encoding]:
+        """Tokenize stretches without special tokens, each in its place (at the start, or after a special token)."""
+        if self._after_special is self._at_start:
+            return self._at_start.encode_batch(list(strings), add_special_tokens=False)
+        parts: dict[int, Encoding] = {}
+        for flag, tokenizer in ((False, self._at_start), (True, self._after_special)):
+            chosen = [i for i, value in enumerate(after_special) if value == flag]
+            encoded = tokenizer.encode_batch([strings[i] for i in chosen], add_special_tokens=False)
+            parts.update(zip(chosen, encoded, strict=True))
+        return [parts[i] for i in range(len(strings))]
+
+    def _check_end(self) -> None:
+        """An answer must end in a special token, or nothing would stop the model that has learned to write it."""
+        if not self.template.turns:
+            return
+        closing = self.template.closing("assistant", self.tokenizer)
+        if not self._splitter.search(closing):
+            raise ConfigError(
+                f"template '{self.template.name}' ends an answer with {closing!r}, which is no special token of this tokenizer "
+                f"({', '.join(sorted(self._special)) or 'it has none'}). Choose one that the tokenizer knows, such as 'grit'."
+            )
+
+    def _verify(self) -> None:
+        """Compare with the stock tokenizer on whole strings, once, before anything is trained on a wrong prompt."""
+        for instruction in ("", _PROBE_INSTRUCTION):
+            for text, ours in zip(_PROBE_TEXTS, self.embed([(t, instruction) for t in _PROBE_TEXTS], 10_000), strict=True):
+                string = self._whole(text, instruction)
+                self._compare(string, ours, self.tokenizer(string)["input_ids"])
+        if self.template.turns:
+            turns = [("user", _PROBE_TEXTS[0]), ("assistant", _PROBE_TEXTS[1])] * 2
+            string = "".join(fragment.text for fragment in self._fragments(turns))
+            stock = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+            self._compare(string, self.chat([turns], 10_000)[0], stock)
+
+    def _whole(self, text: str, instruction: str) -> str:
+        """The string that a text is embedded as."""
+        if self.template.echoes:
+            return self._echo_prompt(instruction).string(text)
+        return self.template.embedding_prompt(self.tokenizer, instruction) + text
+
+    def _compare(self, string: str, ours: Encoded | Rejection, stock: list[int]) -> None:
+        if isinstance(ours, Rejection) or ours.ids.tolist() != list(stock):
+            reason = ours.value if isinstance(ours, Rejection) else "the ids differ from those of the whole string"
+            raise ConfigError(
+                f"template '{self.template.name}' does not fit this tokenizer ({type(self.tokenizer).__name__}) on "
+                f"{string!r}: {reason}. A special token that swallows white space does this, or one that the template names "
+                "and the tokenizer lacks; choose another template."
+            )
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """An embedding prompt: ids up to its last special token, the text behind it, and that text's ids when it stands alone."""
+
+    head: tuple[int, ...]
+    tail: str
+    tail_ids: tuple[int, ...]
+    after_special: bool
+    pool_start: int
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The whole prompt."""
+        return self.head + self.tail_ids
+
+
+_Atom = Any
+
+
+def _assemble(atoms: Sequence[_Atom], encoding_of: Callable[[int], Encoding]) -> Encoded | Rejection:
+    """Join atoms to ids with a per-token answer flag, then read the answers' spans off the flag."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    for index, atom in enumerate(atoms):
+        if isinstance(atom, tuple):
+            ids.append(atom[0])
+            learned.append(atom[1])
+            continue
+        encoding = encoding_of(index)
+        flags = _token_flags(atom, encoding)
+        if flags is None:
+            return Rejection.STRADDLES
+        ids += encoding.ids
+        learned += flags
+    edges = np.flatnonzero(np.diff([0, *learned, 0]))
+    spans = tuple((int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
+    return Encoded(np.asarray(ids, dtype=np.int32), spans)
+
+
+def _token_flags(stretch: Sequence[tuple[str, bool]], encoding: Encoding) -> list[bool] | None:
+    """Per token whether it belongs to an answer; None where a token straddles the border of one."""
+    flags = [False] * len(encoding.ids)
+    borders = list(accumulate((len(text) for text, _ in stretch), initial=0))
+    answers = [(a, b) for (a, b), (_, answer) in zip(pairwise(borders), stretch, strict=True) if answer and b > a]
+    for start, stop in answers:
+        for index, (first, last) in enumerate(encoding.offsets):
+            if first < stop and last > start:
+                if first < start or last > stop:
+                    return None
+                flags[index] = True
+    return flags
+
+
+def _truncate_chat(encoded: Encoded | Rejection, limit: int) -> Encoded | Rejection:
+    """Cut at `limit` tokens: inside the answer that crosses it, keeping its end token; else behind the last whole answer."""
+    if isinstance(encoded, Rejection) or len(encoded.ids) <= limit:
+        return encoded
+    spans = []
+    for start, stop in encoded.spans:
+        if stop <= limit:
+            spans.append((start, stop))
+            continue
+        if start + 2 <= limit:
+            ids = np.concatenate([encoded.ids[: limit - 1], encoded.ids[stop - 1 : stop]])
+            return Encoded(ids, (*spans, (start, limit)), truncated=True)
+        break
+    return Encoded(encoded.ids[: spans[-1][1]], tuple(spans), truncated=True) if spans else Rejection.NO_ROOM

@@ -1,0 +1,223 @@
+"""Prompt templates: what surrounds a text that is embedded, and how the turns of a conversation are written.
+
+A template is data. Its markers ("<|user|>", "<|embed|>") are ordinary text, never added tokens; only texts that a tokenizer
+already knows as special tokens (its begin and end of text, chatml's "<|im_start|>") become special ones. The same template
+gives the ids that training uses (`data.prompts.encoding`), the prompt string for sentence-transformers and the Jinja chat
+template for transformers, so an export repeats what was trained.
+
+Every prompt of an embedding ends in a newline: sentence-transformers measures a prompt by tokenizing it alone, which is right
+only where no token straddles its end, and it takes one token off a prompt whose last token is special.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from transformers import PreTrainedTokenizerBase
+
+from unified_lm.core.errors import ConfigError
+from unified_lm.core.tables import resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """How a role's turn is written: `opening`, the stripped content, `closing` ("{eos}" is the tokenizer's end of text)."""
+
+    opening: str
+    closing: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """How texts become prompts.
+
+    Attributes:
+        name: the name it is known by.
+        instruction_prompt: what precedes an embedded text that has an instruction; "{instruction}" stands for it.
+        bare_prompt: what precedes an embedded text without one.
+        turns: per role ("system", "user", "assistant") how a turn is written; empty where a template cannot chat. The
+            closing of the assistant is what the model learns to stop with.
+        separator: what stands between two turns.
+        literal_bos: whether a tokenizer that has a begin-of-text token without adding it by itself gets it written out. One
+            that adds it by itself (Llama, Mistral) always has it.
+    """
+
+    name: str
+    instruction_prompt: str
+    bare_prompt: str = ""
+    turns: Mapping[str, Turn] = field(default_factory=dict)
+    separator: str = "\n"
+    literal_bos: bool = False
+    bare_echo: str = ""
+    instruction_echo: str = ""
+
+    @property
+    def signature(self) -> str:
+        """What the template says, for content hashes; fields younger than the first checkpoints only where they are set."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        said = [f"{name}={value!r}" for name, value in values.items() if value or name not in ("bare_echo", "instruction_echo")]
+        return f"{type(self).__qualname__}({', '.join(said)})"
+
+    @property
+    def echoes(self) -> bool:
+        """Whether an embedded text stands twice in its prompt."""
+        return bool(self.bare_echo or self.instruction_echo)
+
+    def embedding_prompt(self, tokenizer: PreTrainedTokenizerBase, instruction: str = "") -> str:
+        """The string that precedes a text to embed, as sentence-transformers must be given it.
+
+        The begin of text is written out only where the template wants it and the tokenizer has it but does not add it.
+
+        Args:
+            tokenizer: the tokenizer that will read prompt + text as one string.
+            instruction: the task, "" for none. Surrounding white space is removed.
+
+        Raises:
+            ConfigError: the template repeats the text, which no string in front of it can do.
+        """
+        if self.echoes:
+            raise ConfigError(
+                f"template '{self.name}' repeats every text (echo embeddings); stock tools only put a prompt before it. "
+                "Use it with UnifiedLM, or choose another template."
+            )
+        bos = "" if adds_bos(tokenizer) or not self.literal_bos else tokenizer.bos_token or ""
+        return bos + self.body(instruction)
+
+    def body(self, instruction: str) -> str:
+        """The embedding prompt without its begin of text."""
+        instruction = instruction.strip()
+        return self.instruction_prompt.replace("{instruction}", instruction) if instruction else self.bare_prompt
+
+    def chat_bos(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The begin of text of a conversation ("" for none): chat templates are tokenized without added special tokens."""
+        return (tokenizer.bos_token or "") if self.literal_bos or adds_bos(tokenizer) else ""
+
+    def closing(self, role: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What ends a turn of `role`, with the tokenizer's own end of text.
+
+        Raises:
+            ConfigError: the template ends turns with the end of text and the tokenizer has none.
+        """
+        text = self.turns[role].closing
+        if "{eos}" in text and not tokenizer.eos_token:
+            raise ConfigError(
+                f"template '{self.name}' ends an answer with the tokenizer's end-of-text token, but the tokenizer has none. "
+                "Set tokenizer.eos_token, or choose a template that names its own."
+            )
+        return text.replace("{eos}", tokenizer.eos_token or "")
+
+    def require_chat(self) -> None:
+        """Raise ConfigError when the template has no form for conversations."""
+        if not self.turns:
+            chatty = sorted(name for name, template in TEMPLATES.items() if template.turns)
+            raise ConfigError(f"template '{self.name}' cannot write conversations; those that can: {', '.join(chatty)}")
+
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The Jinja chat template for `tokenizer.chat_template`.
+
+        Rendering a conversation with it and tokenizing the result gives the ids that training used, except that special tokens
+        spelled out inside a message become special there (training reads them as ordinary text).
+
+        Raises:
+            ConfigError: the template has no form for conversations.
+        """
+        self.require_chat()
+        branches: list[str] = []
+        for role, turn in self.turns.items():
+            word = "elif" if branches else "if"
+            content = f"{_quote(turn.opening)} + message['content'] | trim + {_quote(self.closing(role, tokenizer))}"
+            branches.append(f"{{% {word} message['role'] == {_quote(role)} %}}{{{{ {content} }}}}")
+        refuse = "{% else %}{{ raise_exception('unknown role: ' + message['role']) }}{% endif %}"
+        answer = _quote(self.separator + self.turns["assistant"].opening)
+        bos = self.chat_bos(tokenizer)
+        return (
+            (f"{{{{ {_quote(bos)} }}}}" if bos else "")
+            + "{% for message in messages %}"
+            + f"{{% if not loop.first %}}{{{{ {_quote(self.separator)} }}}}{{% endif %}}"
+            + "".join(branches)
+            + refuse
+            + f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {answer} }}}}{{% endif %}}"
+        )
+
+
+def _quote(text: str) -> str:
+    """A Jinja string literal."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and after every text by itself (begin of text, end of text)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return list(full[:start]), list(full[start + len(bare) :])
+    raise ConfigError(f"the tokenizer {type(tokenizer).__name__} changes a text when it adds special tokens; it cannot be used")
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its begin of text before every text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in added_ids(tokenizer)[0]
+
+
+TEMPLATES: dict[str, Template] = {
+    "grit": Template(
+        name="grit",
+        instruction_prompt="<|user|>\n{instruction}\n<|embed|>\n",
+        bare_prompt="<|embed|>\n",
+        turns={
+            "system": Turn(opening="<|system|>\n"),
+            "user": Turn(opening="<|user|>\n"),
+            "assistant": Turn(opening="<|assistant|>\n", closing="{eos}"),
+        },
+        literal_bos=True,
+    ),
+    "chatml": Template(
+        name="chatml",
+        instruction_prompt="<|im_start|>user\n{instruction}\n",
+        bare_prompt="<|im_start|>user\n",
+        turns={
+            "system": Turn(opening="<|im_start|>system\n", closing="<|im_end|>"),
+            "user": Turn(opening="<|im_start|>user\n", closing="<|im_end|>"),
+            "assistant": Turn(opening="<|im_start|>assistant\n", closing="<|im_end|>"),
+        },
+    ),
+    "plain": Template(name="plain", instruction_prompt="{instruction}\n"),
+    "plain_bos": Template(name="plain_bos", instruction_prompt="{instruction}\n", bare_prompt="\n", literal_bos=True),
+    "llm2vec": Template(name="llm2vec", instruction_prompt="{instruction};\n"),
+    "echo": Template(
+        name="echo",
+        instruction_prompt="Instruct: {instruction}\nQuery: ",
+        instruction_echo="\nQuery again: ",
+        bare_prompt="Rewrite the sentence: ",
+        bare_echo=", rewritten sentence: ",
+    ),
+}
+"""Templates by name.
+
+- grit: GritLM's format (paper, figure 3). The system turn follows the Tulu format that its markers come from.
+- chatml: SmolLM2-Instruct's and Qwen's own conversation format, without their default system message.
+- plain: what the tokenizer makes of the text alone (with the begin of text only where it adds one); an instruction stands on
+  a line of its own. For MNTP, SimCSE and running text.
+- plain_bos: plain behind the begin of text, for tokenizers that have one without adding it, such as SmolLM2's. LLM2Vec's own
+  families add theirs; bidirectional training did better with it here (docs/log.md).
+- llm2vec: "instruction;" before the text. The reference trains on "{instruction}; {text}" and infers with
+  "{instruction}: {text}"; here both are the same, and the newline (for its space) keeps the border between prompt and text on a
+  token border.
+- echo: echo embeddings (arXiv:2402.15449, `data.prompts.echo`): the paper's zero-shot prompt, and for texts with an
+  instruction the form of its released models. For causal attention; no export of stock tools can have it.
+"""
+
+
+def get_template(name: str) -> Template:
+    """The template of that name or at that dotted path.
+
+    Raises:
+        ConfigError: there is none, or the path leads to something else.
+    """
+    template = resolve(name, TEMPLATES, "template")
+    if not isinstance(template, Template):
+        raise ConfigError(f"template '{name}' is a {type(template).__name__}; expected a Template")
+    return template

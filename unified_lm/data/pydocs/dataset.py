@@ -1,0 +1,290 @@
+"""The built-in data set: docstrings of the Python packages installed here. Real text, no download, no licence trouble.
+
+Four parts are made from the same documented objects, and an object's name decides its split, so that what is held out
+for one part is held out for all:
+
+- ``pairs``: summary line -> name, signature and the rest of the docstring (the summary itself is not in it);
+- ``chats``: "What does X do?" -> summary and the first paragraph after it;
+- ``text``: whole docstrings as running text; ``sentences``: their sentences.
+
+Two more are derived from these: pairs with hard negatives (`data/pydocs/negatives.py`), and preferences
+(`data/pydocs/preferences.py`).
+
+What comes out depends only on the versions of the packages; source files are parsed, never imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import re
+import sys
+import sysconfig
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from filelock import FileLock
+
+from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.files import cache_dir, write_directory, write_json
+from unified_lm.data.pydocs.docstrings import Docstring, extract
+from unified_lm.data.pydocs.negatives import PART as HARD_PAIRS
+from unified_lm.data.pydocs.negatives import hard_pairs_file
+from unified_lm.data.pydocs.preferences import PART as PREFERENCES
+from unified_lm.data.pydocs.preferences import preferences_file
+from unified_lm.data.rows.records import RecordKind
+
+logger = logging.getLogger(__name__)
+
+# Raise it when anything below changes what is built.
+VERSION = 2
+PACKAGES = ("numpy", "torch", "transformers", "datasets", "huggingface_hub", "peft", "scipy", "pandas", "networkx")
+"""Packages read besides the standard library. Those not installed are noted in metadata.json and change the data set's key."""
+INSTRUCTION = "Given a description, retrieve the Python object that does it"
+QUESTION = "What does {name} do?"
+SPLITS = ("train", "test")
+PARTS = {
+    "pairs": RecordKind.PAIR,
+    "chats": RecordKind.CHAT,
+    "text": RecordKind.TEXT,
+    "sentences": RecordKind.TEXT,
+}
+_DEFAULT_PART = {
+    RecordKind.PAIR: "pairs",
+    RecordKind.CHAT: "chats",
+    RecordKind.TEXT: "text",
+    RecordKind.PREFERENCE: PREFERENCES,
+}
+MAX_DOCUMENT_CHARACTERS = 1200
+MAX_ANSWER_CHARACTERS = 500
+
+# Tests, vendored copies, generated code, and hundreds of modeling files whose docstrings are copies of each other.
+_SKIPPED_FOLDERS = {
+    "test", "tests", "testing", "_vendor", "site-packages", "dist-packages", "__pycache__", "idlelib", "lib2to3", "turtledemo",
+    "pydoc_data", "encodings", "ensurepip", "models", "_inductor", "_dynamo", "_functorch", "_export", "_refs", "_decomp",
+    "_prims", "_higher_order_ops", "_vendored_packaging", "onnx", "caffe2", "include", "externals", "_precompiled",
+}  # fmt: skip
+_TEST_SHARE = 0.1
+_MIN_SUMMARY_WORDS, _MAX_SUMMARY_CHARACTERS = 4, 250
+_MIN_BODY_CHARACTERS = 80
+_MIN_SENTENCE_WORDS, _MAX_SENTENCE_WORDS = 6, 48
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+_SHINGLE_WORDS, _SKETCH_SIZE = 4, 24
+
+
+def pydocs_file(part: str | None, split: str, kind: RecordKind) -> tuple[str, Path]:
+    """Find one part of the data set; build the whole of it first if this machine has none.
+
+    Args:
+        part: "pairs", "chats", "text", "sentences", "preferences", "hard_pairs" (pairs with 7 hard negatives) or
+            "hard_pairs/PACKAGE" (those of one package; "python" is the standard library); None takes the one that fits `kind`.
+        split: "train", or "test" (about a tenth, held out by name).
+        kind: the kind of record wanted.
+
+    Returns:
+        A name for logs, and a jsonl file.
+
+    Raises:
+        DataError: no such part or split, or the part holds records of another kind.
+    """
+    if split not in SPLITS:
+        raise DataError(f"pydocs has no split '{split}'.{did_you_mean(split, SPLITS)}")
+    part = part or _DEFAULT_PART[kind]
+    if part.partition("/")[0] == HARD_PAIRS:
+        if kind is not RecordKind.PAIR:
+            raise DataError(f"pydocs subset '{part}' holds pair rows, the format wants {kind.value} rows.")
+        package = part.partition("/")[2] or None
+        return f"pydocs/{part}/{split}", hard_pairs_file(build() / _file_name("pairs", split), package, PACKAGES)
+    if part == PREFERENCES:
+        if kind is not RecordKind.PREFERENCE:
+            raise DataError(f"pydocs subset '{part}' holds preference rows, the format wants {kind.value} rows.")
+        return f"pydocs/{part}/{split}", preferences_file(build() / _file_name("chats", split), QUESTION)
+    if part not in PARTS:
+        raise DataError(f"pydocs has no subset '{part}'.{did_you_mean(part, [*PARTS, HARD_PAIRS, PREFERENCES])}")
+    if PARTS[part] is not kind:
+        fitting = ", ".join(name for name, held in PARTS.items() if held is kind) or "none"
+        raise DataError(
+            f"pydocs subset '{part}' holds {PARTS[part].value} rows, the format wants {kind.value} rows: {fitting}."
+        )
+    return f"pydocs/{part}/{split}", build() / _file_name(part, split)
+
+
+def _file_name(part: str, split: str) -> str:
+    return f"{part}-{split}.jsonl"
+
+
+def build() -> Path:
+    """Build the data set in the cache, or find it there.
+
+    Returns:
+        The folder: a jsonl file per part and split, and metadata.json (versions, counts, seconds).
+    """
+    versions = _versions()
+    target = cache_dir("pydocs", _key(versions))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock")):
+            if not target.exists():
+                write_directory(target, lambda folder: _fill(folder, versions))
+    except OSError as error:
+        raise DataError(f"cannot write the pydocs cache, {target}: {error}. Set UNIFIED_LM_CACHE.") from error
+    return target
+
+
+def _key(versions: dict[str, str]) -> str:
+    return blake2b(json.dumps([VERSION, versions], sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Version of every package read; "" for those not installed."""
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = ""
+    return versions
+
+
+def _fill(folder: Path, versions: dict[str, str]) -> None:
+    start = time.perf_counter()
+    logger.info("building pydocs from the installed packages (only the first time)")
+    found: Counter[str] = Counter()
+    documents = distinct(document for package in ("python", *PACKAGES) for document in _package(package, found))
+    rows: dict[str, list[dict[str, Any]]] = {_file_name(part, split): [] for part in PARTS for split in SPLITS}
+    seen_sentences: set[str] = set()
+    for document in documents:
+        for part, row in _rows(document, seen_sentences):
+            rows[_file_name(part, split_of(document.name))].append(row)
+    for name, content in rows.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+        (folder / name).write_text(text, encoding="utf-8")
+    counts = {name: len(content) for name, content in rows.items()}
+    seconds = round(time.perf_counter() - start, 1)
+    logger.info("pydocs: %d distinct docstrings in %.1f s; %s", len(documents), seconds, counts)
+    write_json(
+        folder / "metadata.json",
+        {"versions": versions, "docstrings": found, "distinct": len(documents), "rows": counts, "seconds": seconds},
+    )
+
+
+def _package(package: str, found: Counter[str]) -> Iterator[Docstring]:
+    """Docstrings of a package in the sorted order of its files."""
+    root = _root(package)
+    if root is None:
+        return
+    prefix = () if package == "python" else (package,)
+    # Sorted by parts, not by string: the order must not depend on how a system spells a path.
+    for file in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).parts):
+        parts = file.relative_to(root).with_suffix("").parts
+        if _SKIPPED_FOLDERS.intersection(parts):
+            continue
+        source = file.read_bytes()
+        if source.count(b'"""') + source.count(b"'''") < 2:
+            continue
+        for document in extract(source, ".".join((*prefix, *parts))):
+            found[package] += 1
+            yield document
+
+
+def _root(package: str) -> Path | None:
+    if package == "python":
+        return Path(sysconfig.get_paths()["stdlib"])
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def split_of(name: str) -> str:
+    """The split of an object: by the hash of its qualified name, so that it does not move when others come or go."""
+    value = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
+    return "test" if value < _TEST_SHARE * 2**64 else "train"
+
+
+def distinct(documents: Iterable[Docstring]) -> list[Docstring]:
+    """Leave out objects whose name, summary or text occurred before, nearly equal texts included.
+
+    Near-duplicates are found by bottom-k sketches of word 4-grams (Broder 1997, "On the resemblance and containment of
+    documents"): more than half of the sketch shared with an earlier text.
+    """
+    kept: list[Docstring] = []
+    names: set[str] = set()
+    summaries: set[str] = set()
+    by_shingle: dict[int, list[int]] = {}
+    for document in documents:
+        summary = _normalized(document.summary)
+        if document.name in names or summary in summaries or len(summary.split()) < _MIN_SUMMARY_WORDS:
+            continue
+        sketch = _sketch(" ".join((summary, *map(_normalized, document.paragraphs))))
+        shared = Counter(earlier for shingle in sketch for earlier in by_shingle.get(shingle, ()))
+        if any(count * 2 > len(sketch) for count in shared.values()):
+            continue
+        for shingle in sketch:
+            by_shingle.setdefault(shingle, []).append(len(kept))
+        names.add(document.name)
+        summaries.add(summary)
+        kept.append(document)
+    return kept
+
+
+def _normalized(text: str) -> str:
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def _sketch(text: str) -> list[int]:
+    words = text.split()
+    shingles = {" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
+    return sorted(crc32(shingle.encode()) for shingle in shingles)[:_SKETCH_SIZE]
+
+
+def _rows(document: Docstring, seen_sentences: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows that an object gives to the parts."""
+    if (pair := _pair(document)) is not None:
+        yield "pairs", pair
+        answer = bounded(" ".join((document.summary, *document.prose[:1])), MAX_ANSWER_CHARACTERS)
+        question = {"role": "user", "content": QUESTION.format(name=document.name)}
+        yield "chats", {"messages": [question, {"role": "assistant", "content": answer}]}
+    text = bounded("\n".join((document.summary, *document.paragraphs)), MAX_DOCUMENT_CHARACTERS)
+    if len(text) >= _MIN_BODY_CHARACTERS:
+        yield "text", {"text": text}
+    for sentence in _sentences((document.summary, *document.prose)):
+        if (key := _normalized(sentence)) not in seen_sentences:
+            seen_sentences.add(key)
+            yield "sentences", {"text": sentence}
+
+
+def _pair(document: Docstring) -> dict[str, Any] | None:
+    """The retrieval row, or None where there is too little text or the summary stands in the document."""
+    body = "\n".join(document.paragraphs)
+    if len(document.summary) > _MAX_SUMMARY_CHARACTERS or len(body) < _MIN_BODY_CHARACTERS:
+        return None
+    if _normalized(document.summary) in _normalized(body):
+        return None
+    text = bounded(f"{document.name}{document.signature}\n{body}", MAX_DOCUMENT_CHARACTERS)
+    return {"query": [INSTRUCTION, document.summary], "pos": [["", text]]}
+
+
+def bounded(text: str, limit: int) -> str:
+    """Cut a text to at most `limit` characters, after a sentence where one ends in the second half, else after a word."""
+    if len(text) <= limit:
+        return text
+    head = text[:limit]
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", head)]
+    if ends and ends[-1] > limit // 2:
+        return head[: ends[-1]]
+    return re.sub(r"\s+\S*$", "", head)
+
+
+def _sentences(paragraphs: Iterable[str]) -> Iterator[str]:
+    for paragraph in paragraphs:
+        for sentence in _SENTENCE_END.split(paragraph):
+            words = sentence.split()
+            whole = sentence[:1].isupper() and sentence.endswith((".", "!", "?"))
+            if whole and _MIN_SENTENCE_WORDS <= len(words) <= _MAX_SENTENCE_WORDS:
+                yield sentence

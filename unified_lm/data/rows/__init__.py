@@ -1,0 +1,1 @@
+"""Rows of files and hubs, checked and turned into records."""

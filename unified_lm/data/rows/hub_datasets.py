@@ -1,0 +1,91 @@
+"""Rows of a Hub data set, through `datasets`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from unified_lm.config.schema import SourceConfig
+from unified_lm.core.errors import DataError
+from unified_lm.data.rows.readers import Rows
+
+
+def hub_rows(config: SourceConfig) -> tuple[str, str, Any]:
+    """Find a Hub data set (or a local folder in the Hub's layout).
+
+    A streamed data set is read once and kept in the cache under its request (name, subset, split, revision, limit), so
+    that a resumed run sees the same rows; pin `revision` to know which.
+
+    Args:
+        config: `hub` names it; `subset`, `split`, `revision`, `streaming` and `limit` say what to read.
+
+    Returns:
+        Its name with subset and split, a string that changes with its content, and a function that starts reading.
+
+    Raises:
+        DataError: not found, not reachable, or no such subset or split.
+    """
+    name = "/".join(filter(None, (config.hub, config.subset, config.split)))
+    if config.streaming:
+        request = [config.hub, config.subset, config.split, config.revision, config.limit]
+        return name, f"stream:{json.dumps(request)}", lambda: _stream(config, name)
+    dataset = _load(config, name)
+    return name, f"hub:{dataset._fingerprint}", lambda: _numbered(dataset, name)
+
+
+def hub_label_names(config: SourceConfig) -> dict[str, list[str]]:
+    """What the numbers in a Hub data set's columns of class labels (or of lists of them) stand for.
+
+    Args:
+        config: as in `hub_rows`.
+
+    Returns:
+        Column -> names, in the order of the numbers; columns of another type are left out.
+
+    Raises:
+        DataError: as in `hub_rows`.
+    """
+    name = "/".join(filter(None, (config.hub, config.subset, config.split)))
+    features = _load(config, name).features or {}
+    inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
+    return {column: list(feature.names) for column, feature in inner.items() if hasattr(feature, "names")}
+
+
+def _load(config: SourceConfig, name: str) -> Any:
+    import datasets  # half a second, and only this kind of source needs it
+
+    try:
+        return datasets.load_dataset(
+            config.hub, config.subset, split=config.split, revision=config.revision, streaming=config.streaming
+        )
+    except Exception as error:  # every layer below (datasets, hub client, HTTP, parsers) has exceptions of its own
+        raise _unreadable(name, error) from error
+
+
+def _stream(config: SourceConfig, name: str) -> Rows:
+    return _numbered(islice(_load(config, name), config.limit), name)
+
+
+def _numbered(rows: Any, name: str) -> Rows:
+    iterator: Iterator[Any] = iter(rows)
+    number = 0
+    while True:
+        number += 1
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # as above: a connection lost, a damaged file
+            raise _unreadable(f"{name}, row {number}", error) from error
+        yield f"row {number}", row
+
+
+def _unreadable(name: str, error: Exception) -> DataError:
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        fix = "HF_HUB_OFFLINE is set, so only data sets already in the local cache can be read: unset it, or use path=FILE."
+    else:
+        fix = "Check hub, subset, split and revision, the connection, and `hf auth login` for a private data set."
+    return DataError(f"cannot read the Hub data set {name}: {type(error).__name__}: {str(error).strip()} {fix}")

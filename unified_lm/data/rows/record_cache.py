@@ -1,0 +1,194 @@
+"""Validated rows on disk: parsed once, memory-mapped ever after.
+
+A shard holds the records of one file (or one Hub split) as an arrow file in the cache, under a key made of the content
+and of the settings that change what a row means. That it exists says that every row in it was checked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from filelock import FileLock
+
+from unified_lm.core.errors import DataError
+from unified_lm.core.files import cache_dir, write_directory, write_json
+from unified_lm.data.rows.parse import EmptyTextError, RowError, RowParser
+from unified_lm.data.rows.readers import Rows
+from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
+
+logger = logging.getLogger(__name__)
+
+# Raise it when a parser or the layout below changes, so that shards of older versions are not read.
+VERSION = 2
+_ROWS_PER_BATCH = 1024
+_ROWS_BETWEEN_MESSAGES = 500_000
+
+_TEXT = pa.struct([("text", pa.string()), ("instruction", pa.string())])
+# Where the row stood in its file, for messages about records that turn out to be unfit later.
+_PLACE = "place"
+_SCHEMAS: dict[RecordKind, pa.Schema] = {
+    RecordKind.PAIR: pa.schema([("query", _TEXT), ("positives", pa.list_(_TEXT)), ("negatives", pa.list_(_TEXT))]),
+    RecordKind.CHAT: pa.schema([("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))]),
+    RecordKind.TEXT: pa.schema([("text", pa.string())]),
+    RecordKind.PREFERENCE: pa.schema([("prompt", pa.string()), ("completion", pa.string()), ("desirable", pa.bool_())]),
+}
+
+
+def _text_row(text: Text) -> dict[str, str]:
+    return {"text": text.text, "instruction": text.instruction}
+
+
+def _encode(record: Record) -> dict[str, Any]:
+    if isinstance(record, PairRecord):
+        return {
+            "query": _text_row(record.query),
+            "positives": [_text_row(text) for text in record.positives],
+            "negatives": [_text_row(text) for text in record.negatives],
+        }
+    if isinstance(record, ChatRecord):
+        return {"turns": [{"role": role, "content": content} for role, content in record.turns]}
+    if isinstance(record, TextRecord):
+        return {"text": record.text}
+    return {"prompt": record.prompt, "completion": record.completion, "desirable": record.desirable}
+
+
+def _texts(rows: list[dict[str, str]]) -> tuple[Text, ...]:
+    return tuple(Text(**row) for row in rows)
+
+
+_DECODERS: dict[RecordKind, Callable[[dict[str, Any]], Record]] = {
+    RecordKind.PAIR: lambda row: PairRecord(Text(**row["query"]), _texts(row["positives"]), _texts(row["negatives"])),
+    RecordKind.CHAT: lambda row: ChatRecord(tuple((turn["role"], turn["content"]) for turn in row["turns"])),
+    RecordKind.TEXT: lambda row: TextRecord(row["text"]),
+    RecordKind.PREFERENCE: lambda row: PreferenceRecord(**row),
+}
+
+
+class Shard:
+    """Random access to the records of one shard folder.
+
+    Attributes:
+        content: hash of all records, in order; it does not depend on the file format that they came in.
+        rejected: rows left out, by reason.
+    """
+
+    def __init__(self, directory: Path, kind: RecordKind, origin: str) -> None:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        self._path = directory / "records.arrow"
+        self._kind = kind
+        self._origin = origin
+        self._num_rows: int = meta["rows"]
+        self.content: str = meta["content"]
+        self.rejected: Counter[str] = Counter(meta["rejected"])
+
+    @cached_property
+    def _batches(self) -> list[pa.RecordBatch]:
+        reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the mapped rows: pickling arrow batches would copy them all."""
+        return {name: value for name, value in vars(self).items() if name != "_batches"}
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: int) -> Record:
+        row = self._row(index).to_pylist()[0]
+        del row[_PLACE]
+        return _DECODERS[self._kind](row)
+
+    def place(self, index: int) -> str:
+        """Where a record came from: ``rows.jsonl, line 7``."""
+        return f"{self._origin}, {self._row(index)[_PLACE][0].as_py()}"
+
+    def _row(self, index: int) -> pa.RecordBatch:
+        batch, row = divmod(index, _ROWS_PER_BATCH)
+        return self._batches[batch].slice(row, 1)
+
+
+_Placed = tuple[str, dict[str, Any]]
+
+
+def shard_key(content: str, parser: RowParser, skip_empty: bool) -> str:
+    """The name under which the parsed form of a content is cached."""
+    settings = [VERSION, content, parser.kind.value, sorted(parser.columns.items()), skip_empty]
+    return blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
+
+
+def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParser, skip_empty: bool) -> Shard:
+    """Open the shard of a key; parse and validate the rows first if it is not cached yet.
+
+    Args:
+        key: from `shard_key`.
+        origin: the file or data set, for error messages.
+        rows: starts reading.
+        parser: turns rows into records.
+        skip_empty: count rows with an empty text instead of raising.
+
+    Raises:
+        DataError: a row breaks its format, or no row is left.
+    """
+    directory = cache_dir("records", key)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        # One process parses, the other ranks of the machine wait for it.
+        with FileLock(directory.with_suffix(".lock")):
+            if not directory.exists():
+                write_directory(directory, lambda target: _write(target, origin, rows(), parser, skip_empty))
+    except OSError as error:
+        raise DataError(f"cannot write the cache of parsed rows, {directory}: {error}. Set UNIFIED_LM_CACHE.") from error
+    return Shard(directory, parser.kind, origin)
+
+
+def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty: bool) -> None:
+    """Validate all rows and fill a shard folder."""
+    schema = _SCHEMAS[parser.kind].append(pa.field(_PLACE, pa.string()))
+    digest = blake2b(parser.kind.value.encode(), digest_size=16)
+    rejected: Counter[str] = Counter()
+    num_rows = 0
+    with pa.OSFile(str(target / "records.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for batch in _batched(_valid_rows(origin, rows, parser, skip_empty, rejected)):
+            for _, row in batch:
+                digest.update(repr(row).encode())
+            writer.write_batch(pa.RecordBatch.from_pylist([{**row, _PLACE: place} for place, row in batch], schema=schema))
+            num_rows += len(batch)
+    if num_rows == 0:
+        why = ", ".join(f"{count} x {reason}" for reason, count in rejected.items())
+        raise DataError(
+            f"{origin}: every row was rejected ({why})." if why else f"{origin} is empty: expected at least one row."
+        )
+    write_json(target / "meta.json", {"rows": num_rows, "content": digest.hexdigest(), "rejected": rejected})
+
+
+def _valid_rows(origin: str, rows: Rows, parser: RowParser, skip_empty: bool, rejected: Counter[str]) -> Iterator[_Placed]:
+    for number, (place, row) in enumerate(rows, 1):
+        if number % _ROWS_BETWEEN_MESSAGES == 0:
+            logger.info("checking %s: %d rows so far (only the first time; cached afterwards)", origin, number)
+        try:
+            yield place, _encode(parser(row))
+        except EmptyTextError as error:
+            if not skip_empty:
+                raise DataError(f"{origin}, {place}, {error}") from error
+            rejected[error.reason] += 1
+        except RowError as error:
+            raise DataError(f"{origin}, {place}, {error}") from error
+
+
+def _batched(rows: Iterator[_Placed]) -> Iterator[list[_Placed]]:
+    batch: list[_Placed] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _ROWS_PER_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,83 @@
+"""Rows of any kind as the texts in them, read from files or the Hub without a schema."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeGuard
+
+from unified_lm.config.schema import SourceConfig
+from unified_lm.data.rows.hub_datasets import hub_rows
+from unified_lm.data.rows.parse import FIELDS
+from unified_lm.data.rows.readers import Rows, data_files, read_rows
+from unified_lm.data.rows.records import RecordKind
+
+HUB_PREFIX = "hub:"
+"""How a command line names a Hub data set: ``hub:NAME[:SUBSET[:SPLIT]]``."""
+
+_PAIR_COLUMNS = frozenset(name for names in FIELDS[RecordKind.PAIR].values() for name in names)
+
+
+def row_texts(row: object, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a row with its place (``pos[0]``, ``messages[1].content``).
+
+    The instructions of ``[instruction, text]`` and system turns are left out: many rows share them, on both sides.
+    """
+    if isinstance(row, str):
+        yield place, row
+    elif isinstance(row, Mapping):
+        if row.get("role") == "system" or row.get("from") == "system":
+            return
+        for key, value in row.items():
+            inside = f"{place}.{key}" if place else str(key)
+            yield from _pair_texts(value, inside) if not place and key in _PAIR_COLUMNS else row_texts(value, inside)
+    elif isinstance(row, Sequence):
+        for i, value in enumerate(row):
+            yield from row_texts(value, f"{place}[{i}]")
+
+
+def _pair_texts(value: object, place: str) -> Iterator[tuple[str, str]]:
+    """The texts of a query, positive or negative column, whose items may be ``[instruction, text]``."""
+    if place in FIELDS[RecordKind.PAIR]["query"]:
+        yield from row_texts(value[1], place) if _is_instructed(value) else row_texts(value, place)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for i, item in enumerate(value):
+            yield from row_texts(item[1] if _is_instructed(item) else item, f"{place}[{i}]")
+    else:
+        yield from row_texts(value, place)
+
+
+def _is_instructed(value: object) -> TypeGuard[Sequence[str]]:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) == 2
+        and all(isinstance(part, str) for part in value)
+    )
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """Rows to compare: a file, or a Hub data set."""
+
+    name: str
+    rows: Callable[[], Rows]
+
+
+def open_rows(named: str) -> list[RowFile]:
+    """The rows that a command line names: a file, each file of a folder, or ``hub:NAME[:SUBSET[:SPLIT]]``.
+
+    Raises:
+        DataError: nothing there, or not readable.
+    """
+    if named.startswith(HUB_PREFIX):
+        hub, subset, split = [*named[len(HUB_PREFIX) :].split(":"), "", ""][:3]
+        name, _, rows = hub_rows(SourceConfig(hub=hub, subset=subset or None, split=split or "train"))
+        return [RowFile(name, rows)]
+    root = Path(named).expanduser()
+    return [_row_file(file, root) for file in data_files(root)]
+
+
+def _row_file(file: Path, root: Path) -> RowFile:
+    return RowFile(file.name if root.is_file() else str(file.relative_to(root)), lambda: read_rows(file))

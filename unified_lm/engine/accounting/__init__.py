@@ -1,0 +1,1 @@
+"""What a run costs: memory before it starts, arithmetic and speed while it runs."""

@@ -1,0 +1,201 @@
+"""How fast a step was, how much of the device it used, and how evenly the ranks shared it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from unified_lm.batch import Batch, Pack
+from unified_lm.batch.pack import padded_tokens
+from unified_lm.core import distributed
+from unified_lm.engine.accounting.flops import ModelFlops
+from unified_lm.engine.accounting.peaks import Peak, device_peak
+from unified_lm.engine.training_module import TrainingModule
+from unified_lm.models.backbone import PADDED
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_GIB = 2**30
+
+
+def describe_device() -> str:
+    """This rank's device, in words."""
+    device = distributed.local_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+class ComputeClock:
+    """Adds up the time that wrapped calls take, on the device: what a rank computes, without its waiting for others.
+
+    On CUDA, calls return before the work is done, so events are recorded around them and read at the end of the step. Under
+    ZeRO-3 the time includes the gathering of weights inside a forward.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def timed(self, call: Callable[P, R]) -> Callable[P, R]:
+        """The same call, on the clock."""
+
+        def measured(*args: P.args, **kwargs: P.kwargs) -> R:
+            """`call`, with the seconds it takes (of the device, on CUDA) added to the clock."""
+            if distributed.local_device().type == "cuda":
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                result = call(*args, **kwargs)
+                end.record()
+                self._events.append((begin, end))
+                return result
+            started = time.perf_counter()
+            result = call(*args, **kwargs)
+            self._seconds += time.perf_counter() - started
+            return result
+
+        return measured
+
+    def read(self) -> float:
+        """Seconds since the last reading; sets the clock back to zero. Waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        seconds, self._seconds, self._events = self._seconds, 0.0, []
+        return seconds
+
+
+class StepMeter:
+    """Turns a step's batch and times into what `metrics.jsonl` and wandb show. Collective: every rank calls it.
+
+    Args:
+        trainable: the module, for its sizes.
+        num_retained: packs per step that GradCache forwards once only (`GradCacheStep.num_retained`).
+        clock: the clock around the step's forwards and backwards.
+        recomputes: whether layers are forwarded again in the backward (gradient checkpointing).
+    """
+
+    def __init__(self, trainable: TrainingModule, num_retained: int, clock: ComputeClock, *, recomputes: bool = False) -> None:
+        backbone = trainable.backbone
+        self.flops = ModelFlops.of(trainable)
+        self.num_retained = num_retained
+        self._balanced = bool(trainable.balanced_streams)
+        self.clock = clock
+        self._padded = backbone.kernel == PADDED
+        self._recomputes = recomputes
+        self._dtype = trainable.autocast or backbone.output_head().weight.dtype
+        self._peak: Peak | None = None
+
+    @property
+    def peak(self) -> Peak:
+        """The peak that MFU is relative to, of one device."""
+        if self._peak is None:
+            self._peak = device_peak(distributed.local_device(), self._dtype)
+        return self._peak
+
+    def __call__(self, batch: Batch, seconds: float, data_seconds: float) -> dict[str, float]:
+        """What one optimizer step says about speed, over all ranks. The names are explained in docs/monitoring.md.
+
+        Args:
+            batch: this rank's share of the step.
+            seconds: of the whole step on this rank.
+            data_seconds: of those, for getting the batch.
+        """
+        samples = [sample for pack in batch.packs for sample in pack.samples]
+        model, hardware = self._step_flops(batch)
+        memory, memory_peak = _memory()
+        ranks = _gather(
+            {
+                "tokens": sum(map(len, samples)),
+                "samples": len(samples),
+                "packs": len(batch.packs),
+                "truncated": batch.num_truncated,
+                "positions": sum(_computed_positions(pack) if self._padded else len(pack) for pack in batch.packs),
+                "positions_if_padded": padded_tokens(samples),
+                "model_flops": model,
+                "hardware_flops": hardware,
+                "peak_flops": self.peak.flops,
+                "seconds": seconds,
+                "data_seconds": data_seconds,
+                "compute_seconds": self.clock.read(),
+                "memory": memory,
+                "memory_peak": memory_peak,
+            }
+        )
+        return _summarize(ranks)
+
+    def _step_flops(self, batch: Batch) -> tuple[float, float]:
+        """Operations that the step needs, and those it really does: GradCache's first forwards and recomputed layers too."""
+        model = sum(self.flops.training(pack) for pack in batch.packs)
+        model += sum(self.flops.forward(pack) for pack in _scored(batch))
+        cached = [pack for pack in batch.packs if len(pack.pool_rows) or self._balanced]
+        again = cached[: max(0, len(cached) - self.num_retained)]
+        extra = sum(self.flops.forward(pack, tokens=False) for pack in again)
+        if self._recomputes:
+            extra += sum(self.flops.forward(pack, tokens=False) for pack in batch.packs)
+        return model, model + extra
+
+
+def _scored(batch: Batch) -> list[Pack]:
+    """The graph-free forwards of a step with a sequence objective (`engine.sequences`)."""
+    again = [pack for pack in batch.control_packs if any(sample.reference is None for sample in pack.samples)]
+    return [*batch.control_packs, *again, *batch.reference_packs]
+
+
+def _summarize(ranks: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Metrics of a step from what every rank measured, float64 `[ranks]` by name."""
+    total = {name: float(values.sum()) for name, values in ranks.items()}
+    most = {name: float(values.max()) for name, values in ranks.items()}
+    seconds, tokens = most["seconds"], total["tokens"]
+    return {
+        **{name: total[name] for name in ("tokens", "samples", "packs", "truncated")},
+        "tokens_per_second": tokens / seconds,
+        "samples_per_second": total["samples"] / seconds,
+        "padding_free_share": tokens / max(total["positions"], 1),
+        "padding_share_if_padded": 1 - tokens / max(total["positions_if_padded"], 1),
+        "model_teraflops_per_second": total["model_flops"] / seconds / 1e12,
+        "mfu": total["model_flops"] / seconds / total["peak_flops"],
+        "hfu": total["hardware_flops"] / seconds / total["peak_flops"],
+        "memory_gib": most["memory"] / _GIB,
+        "memory_peak_gib": most["memory_peak"] / _GIB,
+        "imbalance_tokens": _max_over_mean(ranks["tokens"]),
+        "imbalance_compute": _max_over_mean(ranks["compute_seconds"]),
+        "compute_seconds": most["compute_seconds"],
+        "data_seconds": most["data_seconds"],
+        "data_share": most["data_seconds"] / seconds,
+        "step_seconds": seconds,
+    }
+
+
+def _computed_positions(pack: Pack) -> int:
+    """Positions of a pack under the kernel that pads it to its longest sample."""
+    return len(pack.plan.lengths) * pack.plan.max_seqlen
+
+
+def _max_over_mean(values: torch.Tensor) -> float:
+    """1.0 when all ranks have the same; N when one of N ranks has everything."""
+    mean = float(values.mean())
+    return float(values.max()) / mean if mean else 1.0
+
+
+def _gather(values: dict[str, float]) -> dict[str, torch.Tensor]:
+    """The values of every rank by name, float64 `[ranks]`."""
+    row = torch.tensor(list(values.values()), dtype=torch.float64, device=distributed.local_device())
+    parts, _ = distributed.all_gather_uneven(row[None])
+    return dict(zip(values, torch.cat(parts).cpu().unbind(1), strict=True))
+
+
+def _memory() -> tuple[float, float]:
+    """Bytes now, and the most so far: allocated by torch on CUDA, resident in memory on the CPU."""
+    device = distributed.local_device()
+    if device.type == "cuda":
+        return float(torch.cuda.memory_allocated(device)), float(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    statm = Path("/proc/self/statm")
+    now = int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak
+    return float(now), float(max(now, peak))

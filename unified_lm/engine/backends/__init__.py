@@ -1,0 +1,1 @@
+"""How a step runs on one process or many: plain torch, DDP, DeepSpeed ZeRO; the optimizer."""

@@ -1,0 +1,193 @@
+"""How gradients of several packs and ranks become one update. The engine knows a backend only by this protocol."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from unified_lm.batch import Pack
+from unified_lm.composition.validate import zero_stage
+from unified_lm.config.schema import OptimConfig, ParallelConfig
+from unified_lm.core import distributed
+from unified_lm.core.errors import ConfigError
+from unified_lm.engine.backends.deepspeed import DeepSpeedBackend, check_available
+from unified_lm.engine.backends.optimizer import MasterAdamW
+from unified_lm.engine.training_module import PackOutput, TrainingModule
+
+_BUCKET_ELEMENTS = 16 * 1024 * 1024  # 64 MiB of float32: few collectives, and no second copy of all gradients
+
+
+class Backend(Protocol):
+    """What training needs of the ranks: forward a pack, add a gradient, take the update, and say what it holds.
+
+    What a backend says about its state is the same whatever the backend and the number of ranks, so that a checkpoint
+    written by one is read by any other.
+
+    Attributes:
+        name: as in `ParallelConfig.backend`.
+        equal_forwards: whether every rank must run the same number of forwards, with and without a graph.
+    """
+
+    name: str
+    equal_forwards: bool
+
+    def forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
+        """Run the module on one pack."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a scalar to those of the step."""
+
+    def update(self, learning_rate: float, max_grad_norm: float) -> float:
+        """Sum gradients over ranks, clip by the global norm, step, clear.
+
+        Returns:
+            The global norm before clipping, over all ranks. Where it is not finite, weights and moments stay as they were
+            and the gradients are cleared.
+        """
+
+    def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All that a bit-exact resume needs, tensor by tensor.
+
+        Collective: every rank takes all of them, in the same order. Each is whole, float32, and may be overwritten by the
+        next one.
+
+        Yields:
+            "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME" (a scalar) for every trained parameter; before the
+            first update only "weight/NAME".
+        """
+
+    def load_optimizer_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
+        """Put a saved state back. Collective.
+
+        Args:
+            read: name -> the whole tensor; called in the order of `optimizer_state`, once per name in `names`.
+            names: what the saved state holds.
+
+        Raises:
+            CheckpointError: a trained weight is missing or of another shape.
+        """
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Within it these parameters hold their whole values on every rank. Collective."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within it every parameter of the module holds its whole value on rank 0. Collective."""
+
+    def close(self) -> None:
+        """Let go of the module and of what was laid around it; the backend cannot be used after."""
+
+
+class TorchBackend:
+    """One process, or several that each hold the whole model.
+
+    Ranks add up their gradients once per optimizer step, after the last pack: any number of packs per rank, no unused
+    parameters to declare, no averaging to undo. (What it does not do is overlap communication with the last backward.)
+
+    Args:
+        trainable: on its device; every rank starts from rank 0's trained weights.
+        config: optimizer settings.
+    """
+
+    equal_forwards = False
+
+    def __init__(self, trainable: TrainingModule, config: OptimConfig) -> None:
+        self.name = "ddp" if distributed.world_size() > 1 else "single"
+        self.trainable = trainable
+        self.optimizer = MasterAdamW(trainable.named_parameters(), config)
+        if distributed.world_size() > 1:
+            for master in self.optimizer.masters.values():
+                torch.distributed.broadcast(master.detach(), src=0)
+            self.optimizer.write_back()
+
+    def forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
+        """Run the module on one pack."""
+        output: PackOutput = self.trainable(pack, tokens=tokens)
+        return output
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a scalar."""
+        loss.backward()
+
+    def update(self, learning_rate: float, max_grad_norm: float) -> float:
+        """Sum gradients over ranks, clip, step, clear. Returns the global gradient norm before clipping."""
+        if distributed.world_size() > 1:
+            self._sum_gradients()
+        norm = self.optimizer.clip(max_grad_norm)
+        if math.isfinite(norm):
+            self.optimizer.step(learning_rate)
+        self.optimizer.zero_grad()
+        return norm
+
+    def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Float32 weights and moments; every rank holds them all."""
+        yield from self.optimizer.state_dict().items()
+
+    def load_optimizer_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
+        """Put a saved state back; every rank reads all of it.
+
+        Raises:
+            CheckpointError: a trained weight is missing or of another shape.
+        """
+        self.optimizer.load_state(read, names)
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Nothing to gather: every rank holds whole weights."""
+        return nullcontext()
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Nothing to gather: every rank holds whole weights."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """Nothing to let go of: the optimizer goes with the backend."""
+
+    def _sum_gradients(self) -> None:
+        bucket: list[torch.Tensor] = []
+        filled = 0
+        for gradient in self.optimizer.gradients():
+            bucket.append(gradient)
+            filled += gradient.numel()
+            if filled >= _BUCKET_ELEMENTS:
+                _sum_bucket(bucket)
+                bucket, filled = [], 0
+        if bucket:
+            _sum_bucket(bucket)
+
+
+def _sum_bucket(bucket: list[torch.Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+    torch.distributed.all_reduce(flat)
+    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def check_backend(parallel: ParallelConfig) -> None:
+    """See, before anything is loaded, that a backend fits this machine and the number of processes.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    ranks = distributed.world_size()
+    if parallel.backend == "single" and ranks > 1:
+        raise ConfigError(f"parallel.backend is 'single' but torchrun started {ranks} processes. Use parallel.backend=ddp.")
+    if parallel.backend == "ddp" and ranks == 1:
+        raise ConfigError("parallel.backend is 'ddp' but there is one process. Start with torchrun, or use backend=auto.")
+    if zero_stage(parallel.backend) is not None:
+        check_available(parallel)
+
+
+def make_backend(trainable: TrainingModule, optim: OptimConfig, parallel: ParallelConfig) -> Backend:
+    """The backend a run asks for.
+
+    Raises:
+        ConfigError: see `check_backend`.
+    """
+    check_backend(parallel)
+    if zero_stage(parallel.backend) is not None:
+        return DeepSpeedBackend(trainable, optim, parallel)
+    return TorchBackend(trainable, optim)

@@ -1,0 +1,1 @@
+"""Embeddings measured on tasks: mteb, and folders of files as tasks."""

@@ -1,0 +1,284 @@
+"""Offline tasks: a folder with a `task.yaml` and data files becomes an evaluation task, without network or registration.
+
+Only reading and checking happens here; `mteb_tasks` turns the result into a task of mteb's own classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.evaluation.embedding.offline_files import Layout, Row, find_file, read_fields
+
+DESCRIPTION = "task.yaml"
+"""The file that makes a folder an offline task."""
+
+_KEYS = ("type", "name", "description", "files", "columns", "header", "delimiter", "instruction", "languages")
+
+Columns = dict[str, list[Any]]
+"""Field -> one value per row."""
+
+
+class Kind(Enum):
+    """What an offline task measures."""
+
+    STS = "sts"
+    CLASSIFICATION = "classification"
+    CLUSTERING = "clustering"
+    PAIR_CLASSIFICATION = "pair_classification"
+    RERANKING = "reranking"
+    RETRIEVAL = "retrieval"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """What retrieval and reranking rank.
+
+    Attributes:
+        queries: columns "id" and "text".
+        corpus: columns "id", "title" and "text".
+        relevant: query id -> document id -> judgment, 0 for judged irrelevant.
+        candidates: query id -> ids of the documents to rank, or None for the whole corpus.
+    """
+
+    queries: Columns
+    corpus: Columns
+    relevant: Mapping[str, Mapping[str, int]]
+    candidates: Mapping[str, list[str]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineTask:
+    """A folder, read and checked.
+
+    Attributes:
+        kind: what it measures.
+        name: its name in results.
+        folder: where it lies.
+        revision: hash of its files, so that results of other data are never mistaken for its own.
+        splits: split ("test", for classification also "train") -> columns; empty for rankings.
+        ranking: what retrieval and reranking rank, else None.
+        prompt: the instruction that it names: one for all, or one per role; None for none.
+        languages: codes such as "eng-Latn".
+        description: one line.
+        notices: what the reader should know, rows left out among it.
+    """
+
+    kind: Kind
+    name: str
+    folder: Path
+    revision: str
+    splits: Mapping[str, Columns] = field(default_factory=dict)
+    ranking: Ranking | None = None
+    prompt: str | Mapping[str, str] | None = None
+    languages: tuple[str, ...] = ("eng-Latn",)
+    description: str = ""
+    notices: tuple[str, ...] = ()
+
+
+def find_tasks(folder: Path) -> list[Path]:
+    """The task folders that a folder names: itself, or those directly below it.
+
+    Raises:
+        DataError: no such folder, or no task in it.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}. An offline task is a folder with a {DESCRIPTION}.")
+    if (folder / DESCRIPTION).is_file():
+        return [folder]
+    below = sorted(path.parent for path in folder.glob(f"*/{DESCRIPTION}"))
+    if not below:
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        kinds = ", ".join(kind.value for kind in Kind)
+        raise DataError(
+            f"{folder} holds no offline task: found {there}, expected a {DESCRIPTION} in it or in folders below it. "
+            f"Its least content is one line, `type: KIND` with KIND one of {kinds}."
+        )
+    return below
+
+
+def read_task(folder: Path) -> OfflineTask:
+    """Read and check a task folder.
+
+    Raises:
+        DataError: the description or a data file is wrong; the text names file, line and field.
+    """
+    path = folder / DESCRIPTION
+    options = _description(path)
+    kind = _kind(options, path)
+    columns, files = _mapping(options, "columns", path), _mapping(options, "files", path)
+    layout = Layout(columns, header=bool(options.get("header", True)), delimiter=options.get("delimiter"))
+    needed = _FILES[kind]
+    unknown = sorted(set(files) - set(needed))
+    if unknown:
+        raise DataError(f"{path}: files.{unknown[0]} is not part of a {kind.value} task.{did_you_mean(unknown[0], needed)}")
+    found = {name: find_file(folder, name, files.get(name)) for name in needed}
+    splits: dict[str, Columns] = {}
+    ranking: Ranking | None = None
+    notices: list[str] = []
+    if kind is Kind.RETRIEVAL:
+        ranking, notices = _read_retrieval(found, layout)
+    elif kind is Kind.RERANKING:
+        ranking = _read_reranking(found["test"], layout)
+    else:
+        splits = {name: _read_split(file, _FIELDS[kind], layout) for name, file in found.items()}
+    return OfflineTask(
+        kind=kind,
+        name=str(options.get("name", folder.resolve().name)),
+        folder=folder,
+        revision=_hash([path, *found.values()]),
+        splits=splits,
+        ranking=ranking,
+        prompt=_prompt(options.get("instruction"), kind, path),
+        languages=tuple(options.get("languages", ("eng-Latn",))),
+        description=str(options.get("description", f"offline {kind.value} task")),
+        notices=tuple(notices),
+    )
+
+
+_FILES: Mapping[Kind, tuple[str, ...]] = {
+    Kind.STS: ("test",),
+    Kind.CLASSIFICATION: ("train", "test"),
+    Kind.CLUSTERING: ("test",),
+    Kind.PAIR_CLASSIFICATION: ("test",),
+    Kind.RERANKING: ("test",),
+    Kind.RETRIEVAL: ("corpus", "queries", "qrels"),
+}
+
+_FIELDS: Mapping[Kind, Mapping[str, Callable[[Row, str], Any]]] = {
+    Kind.STS: {"sentence1": Row.text, "sentence2": Row.text, "score": Row.number},
+    Kind.CLASSIFICATION: {"text": Row.text, "label": Row.label},
+    Kind.CLUSTERING: {"text": Row.text, "label": Row.label},
+    Kind.PAIR_CLASSIFICATION: {"sentence1": Row.text, "sentence2": Row.text, "label": Row.truth},
+}
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    if not isinstance(options, dict):
+        raise DataError(f"{path}: expected keys such as `type: sts`, got {type(options).__name__}.")
+    for key in options:
+        if key not in _KEYS:
+            raise DataError(f"{path}: unknown key '{key}'.{did_you_mean(str(key), _KEYS)}")
+    return options
+
+
+def _kind(options: Mapping[str, Any], path: Path) -> Kind:
+    known = [kind.value for kind in Kind]
+    name = options.get("type")
+    if name not in known:
+        problem = "has no `type`" if name is None else f"has the unknown type '{name}'"
+        hint = did_you_mean(str(name), known)
+        raise DataError(f"{path} {problem}.{hint if 'Did you' in hint else ''} Expected one of {', '.join(known)}.")
+    return Kind(name)
+
+
+def _mapping(options: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+    value = options.get(key) or {}
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: `{key}` is {value!r}, expected `{key}: {{name: ...}}`.")
+    return value
+
+
+def _prompt(value: Any, kind: Kind, path: Path) -> str | dict[str, str] | None:
+    """A lone instruction is that of the queries where a task has queries."""
+    if value is None:
+        return None
+    ranks = kind in (Kind.RERANKING, Kind.RETRIEVAL)
+    if isinstance(value, str):
+        return {"query": value} if ranks else value
+    if not isinstance(value, dict) or not ranks or not set(value) <= {"query", "document"}:
+        expected = "a text, or {query: ..., document: ...}" if ranks else "a text"
+        raise DataError(f"{path}: `instruction` is {value!r}, expected {expected}.")
+    return {str(role): str(text) for role, text in value.items()}
+
+
+def _read_split(path: Path, fields: Mapping[str, Callable[[Row, str], Any]], layout: Layout) -> Columns:
+    columns: Columns = {name: [] for name in fields}
+    for row in read_fields(path, layout):
+        for name, read in fields.items():
+            columns[name].append(read(row, name))
+    if len(columns[next(iter(fields))]) < 2:
+        raise DataError(f"{path} has one row; a score needs at least two.")
+    for name in ("label", "score"):
+        if name in columns and len(set(columns[name])) < 2:
+            raise DataError(f"{path}, field '{name}': every row has {columns[name][0]!r}; a score needs at least two values.")
+    return columns
+
+
+def _read_reranking(path: Path, layout: Layout) -> Ranking:
+    queries: Columns = {"id": [], "text": []}
+    corpus: Columns = {"id": [], "title": [], "text": []}
+    relevant: dict[str, dict[str, int]] = {}
+    candidates: dict[str, list[str]] = {}
+    for number, row in enumerate(read_fields(path, layout), 1):
+        query = f"q{number}"
+        queries["id"].append(query)
+        queries["text"].append(row.text("query"))
+        relevant[query], candidates[query] = {}, []
+        for judgment, field_name in ((1, "positive"), (0, "negative")):
+            for text in row.texts(field_name):
+                document = f"{query}-d{len(candidates[query]) + 1}"
+                corpus["id"].append(document)
+                corpus["title"].append("")
+                corpus["text"].append(text)
+                relevant[query][document] = judgment
+                candidates[query].append(document)
+    return Ranking(queries=queries, corpus=corpus, relevant=relevant, candidates=candidates)
+
+
+def _read_retrieval(files: Mapping[str, Path], layout: Layout) -> tuple[Ranking, list[str]]:
+    corpus = _read_texts(files["corpus"], layout, titles=True)
+    queries = _read_texts(files["queries"], layout, titles=False)
+    known = {"query-id": set(queries["id"]), "corpus-id": set(corpus["id"])}
+    relevant: dict[str, dict[str, int]] = {}
+    for row in read_fields(files["qrels"], layout):
+        query, document = (row.identifier(name, name.replace("-", "_")) for name in known)
+        for name, identifier in (("query-id", query), ("corpus-id", document)):
+            if identifier not in known[name]:
+                holder = files["queries" if name == "query-id" else "corpus"]
+                raise row.error(name, f"'{identifier}' is not in {holder.name}.")
+        relevant.setdefault(query, {})[document] = row.relevance("score")
+    judged = {query for query, documents in relevant.items() if any(value > 0 for value in documents.values())}
+    keep = [index for index, query in enumerate(queries["id"]) if query in judged]
+    if not keep:
+        raise DataError(f"{files['qrels']}: no query has a relevant document (score above 0).")
+    left_out = len(queries["id"]) - len(keep)
+    notices = [f"{left_out} of {len(queries['id'])} queries have no relevant document and are left out"] if left_out else []
+    queries = {name: [values[index] for index in keep] for name, values in queries.items()}
+    return Ranking(queries=queries, corpus=corpus, relevant={query: relevant[query] for query in queries["id"]}), notices
+
+
+def _read_texts(path: Path, layout: Layout, titles: bool) -> Columns:
+    """Ids and texts. A document may be empty as long as it has a title."""
+    columns: Columns = {"id": [], "text": [], **({"title": []} if titles else {})}
+    seen: set[str] = set()
+    for row in read_fields(path, layout):
+        identifier = row.identifier("id", "_id")
+        if identifier in seen:
+            raise row.error("id", f"'{identifier}' stands in an earlier row already.")
+        seen.add(identifier)
+        columns["id"].append(identifier)
+        title = str(row.optional("title", "")) if titles else ""
+        if titles:
+            columns["title"].append(title)
+        columns["text"].append(str(row.optional("text", "")) if title.strip() else row.text("text"))
+    return columns
+
+
+def _hash(paths: list[Path]) -> str:
+    digest = blake2b(digest_size=16)
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()

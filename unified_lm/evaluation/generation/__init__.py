@@ -1,0 +1,1 @@
+"""Generation measured: perplexity and lm-eval."""

@@ -1,0 +1,1 @@
+"""Word-level probes on frozen states: part of speech, entities, chunks."""

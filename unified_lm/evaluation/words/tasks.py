@@ -1,0 +1,76 @@
+"""Word-level tasks: how well a linear probe on a frozen model's word vectors tags words (LLM2Vec, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.evaluation.words.data import WordData, require_tasks
+from unified_lm.evaluation.words.features import MAX_TOKENS, Alignment, FeatureSettings, Subtoken, word_features
+from unified_lm.evaluation.words.probe import LogisticProbe, Probe, fit_tags
+from unified_lm.evaluation.words.scores import most_frequent_tags, tag_scores
+from unified_lm.export.manifest import ATTENTIONS
+from unified_lm.inference.unified import UnifiedLM
+
+ALIGNMENTS = tuple(alignment.value for alignment in Alignment)
+"""Names of the alignments."""
+
+
+def word_level_scores(
+    model: UnifiedLM,
+    data: WordData,
+    *,
+    tasks: Sequence[str] = (),
+    alignments: Sequence[str] = ALIGNMENTS,
+    attention: str | None = None,
+    subtoken: str = "mean",
+    probe: Probe | None = None,
+    max_tokens: int = MAX_TOKENS,
+    cache_key: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Probe a model's word vectors. Every sentence is read once, for all tasks and alignments.
+
+    Args:
+        model: what to probe.
+        data: training and test sentences.
+        tasks: "pos", "chunk", "ner"; empty takes all that the data has.
+        alignments: "same_token", "next_token"; see `Alignment`.
+        attention: "causal" or "bidirectional"; None takes the model's own.
+        subtoken: "mean", "first" or "last"; see `Subtoken`.
+        probe: None takes `LogisticProbe()`.
+        max_tokens: see `MAX_TOKENS`.
+        cache_key: hash of the model's content, to keep vectors on disk; see `word_features`.
+        progress: called with numbers of sentences that are read, together those of both splits.
+
+    Returns:
+        `scores[task][alignment]`: "metric", "score", "low", "high" and more of `tag_scores`; "baseline", the same metric of the
+        word's most frequent tag; "fit", what the probe noted.
+
+    Raises:
+        ConfigError: an unknown task, alignment, attention or subtoken, or tags that leave nothing to learn.
+        DataError: a word that becomes no token.
+    """
+    tasks = require_tasks(tasks, data)
+    attention = attention or model.attention
+    if attention not in ATTENTIONS:
+        raise ConfigError(f"unknown attention '{attention}'.{did_you_mean(attention, ATTENTIONS)}")
+    settings = FeatureSettings(attention, Subtoken.parse(subtoken), max_tokens)
+    chosen = [Alignment.parse(name) for name in alignments]
+    probe = probe or LogisticProbe()
+    train, test = (
+        word_features(model, side, chosen, settings, cache_key=cache_key, progress=progress) for side in (data.train, data.test)
+    )
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in tasks:
+        gold = [sentence.tags[task] for sentence in data.test]
+        baseline = tag_scores(task, gold, most_frequent_tags(data.train, data.test, task), num_resamples=100)["score"]
+        scores[task] = {}
+        for alignment in chosen:
+            tags = [sentence.tags[task] for sentence in data.train]
+            flat, notes = fit_tags(probe, train[alignment], tags, test[alignment])
+            found = iter(flat)
+            predicted = [[next(found) for _ in sentence] for sentence in gold]
+            scores[task][alignment.value] = {**tag_scores(task, gold, predicted), "baseline": baseline, "fit": notes}
+    return scores

@@ -1,0 +1,367 @@
+"""The dual-mode export: one folder that stock tools load in both modes with trust_remote_code=False.
+
+`AutoModelForCausalLM` reads the root config.json (`"is_causal": true`); sentence-transformers overlays it with the
+`config_kwargs` of sentence_bert_config.json (`{"is_causal": false}`). The overlay only applies to keys that the root has:
+without the root key it would be ignored in silence, and the embeddings would be causal ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from unified_lm.core.errors import CheckpointError, did_you_mean
+from unified_lm.core.files import write_directory, write_json, write_text
+from unified_lm.data.prompts.templates import Template, Turn
+from unified_lm.export.manifest import Manifest, hash_weights, library_versions
+from unified_lm.export.merge import has_adapters
+from unified_lm.export.model_card import model_card
+from unified_lm.export.standardizer_files import standardizer_folder
+from unified_lm.export.verify import PROJECTION_FOLDER, Verification, quiet_transformers, verify_export
+from unified_lm.models.pooling import Projection
+
+POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last_token": "lasttoken", "cls": "cls"}
+"""Our name of a pooling -> that of sentence-transformers."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Storage types of exported weights, by name."""
+
+_TOKENIZER_PROBES = ("What is it?", "the (__second) _text_ 12", "Zwölf – 十二", "  two  spaces\n\nlines")
+
+_log = logging.getLogger(__name__)
+
+
+def export_model(
+    causal_lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    *,
+    manifest: Manifest,
+    template: Template,
+    projection: Projection | None = None,
+    verify: str = "stock",
+    sentence_transformers: bool = True,
+    max_shard_size: str = "5GB",
+) -> Manifest:
+    """Write the export folder; on any failure what was at `target` before stays as it was.
+
+    Call it in one process, with whole weights. The model is not changed, whatever attention kernel it runs.
+
+    Args:
+        causal_lm: a stock causal language model without adapters (`merge_lora` first).
+        tokenizer: its tokenizer. A copy is saved, with a chat template where the model generates, and a pad token.
+        target: the folder to create or replace.
+        manifest: what to record. `embedding_dim`, `versions`, `weights_hash` and the template's fields are filled in here.
+        template: the prompt template that training used.
+        projection: linear head `[D] -> [P]` on the pooled vector, where there is one.
+        verify: what to prove before the folder appears, see `Verification`: "none", "weights" or "stock".
+        sentence_transformers: whether sentence-transformers must be able to load it. False exports what it cannot express
+            (see `sentence_transformers_obstacle`) for transformers and `UnifiedLM` only.
+        max_shard_size: largest weight file.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        CheckpointError: the model still has adapters, an unknown setting, something that cannot be expressed, a check that
+            failed, or a disk that would not take it.
+    """
+    check = Verification.parse(verify)
+    _check_request(causal_lm, manifest, projection)
+    if manifest.can_embed and sentence_transformers:
+        obstacle = sentence_transformers_obstacle(manifest, template, tokenizer)
+        if obstacle:
+            raise CheckpointError(
+                f"sentence-transformers cannot express this model: {obstacle} Train with another pooling, or export with "
+                "sentence_transformers=False for transformers and UnifiedLM only."
+            )
+    hidden_size = causal_lm.config.get_text_config().hidden_size
+    complete = replace(
+        manifest,
+        family=causal_lm.config.model_type,
+        template=template.name,
+        template_fields=asdict(template),
+        embedding_dim=(projection.linear.out_features if projection is not None else hidden_size) if manifest.can_embed else 0,
+        projection_dim=projection.linear.out_features if projection is not None else None,
+        versions=library_versions(),
+    )
+    written: list[Manifest] = []
+
+    def fill(building: Path) -> None:
+        """Write every file of the export into `building`, and verify it there."""
+        _write_model(causal_lm, building, complete.dtype, max_shard_size)
+        saved_tokenizer = _write_tokenizer(tokenizer, template, complete, building)
+        overlay = _write_config(building, complete)
+        _write_generation_config(causal_lm, saved_tokenizer, template, complete, building)
+        if projection is not None:
+            _write_projection(projection, complete.dtype, building)
+        if complete.can_embed and sentence_transformers:
+            _write_sentence_transformers(complete, prompts(complete, template, saved_tokenizer), hidden_size, overlay, building)
+        final = replace(complete, weights_hash=hash_weights(building))
+        final.save(building)
+        write_text(building / "README.md", model_card(final, prompts(final, template, saved_tokenizer), sentence_transformers))
+        verify_export(building, causal_lm, final, template, check, sentence_transformers)
+        written.append(final)
+
+    try:
+        with quiet_transformers():
+            write_directory(Path(target), fill)
+    except Exception as error:
+        if not _is_write_failure(error):
+            raise
+        raise CheckpointError(f"could not write {target}: {error}. What was there before is untouched.") from error
+    _log.info("exported to %s (verified: %s)", target, check.value)
+    return written[0]
+
+
+def _is_write_failure(error: Exception) -> bool:
+    """Whether a writer in Rust (safetensors, tokenizers) reports, in errors of its own, what Python raises as OSError."""
+    return isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error))
+
+
+def prompts(manifest: Manifest, template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Prompt name -> the string that precedes a text; "query" and "document" always exist."""
+    instructions = {"query": "", "document": "", **manifest.instructions}
+    return {name: template.embedding_prompt(tokenizer, instruction) for name, instruction in instructions.items()}
+
+
+def sentence_transformers_obstacle(manifest: Manifest, template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why sentence-transformers cannot embed as this model does, or None where it can.
+
+    Known before training: a run whose export cannot work should not start.
+    """
+    if manifest.pooling == "weighted_mean" and any(prompts(manifest, template, tokenizer).values()):
+        return (
+            "its weighted mean counts positions from the start of the prompt, ours from the start of the text, and "
+            f"the template '{template.name}' puts a prompt before the text."
+        )
+    return None
+
+
+def template_of(manifest: Manifest) -> Template:
+    """The template that an export records.
+
+    Raises:
+        CheckpointError: the manifest's template fields are not those of a template.
+    """
+    try:
+        stored = dict(manifest.template_fields)
+        turns = {role: Turn(**turn) for role, turn in stored.pop("turns", {}).items()}
+        return Template(**stored, turns=turns)
+    except (TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the export's template '{manifest.template}' cannot be read: {error}. It comes from another version; export again."
+        ) from error
+
+
+def stop_token_ids(
+    template: Template, tokenizer: PreTrainedTokenizerBase, known: int | Sequence[int] | None = None
+) -> list[int]:
+    """What ends an answer: the tokens already known, the template's own if it is one token, the tokenizer's end of text."""
+    stop_ids = [] if known is None else [known] if isinstance(known, int) else list(known)
+    closing = (
+        tokenizer(template.closing("assistant", tokenizer), add_special_tokens=False)["input_ids"] if template.turns else []
+    )
+    for token in (closing[0] if len(closing) == 1 else None, tokenizer.eos_token_id):
+        if token is not None and token not in stop_ids:
+            stop_ids.append(token)
+    return stop_ids
+
+
+def _check_request(causal_lm: PreTrainedModel, manifest: Manifest, projection: Projection | None) -> None:
+    if has_adapters(causal_lm):
+        raise CheckpointError(
+            "the model still carries adapters, which stock tools would not find. Merge first: merge_lora(model)."
+        )
+    if manifest.pooling not in POOLING_MODES:
+        raise CheckpointError(f"unknown pooling '{manifest.pooling}'.{did_you_mean(manifest.pooling, POOLING_MODES)}")
+    if manifest.dtype not in DTYPES:
+        raise CheckpointError(f"unknown dtype '{manifest.dtype}'.{did_you_mean(manifest.dtype, DTYPES)}")
+    if getattr(causal_lm.config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            "the model is quantized; its weights cannot be exported as they are. Merge first: merge_lora(model)."
+        )
+    if manifest.standardizer is not None:
+        raise CheckpointError(
+            "a standardizer belongs to finished weights: export without one, then `unified-lm standardize EXPORT`."
+        )
+    if projection is not None and not manifest.can_embed:
+        raise CheckpointError("a projection has no effect in an export that does not embed. Remove it, or add mode 'embed'.")
+
+
+def _write_model(causal_lm: PreTrainedModel, building: Path, dtype: str, max_shard_size: str) -> None:
+    """Weights and a first config.json, through transformers' own writer (it splits, unties and reverses renamings)."""
+    config = causal_lm.config
+    before = {name: getattr(config, name, None) for name in ("dtype", "architectures")}
+    generation_config = causal_lm.generation_config
+    try:
+        if generation_config is not None:
+            causal_lm.generation_config = copy.deepcopy(generation_config)
+            _relax(causal_lm.generation_config)
+        causal_lm.save_pretrained(building, state_dict=_cast_state(causal_lm, DTYPES[dtype]), max_shard_size=max_shard_size)
+    finally:
+        causal_lm.generation_config = generation_config
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _relax(generation_config: Any) -> None:
+    """Make sampling settings consistent: transformers refuses to save a temperature beside `do_sample=False`."""
+    if not generation_config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            if getattr(generation_config, name, None) is not None:
+                setattr(generation_config, name, None)
+
+
+def _cast_state(causal_lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state on the CPU in `dtype`; tensors that share storage still do, so that tied weights are written once."""
+    keep = tuple(getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ())
+    done: dict[tuple[int, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
+    state = {}
+    for name, tensor in causal_lm.state_dict().items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if key not in done or tensor.numel() == 0:
+            convert = tensor.is_floating_point() and not any(part in name for part in keep)
+            done[key] = tensor.detach().to("cpu", dtype if convert else tensor.dtype)
+        state[name] = done[key]
+    return state
+
+
+def _write_config(building: Path, manifest: Manifest) -> dict[str, Any]:
+    """Finish config.json; returns the overlay that turns it into the embedding model's config."""
+    path = building / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = manifest.dtype
+    for name in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
+        config.pop(name, None)
+    text = _text_section(config)
+    causal_embedding = manifest.attention == "causal"
+    text["is_causal"] = causal_embedding or manifest.can_generate
+    text["use_cache"] = True
+    write_json(path, config)
+    overlay: dict[str, Any] = {"is_causal": causal_embedding}
+    return overlay if text is config else {"text_config": overlay}
+
+
+def _text_section(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that the language model reads (models with several towers nest it)."""
+    nested = config.get("text_config")
+    return cast("dict[str, Any]", nested) if isinstance(nested, dict) else config
+
+
+def _write_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, template: Template, manifest: Manifest, building: Path
+) -> PreTrainedTokenizerBase:
+    saved = copy.deepcopy(tokenizer)
+    saved.padding_side = "right"
+    if saved.pad_token is None:
+        saved.pad_token = saved.eos_token or saved.bos_token
+    if manifest.can_generate and template.turns:
+        saved.chat_template = template.chat_template(saved)
+    own = {token.content for token in saved.added_tokens_decoder.values()}
+    made_special = [token for token in saved.all_special_tokens if token not in own]
+    if made_special:
+        raise CheckpointError(
+            f"the tokenizer calls ordinary tokens special: {', '.join(map(repr, made_special))}. Once saved it would split "
+            "texts at them. Take them out, for a mask token with tokenizer.mask_token = None."
+        )
+    saved.save_pretrained(building)
+    back = AutoTokenizer.from_pretrained(building, local_files_only=True)
+    for text in (*_TOKENIZER_PROBES, template.embedding_prompt(saved, "Find it.") + "the text"):
+        if back(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise CheckpointError(
+                f"the tokenizer reads {text!r} differently once saved and loaded: AutoTokenizer makes it a "
+                f"{type(back).__name__} with special tokens {back.all_special_tokens}. A tokenizer of another kind than "
+                f"transformers expects for family '{manifest.family}' does this."
+            )
+    return saved
+
+
+def _write_generation_config(
+    causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, manifest: Manifest, building: Path
+) -> None:
+    """Make `generate` stop where the template's answers end."""
+    path = building / "generation_config.json"
+    if not manifest.can_generate:
+        path.unlink(missing_ok=True)
+        return
+    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    value.pop("_from_model_config", None)  # it says that all of it repeats config.json
+    stop_ids = stop_token_ids(template, tokenizer, value.get("eos_token_id"))
+    if stop_ids:
+        value["eos_token_id"] = stop_ids[0] if len(stop_ids) == 1 else stop_ids
+    for name in ("bos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is not None:
+            value[name] = getattr(tokenizer, name)
+    value["use_cache"] = True
+    write_json(path, value)
+
+
+def _write_projection(projection: Projection, dtype: str, building: Path) -> None:
+    folder = building / PROJECTION_FOLDER
+    folder.mkdir()
+    tensors = {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in projection.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    write_json(
+        folder / "config.json",
+        {
+            "in_features": projection.linear.in_features,
+            "out_features": projection.linear.out_features,
+            "bias": projection.linear.bias is not None,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        },
+    )
+
+
+def sentence_transformers_modules(manifest: Manifest) -> list[dict[str, Any]]:
+    """What modules.json lists: the stock modules that a text goes through, in order."""
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    if manifest.projection_dim is not None:
+        modules.append(("Dense", PROJECTION_FOLDER))
+    if manifest.standardizer is not None:
+        modules.append(("Dense", standardizer_folder(manifest)))
+    if manifest.normalize:
+        modules.append(("Normalize", f"{len(modules)}_Normalize"))
+    return [
+        {"idx": index, "name": str(index), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+        for index, (kind, folder) in enumerate(modules)
+    ]
+
+
+def _write_sentence_transformers(
+    manifest: Manifest, prompt_strings: dict[str, str], hidden_size: int, overlay: dict[str, Any], building: Path
+) -> None:
+    write_json(building / "modules.json", sentence_transformers_modules(manifest))
+    write_json(
+        building / "sentence_bert_config.json",
+        {"max_seq_length": manifest.max_tokens, "do_lower_case": False, "config_kwargs": overlay},
+    )
+    write_json(
+        building / "1_Pooling" / "config.json",
+        {"embedding_dimension": hidden_size, "pooling_mode": POOLING_MODES[manifest.pooling], "include_prompt": False},
+    )
+    versions = {
+        "sentence_transformers": manifest.versions.get("sentence-transformers", ""),
+        "transformers": manifest.versions.get("transformers", ""),
+        "pytorch": manifest.versions.get("torch", ""),
+    }
+    write_json(
+        building / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "__version__": {name: value for name, value in versions.items() if value},
+            "prompts": prompt_strings,
+            "default_prompt_name": "document",
+            "similarity_fn_name": "cosine",
+        },
+    )

@@ -1,0 +1,278 @@
+"""`unified_lm.json`: what an export is, how it was made, and how to read it.
+
+The stock files beside it (config.json, sentence_bert_config.json, ...) say how to *run* the model; the manifest keeps what
+they have no place for: the history of adapters, the template, the data, the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import blake2b
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from unified_lm.core.errors import CheckpointError, did_you_mean
+from unified_lm.core.files import write_json
+
+FILE_NAME = "unified_lm.json"
+"""Name of the manifest inside an export."""
+
+FORMAT_VERSION = 1
+"""Grows when an older reader would misread a newer manifest."""
+
+ATTENTIONS = ("bidirectional", "causal")
+"""How the texts of an export are embedded."""
+
+MODES = ("embed", "generate")
+"""What an export can be asked for."""
+
+_VERSIONED = ("unified_lm", "torch", "transformers", "peft", "sentence-transformers")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """The low-rank adapter of one stage, merged into the weights since.
+
+    Attributes:
+        r: rank.
+        alpha: scaling numerator; the update was multiplied by alpha / r.
+        target_modules: suffixes of the adapted modules.
+        dropout: dropout of the adapter's input while training.
+    """
+
+    r: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """One finished stage of training (MNTP, SimCSE, supervised, GRIT...).
+
+    Attributes:
+        recipe: name of the recipe.
+        steps: optimizer steps taken.
+        run_id: name of the run, for finding its logs; "" if unknown.
+        adapter: its adapter, or None where every weight was trained.
+        settings: settings worth telling (learning rate, batch sizes, objectives), plain JSON values.
+    """
+
+    recipe: str
+    steps: int
+    run_id: str = ""
+    adapter: AdapterRecord | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecord:
+    """One source of training data.
+
+    Attributes:
+        stream: name of the stream that read it.
+        name: path, Hub name or built-in name.
+        fingerprint: hash of its content; "" if unknown.
+        num_rows: rows in use, or None if unknown.
+        license: licence of the data; "" if unknown.
+    """
+
+    stream: str
+    name: str
+    fingerprint: str = ""
+    num_rows: int | None = None
+    license: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardizerRecord:
+    """The reference corpus whose statistics standardize an export's vectors.
+
+    Attributes:
+        corpus: name of the corpus.
+        corpus_hash: hash of its texts, in any order.
+        num_texts: texts that the statistics were fitted on.
+        num_floored: dimensions whose standard deviation was raised to the least one allowed.
+        relative_eps: least standard deviation, as a share of the median one.
+        instruction: instruction that the texts were embedded with, "" for none (as documents).
+    """
+
+    corpus: str
+    corpus_hash: str
+    num_texts: int
+    num_floored: int
+    relative_eps: float
+    instruction: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about an export that stock files have no place for.
+
+    Attributes:
+        recipe: the recipe of the last stage (or the chain).
+        base_model: Hub name or description of the model that training started from.
+        family: `model_type` of the model.
+        template: name of the prompt template.
+        template_fields: the template's own strings, enough to build it again.
+        attention: how texts are embedded: "bidirectional" or "causal".
+        modes: "embed", "generate" or both.
+        pooling: "mean", "weighted_mean", "last_token" or "cls".
+        normalize: whether vectors are L2-normalized by default.
+        embedding_dim: size of an embedding; 0 before the export is written.
+        projection_dim: output size of the linear head on the pooled vector, or None.
+        standardizer: the reference corpus whose statistics standardize the vectors, or None where they are as the model gives
+            them.
+        instructions: prompt name -> instruction; "query" is what queries are embedded with by default, "document" (absent: no
+            instruction) documents.
+        max_tokens: limit of an embedded text with its prompt, in tokens.
+        dtype: storage type of the weights.
+        base_revision: Hub revision of the base model; "" if unknown.
+        base_license: licence of the base model; "" if unknown.
+        stages: training stages, oldest first, those of earlier runs included.
+        data: sources of training data.
+        metrics: name -> {"before": value, "after": value, ...}.
+        versions: library -> version that wrote the export.
+        weights_hash: hash of the weight files (`hash_weights`); "" before the export is written.
+        format_version: version of this file's format.
+    """
+
+    recipe: str
+    base_model: str
+    family: str
+    template: str
+    template_fields: Mapping[str, Any]
+    attention: str = "bidirectional"
+    modes: tuple[str, ...] = MODES
+    pooling: str = "mean"
+    normalize: bool = True
+    embedding_dim: int = 0
+    projection_dim: int | None = None
+    standardizer: StandardizerRecord | None = None
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    max_tokens: int = 512
+    dtype: str = "bfloat16"
+    base_revision: str = ""
+    base_license: str = ""
+    stages: tuple[StageRecord, ...] = ()
+    data: tuple[DataRecord, ...] = ()
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    weights_hash: str = ""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.attention not in ATTENTIONS:
+            raise CheckpointError(f"unknown embedding attention '{self.attention}'.{did_you_mean(self.attention, ATTENTIONS)}")
+        for mode in self.modes:
+            if mode not in MODES:
+                raise CheckpointError(f"unknown mode '{mode}'.{did_you_mean(mode, MODES)}")
+        if not self.modes:
+            raise CheckpointError(f"an export needs at least one mode of {', '.join(MODES)}.")
+
+    @property
+    def can_embed(self) -> bool:
+        """Whether the export is meant to embed."""
+        return "embed" in self.modes
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the export is meant to generate."""
+        return "generate" in self.modes
+
+    def save(self, directory: Path) -> None:
+        """Write `directory/unified_lm.json`."""
+        write_json(directory / FILE_NAME, asdict(self))
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Read `directory/unified_lm.json`.
+
+        Raises:
+            CheckpointError: missing, not JSON, of a newer format, or with missing or unknown fields.
+        """
+        path = Path(directory) / FILE_NAME
+        if not path.is_file():
+            raise CheckpointError(
+                f"{directory} has no {FILE_NAME}: it is no export of unified_lm. Give the 'export' folder of a run."
+            )
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is not valid JSON ({error}). The export is damaged: export the run again."
+            ) from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object. Export the run again.")
+        found = value.get("format_version")
+        if not isinstance(found, int) or isinstance(found, bool):
+            raise CheckpointError(f"{path}: format_version is {found!r}, expected an integer. Export the run again.")
+        if found > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format {found}, this unified_lm reads up to {FORMAT_VERSION}. Upgrade: pip install -U unified_lm"
+            )
+        stages = [_stage(stage, path) for stage in _list(value, "stages", path)]
+        data = [_build(DataRecord, item, f"{path}: data") for item in _list(value, "data", path)]
+        modes = tuple(_list(value, "modes", path)) if "modes" in value else MODES
+        nested: dict[str, Any] = {"stages": tuple(stages), "data": tuple(data), "modes": modes}
+        if value.get("standardizer") is not None:
+            nested["standardizer"] = _build(StandardizerRecord, value["standardizer"], f"{path}: standardizer")
+        return _build(cls, {**value, **nested}, str(path))
+
+
+def _list(value: Mapping[str, Any], key: str, path: Path) -> list[Any]:
+    content = value.get(key, [])
+    if not isinstance(content, list):
+        raise CheckpointError(f"{path}: {key} is {type(content).__name__}, expected a list. Export the run again.")
+    return content
+
+
+def _stage(value: Any, path: Path) -> StageRecord:
+    stage = _build(StageRecord, value, f"{path}: stages")
+    if stage.adapter is None:
+        return stage
+    adapter = _build(AdapterRecord, stage.adapter, f"{path}: stages.adapter")
+    adapter = _build(AdapterRecord, {**asdict(adapter), "target_modules": tuple(adapter.target_modules)}, str(path))
+    return _build(StageRecord, {**value, "adapter": adapter}, str(path))
+
+
+def _build(cls: type[T], value: Any, where: str) -> T:
+    """Make a dataclass of a JSON object; every missing and unknown key is named at once."""
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{where} holds {type(value).__name__}, expected an object. Export the run again.")
+    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(value) - known)
+    problems = [f"unknown field '{name}'.{did_you_mean(name, known)}" for name in unknown]
+    try:
+        if not problems:
+            return cls(**value)
+    except TypeError as error:
+        problems.append(f"{error}.")
+    raise CheckpointError(f"{where}: {' '.join(problems)} The file is damaged or of another version: export the run again.")
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that shape an export; those not installed are absent."""
+    versions = {}
+    for name in _VERSIONED:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def hash_weights(directory: Path) -> str:
+    """BLAKE2b (128 bit, hex) of names and contents of a folder's `*.safetensors` files, sub-folders included."""
+    digest = blake2b(digest_size=16)
+    for path in sorted(directory.rglob("*.safetensors")):
+        digest.update(f"{path.relative_to(directory).as_posix()}\x1f{path.stat().st_size}\x1e".encode())
+        with open(path, "rb") as handle:
+            while block := handle.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

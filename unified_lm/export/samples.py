@@ -1,0 +1,22 @@
+"""Texts as samples, the way an export embeds them."""
+
+from __future__ import annotations
+
+from unified_lm.batch import Sample
+from unified_lm.data.prompts.encoding import Encoded
+
+
+def embedding_sample(encoded: Encoded, attention: str) -> Sample:
+    """A sample of an encoded text: all tokens attend, those of its one span are pooled.
+
+    Args:
+        encoded: prompt and text as tokens, from `PromptEncoder.embed`.
+        attention: "bidirectional" or "causal".
+    """
+    return Sample(
+        input_ids=encoded.ids.astype("int64"),
+        stream="embed",
+        bidirectional=(0, len(encoded.ids)) if attention == "bidirectional" else (0, 0),
+        pool=encoded.spans[0],
+        truncated=encoded.truncated,
+    )

@@ -1,0 +1,80 @@
+"""A copy of an export whose vectors are standardized."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from unified_lm.core.errors import CheckpointError
+from unified_lm.core.files import write_directory, write_json, write_text
+from unified_lm.export.directory import sentence_transformers_modules, template_of
+from unified_lm.export.manifest import FILE_NAME, Manifest, StandardizerRecord, hash_weights
+from unified_lm.export.model_card import model_card
+from unified_lm.export.standardizer_files import save_standardizer, standardizer_folder
+from unified_lm.export.verify import quiet_transformers, verify_stock_vectors
+from unified_lm.models.standardizer import Standardizer
+
+_MODULES = "modules.json"
+_PROMPTS = "config_sentence_transformers.json"
+
+
+def write_standardized(
+    source: Path, target: Path, standardizer: Standardizer, record: StandardizerRecord, *, verify: bool = True
+) -> Manifest:
+    """Copy an export and add a standardizer, in place of the one that it may have.
+
+    The folder appears only when it is complete and stock sentence-transformers gives our vectors with it.
+
+    Args:
+        source: the export.
+        target: the folder to create or replace; not `source` or a folder in it.
+        standardizer: fitted on the vectors of this export before any standardization.
+        record: where its statistics come from.
+        verify: whether to check with sentence-transformers, in float32.
+
+    Returns:
+        The manifest of the copy.
+
+    Raises:
+        CheckpointError: no export, one that does not embed, an impossible target, a failed check, or a full disk.
+    """
+    manifest = Manifest.load(source)
+    if not manifest.can_embed:
+        raise CheckpointError(f"{source} was exported to generate only: it has no vectors to standardize.")
+    if standardizer.dim != manifest.embedding_dim:
+        raise CheckpointError(f"the statistics have {standardizer.dim} dimensions, the export has {manifest.embedding_dim}.")
+    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
+        raise CheckpointError(f"--out {target} lies in the export itself; name another folder.")
+    old = None if manifest.standardizer is None else standardizer_folder(manifest)
+    complete = replace(manifest, standardizer=record, weights_hash="")
+    written: list[Manifest] = []
+
+    def fill(building: Path) -> None:
+        """Copy the export into `building`, with the statistics and all that names them."""
+        skipped = shutil.ignore_patterns(*([old] if old else []))
+        shutil.copytree(source, building, dirs_exist_ok=True, ignore=skipped)
+        save_standardizer(standardizer, building / standardizer_folder(complete))
+        loads = (building / _MODULES).is_file()
+        if loads:
+            write_json(building / _MODULES, sentence_transformers_modules(complete))
+        final = replace(complete, weights_hash=hash_weights(building))
+        (building / FILE_NAME).unlink()
+        final.save(building)
+        write_text(building / "README.md", model_card(final, _prompts(building), loads))
+        if verify and loads:
+            causal_lm = AutoModelForCausalLM.from_pretrained(building, local_files_only=True).eval()
+            verify_stock_vectors(building, causal_lm, final, template_of(final))
+        written.append(final)
+
+    with quiet_transformers():
+        write_directory(target, fill)
+    return written[0]
+
+
+def _prompts(folder: Path) -> dict[str, str]:
+    path = folder / _PROMPTS
+    return dict(json.loads(path.read_text(encoding="utf-8"))["prompts"]) if path.is_file() else {}

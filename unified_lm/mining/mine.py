@@ -1,0 +1,293 @@
+"""Hard-negative mining: embed, search exactly, filter, write rows that train. Sharded and resumable.
+
+Rows are mined in blocks. A finished block is a file, and so is a finished chunk of embeddings; what exists is not made again.
+Any number of processes, one after the other or side by side, can work on one output: whoever finds all blocks done joins them.
+The output does not depend on how many there were.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from filelock import FileLock
+
+from unified_lm.core.errors import ConfigError, DataError
+from unified_lm.core.files import write_json
+from unified_lm.core.random import derive_seed
+from unified_lm.data.rows.files import record_row, write_report, write_rows
+from unified_lm.data.rows.records import PairRecord
+from unified_lm.data.sources import RecordSource
+from unified_lm.mining.embedders import Embedder
+from unified_lm.mining.nearest import nearest
+from unified_lm.mining.negatives import (
+    DocumentPool,
+    Filter,
+    Given,
+    MiningConfig,
+    MiningStatistics,
+    choose_negatives,
+    mean,
+)
+from unified_lm.mining.vector_cache import CHUNK, VectorCache
+
+BLOCK_ROWS = 1024
+"""Rows that are mined, and written, together."""
+# Raise it when anything changes what a block holds.
+_VERSION = 1
+_RANDOM_PER_ROW = 4
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class WorkShare:
+    """Which part of the blocks a process takes: number `index` (from 0) of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> WorkShare:
+        """From "i/n", i from 1 to n.
+
+        Raises:
+            ConfigError: anything else.
+        """
+        number, _, count = text.partition("/")
+        if number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count):
+            return cls(int(number) - 1, int(count))
+        raise ConfigError(f"shard: got '{text}', expected i/n with i from 1 to n, such as 1/4.")
+
+
+class Mining:
+    """One mining job: a source, a model, settings, an output.
+
+    Args:
+        source: pair rows.
+        embedder: what finds documents similar.
+        config: how negatives are chosen.
+        out: the .jsonl file to write; its report is `NAME.report.yaml` beside it.
+        cache: folder for embeddings.
+        corpus: further documents, a source of texts.
+        device: where similarities are computed.
+        block_rows: rows per block; part of the job's identity.
+        chunk: texts per file of embeddings.
+
+    Raises:
+        DataError: `out` does not end in .jsonl, or another job wrote it.
+    """
+
+    def __init__(
+        self,
+        source: RecordSource,
+        embedder: Embedder,
+        config: MiningConfig,
+        out: Path,
+        *,
+        cache: Path,
+        corpus: RecordSource | None = None,
+        device: str = "cpu",
+        block_rows: int = BLOCK_ROWS,
+        chunk: int = CHUNK,
+    ) -> None:
+        if out.suffix != ".jsonl":
+            raise DataError(f"cannot write {out}: mined rows go to a file whose name ends in .jsonl.")
+        self.source, self.config, self.out = source, config, out
+        self._corpus = corpus
+        self._device = device
+        self._block_rows = block_rows
+        self._queries = VectorCache(cache, f"query:{embedder.key}", embedder.queries, block_rows)
+        self._documents = VectorCache(cache, f"document:{embedder.key}", embedder.documents, chunk)
+        self.key = _job_key(source, corpus, embedder, config, block_rows)
+        self._parts = out.with_name(f".{out.name}.{self.key[:12]}.parts")
+        self.report_path = out.with_name(f"{out.stem}.report.yaml")
+        self._refuse_other_output()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether this very job has written its output."""
+        return self.out.exists() and self._reported_key() == self.key
+
+    def run(self, share: WorkShare | None = None, progress: Progress | None = None) -> dict[str, Any] | None:
+        """Mine this process's share of the blocks that are not done; join all blocks if that was the last of them.
+
+        Args:
+            share: which part to take; None for all.
+            progress: told how far it is.
+
+        Returns:
+            The report, or None while blocks of other shares are missing.
+
+        Raises:
+            DataError: the disk refused, or the model gave something that is no vector.
+        """
+        if self.is_complete:
+            return self._report()
+        share = share or WorkShare()
+        blocks = self._blocks()
+        own = [block for block in blocks if block % share.count == share.index and not self._part(block).exists()]
+        if self.is_complete:  # joined by another process since we asked, which is why blocks are missing
+            return self._report()
+        if own:
+            self._parts.mkdir(parents=True, exist_ok=True)
+            pool = DocumentPool(self.source, self._corpus)
+            done = [0]
+
+            def embedded(count: int) -> None:
+                """Report `count` more documents as embedded."""
+                done[0] += count
+                if progress is not None:
+                    progress("embedding documents", done[0], len(pool))
+
+            documents = self._documents.chunks(pool, start=share.index / share.count, progress=embedded)
+            for number, block in enumerate(own, 1):
+                self._mine(block, pool, documents)
+                if progress is not None:
+                    progress("mining blocks of rows", number, len(own))
+        return self._join() if all(self._part(block).exists() for block in blocks) or self.is_complete else None
+
+    def _blocks(self) -> range:
+        return range(-(-len(self.source) // self._block_rows))
+
+    def _part(self, block: int) -> Path:
+        return self._parts / f"{block:08d}.jsonl"
+
+    def _mine(self, block: int, pool: DocumentPool, documents: Sequence[np.ndarray]) -> None:
+        """Mine a block and write its rows, after its statistics: that the rows exist says that both do."""
+        rows = range(block * self._block_rows, min((block + 1) * self._block_rows, len(self.source)))
+        records = [record for row in rows if isinstance(record := self.source[row], PairRecord)]
+        queries = self._query_vectors(records)
+        kept = [record.negatives if self.config.given is Given.KEEP else () for record in records]
+        forbidden = [pool.forbidden(record, texts) for record, texts in zip(records, kept, strict=True)]
+        ranked, scores = nearest(queries, documents, self.config.depth, excluded=forbidden, device=self._device)
+        vectors = _Gather(documents, self._documents.chunk)
+        statistics = MiningStatistics()
+        mined = []
+        for i, record in enumerate(records):
+            found = int(np.isfinite(scores[i]).sum())
+            own = pool.indices(record.positives)
+            _count_same(statistics.filtered, queries[i], vectors, np.setdiff1d(forbidden[i], own), scores[i, :found])
+            positive_scores = vectors(own) @ queries[i]
+            candidates = (ranked[i, :found], scores[i, :found])
+            chosen = choose_negatives(
+                pool, record, positive_scores.tolist(), *candidates, self.config, rows[i], statistics.filtered
+            )
+            negatives = [pool[int(ranked[i, position])] for position in chosen]
+            mined.append(PairRecord(record.query, record.positives, (*kept[i], *negatives)))
+            blind = vectors(_random_documents(len(pool), forbidden[i], derive_seed(self.config.seed, "random", rows[i])))
+            statistics += MiningStatistics(
+                rows=1,
+                mined=len(chosen),
+                short=int(len(chosen) < self.config.num_negatives),
+                none=int(not chosen),
+                positive=_counted(positive_scores),
+                hard=_counted(scores[i, chosen]),
+                random=_counted(blind @ queries[i]),
+            )
+        write_json(self._part(block).with_suffix(".statistics"), vars(statistics))
+        write_rows(self._part(block), map(record_row, mined))
+
+    def _query_vectors(self, records: Sequence[PairRecord]) -> np.ndarray:
+        """Vectors of the records' queries; a query that occurs twice is embedded once."""
+        distinct = list(dict.fromkeys(record.query for record in records))
+        place = {query: index for index, query in enumerate(distinct)}
+        vectors = self._queries.chunk_of(distinct)
+        return np.asarray(vectors)[[place[record.query] for record in records]]
+
+    def _join(self) -> dict[str, Any]:
+        """Lay all blocks end to end, write the report, remove the parts."""
+        with FileLock(self.out.with_name(f".{self.out.name}.lock")):
+            if self.is_complete:  # another process was faster
+                return self._report()
+            statistics = MiningStatistics()
+            building = self.out.with_name(f".{self.out.name}.joining")
+            with open(building, "wb") as whole:
+                for block in self._blocks():
+                    counted = json.loads(self._part(block).with_suffix(".statistics").read_text(encoding="utf-8"))
+                    statistics += MiningStatistics.from_dict(counted)
+                    with open(self._part(block), "rb") as part:
+                        shutil.copyfileobj(part, whole)
+            report = self._as_report(statistics)
+            write_report(self.report_path, report)
+            building.replace(self.out)
+            shutil.rmtree(self._parts)
+        return report
+
+    def _as_report(self, statistics: MiningStatistics) -> dict[str, Any]:
+        config = {name: getattr(value, "value", value) for name, value in asdict(self.config).items()}
+        return {
+            "job": self.key,
+            "source": self.source.name,
+            "rows": statistics.rows,
+            "mined_negatives": statistics.mined,
+            "rows_with_too_few": statistics.short,
+            "rows_with_none": statistics.none,
+            "mean_similarity": {
+                "positives": mean(statistics.positive),
+                "mined": mean(statistics.hard),
+                "random": mean(statistics.random),
+            },
+            "filtered": {reason.value: statistics.filtered[reason.value] for reason in Filter},
+            "settings": config,
+        }
+
+    def _report(self) -> dict[str, Any]:
+        loaded: dict[str, Any] = yaml.safe_load(self.report_path.read_text(encoding="utf-8"))
+        return loaded
+
+    def _reported_key(self) -> str | None:
+        if not self.report_path.exists():
+            return None
+        loaded = yaml.safe_load(self.report_path.read_text(encoding="utf-8"))
+        return loaded.get("job") if isinstance(loaded, dict) else None
+
+    def _refuse_other_output(self) -> None:
+        if self.out.exists() and not self.is_complete:
+            raise DataError(f"{self.out} exists and comes from something else: remove it, or choose another --out.")
+
+
+class _Gather:
+    """Rows of vectors that lie in pieces of equal length (the last may be shorter)."""
+
+    def __init__(self, pieces: Sequence[np.ndarray], length: int) -> None:
+        self._pieces, self._length = pieces, length
+
+    def __call__(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 `[indices, D]`."""
+        dimensions = self._pieces[0].shape[1]
+        rows = [self._pieces[i // self._length][i % self._length] for i in map(int, indices)]
+        return np.stack(rows) if rows else np.empty((0, dimensions), np.float32)
+
+
+def _count_same(filtered: Counter[str], query: np.ndarray, vectors: _Gather, forbidden: np.ndarray, scores: np.ndarray) -> None:
+    """Count the documents that were left out for their text and would have been among the ranked ones."""
+    if len(forbidden):
+        least = scores[-1] if len(scores) else -np.inf
+        filtered[Filter.SAME_TEXT.value] += int((vectors(forbidden) @ query >= least).sum())
+
+
+def _random_documents(count: int, forbidden: np.ndarray, seed: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).integers(0, count, _RANDOM_PER_ROW)
+    return np.setdiff1d(drawn, forbidden)
+
+
+def _counted(values: np.ndarray) -> tuple[int, float]:
+    return len(values), float(np.sum(values, dtype=np.float64))
+
+
+def _job_key(
+    source: RecordSource, corpus: RecordSource | None, embedder: Embedder, config: MiningConfig, block_rows: int
+) -> str:
+    settings = {name: getattr(value, "value", value) for name, value in asdict(config).items()}
+    parts = [_VERSION, source.fingerprint, corpus.fingerprint if corpus else None, embedder.key, settings, block_rows]
+    return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()

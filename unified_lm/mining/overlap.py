@@ -1,0 +1,334 @@
+"""Overlap between training rows and evaluation texts: what a model may have seen of its test.
+
+Four tests, from the strictest to the loosest; a training row counts under the first that it meets:
+
+- ``exact``: a text of the row is a text of the evaluation set;
+- ``normalized``: so it is without case, punctuation and white space;
+- ``ngram``: both share a run of 13 words (GPT-3, https://arxiv.org/abs/2005.14165, appendix C);
+- ``near``: their word shingles have a Jaccard similarity above a threshold. Candidates come from MinHash (Broder 1997) with
+  locality-sensitive hashing, and every candidate is checked with its true similarity, so `near` never counts too much.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from unified_lm.core.errors import ConfigError, DataError
+from unified_lm.data.rows.files import RowWriter
+from unified_lm.data.rows.texts import RowFile, row_texts
+from unified_lm.mining.text_match import SHINGLE_WORDS, jaccard, normalized_words, runs, shingles
+
+_PERMUTATIONS = 128
+_SHOWN = 300
+
+
+class OverlapKind(Enum):
+    """How a training row meets an evaluation text, strictest first."""
+
+    EXACT = "exact"
+    NORMALIZED = "normalized"
+    NGRAM = "ngram"
+    NEAR = "near"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapConfig:
+    """What counts as overlap."""
+
+    ngram_words: int = 13
+    """Words of a shared run."""
+    near_threshold: float = 0.8
+    """Least Jaccard similarity of word shingles, in (0, 1]."""
+    shingle_words: int = SHINGLE_WORDS
+    """Words of a shingle."""
+    min_words: int = 4
+    """Texts with fewer words (labels, names, "yes") are not compared."""
+    kinds: tuple[OverlapKind, ...] = tuple(OverlapKind)
+    """The tests to make."""
+    columns: tuple[str, ...] = ()
+    """Columns of the evaluation sets to compare; () for all that hold texts."""
+    num_examples: int = 5
+    """Examples kept per kind."""
+
+    def __post_init__(self) -> None:
+        """Check all values.
+
+        Raises:
+            ConfigError: with every problem.
+        """
+        problems = []
+        for name in ("ngram_words", "shingle_words", "min_words"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name}: got {getattr(self, name)}, expected at least 1 word.")
+        if not 0 < self.near_threshold <= 1:
+            problems.append(f"near_threshold: got {self.near_threshold}, expected more than 0 and at most 1.")
+        if self.num_examples < 0:
+            problems.append(f"num_examples: got {self.num_examples}, expected 0 or more.")
+        if not self.kinds:
+            problems.append(f"kinds: got none, expected some of {', '.join(kind.value for kind in OverlapKind)}.")
+        if problems:
+            raise ConfigError(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A training text that meets an evaluation text.
+
+    Attributes:
+        kind: how.
+        evaluation: index of the evaluation text in `EvaluationIndex.texts`.
+        field: where the text stands in the training row (``pos[0]``).
+        shared: what is shared: the run of words, or the similarity, as text.
+    """
+
+    kind: OverlapKind
+    evaluation: int
+    field: str
+    shared: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationText:
+    """A text of an evaluation set, and where it stands."""
+
+    set_name: str
+    place: str
+    text: str
+
+
+class EvaluationIndex:
+    """The texts of evaluation sets, indexed for all tests.
+
+    Attributes:
+        texts: every text that is compared.
+        num_short: texts left out because they have too few words.
+    """
+
+    def __init__(self, config: OverlapConfig) -> None:
+        self.config = config
+        self.texts: list[EvaluationText] = []
+        self.num_short = 0
+        self._exact: dict[str, int] = {}
+        self._normalized: dict[str, int] = {}
+        self._runs: dict[str, int] = {}
+        self._shingles: list[frozenset[str]] = []
+        self._near = _NearIndex(config.near_threshold) if OverlapKind.NEAR in config.kinds else None
+
+    def add(self, text: EvaluationText) -> None:
+        """Index one text; a repetition of an earlier one adds nothing."""
+        words = normalized_words(text.text)
+        if len(words) < self.config.min_words:
+            self.num_short += 1
+            return
+        if text.text in self._exact:
+            return
+        number = len(self.texts)
+        self.texts.append(text)
+        self._exact[text.text] = number
+        if self._normalized.setdefault(" ".join(words), number) != number:
+            self._shingles.append(frozenset())  # an equal text is indexed already
+            return
+        if OverlapKind.NGRAM in self.config.kinds:
+            for run in runs(words, self.config.ngram_words):
+                self._runs.setdefault(run, number)
+        own = shingles(words, self.config.shingle_words) if self._near is not None else frozenset()
+        self._shingles.append(own)
+        if self._near is not None:
+            self._near.add(number, own)
+
+    def find(self, text: str, place: str) -> Match | None:
+        """The strictest match of a training text, or None."""
+        words = normalized_words(text)
+        if len(words) < self.config.min_words:
+            return None
+        kinds = self.config.kinds
+        if OverlapKind.EXACT in kinds and (number := self._exact.get(text)) is not None:
+            return Match(OverlapKind.EXACT, number, place, "the whole text")
+        if OverlapKind.NORMALIZED in kinds and (number := self._normalized.get(" ".join(words))) is not None:
+            return Match(OverlapKind.NORMALIZED, number, place, "the whole text")
+        if OverlapKind.NGRAM in kinds:
+            for run in runs(words, self.config.ngram_words):
+                if (number := self._runs.get(run)) is not None:
+                    return Match(OverlapKind.NGRAM, number, place, run)
+        return self._nearest(words, place) if self._near is not None else None
+
+    def _nearest(self, words: Sequence[str], place: str) -> Match | None:
+        assert self._near is not None
+        own = shingles(words, self.config.shingle_words)
+        scored = [(jaccard(own, self._shingles[number]), -number) for number in self._near.candidates(own)]
+        similarity, number = max(scored, default=(0.0, 0))
+        if similarity < self.config.near_threshold:
+            return None
+        return Match(OverlapKind.NEAR, -number, place, f"Jaccard similarity {similarity:.2f}")
+
+
+class _NearIndex:
+    """Candidates of high Jaccard similarity, by MinHash and locality-sensitive hashing (`datasketch`)."""
+
+    def __init__(self, threshold: float) -> None:
+        try:
+            import datasketch
+        except ImportError as error:
+            raise DataError(
+                "near-duplicates are found with the package datasketch, which is not installed: pip install "
+                "'unified_lm[data]', or leave them out with --kinds exact,normalized,ngram."
+            ) from error
+        self._empty = datasketch.MinHash(num_perm=_PERMUTATIONS, seed=1)
+        # Bands for a lower threshold, weighted for recall: a false candidate only costs a check, a missed one is never seen.
+        self._lsh = datasketch.MinHashLSH(threshold=0.9 * threshold, num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
+
+    def _sketch(self, members: frozenset[str]) -> Any:
+        sketch = self._empty.copy()  # drawing its permutations anew would cost more than the rest
+        sketch.update_batch([member.encode() for member in members])
+        return sketch
+
+    def add(self, number: int, members: frozenset[str]) -> None:
+        """Add a text by its number and its set of word runs."""
+        self._lsh.insert(number, self._sketch(members))
+
+    def candidates(self, members: frozenset[str]) -> list[int]:
+        """Numbers of the texts that may be similar; some are not."""
+        return list(self._lsh.query(self._sketch(members)))
+
+
+def build_index(evaluation: Iterable[tuple[str, RowFile]], config: OverlapConfig) -> EvaluationIndex:
+    """Index evaluation sets.
+
+    Args:
+        evaluation: (name of the set, rows) of every file.
+        config: what counts.
+
+    Raises:
+        DataError: no text is long enough, or a column that no row of a set has.
+    """
+    index = EvaluationIndex(config)
+    for set_name, file in evaluation:
+        columns: set[str] = set()
+        for place, row in file.rows():
+            chosen = {key: value for key, value in row.items() if not config.columns or key in config.columns}
+            columns |= chosen.keys()
+            for field_name, text in row_texts(chosen):
+                index.add(EvaluationText(set_name, f"{file.name}, {place}, {field_name}", text))
+        if config.columns and not columns:
+            raise DataError(f"{file.name} of {set_name} has none of the columns {', '.join(config.columns)}.")
+    if not index.texts:
+        raise DataError(
+            f"no text of the evaluation sets has {config.min_words} words or more ({index.num_short} have fewer): "
+            "lower --min-words."
+        )
+    return index
+
+
+@dataclass
+class OverlapReport:
+    """What `find_overlap` counted.
+
+    Attributes:
+        num_rows: training rows.
+        counts: rows by kind.
+        by_set: rows by evaluation set and kind.
+        by_field: rows by the field of the training row that matched first ("pos", without index).
+        examples: the first matches of each kind.
+        num_evaluation_texts, num_short_texts: texts compared, and texts too short for it.
+    """
+
+    num_evaluation_texts: int
+    num_short_texts: int
+    num_rows: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    by_set: dict[str, Counter[str]] = field(default_factory=dict)
+    by_field: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    @property
+    def num_overlapping(self) -> int:
+        """Rows that meet an evaluation text in any way."""
+        return self.counts.total()
+
+    def add(self, match: Match, text: EvaluationText, place: str, train_text: str, limit: int) -> None:
+        """Count a match of a row."""
+        kind = match.kind.value
+        self.counts[kind] += 1
+        self.by_set.setdefault(text.set_name, Counter())[kind] += 1
+        self.by_field[match.field.partition("[")[0]] += 1
+        shown = self.examples.setdefault(kind, [])
+        if len(shown) < limit:
+            shown.append(
+                {
+                    "train": f"{place}, {match.field}",
+                    "train_text": train_text[:_SHOWN],
+                    "evaluation": f"{text.set_name}: {text.place}",
+                    "evaluation_text": text.text[:_SHOWN],
+                    "shared": match.shared,
+                }
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for a file."""
+        return {
+            "rows": self.num_rows,
+            "overlapping": self.num_overlapping,
+            "kinds": {kind.value: self.counts[kind.value] for kind in OverlapKind},
+            "evaluation_sets": {name: dict(counts) for name, counts in self.by_set.items()},
+            "fields": dict(self.by_field),
+            "evaluation_texts": self.num_evaluation_texts,
+            "evaluation_texts_too_short": self.num_short_texts,
+            "examples": self.examples,
+        }
+
+
+def find_overlap(
+    train: Sequence[RowFile],
+    index: EvaluationIndex,
+    *,
+    write: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> OverlapReport:
+    """Compare training rows with evaluation texts.
+
+    Args:
+        train: the training files.
+        index: from `build_index`.
+        write: a file for the rows without any match, as they are; a folder where there are several training files.
+        progress: called with the number of rows done since the last call.
+
+    Raises:
+        DataError: a file cannot be read or written, or no row is left to write.
+    """
+    report = OverlapReport(len(index.texts), index.num_short)
+    for file in train:
+        if write is None:
+            for _ in _clean_rows(file, index, report, progress):
+                pass
+            continue
+        path = write if len(train) == 1 else write / f"{file.name.removesuffix('.gz').rpartition('.')[0]}.jsonl"
+        with RowWriter(path) as writer:
+            for row in _clean_rows(file, index, report, progress):
+                writer.write(row)
+            if not writer.num_rows:
+                raise DataError(f"{file.name}: every row overlaps, so nothing is left to write.")
+    return report
+
+
+def _clean_rows(
+    file: RowFile, index: EvaluationIndex, report: OverlapReport, progress: Callable[[int], None] | None
+) -> Iterator[Mapping[str, Any]]:
+    """The rows without a match; the others are counted."""
+    order = list(OverlapKind)
+    for place, row in file.rows():
+        if not isinstance(row, Mapping):
+            raise DataError(f"{file.name}, {place}: expected an object with named columns, got {type(row).__name__}.")
+        report.num_rows += 1
+        found = [(match, text) for name, text in row_texts(row) if (match := index.find(text, name)) is not None]
+        if found:
+            match, text = min(found, key=lambda item: order.index(item[0].kind))
+            report.add(match, index.texts[match.evaluation], f"{file.name}, {place}", text, index.config.num_examples)
+        else:
+            yield row
+        if progress is not None:
+            progress(1)

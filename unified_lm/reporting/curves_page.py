@@ -1,0 +1,61 @@
+"""Curves of runs as one HTML file that needs no network: the data as JSON inside, drawn by the script inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unified_lm.core.files import write_text
+from unified_lm.reporting.curves import Curve, Panel, Run, is_smoothed
+from unified_lm.reporting.pages import made_by, page, page_data
+
+_MAX_POINTS = 2000
+"""Of a curve on the page; a longer one keeps the lowest and the highest value of each stretch, so that no spike is lost."""
+
+
+def write_page(panels: Sequence[Panel], runs: Sequence[Run], target: Path) -> Path:
+    """Write the page and return its path."""
+    title = ", ".join(run.name for run in runs)
+    write_text(target, page("curves.html.jinja", title=title, made=made_by(), data=page_data(chart_data(panels, runs))))
+    return target
+
+
+def chart_data(panels: Sequence[Panel], runs: Sequence[Run]) -> dict[str, Any]:
+    """What `pages/charts.js` draws, as JSON values."""
+    return {"runs": [run.name for run in runs], "panels": [_panel(panel) for panel in panels]}
+
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    return {
+        "title": panel.title,
+        "unit": panel.unit,
+        "logScale": panel.log_scale,
+        "kinds": list(dict.fromkeys(curve.kind for curve in panel.curves)),
+        "curves": [_curve(curve, smooth=is_smoothed(panel, curve)) for curve in panel.curves],
+    }
+
+
+def _curve(curve: Curve, *, smooth: bool) -> dict[str, Any]:
+    steps, values = thin(curve.steps, curve.values, _MAX_POINTS)
+    return {
+        "run": curve.run,
+        "kind": curve.kind,
+        "smooth": smooth,
+        "steps": steps,
+        "values": [None if math.isnan(value) else float(f"{value:.6g}") for value in values],
+    }
+
+
+def thin(steps: Sequence[int], values: Sequence[float], most: int) -> tuple[list[int], list[float]]:
+    """At most `most` points of a curve: the lowest and the highest of each of `most / 2` equal stretches, in order."""
+    if len(steps) <= most:
+        return list(steps), list(values)
+    kept: list[int] = []
+    stretches = most // 2
+    for stretch in range(stretches):
+        inside = range(stretch * len(steps) // stretches, (stretch + 1) * len(steps) // stretches)
+        finite = [index for index in inside if not math.isnan(values[index])] or list(inside)
+        kept.extend(sorted({min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}))
+    return [steps[index] for index in kept], [values[index] for index in kept]
