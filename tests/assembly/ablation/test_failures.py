@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from tests.engine.processes import Group
+from unified_lm.assembly import train
 from unified_lm.assembly.ablation import failures as sweep_failures
-from unified_lm.assembly.ablation import train
 from unified_lm.assembly.ablation.folder import FAILED, FINISHED
 from unified_lm.assembly.ablation.sweep import run_sweep
 from unified_lm.assembly.run_result import RunResult
