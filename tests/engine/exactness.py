@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tests.engine.tiny import make_samples
 from unified_lm.batch import IGNORE, Batch, Sample, make_batch
 from unified_lm.batch.normalization import normalize
-from unified_lm.config.schema import LoraConfig, ObjectiveConfig, OptimConfig, ParallelConfig
+from unified_lm.config.schema import LoraConfig, OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.engine.backends.backend import Backend, make_backend
 from unified_lm.engine.balance import RouterBalance
@@ -25,7 +25,7 @@ from unified_lm.models.backbone import Backbone
 from unified_lm.models.lora import apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.tiny import tiny_model
-from unified_lm.objectives import build_objective
+from unified_lm.objectives import OBJECTIVES, ContrastiveConfig, KTOConfig, build_objective
 from unified_lm.objectives.balance import Routing, expert_share
 
 OPTIM = OptimConfig(eps=1e-3, weight_decay=0.1)  # an epsilon that does not amplify rounding
@@ -92,7 +92,7 @@ def make_trainable(case: Case) -> TrainingModule:
     return TrainingModule(
         backbone,
         "mean",
-        {"generation": build_objective(ObjectiveConfig(name=objective))},
+        {"generation": build_objective(OBJECTIVES[objective]())},
         projection,
         balanced_streams=["generation"] if case.balance else [],
     )
@@ -186,13 +186,13 @@ def share(case: Case, seed: int) -> Batch:
 
 def make_step(case: Case, backend: Backend) -> GradCacheStep:
     published = {"gradient_scale": "inverse_world_size", "reference_world_size": 4} if case.kind == "supervised" else {}
-    contrastive = build_objective(ObjectiveConfig(name="contrastive", temperature=0.1, **published))
+    contrastive = build_objective(ContrastiveConfig(temperature=0.1, **published))
     objectives = {} if case.kind == "mntp" else {"embedding": contrastive}
     retained = 1000 if case.retain_all else 1
     sequences = None
     if case.kind == "kto":
         scoring = _OwnBaseline if case.own_baseline else SequenceScoring
-        kto = build_objective(ObjectiveConfig(name="kto", beta=0.3, desirable_weight=1.25))
+        kto = build_objective(KTOConfig(beta=0.3, desirable_weight=1.25))
         trainable = backend.trainable  # type: ignore[attr-defined]
         sequences = scoring(backend.forward, trainable, {"preference": kto}, backend.equal_forwards)
     return GradCacheStep(

@@ -10,7 +10,7 @@ from unified_lm.core.live_tensors import LiveTensors
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
-from unified_lm.objectives import Contrastive
+from unified_lm.objectives.contrastive import Contrastive
 
 
 def test_live_tensors_counts_what_is_alive_and_what_was():

@@ -7,14 +7,13 @@ import torch
 
 from unified_lm.batch import IGNORE, Sample
 from unified_lm.batch.normalization import normalize
-from unified_lm.config.schema import ObjectiveConfig
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.tiny import tiny_model
-from unified_lm.objectives import build_objective
+from unified_lm.objectives import ContrastiveConfig, NextTokenConfig, build_objective
 
-CONTRASTIVE = ObjectiveConfig(name="contrastive", temperature=0.1)
-NEXT_TOKEN = ObjectiveConfig(name="next_token")
+CONTRASTIVE = ContrastiveConfig(temperature=0.1)
+NEXT_TOKEN = NextTokenConfig()
 WEIGHTS = {"embedding": 1.0, "generation": 0.7}
 
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from unified_lm.batch import Batch
 from unified_lm.checkpoint.state import Identity, load_state
 from unified_lm.checkpoint.store import find_checkpoint, restore_metrics
-from unified_lm.composition.validate import zero_stage
 from unified_lm.config.schema import RunConfig, StreamConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import run_on_rank0
@@ -22,7 +21,6 @@ from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.core.random import seed_everything
 from unified_lm.core.tracing import traced
-from unified_lm.data.formats import get_format
 from unified_lm.data.loader import SampleCost, StepLoader
 from unified_lm.data.retrieval import build_retrieval
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
@@ -45,7 +43,9 @@ from unified_lm.models.lora import LoraReport, apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.probe import probe_attention
 from unified_lm.models.sharded import load_sharded
-from unified_lm.objectives import EmbeddingObjective, ObjectiveKind, SequenceObjective, TokenObjective, build_objective
+from unified_lm.objectives import ObjectiveKind, build_objective
+from unified_lm.objectives.protocol import EmbeddingObjective, SequenceObjective, TokenObjective
+from unified_lm.objectives.trial import try_objective
 
 
 @dataclass
@@ -75,7 +75,7 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     if device.type == "cpu":
         keep_freed_memory()
     quantize = config.lora is not None and config.lora.quantize_4bit
-    if zero_stage(config.parallel.backend) == 3:
+    if config.parallel.zero_stage == 3:
         loaded = load_sharded(config.model, ZeroSharding(config.parallel))
     else:
         loaded = load_model(config.model, quantize_4bit=quantize)
@@ -84,7 +84,7 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     if config.model.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     streams = build_streams(config, loaded.tokenizer)
-    objectives = _objectives(config)
+    objectives = _objectives(config, backbone.hidden_size, device)
     trainable = _make_trainable(config, loaded, backbone, objectives).to(device)
     backend = make_backend(trainable, config.optim, config.parallel)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
@@ -103,7 +103,7 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
         weights,
         equal_forwards=backend.equal_forwards,
         sequences=sequences,
-        balance=_make_balance(config, backbone, objectives),
+        balance=_make_balance(config, backbone),
     )
     meter = StepMeter(trainable, step.num_retained, clock, recomputes=config.model.gradient_checkpointing)
     training = TrainingState(
@@ -164,7 +164,7 @@ class _Objectives:
     sequences: dict[str, SequenceObjective] = field(default_factory=dict)
 
 
-def _objectives(config: RunConfig) -> _Objectives:
+def _objectives(config: RunConfig, hidden_size: int, device: torch.device) -> _Objectives:
     found = _Objectives()
     by_kind: dict[ObjectiveKind, dict[str, Any]] = {
         ObjectiveKind.TOKEN: found.tokens,
@@ -173,16 +173,15 @@ def _objectives(config: RunConfig) -> _Objectives:
     }
     for name, stream in config.streams.items():
         objective = build_objective(stream.objective)
-        by_kind[objective.kind][name] = objective
+        dim = (config.model.projection_dim or hidden_size) if stream.pooled else hidden_size
+        try_objective(name, stream, objective, dim, device)
+        by_kind[stream.objective.kind][name] = objective
     return found
 
 
 def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
     """Whether a stream's reference log-probabilities are computed before training."""
-    if not get_format(stream.format).scored:
-        return False
-    reference = stream.objective.reference
-    return reference == "cached" or (reference == "auto" and config.lora is None)
+    return stream.objective.needs_reference_scores(has_adapters=config.lora is not None)
 
 
 def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
@@ -213,28 +212,17 @@ def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, 
         projection,
         torch.bfloat16 if config.model.autocast else None,
         sequence_streams=objectives.sequences,
-        balanced_streams=_balanced(config, objectives),
+        balanced_streams=_balanced(config),
     )
 
 
-def _balanced(config: RunConfig, objectives: _Objectives) -> dict[str, float]:
-    """The streams whose routers are balanced, with their factors.
-
-    Raises:
-        ConfigError: one of them is not trained token by token (a custom objective; known ones are checked before).
-    """
-    found = {name: s.objective.router_aux_loss_coef for name, s in config.streams.items() if s.objective.router_aux_loss_coef}
-    for name in found:
-        if name not in objectives.tokens:
-            raise ConfigError(
-                f"streams.{name}.objective.router_aux_loss_coef: applies to token losses, and "
-                f"{config.streams[name].objective.name} is none. Remove it."
-            )
-    return found
+def _balanced(config: RunConfig) -> dict[str, float]:
+    """The streams whose routers are balanced, with their factors."""
+    return {name: stream.objective.router_balance for name, stream in config.streams.items() if stream.objective.router_balance}
 
 
-def _make_balance(config: RunConfig, backbone: Backbone, objectives: _Objectives) -> RouterBalance | None:
-    weights = _balanced(config, objectives)
+def _make_balance(config: RunConfig, backbone: Backbone) -> RouterBalance | None:
+    weights = _balanced(config)
     return RouterBalance(weights, *backbone.experts()) if weights else None
 
 

@@ -19,7 +19,7 @@ import torch
 from unified_lm.batch import Batch, LossTerm, Pack, Sample, SequenceScores, empty_pack
 from unified_lm.core import distributed
 from unified_lm.engine.training_module import PackOutput, TrainingModule
-from unified_lm.objectives import SequenceObjective
+from unified_lm.objectives.protocol import SequenceObjective
 
 _EMPTY = empty_pack()
 

@@ -33,8 +33,8 @@ from unified_lm.core.random import RngState
 from unified_lm.engine.balance import RouterBalance
 from unified_lm.engine.sequences import SequenceScoring
 from unified_lm.engine.training_module import PackOutput
-from unified_lm.objectives import EmbeddingObjective
 from unified_lm.objectives.balance import Routing
+from unified_lm.objectives.protocol import EmbeddingObjective
 
 Forward = Callable[..., PackOutput]
 Backward = Callable[[torch.Tensor], None]

@@ -18,9 +18,9 @@ from unified_lm.core.random import RngState
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.lora import without_adapters
 from unified_lm.models.pooling import Projection, pool
-from unified_lm.objectives import TokenObjective
 from unified_lm.objectives.balance import Routing, route
 from unified_lm.objectives.cross_entropy import token_losses
+from unified_lm.objectives.protocol import TokenObjective
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from unified_lm.config.streams import MODES
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_json
 
@@ -26,7 +27,6 @@ FORMAT_VERSION = 1
 ATTENTIONS = ("bidirectional", "causal")
 """How the texts of an export are embedded."""
 
-MODES = ("embed", "generate")
 """What an export can be asked for."""
 
 _VERSIONED = ("unified_lm", "torch", "transformers", "peft", "sentence-transformers")

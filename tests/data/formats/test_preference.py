@@ -12,7 +12,7 @@ import pytest
 from tests.data.fake_source import FakeSource, stream_config
 from unified_lm.batch import IGNORE
 from unified_lm.composition.compose import compose
-from unified_lm.config.schema import ObjectiveConfig, RunConfig, SourceConfig
+from unified_lm.config.schema import RunConfig, SourceConfig
 from unified_lm.core.errors import DataError
 from unified_lm.data.formats.mismatch import mismatched_partners
 from unified_lm.data.loader import StepLoader
@@ -21,9 +21,10 @@ from unified_lm.data.rows.prepare import prepare
 from unified_lm.data.rows.records import PreferenceRecord
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
 from unified_lm.models.tiny import tiny_tokenizer
+from unified_lm.objectives import KTOConfig
 
 TOKENIZER = tiny_tokenizer()
-KTO = ObjectiveConfig(name="kto")
+KTO = KTOConfig()
 
 
 @pytest.fixture(autouse=True)

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
+from unified_lm.config.streams import RecordKind
 
-class RecordKind(Enum):
-    """The shapes a row can have."""
-
-    PAIR = "pair"
-    CHAT = "chat"
-    TEXT = "text"
-    PREFERENCE = "preference"
+__all__ = ["ChatRecord", "PairRecord", "PreferenceRecord", "Record", "RecordKind", "Text", "TextRecord"]
 
 
 @dataclass(frozen=True, slots=True)

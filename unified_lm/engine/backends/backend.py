@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from unified_lm.batch import Pack
-from unified_lm.composition.validate import zero_stage
 from unified_lm.config.schema import OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.core.errors import ConfigError
@@ -177,7 +176,7 @@ def check_backend(parallel: ParallelConfig) -> None:
         raise ConfigError(f"parallel.backend is 'single' but torchrun started {ranks} processes. Use parallel.backend=ddp.")
     if parallel.backend == "ddp" and ranks == 1:
         raise ConfigError("parallel.backend is 'ddp' but there is one process. Start with torchrun, or use backend=auto.")
-    if zero_stage(parallel.backend) is not None:
+    if parallel.zero_stage is not None:
         check_available(parallel)
 
 
@@ -188,6 +187,6 @@ def make_backend(trainable: TrainingModule, optim: OptimConfig, parallel: Parall
         ConfigError: see `check_backend`.
     """
     check_backend(parallel)
-    if zero_stage(parallel.backend) is not None:
+    if parallel.zero_stage is not None:
         return DeepSpeedBackend(trainable, optim, parallel)
     return TorchBackend(trainable, optim)

@@ -29,7 +29,6 @@ import torch
 from torch import nn
 
 from unified_lm.batch import LossTerm, Pack
-from unified_lm.composition.validate import zero_stage
 from unified_lm.config.schema import OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.core.errors import ConfigError
@@ -172,7 +171,7 @@ class DeepSpeedBackend:
     def __init__(self, trainable: TrainingModule, optim: OptimConfig, parallel: ParallelConfig) -> None:
         self._deepspeed = _start(parallel)
         self.name = parallel.backend
-        stage = zero_stage(parallel.backend)
+        stage = parallel.zero_stage
         assert stage is not None, f"{parallel.backend} is no backend of DeepSpeed's"
         self.stage = stage
         self.equal_forwards = stage >= 2  # from there on every forward or backward communicates
