@@ -31,7 +31,7 @@ class Format(ABC):
     Attributes:
         kind: the records it reads.
         pooled: whether its samples come in groups that are embedded (else they carry labels).
-        scored: whether a sample's labels count as a whole, with a control beside each (`Sample.control`).
+        scored: whether a sample's labels count as a whole, with a control beside each (`Sample.is_control`).
         attentions: the attention modes that make sense for it.
     """
 
