@@ -49,6 +49,7 @@ from unified_lm.core.live_tensors import LiveTensors
 from unified_lm.core.random import seed_everything
 from unified_lm.data.loader import SampleCost, imbalance, partition_samples
 from unified_lm.engine.backends.backend import make_backend
+from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
@@ -178,7 +179,8 @@ def work(rank: int, case: Case, port: int, folder: str) -> None:
     backend = make_backend(trainable, OptimConfig(), ParallelConfig(backend=case.backend, bucket_elements=BUCKET))
     embeddings = {"embedding": build_objective(ContrastiveConfig(temperature=0.05))}
     weights = {name: WEIGHTS[name] for name in (*tokens, *embeddings)}
-    step = GradCacheStep(backend.forward, backend.backward, embeddings, weights, equal_forwards=backend.equal_forwards)
+    terms = [EmbeddingTerm(embeddings, weights)]
+    step = GradCacheStep(backend.forward, backend.backward, weights, terms, equal_forwards=backend.equal_forwards)
     losses = step(share_of(replace(case, pairs=min(case.pairs, 32)), rank))
     first = {"loss": losses.total, "norm": backend.update(1e-4, 1.0)}  # makes the optimizer's state too
     start_of_peak()

@@ -74,7 +74,7 @@ def step_of(model: PreTrainedModel) -> Callable[[], None]:
     objective = build_objective(NextTokenConfig())
     trainable = TrainingModule(Backbone(model, "sdpa"), "mean", {"text": objective}).train()
     backend = TorchBackend(trainable, OptimConfig())
-    losses = GradCacheStep(backend.forward, backend.backward, {}, {"text": 1.0})
+    losses = GradCacheStep(backend.forward, backend.backward, {"text": 1.0})
     batch = make_samples(model.config.vocab_size)
 
     def step() -> None:

@@ -28,11 +28,14 @@ from unified_lm.engine.accounting.flops import ModelFlops
 from unified_lm.engine.accounting.throughput import ComputeClock, StepMeter, describe_device
 from unified_lm.engine.backends.backend import Backend, check_backend, make_backend
 from unified_lm.engine.backends.deepspeed import ZeroSharding
-from unified_lm.engine.balance import RouterBalance
+from unified_lm.engine.coupled import CoupledTerm
+from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.fit import TrainingState
 from unified_lm.engine.metrics import Reporter
-from unified_lm.engine.sequences import SequenceScoring
-from unified_lm.engine.step import GradCacheStep
+from unified_lm.engine.readout import Readout
+from unified_lm.engine.router_balance import RouterBalance, RoutingReadout
+from unified_lm.engine.sequences import SequenceReadout, SequenceScoring
+from unified_lm.engine.step import Forward, GradCacheStep
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.engine.validation import Validator
 from unified_lm.export.manifest import Manifest
@@ -95,17 +98,9 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     clock = ComputeClock()
     forward, backward = traced("forward", clock.timed(backend.forward)), traced("backward", clock.timed(backend.backward))
     held_out = build_validation_streams(config, loaded.tokenizer)
-    sequences = SequenceScoring(forward, trainable, objectives.sequences, backend.equal_forwards)
-    step = GradCacheStep(
-        forward,
-        backward,
-        objectives.embeddings,
-        weights,
-        equal_forwards=backend.equal_forwards,
-        sequences=sequences,
-        balance=_make_balance(config, backbone),
-    )
-    meter = StepMeter(trainable, step.num_retained, clock, recomputes=config.model.gradient_checkpointing)
+    terms = _coupled_terms(config, objectives, forward, trainable, backend.equal_forwards)
+    step = GradCacheStep(forward, backward, weights, terms, equal_forwards=backend.equal_forwards)
+    meter = StepMeter(trainable, step, clock, recomputes=config.model.gradient_checkpointing)
     training = TrainingState(
         config=config,
         run_dir=run_dir,
@@ -211,8 +206,7 @@ def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, 
         objectives.tokens,
         projection,
         torch.bfloat16 if config.model.autocast else None,
-        sequence_streams=objectives.sequences,
-        balanced_streams=_balanced(config),
+        _readouts(config, backbone, objectives),
     )
 
 
@@ -221,9 +215,27 @@ def _balanced(config: RunConfig) -> dict[str, float]:
     return {name: stream.objective.router_balance for name, stream in config.streams.items() if stream.objective.router_balance}
 
 
-def _make_balance(config: RunConfig, backbone: Backbone) -> RouterBalance | None:
-    weights = _balanced(config)
-    return RouterBalance(weights, *backbone.experts()) if weights else None
+def _readouts(config: RunConfig, backbone: Backbone, objectives: _Objectives) -> list[Readout]:
+    """What the coupled terms of `_coupled_terms` take from a forward."""
+    readouts: list[Readout] = []
+    if balanced := _balanced(config):
+        readouts.append(RoutingReadout(balanced, backbone.experts()[1]))
+    if objectives.sequences:
+        readouts.append(SequenceReadout(objectives.sequences))
+    return readouts
+
+
+def _coupled_terms(
+    config: RunConfig, objectives: _Objectives, forward: Forward, trainable: TrainingModule, equal_forwards: bool
+) -> list[CoupledTerm]:
+    """The losses that couple the packs of a step; a new one joins here (docs/coupled-terms.md)."""
+    weights = {name: stream.objective.weight for name, stream in config.streams.items()}
+    terms: list[CoupledTerm] = [EmbeddingTerm(objectives.embeddings, weights)]
+    if objectives.sequences:
+        terms.append(SequenceScoring(forward, trainable, objectives.sequences, weights, equal_forwards))
+    if balanced := _balanced(config):
+        terms.append(RouterBalance(balanced, *trainable.backbone.experts()))
+    return terms
 
 
 def _make_loader(config: RunConfig, streams: dict[str, Stream], trainable: TrainingModule) -> StepLoader:
@@ -249,17 +261,19 @@ def _make_validator(
     retrieval = build_retrieval(config, loaded.tokenizer)
     if not streams and retrieval is None:
         return None
-    embeddings = {name: objective for name, objective in objectives.embeddings.items() if name in streams}
-    sequences = {name: objective for name, objective in objectives.sequences.items() if name in streams}
+    measured = _Objectives(
+        tokens=objectives.tokens,
+        embeddings={name: objective for name, objective in objectives.embeddings.items() if name in streams},
+        sequences={name: objective for name, objective in objectives.sequences.items() if name in streams},
+    )
     forward = traced("forward", backend.forward)
     held_out = GradCacheStep(
         forward,
         backend.backward,
-        embeddings,
         {name: stream.objective.weight for name, stream in config.streams.items()},
+        _coupled_terms(config, measured, forward, trainable, backend.equal_forwards),
         num_retained=0,
         equal_forwards=backend.equal_forwards,
-        sequences=SequenceScoring(forward, trainable, sequences, backend.equal_forwards),
     )
     return Validator(
         trainable,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from unified_lm.assembly.build import Run
 from unified_lm.core.tracing import trace_span, traced
-from unified_lm.engine.references import ReferenceCache
+from unified_lm.engine.reference_scores import ReferenceCache
 from unified_lm.models.identity import identity_key
 
 

@@ -100,7 +100,7 @@ class StepLoader:
         for name, stream in self.streams.items():
             samples[name] = stream.draw()
             if stream.scored:
-                counts[name] = float(sum(not sample.control for sample in samples[name]))
+                counts[name] = float(sum(not sample.is_control for sample in samples[name]))
             elif isinstance(objective := stream.config.objective, TokenObjectiveConfig):
                 samples[name], counts[name] = normalize(samples[name], objective.normalization, objective.micro_batch_size)
         return samples, counts

@@ -130,7 +130,8 @@ class Stream:
         samples = self.format.samples(self.tables[source], row, group, rng)
         if not self.references:
             return samples
-        return [replace(sample, reference=float(self.references[source][row, sample.slot])) for sample in samples]
+        known = self.references[source][row]
+        return [_with_reference(sample, float(known[sample.slot])) for sample in samples]
 
     @property
     def num_rows(self) -> int:
@@ -272,3 +273,8 @@ def _open_stream(name: str, config: StreamConfig, tokenizer: PreTrainedTokenizer
     kind = config.record_kind
     opened = [(source, part.weight) for part in config.sources for source in open_sources(part, kind, seed)]
     return Stream(name, config, [source for source, _ in opened], tokenizer, seed, [weight for _, weight in opened])
+
+
+def _with_reference(sample: Sample, reference: float) -> Sample:
+    assert sample.sequence is not None, "only samples that are scored as wholes have a reference"
+    return replace(sample, sequence=replace(sample.sequence, reference=reference))

@@ -65,7 +65,7 @@ class EmbeddingObjective(Protocol):
 class SequenceObjective(Protocol):
     """A loss over log-probabilities of whole samples. Made from its `Config`, a `SequenceObjectiveConfig`.
 
-    A step asks for it in two phases. First samples that are only scored (`Sample.control`) give the baseline, one number for
+    A step asks for it in two phases. First samples that are only scored (`Sample.is_control`) give the baseline, one number for
     all ranks; then every other sample's loss follows from its own scores and the baseline, pack by pack.
     """
 

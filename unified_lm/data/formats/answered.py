@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from unified_lm.batch.sample import IGNORE, Sample
+from unified_lm.batch.sample import IGNORE, Sample, SequenceLabel
 from unified_lm.config.streams import StreamConfig
 from unified_lm.core.errors import DataError
 from unified_lm.data.formats.answered_config import ChatStream, PreferenceStream
@@ -100,4 +100,5 @@ class Preference(Chat):
         item = int(table.row_starts[row])
         sample, control = (self._answer_sample(table.encoded(number), group) for number in (item, item + 1))
         desirable = bool(table.roles[item] == Role.DESIRABLE)
-        return [replace(sample, desirable=desirable), replace(control, slot=1, control=True)]
+        label = SequenceLabel(desirable=desirable)
+        return [replace(sample, sequence=label), replace(control, slot=1, sequence=SequenceLabel())]

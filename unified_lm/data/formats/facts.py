@@ -36,8 +36,8 @@ def check_samples(name: str, config: StreamConfig, samples: Sequence[Sample]) ->
         problem = f"{said}, so no sample may have a pool span"
     elif all(sample.labels is None for sample in samples):
         problem = f"{said}, so samples must have labels, and none has"
-    elif config.scored and all(sample.desirable is None for sample in samples):
-        problem = f"{said}, so samples must say whether they are desirable, and none does"
+    elif config.scored and all(sample.sequence is None for sample in samples):
+        problem = f"{said}, so samples must carry a SequenceLabel, and none does"
     if problem is not None:
         raise ConfigError(
             f"streams.{name}.format: {config.format} contradicts its description: {problem}. Mend `samples` of the format, or "

@@ -35,7 +35,6 @@ from unified_lm.core.errors import ConfigError
 from unified_lm.engine.backends.extension_locks import remove_stale_locks
 from unified_lm.engine.backends.optimizer import MOMENTS, adamw_groups, check_names, read_shaped
 from unified_lm.engine.training_module import PackOutput, TrainingModule
-from unified_lm.objectives.balance import Routing
 
 _OFFLOADED = "zero3_offload"
 
@@ -102,30 +101,27 @@ class _Module(nn.Module):
         self.trainable = trainable
         self.shape = torch.Size()
         self.counts: dict[str, float] = {}
-        self.sizes: dict[str, int] = {}
-        self.routed: list[int] = []
+        self.read: dict[str, dict[str, torch.Size]] = {}
 
     def forward(self, pack: Pack, tokens: bool) -> torch.Tensor:
-        """Embeddings, a loss sum for each of `counts`, scores, routing and the anchor (see `PackOutput`), laid end to end.
+        """Embeddings, a loss sum for each of `counts`, readouts of the shapes in `read` and the anchor, laid end to end.
 
         Gradients reach DeepSpeed in the order of autograd, latest operation first, and ranks fill their buckets in that
         order. The head is therefore used before pooling whether the pack has labels or not.
         """
-        hidden, routing = self.trainable.routed_states(pack)
+        states = self.trainable.states(pack, tokens=tokens)
         head = self.trainable.backbone.output_head()  # ZeRO-3: fetched in every forward of every rank
-        terms = self.trainable.token_terms(hidden, pack) if tokens else {}
-        scores = self.trainable.sequence_scores(hidden, pack) if tokens else {}
-        anchor = hidden.new_zeros((), dtype=torch.float32)
+        terms, readouts = self.trainable.token_terms(states, pack), self.trainable.read(states, pack)
+        anchor = states.hidden.new_zeros((), dtype=torch.float32)
         for tensor in (head.weight, head.bias):
-            if not (terms or scores) and tensor is not None and tensor.requires_grad:
+            if states.head is None and tensor is not None and tensor.requires_grad:
                 anchor = anchor + tensor.reshape(-1)[0] * 0.0
-        embeddings = self.trainable.pool(hidden, pack)
+        embeddings = self.trainable.pool(states.hidden, pack)
         self.shape, self.counts = embeddings.shape, {name: term.count for name, term in terms.items()}
-        self.sizes = {name: len(values) for name, values in scores.items()}
+        self.read = {name: {key: tensor.shape for key, tensor in read.items()} for name, read in readouts.items()}
         sums = [term.sum[None] for term in terms.values()]
-        routed = [part for of_stream in routing.values() for part in (of_stream.load, of_stream.probability)]
-        self.routed = [len(part) for part in routed]
-        return torch.cat([embeddings.reshape(-1), *sums, *scores.values(), *routed, anchor[None]])
+        read = [tensor.reshape(-1) for tensors in readouts.values() for tensor in tensors.values()]
+        return torch.cat([embeddings.reshape(-1), *sums, *read, anchor[None]])
 
 
 class ZeroSharding:
@@ -213,17 +209,13 @@ class DeepSpeedBackend:
     def forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
         """Run the module on one pack."""
         flat = self._engine(pack, tokens)
-        shape = self._module.shape
-        counts, sizes, routed = self._module.counts, self._module.sizes, self._module.routed
-        embeddings, sums, *parts, anchor = flat.split([shape.numel(), len(counts), *sizes.values(), *routed, 1])
-        scores, parts = parts[: len(sizes)], parts[len(sizes) :]
+        shape, counts, read = self._module.shape, self._module.counts, self._module.read
+        sizes = [size.numel() for tensors in read.values() for size in tensors.values()]
+        embeddings, sums, *parts, anchor = flat.split([shape.numel(), len(counts), *sizes, 1])
         terms = {name: LossTerm(total, count) for (name, count), total in zip(counts.items(), sums, strict=True)}
-        loads, probabilities = (load.detach() for load in parts[::2]), parts[1::2]
-        routing = {
-            name: Routing(load, probability)
-            for name, load, probability in zip(self.trainable.balanced_streams, loads, probabilities, strict=True)
-        }
-        return PackOutput(embeddings.view(shape), terms, anchor[0], dict(zip(sizes, scores, strict=True)), routing)
+        rest = iter(parts)
+        readouts = {name: {key: next(rest).view(size) for key, size in tensors.items()} for name, tensors in read.items()}
+        return PackOutput(embeddings.view(shape), terms, anchor[0], readouts)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a scalar."""
