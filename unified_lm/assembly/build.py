@@ -31,6 +31,7 @@ from unified_lm.engine.backends.deepspeed import ZeroSharding
 from unified_lm.engine.coupled import CoupledTerm
 from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.fit import TrainingState
+from unified_lm.engine.interruption import StopRequest
 from unified_lm.engine.metrics import Reporter
 from unified_lm.engine.readout import Readout
 from unified_lm.engine.router_balance import RouterBalance, RoutingReadout
@@ -51,6 +52,22 @@ from unified_lm.objectives.protocol import EmbeddingObjective, SequenceObjective
 from unified_lm.objectives.trial import try_objective
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: what a chain and an ablation must know of it before they go on.
+
+    Attributes:
+        run_dir: its folder.
+        is_finished: whether its last step is taken and its export written, where it has one.
+        stopped_by: the name of the signal that asked to stop, also where it came too late to leave anything of this run
+            undone; None without one.
+    """
+
+    run_dir: Path
+    is_finished: bool
+    stopped_by: str | None = None
+
+
 @dataclass
 class Run:
     """A run that is ready to train.
@@ -60,7 +77,10 @@ class Run:
         loaded: model and tokenizer, with where they came from.
         streams: the training streams, for their counts of rejected and truncated rows.
         lora: what adapters were applied, or None.
-        scored: the streams, also held-out ones, that take reference log-probabilities before training (`assembly.references`).
+        scored: the streams, also held-out ones, that take reference log-probabilities before training (`assembly.stages`).
+        stop: notes the signals that ask the run to stop.
+        trained: None before `fit_run`; then whether the last step is taken.
+        result: how the run ended, once it has.
     """
 
     training: TrainingState
@@ -68,10 +88,18 @@ class Run:
     streams: dict[str, Stream]
     lora: LoraReport | None
     scored: tuple[Stream, ...] = ()
+    stop: StopRequest = field(default_factory=StopRequest)
+    trained: bool | None = None
+    result: RunResult | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return self.training.run_dir
 
 
-def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
-    """Load the model and the data, and put the parts of a run together. Before training `assembly.references` follows."""
+def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
+    """Load the model and the data, and put the parts of a run together; `assembly.stages.build_run` makes it ready to train."""
     check_backend(config.parallel)
     seed_everything(config.seed)
     device = distributed.local_device()

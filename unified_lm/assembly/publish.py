@@ -52,7 +52,7 @@ def _check_kept_prompts(run: Run, manifest: Manifest) -> None:
         )
 
 
-def export_run(run: Run, console: Console, target: Path | None = None) -> Path:
+def write_export(run: Run, console: Console, target: Path | None = None) -> Path:
     """Merge, verify and write `target` (`run_dir/export`), and upload it where the recipe asks for that.
 
     Call it on one rank.

@@ -36,6 +36,9 @@ class Loader(Protocol):
     def next_batch(self) -> Batch:
         """This rank's share of the next step."""
 
+    def reset(self) -> None:
+        """Go back to the first step."""
+
     def state_dict(self) -> dict[str, Any]:
         """Cursors, as JSON values."""
 
@@ -45,7 +48,7 @@ class Loader(Protocol):
 
 @dataclass
 class TrainingState:
-    """Everything `fit` works with; the composition root (`build`) makes it.
+    """Everything `fit` works with; the composition root (`assembly.build`) makes it.
 
     Attributes:
         config: the resolved configuration.

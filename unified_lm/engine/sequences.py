@@ -142,7 +142,7 @@ class SequenceScoring(CoupledTerm):
         return self.objectives[stream](scores)
 
     def finish(self) -> TermReport:
-        """Losses and what the objectives measured; the scores of every sample of the step over all ranks are kept, by stream."""
+        """Losses and what the objectives measured; the scores of every sample of the step, over all ranks, are kept."""
         losses = {}
         for stream in (name for name in self.objectives if name in self._counts):  # in one order on all ranks
             value = self._sums.get(stream, torch.zeros((), dtype=torch.float32)).to(distributed.local_device())
