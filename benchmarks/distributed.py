@@ -45,9 +45,9 @@ from unified_lm.batch import IGNORE, Batch, Sample, make_batch
 from unified_lm.config.schema import OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.core.allocator import keep_freed_memory
-from unified_lm.core.live_tensors import LiveTensors
 from unified_lm.core.random import seed_everything
 from unified_lm.data.loader import SampleCost, imbalance, partition_samples
+from unified_lm.engine.accounting.live_tensors import LiveTensors
 from unified_lm.engine.backends.backend import make_backend
 from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.step import GradCacheStep

@@ -54,7 +54,7 @@ def test_a_hung_rank_is_named_and_every_rank_ends(tmp_path):
     output = group.output()
     assert "error: Rank 0 of 2 has waited" in output
     assert "in 'step 2 >" in output
-    assert "Missing: rank 1 is outside any exchange" in output
+    assert "Missing: rank 1 is outside any collective" in output
     assert "in 'load a batch'" in output
     assert "Rank 0 has given up" in output, "the hung rank speaks, too"
     assert "in next_batch" in output, "and shows where it hangs"

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.engine.tiny import CONTRASTIVE, WEIGHTS
 from unified_lm.batch import Sample, make_batch
-from unified_lm.core.live_tensors import LiveTensors
+from unified_lm.engine.accounting.live_tensors import LiveTensors
 from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.training_module import TrainingModule

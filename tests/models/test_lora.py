@@ -92,7 +92,7 @@ def test_partial_suffixes_do_not_match() -> None:
 def test_a_second_adapter_and_a_missing_quantization_are_refused() -> None:
     model = tiny_model("llama")
     apply_lora(model, LoraConfig(), seed=0)
-    with pytest.raises(ModelError, match="already carries an adapter"):
+    with pytest.raises(ModelError, match="already has an adapter"):
         apply_lora(model, LoraConfig(), seed=0)
     with pytest.raises(ModelError, match="not loaded in 4 bit"):
         apply_lora(tiny_model("llama"), LoraConfig(quantize_4bit=True), seed=0)
