@@ -73,6 +73,12 @@ def run_group(name: str, description: str, commands: Mapping[str, Command], exam
     raise UserError(f"{PROGRAM} {name}: {f'unknown command {argv[0]!r}' if argv else 'no command given'}.{hint}")
 
 
+def add_device_options(parser: argparse._ActionsContainer) -> None:
+    """Add --device and --dtype, which say where and how a model's weights are held in memory."""
+    parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+
+
 def positive(text: str) -> int:
     """A whole number above 0, for `argparse`.
 

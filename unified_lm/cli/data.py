@@ -88,9 +88,9 @@ def _kinds(names: str) -> tuple[OverlapKind, ...]:
 
 
 def _print_overlap(report: OverlapReport, config: OverlapConfig, console: Console) -> None:
-    share = report.num_overlapping / report.num_rows if report.num_rows else 0.0
+    fraction = report.num_overlapping / report.num_rows if report.num_rows else 0.0
     console.print(
-        f"{report.num_overlapping:,} of {report.num_rows:,} training rows ({share:.2%}) overlap with "
+        f"{report.num_overlapping:,} of {report.num_rows:,} training rows ({fraction:.2%}) overlap with "
         f"{report.num_evaluation_texts:,} evaluation texts ({report.num_short_texts:,} more were too short to compare).",
         highlight=False,
     )
@@ -144,7 +144,7 @@ def prepare(argv: Sequence[str]) -> None:
     console.print(f"{done.num_rows:,} rows in {len(done.files)} file(s), {done.dropped.total():,} left out", markup=False)
     for reason, count in sorted(done.dropped.items()):
         console.print(f"  {count:,} x {reason}", markup=False)
-    console.print(f"licence   {PUBLISHED[options.name].licence}\nmanifest  {done.manifest}\ntrain on  {done.use}", markup=False)
+    console.print(f"license   {PUBLISHED[options.name].license}\nmanifest  {done.manifest}\ntrain on  {done.use}", markup=False)
 
 
 @contextmanager

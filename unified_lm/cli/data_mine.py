@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from unified_lm.cli.arguments import command_parser
+from unified_lm.cli.arguments import add_device_options, command_parser
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import UserError
@@ -23,7 +23,7 @@ from unified_lm.data.rows.records import RecordKind
 from unified_lm.data.rows.texts import HUB_PREFIX
 from unified_lm.data.sources import open_source, open_sources
 from unified_lm.mining.embedders import load_embedder
-from unified_lm.mining.mine import Mining, WorkShare
+from unified_lm.mining.mine import Mining, WorkShard
 from unified_lm.mining.mine import Progress as Report
 from unified_lm.mining.negatives import Given, MiningConfig, Sampling
 
@@ -46,7 +46,7 @@ def mine(argv: Sequence[str]) -> None:
         given=Given(options.given),
         seed=options.seed,
     )
-    share = WorkShare.parse(options.shard)
+    shard = WorkShard.parse(options.shard)
     where = replace(
         source_config(options.source, options.split, options.columns),
         limit=options.limit,
@@ -77,8 +77,8 @@ def mine(argv: Sequence[str]) -> None:
             corpus=corpus,
             device=options.device or str(local_device()),
         )
-        with _progress() as told:
-            report = job.run(share, told)
+        with _progress() as show_progress:
+            report = job.run(shard, show_progress)
         if report is None:
             console.print(f"{out}: shard {options.shard} is done; the file is written when the last shard is.", markup=False)
         else:
@@ -141,8 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     rows.add_argument("--document-instruction", help="for documents without one; it is written to the rows")
     rows.add_argument("--skip-empty", action="store_true", help="leave out rows with an empty text, and count them")
     model = parser.add_argument_group("the model")
-    model.add_argument("--device", help="cpu, cuda...; the accelerator if there is one")
-    model.add_argument("--dtype", help="float32, bfloat16...; the stored type if left out")
+    add_device_options(model)
     model.add_argument("--max-tokens", type=int, help="limit of a text with its prompt; the model's own if left out")
     model.add_argument("--batch-size", type=int, default=32, help="texts per forward, sentence-transformers only (32)")
     model.add_argument("--query-prompt", help="for sentence-transformers: put before queries; {instruction} is the row's")
@@ -185,10 +184,10 @@ def _progress() -> Iterator[Report | None]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def told(what: str, done: int, total: int) -> None:
+        def show(what: str, done: int, total: int) -> None:
             """Move the bar of one kind of work, which appears with its first report."""
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
 
-        yield told
+        yield show

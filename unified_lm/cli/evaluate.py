@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.cli.arguments import Command, command_parser, positive, run_group
+from unified_lm.cli.arguments import Command, add_device_options, command_parser, positive, run_group
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.core.files import write_json
 from unified_lm.evaluation.embedding.instructions import instructions_of, require_known, table_names
 from unified_lm.evaluation.embedding.offline import find_tasks, read_task
+from unified_lm.evaluation.embedding.task_results import ModelIdentity, TaskScore
 from unified_lm.evaluation.embedding.task_sets import RegistryTask, task_sets
 
 if TYPE_CHECKING:
-    from unified_lm.evaluation.embedding.mteb_adapter import AbsTask, ModelIdentity, TaskScore
+    from unified_lm.evaluation.embedding.mteb_adapter import AbsTask
     from unified_lm.inference import UnifiedLM
 
 COMMANDS: Mapping[str, Command] = {
@@ -76,7 +77,7 @@ def evaluate_mteb(argv: Sequence[str]) -> None:
     settings = {name: str(value) for name in _SETTINGS if (value := getattr(options, name)) is not None}
     if instructions.label:
         settings["instructions"] = instructions.label
-    identity = adapter.ModelIdentity(name=options.name or _name(folder), revision=folder_hash(folder), settings=settings)
+    identity = ModelIdentity(name=options.name or _name(folder), revision=folder_hash(folder), settings=settings)
     encoder = adapter.UnifiedEncoder(
         model, instructions, identity, max_tokens=options.max_tokens, show_progress=sys.stderr.isatty()
     )
@@ -145,8 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="run finished tasks again")
     add("--prompts", type=Path, default=None, help="only write the prompts, for running plain mteb, to this .json file")
     add("--max-tokens", type=positive, default=None, help="limit of a text with its prompt; the export's own if left out")
-    add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
-    add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+    add_device_options(parser)
     add("--template", default=None, help="prompt template; needed for a model that is no export")
     add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
     add("--attention", default=None, help="bidirectional or causal, in place of the export's")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from unified_lm.cli.arguments import add_device_options
 from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.export.manifest import FILE_NAME
 from unified_lm.inference import UnifiedLM
@@ -78,8 +79,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the model and how it is loaded."""
     add = parser.add_argument
     add("model", help=f"a run or its export folder, any causal model's folder or Hub name, or {', '.join(EMBEDDED_MODELS)}")
-    add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
-    add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+    add_device_options(parser)
     add("--template", default=None, help="prompt template, in place of the export's")
 
 

@@ -97,8 +97,8 @@ def run_inspect(
 def stream_table(streams: Mapping[str, Stream]) -> Table:
     """One line per source: rows, cut texts, rejections."""
     table = Table(title="streams")
-    for column in ("stream", "format", "attention", "template", "source", "rows", "share", "truncated", "rejected"):
-        table.add_column(column, justify="right" if column in ("rows", "share", "truncated") else "left", overflow="fold")
+    for column in ("stream", "format", "attention", "template", "source", "rows", "probability", "truncated", "rejected"):
+        table.add_column(column, justify="right" if column in ("rows", "probability", "truncated") else "left", overflow="fold")
     for name, stream in streams.items():
         stats, config = stream.stats, stream.config
         rejected = "\n".join(f"{count} x {reason}" for reason, count in sorted(stats.rejected.items())) or "none"
@@ -143,12 +143,12 @@ def _print_samples(stream: Stream, tokenizer: PreTrainedTokenizerBase, console: 
 
 
 def describe(sample: Sample, *, pooled: bool) -> str:
-    """One line: place in its group, length, mask."""
-    place = ("query", "positive")[sample.slot] if sample.slot < 2 else f"negative {sample.slot - 1}"
+    """One line: role in its group, length, mask."""
+    role = ("query", "positive")[sample.slot] if sample.slot < 2 else f"negative {sample.slot - 1}"
     mode = mode_of(len(sample), sample.bidirectional)
     mask = mode.value if mode is not AttentionMode.SPAN else f"bidirectional in {sample.bidirectional}, else causal"
     purpose = f"pooled {sample.pool}" if pooled else f"{sample.num_supervised} tokens learned"
-    head = f"[group {sample.group}] {place}" if pooled else f"[sample {sample.group}]"
+    head = f"[group {sample.group}] {role}" if pooled else f"[sample {sample.group}]"
     return f"{head}: {len(sample)} tokens, {mask}, {purpose}" + (", truncated" if sample.truncated else "")
 
 

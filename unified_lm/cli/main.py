@@ -63,6 +63,8 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "demo": Command("train the embedded model, then search and answer with it (offline, CPU)", "unified_lm.cli.commands:demo"),
 }
+_ALIASES = {"analyse": "analyze"}
+"""Undocumented second names of commands; existing scripts call `analyze` by its British spelling."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"unified_lm {__version__}")
         return 0
-    name, rest = arguments[0], arguments[1:]
+    name, rest = _ALIASES.get(arguments[0], arguments[0]), arguments[1:]
     if name not in COMMANDS:
         return run_command(lambda: _refuse(name))
     return run_command(lambda: COMMANDS[name].load()(rest))

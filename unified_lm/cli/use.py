@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unified_lm.cli.arguments import command_parser
+from unified_lm.cli.arguments import add_device_options, command_parser
 from unified_lm.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def generate(argv: Sequence[str]) -> None:
 def _parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
     parser = command_parser(name, description, example)
     parser.add_argument("model", help="a run or its export folder, or a Hub name")
-    parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+    add_device_options(parser)
     return parser
 
 

@@ -80,10 +80,10 @@ class RecordSource:
         shard, row = self._find(index)
         return self._instructed(shard[row])
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Where a record came from, for messages: ``data/rows.jsonl, line 7``."""
         shard, row = self._find(index)
-        return shard.place(row)
+        return shard.location(row)
 
     def _find(self, index: int) -> tuple[Shard, int]:
         size = len(self)

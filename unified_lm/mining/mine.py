@@ -50,14 +50,14 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class WorkShare:
+class WorkShard:
     """Which part of the blocks a process takes: number `index` (from 0) of `count`."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> WorkShare:
+    def parse(cls, text: str) -> WorkShard:
         """From "i/n", i from 1 to n.
 
         Raises:
@@ -118,7 +118,7 @@ class Mining:
         """Whether this very job has written its output."""
         return self.out.exists() and self._reported_key() == self.key
 
-    def run(self, share: WorkShare | None = None, progress: Progress | None = None) -> dict[str, Any] | None:
+    def run(self, shard: WorkShard | None = None, progress: Progress | None = None) -> dict[str, Any] | None:
         """Mine this process's share of the blocks that are not done; join all blocks if that was the last of them.
 
         Args:
@@ -133,9 +133,9 @@ class Mining:
         """
         if self.is_complete:
             return self._report()
-        share = share or WorkShare()
+        shard = shard or WorkShard()
         blocks = self._blocks()
-        own = [block for block in blocks if block % share.count == share.index and not self._part(block).exists()]
+        own = [block for block in blocks if block % shard.count == shard.index and not self._part(block).exists()]
         if self.is_complete:  # joined by another process since we asked, which is why blocks are missing
             return self._report()
         if own:
@@ -149,7 +149,7 @@ class Mining:
                 if progress is not None:
                     progress("embedding documents", done[0], len(pool))
 
-            documents = self._documents.chunks(pool, start=share.index / share.count, progress=embedded)
+            documents = self._documents.chunks(pool, start=shard.index / shard.count, progress=embedded)
             for number, block in enumerate(own, 1):
                 self._mine(block, pool, documents)
                 if progress is not None:
@@ -200,9 +200,9 @@ class Mining:
     def _query_vectors(self, records: Sequence[PairRecord]) -> np.ndarray:
         """Vectors of the records' queries; a query that occurs twice is embedded once."""
         distinct = list(dict.fromkeys(record.query for record in records))
-        place = {query: index for index, query in enumerate(distinct)}
+        index_of = {query: index for index, query in enumerate(distinct)}
         vectors = self._queries.chunk_of(distinct)
-        return np.asarray(vectors)[[place[record.query] for record in records]]
+        return np.asarray(vectors)[[index_of[record.query] for record in records]]
 
     def _join(self) -> dict[str, Any]:
         """Lay all blocks end to end, write the report, remove the parts."""

@@ -123,7 +123,7 @@ class DocumentPool:
     def __init__(self, source: RecordSource, corpus: RecordSource | None = None) -> None:
         """Read through the source once, and through the corpus (a source of texts)."""
         self._source, self._corpus = source, corpus
-        self._places: list[tuple[int, int]] = []
+        self._locations: list[tuple[int, int]] = []
         self._index: dict[bytes, int] = {}
         keys: list[int] = []
         self.same: dict[int, list[int]] = {}
@@ -139,20 +139,20 @@ class DocumentPool:
             self._add(Text(record.text), (row, -1), keys)
         self.keys = np.array(keys, np.int64)
 
-    def _add(self, text: Text, place: tuple[int, int], keys: list[int]) -> None:
+    def _add(self, text: Text, location: tuple[int, int], keys: list[int]) -> None:
         digest = _digest(text)
         if digest in self._index:
             return
-        number = self._index[digest] = len(self._places)
-        self._places.append(place)
+        number = self._index[digest] = len(self._locations)
+        self._locations.append(location)
         keys.append(text_key(text.text))
         self.same.setdefault(keys[-1], []).append(number)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def __getitem__(self, index: int) -> Text:
-        row, slot = self._places[index]
+        row, slot = self._locations[index]
         if slot < 0:
             assert self._corpus is not None
             record = self._corpus[row]

@@ -97,7 +97,7 @@ class EvaluationText:
     """A text of an evaluation set, and where it stands."""
 
     set_name: str
-    place: str
+    location: str
     text: str
 
 
@@ -141,30 +141,30 @@ class EvaluationIndex:
         if self._near is not None:
             self._near.add(number, own)
 
-    def find(self, text: str, place: str) -> Match | None:
+    def find(self, text: str, field: str) -> Match | None:
         """The strictest match of a training text, or None."""
         words = normalized_words(text)
         if len(words) < self.config.min_words:
             return None
         kinds = self.config.kinds
         if OverlapKind.EXACT in kinds and (number := self._exact.get(text)) is not None:
-            return Match(OverlapKind.EXACT, number, place, "the whole text")
+            return Match(OverlapKind.EXACT, number, field, "the whole text")
         if OverlapKind.NORMALIZED in kinds and (number := self._normalized.get(" ".join(words))) is not None:
-            return Match(OverlapKind.NORMALIZED, number, place, "the whole text")
+            return Match(OverlapKind.NORMALIZED, number, field, "the whole text")
         if OverlapKind.NGRAM in kinds:
             for run in runs(words, self.config.ngram_words):
                 if (number := self._runs.get(run)) is not None:
-                    return Match(OverlapKind.NGRAM, number, place, run)
-        return self._nearest(words, place) if self._near is not None else None
+                    return Match(OverlapKind.NGRAM, number, field, run)
+        return self._nearest(words, field) if self._near is not None else None
 
-    def _nearest(self, words: Sequence[str], place: str) -> Match | None:
+    def _nearest(self, words: Sequence[str], field: str) -> Match | None:
         assert self._near is not None
         own = shingles(words, self.config.shingle_words)
         scored = [(jaccard(own, self._shingles[number]), -number) for number in self._near.candidates(own)]
         similarity, number = max(scored, default=(0.0, 0))
         if similarity < self.config.near_threshold:
             return None
-        return Match(OverlapKind.NEAR, -number, place, f"Jaccard similarity {similarity:.2f}")
+        return Match(OverlapKind.NEAR, -number, field, f"Jaccard similarity {similarity:.2f}")
 
 
 class _NearIndex:
@@ -209,11 +209,11 @@ def build_index(evaluation: Iterable[tuple[str, RowFile]], config: OverlapConfig
     index = EvaluationIndex(config)
     for set_name, file in evaluation:
         columns: set[str] = set()
-        for place, row in file.rows():
+        for location, row in file.rows():
             chosen = {key: value for key, value in row.items() if not config.columns or key in config.columns}
             columns |= chosen.keys()
             for field_name, text in row_texts(chosen):
-                index.add(EvaluationText(set_name, f"{file.name}, {place}, {field_name}", text))
+                index.add(EvaluationText(set_name, f"{file.name}, {location}, {field_name}", text))
         if config.columns and not columns:
             raise DataError(f"{file.name} of {set_name} has none of the columns {', '.join(config.columns)}.")
     if not index.texts:
@@ -250,7 +250,7 @@ class OverlapReport:
         """Rows that meet an evaluation text in any way."""
         return self.counts.total()
 
-    def add(self, match: Match, text: EvaluationText, place: str, train_text: str, limit: int) -> None:
+    def add(self, match: Match, text: EvaluationText, location: str, train_text: str, limit: int) -> None:
         """Count a match of a row."""
         kind = match.kind.value
         self.counts[kind] += 1
@@ -260,9 +260,9 @@ class OverlapReport:
         if len(shown) < limit:
             shown.append(
                 {
-                    "train": f"{place}, {match.field}",
+                    "train": f"{location}, {match.field}",
                     "train_text": train_text[:_SHOWN],
-                    "evaluation": f"{text.set_name}: {text.place}",
+                    "evaluation": f"{text.set_name}: {text.location}",
                     "evaluation_text": text.text[:_SHOWN],
                     "shared": match.shared,
                 }
@@ -320,14 +320,14 @@ def _clean_rows(
 ) -> Iterator[Mapping[str, Any]]:
     """The rows without a match; the others are counted."""
     order = list(OverlapKind)
-    for place, row in file.rows():
+    for location, row in file.rows():
         if not isinstance(row, Mapping):
-            raise DataError(f"{file.name}, {place}: expected an object with named columns, got {type(row).__name__}.")
+            raise DataError(f"{file.name}, {location}: expected an object with named columns, got {type(row).__name__}.")
         report.num_rows += 1
         found = [(match, text) for name, text in row_texts(row) if (match := index.find(text, name)) is not None]
         if found:
             match, text = min(found, key=lambda item: order.index(item[0].kind))
-            report.add(match, index.texts[match.evaluation], f"{file.name}, {place}", text, index.config.num_examples)
+            report.add(match, index.texts[match.evaluation], f"{file.name}, {location}", text, index.config.num_examples)
         else:
             yield row
         if progress is not None:

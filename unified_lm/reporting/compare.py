@@ -21,11 +21,10 @@ from unified_lm.engine.metrics import held_out, held_out_lines
 from unified_lm.engine.validation_items import ItemScores, read_items
 from unified_lm.evaluation.bootstrap import Interval, bootstrap_interval
 from unified_lm.reporting.curves import load_runs, run_folders
+from unified_lm.reporting.report_numbers import FEWEST_ITEMS
 
 SWEEP_FILE = "sweep.json"
 """In the folder of an ablation: its recipe, its base, and the names of its arms in order."""
-FEWEST_ITEMS = 8
-"""Below so many items no interval is given."""
 _IGNORED = ("run_dir", "resume", "dry_run", "description", "notices", "logging", "checkpoint", "export", "parallel")
 """Parts of a configuration that say where and how a run took place, not what it trained."""
 _SEED = "seed"
@@ -282,8 +281,3 @@ def title_of(metric: str) -> str:
     if group == "retrieval_causal":
         return f"{name}, read causally"
     return f"held-out {rest} loss" if group == "heldout" and "/" not in rest else f"held-out {rest}"
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a loss."""
-    return metric.startswith("heldout/") and metric.count("/") == 1

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from unified_lm.core.files import write_json, write_text
 from unified_lm.evaluation.bootstrap import Interval
-from unified_lm.reporting.compare import Arm, Comparison, lower_is_better, title_of
+from unified_lm.reporting.compare import Arm, Comparison, title_of
 from unified_lm.reporting.curves import PALETTE
+from unified_lm.reporting.report_numbers import lower_is_better
 
 _NAME = "compare"
 _SHOWN_KEYS = 4

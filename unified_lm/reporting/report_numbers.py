@@ -114,10 +114,10 @@ def _checked_items(run_dir: Path, line: Mapping[str, Any]) -> dict[str, ItemScor
     step = int(line["step"])
     items = read_items(run_dir, step)
     for name, scores in items.items():
-        told = line.get(name)
-        if told is not None and not _agree(scores.mean, told):
+        reported = line.get(name)
+        if reported is not None and not _agree(scores.mean, reported):
             raise DataError(
-                f"{items_path(run_dir, step)}: the mean of {name} is {scores.mean:.6g}, metrics.jsonl says {told:.6g}. "
+                f"{items_path(run_dir, step)}: the mean of {name} is {scores.mean:.6g}, metrics.jsonl says {reported:.6g}. "
                 "The file is of another run; remove it."
             )
     return items
@@ -144,7 +144,7 @@ def _result(
     return HeldOutResult(
         name=name,
         title=metric_title(name),
-        lower_is_better=_lower_is_better(name),
+        lower_is_better=lower_is_better(name),
         before=None if before is None else Score(before, interval(items_before)),
         after=Score(after, interval(items_after)),
         change=None if before is None else Score(after - before, interval(items_before, items_after)),
@@ -153,7 +153,8 @@ def _result(
     )
 
 
-def _lower_is_better(name: str) -> bool | None:
+def lower_is_better(name: str) -> bool | None:
+    """True for a loss, False for a metric to maximize, None for one without a preferred direction."""
     if name.startswith("heldout/") and name.count("/") == 1:
         return True
     return False if name.startswith("retrieval") or name.endswith("/accuracy") else None

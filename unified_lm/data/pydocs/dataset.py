@@ -1,4 +1,4 @@
-"""The built-in data set: docstrings of the Python packages installed here. Real text, no download, no licence trouble.
+"""The built-in data set: docstrings of the Python packages installed here. Real text, no download, no license trouble.
 
 Four parts are made from the same documented objects, and an object's name decides its split, so that what is held out
 for one part is held out for all:

@@ -98,8 +98,8 @@ def _attached(call: ast.Call) -> Iterator[Docstring]:
     if function == "add_docstr" and len(call.args) == 2:
         name = ast.unparse(call.args[0])
     elif function == "add_newdoc" and len(call.args) == 3:
-        place, target, last = call.args
-        parts = [place, target, *(last.elts[:1] if isinstance(last, ast.Tuple) else [])]
+        module, target, last = call.args
+        parts = [module, target, *(last.elts[:1] if isinstance(last, ast.Tuple) else [])]
         name = ".".join(part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str))
     else:
         return

@@ -77,10 +77,10 @@ def with_negatives(rows: Sequence[dict[str, Any]], count: int = NUM_NEGATIVES) -
     """The rows, in order, each with `count` negatives (fewer only where there are not so many other rows)."""
     paths = [tuple(object_name(row).split(".")) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: paths[index])
-    place = {index: position for position, index in enumerate(order)}
+    rank = {index: position for position, index in enumerate(order)}
     result = []
     for index, row in enumerate(rows):
-        window = order[max(0, place[index] - _HUGE) : place[index] + _HUGE + 1]
+        window = order[max(0, rank[index] - _HUGE) : rank[index] + _HUGE + 1]
         others = [other for other in window if other != index]
         others.sort(key=lambda other: (-_shared(paths[index], paths[other]), _tie(paths[index], paths[other])))
         result.append({**row, "neg": [rows[other]["pos"][0] for other in others[:count]]})

@@ -230,18 +230,18 @@ def _conversation(value: object, field: str, role_key: str, content_key: str) ->
         raise RowError(field, describe(value), f"a list of {{{role_key}, {content_key}}}")
     turns: list[tuple[str, str]] = []
     for i, turn in enumerate(value):
-        place = f"{field}[{i}]"
+        path = f"{field}[{i}]"
         if not isinstance(turn, Mapping):
-            raise RowError(place, describe(turn), f"{{{role_key}, {content_key}}}")
+            raise RowError(path, describe(turn), f"{{{role_key}, {content_key}}}")
         for key in (role_key, content_key):
             if key not in turn:
-                raise RowError(f"{place}.{key}", f"only {', '.join(turn) or 'nothing'}", "a text")
+                raise RowError(f"{path}.{key}", f"only {', '.join(turn) or 'nothing'}", "a text")
         role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
         if role is None:
-            raise RowError(f"{place}.{role_key}", describe(turn[role_key]), f"one of {', '.join(ROLES)}")
+            raise RowError(f"{path}.{role_key}", describe(turn[role_key]), f"one of {', '.join(ROLES)}")
         if role == "system" and turn[content_key] == "":
             continue  # an empty system prompt says the same as none
-        turns.append((role, _string(turn[content_key], f"{place}.{content_key}")))
+        turns.append((role, _string(turn[content_key], f"{path}.{content_key}")))
     return _answered(turns, field)
 
 

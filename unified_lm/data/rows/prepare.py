@@ -94,7 +94,7 @@ def prepare(
     content = {
         "name": name,
         "source": spec.source,
-        "licence": spec.licence,
+        "license": spec.license,
         "filters": spec.filters,
         "hub": spec.hub if local is None else None,
         "commit": commit,
@@ -123,7 +123,7 @@ def _write(spec: Published, item: _Input, path: Path, limit: int | None) -> dict
 
 def _converted(spec: Published, item: _Input, limit: int | None, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
     parser = RowParser(spec.kind)
-    for number, (place, row) in enumerate(item.rows()):
+    for number, (location, row) in enumerate(item.rows()):
         if limit is not None and number >= limit:
             return
         try:
@@ -135,7 +135,7 @@ def _converted(spec: Published, item: _Input, limit: int | None, dropped: Counte
         except EmptyTextError as error:
             dropped[error.reason] += 1
         except RowError as error:
-            raise DataError(f"{item.origin}, {place}, {error}") from error
+            raise DataError(f"{item.origin}, {location}, {error}") from error
 
 
 def _local_inputs(spec: Published, local: Path) -> list[_Input]:
@@ -160,9 +160,9 @@ def _of_split(part: Part, files: list[Path], spec: Published, local: Path) -> li
 
 def _chained(files: list[Path]) -> Callable[[], Rows]:
     def rows() -> Rows:
-        """(file and place, row) of all files in order."""
+        """(file and location, row) of all files in order."""
         for file in files:
-            yield from ((f"{file.name}, {place}", row) for place, row in read_rows(file))
+            yield from ((f"{file.name}, {location}", row) for location, row in read_rows(file))
 
     return rows
 

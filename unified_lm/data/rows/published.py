@@ -43,7 +43,7 @@ class Published:
     Attributes:
         kind: what its rows are.
         hub: Hub name; None where it is not on the Hub and `--from` must say where it lies.
-        licence: what its card says.
+        license: what its card says.
         source: paper or page.
         use: the overrides that train on the result, quoted for a shell; ``{out}`` is the folder given to `--out`.
         filters: what is left out, in words.
@@ -57,7 +57,7 @@ class Published:
 
     kind: RecordKind
     hub: str | None
-    licence: str
+    license: str
     source: str
     use: str
     filters: str = "rows with an empty text"
@@ -181,7 +181,7 @@ def _medi(hub: str, folder: str) -> Published:
     return Published(
         kind=RecordKind.PAIR,
         hub=hub,
-        licence="see its card: each data set has its own",
+        license="see its card: each data set has its own",
         source="https://arxiv.org/abs/2402.09906",
         use=_MEDI_USE + folder,
         files=("*.jsonl", "*.jsonl.gz"),
@@ -193,7 +193,7 @@ PUBLISHED: Mapping[str, Published] = {
     "tulu2": Published(
         kind=RecordKind.CHAT,
         hub="allenai/tulu-v2-sft-mixture",
-        licence="ODC-BY; parts have licences of their own, some non-commercial",
+        license="ODC-BY; parts have licenses of their own, some non-commercial",
         source="https://arxiv.org/abs/2311.10702; filtered as in https://arxiv.org/abs/2402.09906",
         filters="custom prompts (hard_coded), rows without an answer or with an empty turn",
         use="'data.tulu2=[{{path: {out}/tulu2.jsonl}}]'",
@@ -203,7 +203,7 @@ PUBLISHED: Mapping[str, Published] = {
     "gritlm_tulu2": Published(
         kind=RecordKind.CHAT,
         hub="GritLM/tulu2",
-        licence="that of Tulu 2: ODC-BY, parts non-commercial",
+        license="that of Tulu 2: ODC-BY, parts non-commercial",
         source="https://arxiv.org/abs/2402.09906 (the filtered copy that GritLM published)",
         filters="rows with an empty turn",
         use="'data.tulu2=[{{path: {out}/gritlm_tulu2}}]'",
@@ -213,7 +213,7 @@ PUBLISHED: Mapping[str, Published] = {
     "e5": Published(
         kind=RecordKind.PAIR,
         hub=None,
-        licence="several: each data set has its own",
+        license="several: each data set has its own",
         source="https://arxiv.org/abs/2402.09906 (E5S, 1.89 M rows)",
         use="data=e5 data.e5_path={out}/e5",
         folder="e5",
@@ -222,7 +222,7 @@ PUBLISHED: Mapping[str, Published] = {
     "echo": Published(
         kind=RecordKind.PAIR,
         hub=None,
-        licence="several: each data set has its own",
+        license="several: each data set has its own",
         source="https://arxiv.org/abs/2402.15449; LLM2Vec's supervised data",
         use="data=echo data.echo_path={out}/echo-data",
         folder="echo-data",
@@ -234,7 +234,7 @@ PUBLISHED: Mapping[str, Published] = {
     "wiki1m": Published(
         kind=RecordKind.TEXT,
         hub="princeton-nlp/datasets-for-simcse",
-        licence="CC BY-SA (Wikipedia)",
+        license="CC BY-SA (Wikipedia)",
         source="https://arxiv.org/abs/2104.08821",
         filters="blank lines",
         use="data=wiki1m data.wiki1m_path={out}/wiki1m_for_simcse.txt",
@@ -244,7 +244,7 @@ PUBLISHED: Mapping[str, Published] = {
     "wikitext": Published(
         kind=RecordKind.TEXT,
         hub="Salesforce/wikitext",
-        licence="CC BY-SA 3.0 and GFDL",
+        license="CC BY-SA 3.0 and GFDL",
         source="https://arxiv.org/abs/1609.07843 (WikiText-103, raw)",
         filters="blank lines",
         use="'data.text=[{{path: {out}/wikitext103/train.jsonl}}]' "
@@ -257,7 +257,7 @@ PUBLISHED: Mapping[str, Published] = {
     "msmarco": Published(
         kind=RecordKind.PAIR,
         hub="sentence-transformers/embedding-training-data",
-        licence="MS MARCO: non-commercial research",
+        license="MS MARCO: non-commercial research",
         source="https://arxiv.org/abs/1611.09268, triplets with mined negatives",
         use="data=files data.pairs_path={out}/msmarco-triplets.jsonl",
         files=("msmarco-triplets.jsonl.gz",),
@@ -266,7 +266,7 @@ PUBLISHED: Mapping[str, Published] = {
     "ultrafeedback": Published(
         kind=RecordKind.PREFERENCE,
         hub="HuggingFaceH4/ultrafeedback_binarized",
-        licence="MIT",
+        license="MIT",
         source="https://arxiv.org/abs/2310.01377, binarized as for Zephyr (https://arxiv.org/abs/2310.16944)",
         filters="rows with an empty text, with equal answers or with more than one turn",
         use="data=ultrafeedback data.ultrafeedback_path={out}/ultrafeedback",
@@ -276,7 +276,7 @@ PUBLISHED: Mapping[str, Published] = {
     "allnli": Published(
         kind=RecordKind.PAIR,
         hub="sentence-transformers/all-nli",
-        licence="that of SNLI (CC BY-SA 4.0) and MultiNLI",
+        license="that of SNLI (CC BY-SA 4.0) and MultiNLI",
         source="https://arxiv.org/abs/1508.05326, https://arxiv.org/abs/1704.05426",
         use="data=files data.pairs_path={out}/allnli.jsonl",
         parts=(Part("train", "allnli", "triplet"),),

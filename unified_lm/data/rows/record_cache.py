@@ -27,13 +27,13 @@ from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecor
 logger = logging.getLogger(__name__)
 
 # Raise it when a parser or the layout below changes, so that shards of older versions are not read.
-VERSION = 2
+VERSION = 3
 _ROWS_PER_BATCH = 1024
 _ROWS_BETWEEN_MESSAGES = 500_000
 
 _TEXT = pa.struct([("text", pa.string()), ("instruction", pa.string())])
 # Where the row stood in its file, for messages about records that turn out to be unfit later.
-_PLACE = "place"
+_LOCATION = "location"
 _SCHEMAS: dict[RecordKind, pa.Schema] = {
     RecordKind.PAIR: pa.schema([("query", _TEXT), ("positives", pa.list_(_TEXT)), ("negatives", pa.list_(_TEXT))]),
     RecordKind.CHAT: pa.schema([("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))]),
@@ -103,19 +103,19 @@ class Shard:
 
     def __getitem__(self, index: int) -> Record:
         row = self._row(index).to_pylist()[0]
-        del row[_PLACE]
+        del row[_LOCATION]
         return _DECODERS[self._kind](row)
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """Where a record came from: ``rows.jsonl, line 7``."""
-        return f"{self._origin}, {self._row(index)[_PLACE][0].as_py()}"
+        return f"{self._origin}, {self._row(index)[_LOCATION][0].as_py()}"
 
     def _row(self, index: int) -> pa.RecordBatch:
         batch, row = divmod(index, _ROWS_PER_BATCH)
         return self._batches[batch].slice(row, 1)
 
 
-_Placed = tuple[str, dict[str, Any]]
+_Located = tuple[str, dict[str, Any]]
 
 
 def shard_key(content: str, parser: RowParser, skip_empty: bool) -> str:
@@ -151,7 +151,7 @@ def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParse
 
 def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty: bool) -> None:
     """Validate all rows and fill a shard folder."""
-    schema = _SCHEMAS[parser.kind].append(pa.field(_PLACE, pa.string()))
+    schema = _SCHEMAS[parser.kind].append(pa.field(_LOCATION, pa.string()))
     digest = blake2b(parser.kind.value.encode(), digest_size=16)
     rejected: Counter[str] = Counter()
     num_rows = 0
@@ -159,7 +159,9 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty:
         for batch in _batched(_valid_rows(origin, rows, parser, skip_empty, rejected)):
             for _, row in batch:
                 digest.update(repr(row).encode())
-            writer.write_batch(pa.RecordBatch.from_pylist([{**row, _PLACE: place} for place, row in batch], schema=schema))
+            writer.write_batch(
+                pa.RecordBatch.from_pylist([{**row, _LOCATION: location} for location, row in batch], schema=schema)
+            )
             num_rows += len(batch)
     if num_rows == 0:
         why = ", ".join(f"{count} x {reason}" for reason, count in rejected.items())
@@ -169,22 +171,22 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty:
     write_json(target / "meta.json", {"rows": num_rows, "content": digest.hexdigest(), "rejected": rejected})
 
 
-def _valid_rows(origin: str, rows: Rows, parser: RowParser, skip_empty: bool, rejected: Counter[str]) -> Iterator[_Placed]:
-    for number, (place, row) in enumerate(rows, 1):
+def _valid_rows(origin: str, rows: Rows, parser: RowParser, skip_empty: bool, rejected: Counter[str]) -> Iterator[_Located]:
+    for number, (location, row) in enumerate(rows, 1):
         if number % _ROWS_BETWEEN_MESSAGES == 0:
             logger.info("checking %s: %d rows so far (only the first time; cached afterwards)", origin, number)
         try:
-            yield place, _encode(parser(row))
+            yield location, _encode(parser(row))
         except EmptyTextError as error:
             if not skip_empty:
-                raise DataError(f"{origin}, {place}, {error}") from error
+                raise DataError(f"{origin}, {location}, {error}") from error
             rejected[error.reason] += 1
         except RowError as error:
-            raise DataError(f"{origin}, {place}, {error}") from error
+            raise DataError(f"{origin}, {location}, {error}") from error
 
 
-def _batched(rows: Iterator[_Placed]) -> Iterator[list[_Placed]]:
-    batch: list[_Placed] = []
+def _batched(rows: Iterator[_Located]) -> Iterator[list[_Located]]:
+    batch: list[_Located] = []
     for row in rows:
         batch.append(row)
         if len(batch) == _ROWS_PER_BATCH:

@@ -19,33 +19,33 @@ HUB_PREFIX = "hub:"
 _PAIR_COLUMNS = frozenset(name for names in FIELDS[RecordKind.PAIR].values() for name in names)
 
 
-def row_texts(row: object, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a row with its place (``pos[0]``, ``messages[1].content``).
+def row_texts(row: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a row with its path (``pos[0]``, ``messages[1].content``).
 
     The instructions of ``[instruction, text]`` and system turns are left out: many rows share them, on both sides.
     """
     if isinstance(row, str):
-        yield place, row
+        yield path, row
     elif isinstance(row, Mapping):
         if row.get("role") == "system" or row.get("from") == "system":
             return
         for key, value in row.items():
-            inside = f"{place}.{key}" if place else str(key)
-            yield from _pair_texts(value, inside) if not place and key in _PAIR_COLUMNS else row_texts(value, inside)
+            inside = f"{path}.{key}" if path else str(key)
+            yield from _pair_texts(value, inside) if not path and key in _PAIR_COLUMNS else row_texts(value, inside)
     elif isinstance(row, Sequence):
         for i, value in enumerate(row):
-            yield from row_texts(value, f"{place}[{i}]")
+            yield from row_texts(value, f"{path}[{i}]")
 
 
-def _pair_texts(value: object, place: str) -> Iterator[tuple[str, str]]:
+def _pair_texts(value: object, path: str) -> Iterator[tuple[str, str]]:
     """The texts of a query, positive or negative column, whose items may be ``[instruction, text]``."""
-    if place in FIELDS[RecordKind.PAIR]["query"]:
-        yield from row_texts(value[1], place) if _is_instructed(value) else row_texts(value, place)
+    if path in FIELDS[RecordKind.PAIR]["query"]:
+        yield from row_texts(value[1], path) if _is_instructed(value) else row_texts(value, path)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for i, item in enumerate(value):
-            yield from row_texts(item[1] if _is_instructed(item) else item, f"{place}[{i}]")
+            yield from row_texts(item[1] if _is_instructed(item) else item, f"{path}[{i}]")
     else:
-        yield from row_texts(value, place)
+        yield from row_texts(value, path)
 
 
 def _is_instructed(value: object) -> TypeGuard[Sequence[str]]:

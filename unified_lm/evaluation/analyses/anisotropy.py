@@ -80,27 +80,27 @@ def describe(vectors: np.ndarray) -> Numbers:
     total = float(parts.sum())
     rogue = rogue_dimensions(vectors)
     order = np.argsort(-parts)[:_TOP]
-    centerd = vectors - mean
+    centered = vectors - mean
     rest = np.delete(vectors, rogue, axis=1)
     return {
         "num_texts": len(vectors),
         "dimensions": vectors.shape[1],
         "mean_cosine": rounded(total),
         "mean_cosine_without_rogue": rounded(float(cosine_contributions(rest).sum())),
-        "mean_cosine_centred": rounded(float(cosine_contributions(centerd).sum())),
-        "mean_cosine_standardized": rounded(float(cosine_contributions(centerd / np.where(std > 0, std, 1)).sum())),
+        "mean_cosine_centered": rounded(float(cosine_contributions(centered).sum())),
+        "mean_cosine_standardized": rounded(float(cosine_contributions(centered / np.where(std > 0, std, 1)).sum())),
         "median_magnitude": rounded(median),
         "magnitudes_sorted": rounded(-np.sort(-magnitude), 4),
         "rogue": [_dimension(i, mean, std, magnitude, median, parts, total) for i in rogue],
-        "rogue_share": rounded(float(parts[rogue].sum()) / total),
-        "rogue_magnitude_after_centring": rounded(_largest_ratio(centerd, rogue)),
+        "rogue_fraction": rounded(float(parts[rogue].sum()) / total),
+        "rogue_magnitude_after_centering": rounded(_largest_ratio(centered, rogue)),
         "top": [_dimension(int(i), mean, std, magnitude, median, parts, total) for i in order],
     }
 
 
-def _largest_ratio(centerd: np.ndarray, rogue: list[int]) -> float:
-    """Largest mean magnitude of the rogue dimensions after centring, against the median dimension's; 0 without any."""
-    magnitude = np.abs(centerd).mean(axis=0)
+def _largest_ratio(centered: np.ndarray, rogue: list[int]) -> float:
+    """Largest mean magnitude of the rogue dimensions after centering, against the median dimension's; 0 without any."""
+    magnitude = np.abs(centered).mean(axis=0)
     return float(magnitude[rogue].max() / np.median(magnitude)) if rogue else 0.0
 
 
@@ -113,14 +113,14 @@ def _dimension(
         "std": rounded(float(std[i])),
         "magnitude": rounded(float(magnitude[i])),
         "ratio_to_median": rounded(float(magnitude[i]) / median),
-        "share_of_mean_cosine": rounded(float(parts[i]) / total),
+        "fraction_of_mean_cosine": rounded(float(parts[i]) / total),
     }
 
 
 _BARS = (
     ("mean_cosine", "as they are"),
     ("mean_cosine_without_rogue", "rogue dimensions\nleft out"),
-    ("mean_cosine_centred", "centerd"),
+    ("mean_cosine_centered", "centered"),
     ("mean_cosine_standardized", "standardized"),
 )
 
@@ -136,11 +136,11 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
             axes[0][0].plot(rank, dimension["magnitude"], color=color, marker=marker, markersize=5)
             axes[0][0].annotate(str(dimension["dimension"]), (rank, dimension["magnitude"]), fontsize=7.5, color=color,
                                 xytext=(6, 4 - 9 * index), textcoords="offset points")  # fmt: skip
-        shares = [100 * dimension["share_of_mean_cosine"] for dimension in numbers["top"]]
-        axes[0][1].plot(range(1, len(shares) + 1), shares, color=color, marker=marker, markersize=4.5, linewidth=1)
-        places = np.arange(len(_BARS)) + (index - (len(arms) - 1) / 2) * width
+        percentages = [100 * dimension["fraction_of_mean_cosine"] for dimension in numbers["top"]]
+        axes[0][1].plot(range(1, len(percentages) + 1), percentages, color=color, marker=marker, markersize=4.5, linewidth=1)
+        positions = np.arange(len(_BARS)) + (index - (len(arms) - 1) / 2) * width
         cosines = [numbers[key] for key, _ in _BARS]
-        bars = axes[0][2].bar(places, cosines, width=width * 0.94, color=color)
+        bars = axes[0][2].bar(positions, cosines, width=width * 0.94, color=color)
         named = [f"{round(cosine, 2) + 0.0:.2f}" for cosine in cosines]  # + 0.0: no negative zero
         axes[0][2].bar_label(bars, labels=named, fontsize=7, padding=2)
     axes[0][0].set_xscale("log")
@@ -148,7 +148,7 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
     axes[0][2].axhline(0, color="#555555", linewidth=0.8)
     axes[0][2].set_xticks(range(len(_BARS)), [name for _, name in _BARS])
     finish(axes[0][0], "magnitudes (numbers: rogue dimensions)", "rank of the dimension (log)", "mean |value| (log)")
-    finish(axes[0][1], "share of the mean cosine", "rank of the dimension", "share (%)")
+    finish(axes[0][1], "fraction of the mean cosine", "rank of the dimension", "fraction (%)")
     finish(axes[0][2], "mean cosine of random pairs", "", "mean cosine")
     arm_legend(figure, list(arms))
     return save(figure, path)
@@ -158,16 +158,18 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
     rows = []
     for label, numbers in arms.items():
         rogue = ", ".join(str(dimension["dimension"]) for dimension in numbers["rogue"])
-        rows.append([label, numbers["attention"], *(numbers[key] for key, _ in _BARS), rogue or "none", numbers["rogue_share"]])
+        rows.append(
+            [label, numbers["attention"], *(numbers[key] for key, _ in _BARS), rogue or "none", numbers["rogue_fraction"]]
+        )
     return ResultTable(
         title="Anisotropy: mean cosine of random pairs",
         columns=(
             *("model", "attention", *(name.replace("\n", " ") for _, name in _BARS)),
-            *("rogue dimensions", "their share of the mean cosine"),
+            *("rogue dimensions", "their fraction of the mean cosine"),
         ),
         rows=rows,
         note=f"All pairs of {material['num_texts']} texts of {material['texts']}. A dimension is rogue where its mean "
-        f"magnitude is at least {ROGUE_RATIO:g} times the median dimension's. Its share says "
+        f"magnitude is at least {ROGUE_RATIO:g} times the median dimension's. Its fraction says "
         "little where the mean cosine is near 0.",
     )
 
@@ -175,7 +177,7 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
 ANISOTROPY = Analysis(
     name="anisotropy",
     summary="mean cosine of random pairs, the dimensions that make it, rogue dimensions",
-    version=1,
+    version=2,
     prepare=_prepare,
     measure=_measure,
     draw=_draw,

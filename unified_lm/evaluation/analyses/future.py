@@ -160,7 +160,7 @@ def _numbers(similar: np.ndarray, different: np.ndarray) -> Numbers:
         "gap": rounded(gap.value),
         "gap_low": rounded(gap.low),
         "gap_high": rounded(gap.high),
-        "share_right": rounded(float((last_similar > last_different).mean())),
+        "fraction_right": rounded(float((last_similar > last_different).mean())),
         "gap_by_layer": rounded((similar - different).mean(axis=0)),
         "similar_by_layer": rounded(similar.mean(axis=0)),
         "different_by_layer": rounded(different.mean(axis=0)),
@@ -261,7 +261,7 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
 FUTURE = Analysis(
     name="future",
     summary="whether tokens know what follows them: cosine of a prefix before similar and different ends",
-    version=1,
+    version=2,
     prepare=_prepare,
     measure=_measure,
     draw=_draw,

@@ -176,9 +176,9 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
         for index, row in enumerate(rows):
             values = [numbers[metric][row] for numbers in arms.values()]
             error = np.array([[v["value"] - v["low"], v["high"] - v["value"]] for v in values]).T
-            places = np.arange(len(arms)) + (index - (len(rows) - 1) / 2) * bar
+            centers = np.arange(len(arms)) + (index - (len(rows) - 1) / 2) * bar
             bars = axis.bar(
-                places, [v["value"] for v in values], width=bar * 0.94, yerr=np.maximum(error, 0), capsize=2, ecolor="#555555",
+                centers, [v["value"] for v in values], width=bar * 0.94, yerr=np.maximum(error, 0), capsize=2, ecolor="#555555",
                 error_kw={"linewidth": 0.9}, color=PALETTE[index % len(PALETTE)], hatch="//" if row == ITSELF else None,
                 edgecolor="white", linewidth=0.5,
             )  # fmt: skip

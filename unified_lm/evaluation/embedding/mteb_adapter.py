@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -36,49 +35,11 @@ from torch.utils.data import DataLoader
 from unified_lm.core.errors import DataError
 from unified_lm.evaluation.embedding.instructions import Instructions, Role, TaskKey
 from unified_lm.evaluation.embedding.offline import Kind, OfflineTask
+from unified_lm.evaluation.embedding.task_results import ModelIdentity, TaskScore
 from unified_lm.evaluation.embedding.task_sets import RegistryTask
 from unified_lm.inference.unified import UnifiedLM
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskScore:
-    """The result of a task.
-
-    Attributes:
-        name: the task.
-        type: mteb's task type.
-        metric: name of the main score.
-        score: the main score, mean over splits and subsets.
-        seconds: what it took, loading included; that of the first run where `resumed`.
-        resumed: whether it was finished before.
-        path: mteb's result file.
-    """
-
-    name: str
-    type: str
-    metric: str
-    score: float
-    seconds: float
-    resumed: bool
-    path: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelIdentity:
-    """What mteb files results under.
-
-    Attributes:
-        name: "organization/model".
-        revision: hash of the model's content.
-        settings: what differs from the model's own defaults (instructions, attention...); results of other settings lie
-            apart.
-    """
-
-    name: str
-    revision: str
-    settings: Mapping[str, str]
 
 
 class UnifiedEncoder(AbsEncoder):

@@ -45,7 +45,7 @@ _MAX_BYTES = 60_000  # a longer file takes long to read for the few sentences th
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__", "encodings"}
 _CONSTANTS = ("None", "True", "False")
 
-Place = tuple[int, int]
+Position = tuple[int, int]
 """Line (from 1) and column (from 0) of a token."""
 
 
@@ -168,19 +168,19 @@ def _local_names(function: ast.AST) -> set[str]:
 
 @dataclass
 class _Tags(ast.NodeVisitor):
-    """Collects, by the place of a token, its role, and the spans that begin there.
+    """Collects, by the position of a token, its role, and the spans that begin there.
 
     Attributes:
         bindings: what names mean in the module.
         local: names that mean something else in the function.
-        roles: place -> tag of "pos".
-        spans: task -> first place -> (place behind the last token, type).
+        roles: position -> tag of "pos".
+        spans: task -> first position -> (position after the last token, type).
     """
 
     bindings: Mapping[str, str]
     local: set[str]
-    roles: dict[Place, str] = field(default_factory=dict)
-    spans: dict[str, dict[Place, tuple[Place, str]]] = field(default_factory=lambda: {"chunk": {}, "ner": {}})
+    roles: dict[Position, str] = field(default_factory=dict)
+    spans: dict[str, dict[Position, tuple[Position, str]]] = field(default_factory=lambda: {"chunk": {}, "ner": {}})
 
     def visit_Name(self, node: ast.Name) -> None:
         """A name alone."""
@@ -255,11 +255,11 @@ class _Tags(ast.NodeVisitor):
             self.spans["ner"][_start(node)] = (_end(node if kind == "MODULE" else root), kind)
 
 
-def _start(node: ast.expr | ast.arg | ast.keyword) -> Place:
+def _start(node: ast.expr | ast.arg | ast.keyword) -> Position:
     return node.lineno, node.col_offset
 
 
-def _end(node: ast.expr | ast.arg) -> Place:
+def _end(node: ast.expr | ast.arg) -> Position:
     line, column = node.end_lineno, node.end_col_offset
     assert isinstance(line, int), "the parser fills it in"
     assert isinstance(column, int), "the parser fills it in"
@@ -337,10 +337,10 @@ def _role(item: tokenize.TokenInfo, before: str, depth: int, tags: _Tags) -> str
     return "TARGET" if before == "as" else "OTHER"  # "as" of `except`; OTHER: `global`, patterns
 
 
-def _bio(items: list[tokenize.TokenInfo], spans: Mapping[Place, tuple[Place, str]]) -> tuple[str, ...]:
+def _bio(items: list[tokenize.TokenInfo], spans: Mapping[Position, tuple[Position, str]]) -> tuple[str, ...]:
     """Spans as B-, I- and O tags; a span within another is left out."""
     result = []
-    end: Place = (0, 0)
+    end: Position = (0, 0)
     kind = ""
     for item in items:
         if item.start < end:

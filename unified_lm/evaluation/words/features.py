@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from unified_lm.evaluation.words.data import Sentence
 from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.embedding import sample_states
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
 MAX_TOKENS = 512
 """Tokens of one context, the start token included (LLM2Vec's limit in testing). Longer sentences are read in parts."""
 
@@ -32,7 +36,24 @@ _CHUNK = 256  # sentences per file
 _TOKEN_BUDGET = 4096
 
 
-class Alignment(Enum):
+class NamedChoice(Enum):
+    """An enumeration whose members a command line names by their value."""
+
+    @classmethod
+    def parse(cls, name: str | Self) -> Self:
+        """The member with that value; a member stands for itself.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            names = [member.value for member in cls]
+            raise ConfigError(f"unknown {cls.__name__.lower()} '{name}'.{did_you_mean(str(name), names)}") from None
+
+
+class Alignment(NamedChoice):
     """Which position stands for a token of a word.
 
     SAME_TOKEN is the token's own. NEXT_TOKEN is the one before it, whose state predicts the token: LLM2Vec (section 4.1) reads
@@ -42,40 +63,13 @@ class Alignment(Enum):
     SAME_TOKEN = "same_token"
     NEXT_TOKEN = "next_token"
 
-    @classmethod
-    def parse(cls, name: str | Alignment) -> Alignment:
-        """The alignment of that name.
 
-        Raises:
-            ConfigError: there is none.
-        """
-        return _parse(cls, name, "alignment")
-
-
-class Subtoken(Enum):
+class Subtoken(NamedChoice):
     """What stands for a word of several tokens: the mean of its tokens' states (LLM2Vec's `merge_subwords`), or one of them."""
 
     MEAN = "mean"
     FIRST = "first"
     LAST = "last"
-
-    @classmethod
-    def parse(cls, name: str | Subtoken) -> Subtoken:
-        """The choice of that name.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        return _parse(cls, name, "subtoken")
-
-
-def _parse(kind, name, what):  # type: ignore[no-untyped-def]  # the same for both enumerations
-    if isinstance(name, kind):
-        return name
-    names = [member.value for member in kind]
-    if name not in names:
-        raise ConfigError(f"unknown {what} '{name}'.{did_you_mean(name, names)}")
-    return kind(name)
 
 
 @dataclass(frozen=True)

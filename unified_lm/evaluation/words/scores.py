@@ -44,7 +44,7 @@ def tag_scores(task: str, gold: Tags, predicted: Tags, *, num_resamples: int = 1
         counts = np.asarray([_spans(g, p) for g, p in zip(gold, predicted, strict=True)], np.float64)
         statistic = _f1
         hits, found, wanted = counts.sum(axis=0)
-        more = {"f1": _f1(counts), "precision": _share(hits, found), "recall": _share(hits, wanted)}
+        more = {"f1": _f1(counts), "precision": _ratio(hits, found), "recall": _ratio(hits, wanted)}
     else:
         counts, statistic = words, _accuracy
         more = {"macro_f1": _macro_f1(gold, predicted)}
@@ -86,18 +86,18 @@ def _spans(gold: Sequence[str], predicted: Sequence[str]) -> tuple[int, int, int
     return len(wanted & found), len(found), len(wanted)
 
 
-def _share(part: float, whole: float) -> float:
+def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else 0.0
 
 
 def _accuracy(counts: np.ndarray) -> float:
     correct, total = counts.sum(axis=0)
-    return _share(correct, total)
+    return _ratio(correct, total)
 
 
 def _f1(counts: np.ndarray) -> float:
     hits, found, wanted = counts.sum(axis=0)
-    return _share(2 * hits, found + wanted)
+    return _ratio(2 * hits, found + wanted)
 
 
 def _macro_f1(gold: Tags, predicted: Tags) -> float:
