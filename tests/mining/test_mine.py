@@ -251,7 +251,7 @@ def test_a_corpus_adds_documents(tmp_path: Path) -> None:
 def test_another_jobs_output_is_refused(tmp_path: Path) -> None:
     source = source_of(tmp_path / "rows.jsonl", rows(10))
     job(source, tmp_path / "mined.jsonl").run()
-    with pytest.raises(DataError, match="exists and comes from something else"):
+    with pytest.raises(DataError, match="exists and belongs to another job"):
         job(source, tmp_path / "mined.jsonl", seed=1)
     with pytest.raises(DataError, match=r"ends in \.jsonl"):
         job(source, tmp_path / "mined.parquet")

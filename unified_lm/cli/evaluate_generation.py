@@ -1,4 +1,4 @@
-"""`unified-lm eval perplexity` and `unified-lm eval lm`: a model read causally."""
+"""`unified-lm eval perplexity` and `unified-lm eval lm`: evaluation under causal attention."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from unified_lm.evaluation.result_table import FOLDER
 
 
 def evaluate_perplexity(argv: Sequence[str]) -> None:
-    """Perplexity by domain. A domain that the result file has already, of the same data and settings, is not computed again.
+    """Compute perplexity by domain, reusing results of the result file for the same data and settings.
 
     Raises:
-        UserError: a mistake in the arguments, the data or the model; those of arguments and data are found first.
+        UserError: an error in the arguments, the data or the model; arguments and data are checked first.
     """
     options = _perplexity_parser().parse_args(list(argv))
     domains = [_domain(item, options.documents) for item in options.data]
@@ -90,14 +90,14 @@ def _domain(item: str, limit: int | None) -> Domain:
 
 
 def _earlier(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result file holds, where it is of the same model and settings."""
+    """The content of a result file if it belongs to the same model and settings, else an empty result."""
     fresh = {**header, "domains": {}}
     if not path.is_file():
         return fresh
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is there but cannot be read as a result file ({error}). Remove it, or use --out.") from error
+        raise UserError(f"{path} exists but cannot be read as a result file ({error}). Remove it, or use --out.") from error
     same = isinstance(found, dict) and {name: found.get(name) for name in header} == dict(header)
     return found if same and isinstance(found.get("domains"), dict) else fresh
 
@@ -116,10 +116,10 @@ def _perplexity_table(domains: Mapping[str, Any], title: str) -> Table:
 
 
 def evaluate_lm(argv: Sequence[str]) -> None:
-    """Run tasks of lm-eval, or task files of one's own, on an export.
+    """Run tasks of lm-eval, or the user's task files, on an export.
 
     Raises:
-        UserError: a mistake in the arguments, the tasks or the model.
+        UserError: an error in the arguments, the tasks or the model.
     """
     options = _lm_parser().parse_args(list(argv))
     try:
@@ -127,7 +127,7 @@ def evaluate_lm(argv: Sequence[str]) -> None:
     except ImportError as error:
         raise ConfigError(f"this needs lm-eval ({error}): pip install 'unified_lm[lm-eval]'.") from error
     if options.include_path is not None and not options.include_path.is_dir():
-        raise UserError(f"--include-path {options.include_path} is no folder.")
+        raise UserError(f"--include-path {options.include_path} is not a folder.")
     model_ref = find_model(options.model)
     settings = lm_eval_adapter.HarnessSettings(
         **{name: getattr(options, name) for name in lm_eval_adapter.HarnessSettings.__dataclass_fields__}
@@ -153,7 +153,7 @@ def evaluate_lm(argv: Sequence[str]) -> None:
 
 
 def _answers(revision: str, options: argparse.Namespace) -> Path:
-    """Where answers are kept: under the model's content and whatever else changes them besides the question."""
+    """The cache file of answers, named by the model's content and all settings that affect an answer besides the question."""
     described = f"{revision}:{options.dtype}:{options.device}:{options.seed}:{options.chat}"
     return cache_dir("lm_eval", blake2b(described.encode(), digest_size=12).hexdigest())
 
@@ -161,7 +161,7 @@ def _answers(revision: str, options: argparse.Namespace) -> Path:
 def _lm_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "eval lm",
-        "run lm-eval on an export, through its own Hugging Face model class",
+        "run lm-eval on an export, through lm-eval's own Hugging Face model class",
         "runs/grit --tasks arc_easy hellaswag --limit 100",
     )
     add = parser.add_argument

@@ -28,7 +28,7 @@ def evaluate_words(argv: Sequence[str]) -> None:
     """Probe a model on word-level tasks.
 
     Raises:
-        UserError: a mistake in the arguments, the data or the model; those of arguments and data are found first.
+        UserError: an error in the arguments, the data or the model; arguments and data are checked first.
     """
     options = _parser().parse_args(list(argv))
     for name in options.attention or ():
@@ -85,14 +85,14 @@ def evaluate_words(argv: Sequence[str]) -> None:
 
 
 def unconverged(scores: Mapping[str, Any]) -> list[str]:
-    """A sentence for every number whose probe was not at its optimum when its iterations ran out.
+    """One warning per score whose probe did not converge within its iterations.
 
     Args:
-        scores: attention -> task -> alignment -> what `word_level_scores` found.
+        scores: attention -> task -> alignment -> result of `word_level_scores`.
     """
     return [
         f"{task}, {attention}, {alignment}: the probe had not converged after {score['fit']['iterations']} iterations, so "
-        f"{score['score']:.4f} is not the score of its optimum; compare it with no other number."
+        f"{score['score']:.4f} is not the score at its optimum; do not compare it with other scores."
         for attention, tasks in scores.items()
         for task, alignments in tasks.items()
         for alignment, score in alignments.items()

@@ -1,4 +1,4 @@
-"""Rows of any kind as the texts in them, read from files or the Hub without a schema."""
+"""The texts in rows of any kind, read from files or the Hub without a schema."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from unified_lm.data.rows.readers import Rows, data_files, read_rows
 from unified_lm.data.rows.records import RecordKind
 
 HUB_PREFIX = "hub:"
-"""How a command line names a Hub data set: ``hub:NAME[:SUBSET[:SPLIT]]``."""
+"""Prefix of a Hub data set on a command line: ``hub:NAME[:SUBSET[:SPLIT]]``."""
 
 _PAIR_COLUMNS = frozenset(name for names in FIELDS[RecordKind.PAIR].values() for name in names)
 
 
 def row_texts(row: object, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a row with its path (``pos[0]``, ``messages[1].content``).
+    """Yield every text in a row with its path (``pos[0]``, ``messages[1].content``).
 
-    The instructions of ``[instruction, text]`` and system turns are left out: many rows share them, on both sides.
+    The instructions in ``[instruction, text]`` and system turns are skipped, since many training and evaluation rows have the
+    same ones.
     """
     if isinstance(row, str):
         yield path, row
@@ -38,7 +39,7 @@ def row_texts(row: object, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _pair_texts(value: object, path: str) -> Iterator[tuple[str, str]]:
-    """The texts of a query, positive or negative column, whose items may be ``[instruction, text]``."""
+    """Yield the texts of a query, positive or negative column, whose items may be ``[instruction, text]``."""
     if path in FIELDS[RecordKind.PAIR]["query"]:
         yield from row_texts(value[1], path) if _is_instructed(value) else row_texts(value, path)
     elif isinstance(value, Sequence) and not isinstance(value, str):
@@ -59,17 +60,17 @@ def _is_instructed(value: object) -> TypeGuard[Sequence[str]]:
 
 @dataclass(frozen=True)
 class RowFile:
-    """Rows to compare: a file, or a Hub data set."""
+    """The rows of a file or of a Hub data set."""
 
     name: str
     rows: Callable[[], Rows]
 
 
 def open_rows(named: str) -> list[RowFile]:
-    """The rows that a command line names: a file, each file of a folder, or ``hub:NAME[:SUBSET[:SPLIT]]``.
+    """Open the rows that a command line names: a file, each file of a folder, or ``hub:NAME[:SUBSET[:SPLIT]]``.
 
     Raises:
-        DataError: nothing there, or not readable.
+        DataError: missing or unreadable data.
     """
     if named.startswith(HUB_PREFIX):
         hub, subset, split = [*named[len(HUB_PREFIX) :].split(":"), "", ""][:3]

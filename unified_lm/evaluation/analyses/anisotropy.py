@@ -1,7 +1,7 @@
-"""Do a few dimensions decide every cosine? Timkey and van Schijndel (2021), arXiv:2109.04404.
+"""Do a few dimensions dominate every cosine? Timkey and van Schijndel (2021), arXiv:2109.04404.
 
 The cosine of two vectors is a sum over dimensions, `x_i y_i / (|x| |y|)`, so the mean cosine of random pairs (their estimate of
-anisotropy) splits exactly into one contribution per dimension. Without preferred directions it is about 0.
+anisotropy) splits exactly into one contribution per dimension. It is near 0 when no direction is preferred.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 ROGUE_RATIO = 10.0
-"""A dimension is rogue where its mean magnitude is that many times the median dimension's."""
+"""A dimension is rogue if its mean magnitude is at least this many times that of the median dimension."""
 
 _TOP = 12
 
 
 def cosine_contributions(vectors: np.ndarray) -> np.ndarray:
-    """Each dimension's part of the mean cosine over all pairs of different rows; the parts add up to it.
+    """The contribution of each dimension to the mean cosine over all pairs of distinct rows; contributions sum to the mean.
 
-    Over all pairs, not a sample of them: with unit rows u, the sum over pairs of u_i v_i is `((sum u_i)^2 - sum u_i^2) / 2`.
+    All pairs are covered without sampling: for unit rows u, the sum over pairs of u_i v_i is `((sum u_i)^2 - sum u_i^2) / 2`.
 
     Args:
-        vectors: `[N, D]`, N at least 2, no row zero.
+        vectors: `[N, D]`, N at least 2, no zero row.
 
     Returns:
         float64 `[D]`.
 
     Raises:
-        DataError: fewer than two rows, or a row of zeros.
+        DataError: fewer than two rows, or a zero row.
     """
     rows = np.asarray(vectors, np.float64)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -72,7 +72,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
 
 
 def describe(vectors: np.ndarray) -> Numbers:
-    """All numbers of the analysis for vectors `[N, D]` that are not normalized."""
+    """All numbers of the analysis, for unnormalized vectors `[N, D]`."""
     mean, std = vectors.mean(axis=0), vectors.std(axis=0)
     magnitude = np.abs(vectors).mean(axis=0)
     median = float(np.median(magnitude))
@@ -99,7 +99,7 @@ def describe(vectors: np.ndarray) -> Numbers:
 
 
 def _largest_ratio(centered: np.ndarray, rogue: list[int]) -> float:
-    """Largest mean magnitude of the rogue dimensions after centering, against the median dimension's; 0 without any."""
+    """Largest mean magnitude of a rogue dimension after centering, relative to the median dimension; 0 without any."""
     magnitude = np.abs(centered).mean(axis=0)
     return float(magnitude[rogue].max() / np.median(magnitude)) if rogue else 0.0
 
@@ -141,7 +141,7 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
         positions = np.arange(len(_BARS)) + (index - (len(arms) - 1) / 2) * width
         cosines = [numbers[key] for key, _ in _BARS]
         bars = axes[0][2].bar(positions, cosines, width=width * 0.94, color=color)
-        named = [f"{round(cosine, 2) + 0.0:.2f}" for cosine in cosines]  # + 0.0: no negative zero
+        named = [f"{round(cosine, 2) + 0.0:.2f}" for cosine in cosines]  # + 0.0: prints no negative zero
         axes[0][2].bar_label(bars, labels=named, fontsize=7, padding=2)
     axes[0][0].set_xscale("log")
     axes[0][0].set_yscale("log")
@@ -168,7 +168,7 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
             *("rogue dimensions", "their fraction of the mean cosine"),
         ),
         rows=rows,
-        note=f"All pairs of {material['num_texts']} texts of {material['texts']}. A dimension is rogue where its mean "
+        note=f"All pairs of {material['num_texts']} texts of {material['texts']}. A dimension is rogue if its mean "
         f"magnitude is at least {ROGUE_RATIO:g} times the median dimension's. Its fraction says "
         "little where the mean cosine is near 0.",
     )
@@ -176,7 +176,7 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
 
 ANISOTROPY = Analysis(
     name="anisotropy",
-    summary="mean cosine of random pairs, the dimensions that make it, rogue dimensions",
+    summary="mean cosine of random pairs, its largest contributions by dimension, rogue dimensions",
     version=2,
     prepare=_prepare,
     measure=_measure,
