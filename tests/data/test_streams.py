@@ -223,7 +223,7 @@ def test_a_damaged_cache_is_built_anew_with_a_warning(own_cache: Path, damage):
         ids.unlink()
     else:
         (folder / "table.json").write_text("{")
-    with pytest.warns(UserWarning, match=r"damaged .* it is built anew"):
+    with pytest.warns(UserWarning, match=r"damaged .* it is rebuilt"):
         assert content(make_stream(pairs(5)).draw(5)) == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -205,9 +205,9 @@ def test_dropout_rate_and_independence(probability: float, draw: Callable[[tuple
     deviation = (probability * (1 - probability) / kept.numel()) ** 0.5
     assert abs(kept.mean() - (1 - probability)) < 5 * deviation
     assert abs(keep_probability(probability) - (1 - probability)) < 2**-24
-    centerd = kept - kept.mean()
-    for shifted in (centerd.roll(1, 0), centerd.roll(1, 1), centerd.roll(4, 1)):
-        assert abs((centerd * shifted).mean()) < 5 * deviation**2 * kept.numel() ** 0.5
+    centered = kept - kept.mean()
+    for shifted in (centered.roll(1, 0), centered.roll(1, 1), centered.roll(4, 1)):
+        assert abs((centered * shifted).mean()) < 5 * deviation**2 * kept.numel() ** 0.5
 
 
 def test_dropout_repeats_with_the_generator_and_differs_between_modules() -> None:

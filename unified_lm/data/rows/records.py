@@ -1,4 +1,4 @@
-"""Validated rows. What a source yields and what formats turn into samples."""
+"""Validated rows, which sources yield and formats turn into samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class PairRecord:
-    """A query, the texts that answer it, and texts that do not (both may hold several)."""
+    """A query, one or more texts that answer it, and any number of texts that do not."""
 
     query: Text
     positives: tuple[Text, ...]
