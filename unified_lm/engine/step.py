@@ -10,10 +10,10 @@ rule at the embeddings e = f(x; w):
 2. compute the loss over all embeddings of all ranks, and its gradient with respect to this rank's embeddings;
 3. forward each pack again with a graph and the same random state, and backward the inner product with that gradient.
 
-Embeddings are one thing that couples the packs of a step; choices of routers are another, the baseline of KTO a third. Each is a
-`CoupledTerm` (`engine.coupled`): it says which packs it must see in (1), fixes something global in (2), and gives every pack a
-scalar share in (3). What that is, a step does not know. Token losses are sums over positions: nothing couples them, so they need
-no first forward and join whatever pack holds them.
+Embeddings are one thing that couples the packs of a step; choices of routers are another, the baseline of KTO a third. Each is
+a `CoupledTerm` (`engine.coupled`): it says which packs it must see in (1), fixes something global in (2), and gives every pack
+a scalar share in (3). What that is, a step does not know. Token losses are sums over positions: nothing couples them, so they
+need no first forward and join whatever pack holds them.
 
 The last pack that is seen keeps its graph from (1), so a batch that fits one pack is the ordinary direct path, and N packs cost
 N - 1 extra forwards.
