@@ -167,12 +167,15 @@ def make_pack(samples: Sequence[Sample], rows: Mapping[int, int] | None = None) 
     """
     if rows is None:
         rows = {id(s): row for row, s in enumerate(s for s in samples if s.pool is not None)}
+    # Equal modes next to each other: a kernel then needs one call per mode and layer. The sort is stable, so that a pack depends
+    # on the order of its samples alone.
     ordered = sorted(samples, key=lambda s: _MODE_ORDER.index(mode_of(len(s), s.bidirectional).value))
     plan = AttentionPlan.build([len(s) for s in ordered], [s.bidirectional for s in ordered])
     pooled = [(s, offset) for s, offset in zip(ordered, plan.offsets, strict=False) if s.pool is not None]
     spans = [(offset + s.pool[0], offset + s.pool[1]) for s, offset in pooled if s.pool is not None]
     return Pack(
         input_ids=torch.from_numpy(np.concatenate([np.asarray(s.input_ids, dtype=np.int64) for s in ordered])),
+        # From 0 for every sample: positions that ran on would make a sample's states depend on its neighbors.
         position_ids=torch.cat([torch.arange(len(s)) for s in ordered]),
         plan=plan,
         pool_spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
@@ -192,6 +195,7 @@ def _supervise(samples: Sequence[Sample], offsets: Sequence[int]) -> dict[str, S
         if not len(at):
             continue
         weights = np.ones(len(at), np.float32) if sample.token_weights is None else sample.token_weights[at]
+        # The state one position earlier predicts a label. Position 0 has no label, so no prediction comes from a neighbor.
         parts.setdefault(sample.stream, []).append((at - 1 + offset, sample.labels[at], weights))
     return {
         stream: Supervision(
@@ -254,6 +258,8 @@ def _scored_packs(samples: Sequence[Sample], token_budget: int) -> ScoredPacks:
 
 def empty_pack() -> Pack:
     """What a rank forwards when others have more packs than it has: two tokens that nobody looks at, and no samples."""
+    # It has a pool span because attention, pooling and projection must all run: under ZeRO-3 ranks wait for one another at each
+    # of their parameters.
     filler = Sample(input_ids=np.zeros(2, dtype=np.int64), stream="", bidirectional=(0, 0), pool=(0, 2))
     return replace(make_pack([filler]), pool_streams=("",), samples=())
 
@@ -269,6 +275,7 @@ def first_fit(samples: Sequence[Sample], token_budget: int, bins: Sequence[Seque
     filled = [list(content) for content in bins]
     room = [token_budget - sum(map(len, content)) for content in filled]
     for sample in sorted(samples, key=len, reverse=True):
+        # First fit decreasing needs at most 11/9 of the fewest possible bins (plus one), and is the same on every machine.
         place = next((index for index, free in enumerate(room) if free >= len(sample)), None)
         if place is None:
             filled.append([])

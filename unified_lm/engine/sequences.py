@@ -114,6 +114,7 @@ class SequenceScoring(CoupledTerm):
             # Adapters are switched off once for all packs: a second copy of the model would take its memory.
             with self.trainable.scoring(reference=True):
                 self._references = self._score(unknown)
+        # Masks of these packs are not needed again, and several hundred of them would be.
         for pack in (*batch.sequences.controls, *batch.sequences.unknown):
             pack.plan.kernel_cache.clear()
         device = distributed.local_device()
@@ -134,6 +135,7 @@ class SequenceScoring(CoupledTerm):
         return total
 
     def _term(self, stream: str, samples: Sequence[Sample], policy: torch.Tensor) -> LossTerm:
+        # One table: a copy to the device for each column would wait twice.
         known = [(self._reference(s), bool(s.sequence and s.sequence.desirable)) for s in samples]
         reference, desirable = torch.tensor(known, dtype=torch.float32).to(policy.device).unbind(1)
         baseline = self._baselines[stream].expand(len(samples))
