@@ -53,7 +53,7 @@ def test_the_newest_and_the_milestones_are_kept(tmp_path):
         save(tmp_path, step)
         prune(tmp_path, keep_last=2, keep_every=3)
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "7", "8"]
-    prune(tmp_path, keep_last=1, keep_every=0, spare={tmp_path / "step-00000007"})
+    prune(tmp_path, keep_last=1, keep_every=0, protected={tmp_path / "step-00000007"})
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["7", "8"]
 
 
