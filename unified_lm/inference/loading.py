@@ -101,6 +101,7 @@ def model_folder(name_or_path: str | Path, revision: str | None) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return _export_of(path)
+    # A mistyped path must not become a request to the Hub.
     name = str(name_or_path)
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or isinstance(name_or_path, Path):
         raise CheckpointError(f"there is no folder {name_or_path}. Give a run, its 'export' folder, or a Hub name (org/name).")

@@ -57,6 +57,7 @@ def fit_standardizer(
     """
     moments = RunningMoments()
     hashes: set[bytes] = set()
+    # Statistics of vectors that are already standardized would be mean 0 and deviation 1.
     own, model.standardizer = model.standardizer, None
     try:
         for block in _blocks(_distinct(texts, hashes)):

@@ -348,6 +348,7 @@ class UnifiedLM:
         self._require("generate")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
+        # Tokens, not text: chat markers must be encoded exactly as in training.
         prompt = self._encoder.generation_prompt(conversation_turns(messages, self._template))
         tokens = torch.from_numpy(prompt.astype(np.int64))[None].to(self._device)
         with self._lock, self._backbone.stock_attention() as causal_lm, torch.inference_mode():
