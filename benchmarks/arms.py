@@ -1,22 +1,25 @@
-"""What LLM2Vec's stages, and echo embeddings, give on the embedded model: sentence similarity, retrieval, and tagging of words.
+"""LLM2Vec's stages and echo embeddings on the embedded model: sentence similarity, retrieval, and tagging of words.
 
-Arms: the untrained model read causally ("uni"), bidirectionally ("bi") and with every text repeated ("echo": causal, the prompt
-"Rewrite the sentence: TEXT, rewritten sentence: TEXT", pooling the second copy; arXiv:2402.15449), "uni" and "bi" behind the
-begin of text that the chain trains with, and the two stages of chains trained by `benchmarks/llm2vec_chain.py` ("bi + MNTP",
-"bi + MNTP + SimCSE"; one chain a seed). Mean pooling, no instruction.
+Arms: the untrained model with causal attention ("uni"), with bidirectional attention ("bi"), and with every text repeated
+("echo": causal, the prompt "Rewrite the sentence: TEXT, rewritten sentence: TEXT", pooling the second copy; arXiv:2402.15449);
+"uni" and "bi" with the begin-of-text token that the chain trains with; and the two stages of chains trained by
+`benchmarks/llm2vec_chain.py` ("bi + MNTP", "bi + MNTP + SimCSE"; one chain per seed). Mean pooling, no instruction.
 
 Tasks:
 - STS-B dev: Spearman correlation of cosine and human scores (a file in SentEval's format), times 100;
-- pydocs retrieval: nDCG@10 of held-out docstring summaries that search their bodies, times 100; the same queries in every arm;
+- pydocs retrieval: nDCG@10 of held-out docstring summaries as queries for their bodies, times 100; the same queries in all
+arms;
 - words: a linear probe on frozen word vectors predicts the kind of every word of Python source code (`word_level_code`),
-  accuracy times 100, from the word's own token and from the token before it. Sentences stand there once: no number for echo.
+  accuracy times 100, from the word's own token and from the token before it. Sentences are not repeated here, so echo has none.
 
-Seeds: a chain's seed decides order, masks and dropout of its training. The untrained arms have no randomness at all (the
-queries are a fixed choice, the probe is convex), so they have one number. Intervals: 95 % bootstrap over the task's items,
-seeds averaged; for words the mean of the seeds' own intervals.
+Seeds: a chain's seed determines order, masks and dropout of its training. The untrained arms have no randomness (the queries
+    are
+fixed, the probe is convex), so they have one number. Intervals: 95 % bootstrap over the task's items, averaged over seeds; for
+words the mean of the seeds' own intervals.
 
-Every score is saved when it is there (OUT/scores), with hashes of the model's weights and of the data; the same command again
-goes on from what is missing. The words are source code of the interpreter itself, so their hash changes with Python's version.
+Every score is saved as soon as it is computed (OUT/scores), with hashes of the model's weights and of the data; the same
+command again computes what is missing. The words are source code of the interpreter itself, so their hash changes with Python's
+version.
 
 Usage: python benchmarks/arms.py STS_DEV.csv RUN_DIR... --out DIR [--tasks sts retrieval words] [--queries 300] [--base MODEL]
 """
@@ -33,24 +36,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from scipy.stats import spearmanr
+from arms_table import ALIGNMENTS, summarize, write_results
 
 from unified_lm import UnifiedLM
 from unified_lm.cli.main import run_command
 from unified_lm.composition.convert import from_yaml
 from unified_lm.config.schema import ModelConfig, RunConfig, SourceConfig
 from unified_lm.core.errors import DataError
-from unified_lm.core.files import write_json, write_text
+from unified_lm.core.files import write_json
 from unified_lm.data.rows.records import PairRecord, RecordKind
 from unified_lm.data.sources import open_source
-from unified_lm.evaluation.bootstrap import bootstrap_interval
 from unified_lm.evaluation.words.code import code_words
 from unified_lm.evaluation.words.scores import most_frequent_tags, tag_scores
 from unified_lm.evaluation.words.tasks import word_level_scores
@@ -60,13 +59,11 @@ from unified_lm.mining.embedders import folder_hash
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.loading import load_model
 from unified_lm.objectives.ranking import ndcg_per_query
-from unified_lm.reporting.curves import PALETTE
 
 MAX_TOKENS = 128
-"""Limit of a text; under echo of either copy, and its prompt stands around them."""
+"""Limit of a text in tokens; for echo the limit of each copy, without the prompt around them."""
 ECHO_TOKENS = 2 * MAX_TOKENS + 16
 TASKS = ("sts", "retrieval", "words")
-ALIGNMENTS = ("same_token", "next_token")
 STAGES = {"bi + MNTP": "1-*mntp", "bi + MNTP + SimCSE": "2-*simcse"}
 QUERY_SEED = 0
 
@@ -77,11 +74,11 @@ class Entry:
 
     Attributes:
         arm: its row in the table.
-        seed: of its training; None where nothing was trained.
+        seed: of its training; None for an untrained model.
         key: hash of its weights.
         load: loads it.
         max_tokens: limit of an embedded text with its prompt.
-        former_key: what earlier scores of the same weights carry; None for none.
+        former_key: key of earlier score files of the same weights, or None.
     """
 
     arm: str
@@ -93,25 +90,29 @@ class Entry:
 
     @property
     def file_name(self) -> str:
-        """Of its scores."""
+        """Name of the file with its scores."""
         name = self.arm.replace(" + ", "-").replace(" ", "-").lower()
         return f"{name}.json" if self.seed is None else f"{name}-seed{self.seed}.json"
 
 
 def untrained(base: str | None) -> list[Entry]:
-    """The arms without training; those behind a begin of text are what the trained ones started from."""
+    """The arms without training; those with a begin-of-text token are the starting point of the trained ones."""
 
     def load(attention: str, template: str) -> UnifiedLM:
+        """Load the base model."""
         if base is not None:
             return UnifiedLM.from_pretrained(base, template=template, pooling="mean", attention=attention)
         loaded = load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama"))
         return UnifiedLM(loaded.causal_lm, loaded.tokenizer, template=template, pooling="mean", attention=attention)
 
     if base is None:
-        # Scores used to carry this name; the package has had one set of weights, so they are still right.
+        # Older score files have this name as key. The package has only ever had one set of weights, so they are still valid.
         key, former = hash_weights(embedded_directory()), "embedded smollm2-135m"
     else:
-        key, former = folder_hash(model_folder(base, None)), None  # a path said nothing about what it held
+        key, former = (
+            folder_hash(model_folder(base, None)),
+            None,
+        )  # the key used to be a path, which does not identify the weights
     arms = [
         ("uni", "causal", "plain", MAX_TOKENS),
         ("echo", "causal", "echo", ECHO_TOKENS),
@@ -160,7 +161,7 @@ class Tasks:
     Attributes:
         sts: rows of SentEval's file (score in column 4, sentences in 5 and 6).
         pairs: held-out docstrings.
-        key: hash of the data, so that scores of other data are not mixed in.
+        key: hash of the data, so that scores of different data are never mixed.
     """
 
     sts: list[list[str]]
@@ -186,14 +187,14 @@ def load_tasks(sts: Path, num_queries: int) -> Tasks:
 
 
 def sts_cosines(model: UnifiedLM, tasks: Tasks, limit: int) -> list[float]:
-    """Cosine of every pair of sentences."""
+    """Cosine similarity of every pair of sentences."""
     texts = [row[5] for row in tasks.sts] + [row[6] for row in tasks.sts]
     vectors = model.encode(texts, normalize=True, max_tokens=limit, show_progress=sys.stderr.isatty())
     return np.sum(vectors[: len(tasks.sts)] * vectors[len(tasks.sts) :], axis=1).astype(float).tolist()
 
 
 def retrieval_scores(model: UnifiedLM, tasks: Tasks, limit: int) -> list[float]:
-    """nDCG@10 of every query; all the queries' documents are searched."""
+    """nDCG@10 of every query over the documents of all queries."""
     settings: dict[str, Any] = {"normalize": True, "max_tokens": limit, "output": "torch", "show_progress": sys.stderr.isatty()}
     queries = model.encode([pair.query.text for pair in tasks.pairs], **settings)
     documents = model.encode([pair.positives[0].text for pair in tasks.pairs], **settings)
@@ -202,7 +203,7 @@ def retrieval_scores(model: UnifiedLM, tasks: Tasks, limit: int) -> list[float]:
 
 
 def word_scores(model: UnifiedLM) -> dict[str, dict[str, float]]:
-    """Accuracy by alignment, with its interval and that of guessing each word's most frequent tag."""
+    """Accuracy by alignment with its interval, and the accuracy of the most frequent tag of each word."""
     found = word_level_scores(model, code_words(), tasks=("pos",), alignments=ALIGNMENTS)["pos"]
     return {name: {key: float(found[name][key]) for key in ("score", "low", "high", "baseline")} for name in ALIGNMENTS}
 
@@ -214,13 +215,14 @@ def words_identity() -> dict[str, str]:
 
 
 def require_same_words(scores: dict[str, Any], file: Path) -> None:
-    """Check that saved scores of words are of the words that would be measured now.
+    """Check that saved scores of words belong to the words that would be measured now.
 
-    Scores from before their data were recorded hold the accuracy of guessing each word's most frequent tag, which needs no
-    model: where it is what the present data give, to the last digit, the data are taken to be the same, and recorded.
+    Older files lack the hash of their words, but contain the accuracy of predicting each word's most frequent tag, which needs
+    no model. If the current words give the same number to the last digit, they are taken to be the same, and their hash is
+    added.
 
     Raises:
-        DataError: they are not.
+        DataError: they belong to other words.
     """
     data = code_words()
     if "words_data" not in scores:
@@ -237,10 +239,17 @@ def require_same_words(scores: dict[str, Any], file: Path) -> None:
 
 
 def measure(entry: Entry, tasks: Tasks, wanted: Sequence[str], folder: Path, started: float) -> dict[str, Any]:
-    """Measure what is missing of one model; every task is saved when it is done.
+    """Measure the missing tasks of one model; each score is saved as soon as it is computed.
+
+    Args:
+        entry: the model.
+        tasks: the data.
+        wanted: names of the tasks.
+        folder: contains the score files.
+        started: `time.perf_counter()` at the start of the program, for messages.
 
     Raises:
-        DataError: the file of scores is of other data, of another model, or its words are of another Python.
+        DataError: the score file belongs to other data, to another model, or to words of another Python version.
     """
     file = folder / entry.file_name
     identity = {"arm": entry.arm, "seed": entry.seed, "model": entry.key, "data": tasks.key}
@@ -275,104 +284,6 @@ def measure(entry: Entry, tasks: Tasks, wanted: Sequence[str], folder: Path, sta
     return scores
 
 
-# --- table -------------------------------------------------------------------------------------------------------------
-
-
-def summarize(found: Sequence[dict[str, Any]], tasks: Tasks) -> dict[str, Any]:
-    """One column a task: the value of every seed, mean, standard deviation over seeds, and an interval over items."""
-    columns: dict[str, Any] = {}
-    sts = [np.array(scores["sts"]) for scores in found if "sts" in scores]
-    if sts:
-        values = [_spearman(tasks.gold, cosine) for cosine in sts]
-        columns["STS-B dev"] = _column(values, lambda gold, *all_: fmean(_spearman(gold, c) for c in all_), tasks.gold, *sts)
-    retrieval = [np.array(scores["retrieval"]) * 100 for scores in found if "retrieval" in scores]
-    if retrieval:
-        values = [float(queries.mean()) for queries in retrieval]
-        columns["pydocs nDCG@10"] = _column(values, lambda *all_: float(np.mean(all_)), *retrieval)
-    for alignment in ALIGNMENTS:
-        words = [scores["words"][alignment] for scores in found if "words" in scores]
-        if words:
-            ends = {end: 100 * fmean(word[end] for word in words) for end in ("low", "high", "baseline")}
-            columns[f"words, {alignment.replace('_', ' ')}"] = {**_spread([100 * word["score"] for word in words]), **ends}
-    return columns
-
-
-def _spearman(gold: np.ndarray, cosine: np.ndarray) -> float:
-    return float(spearmanr(gold, cosine).statistic) * 100
-
-
-def _column(values: list[float], statistic: Callable[..., float], *samples: np.ndarray) -> dict[str, Any]:
-    interval = bootstrap_interval(statistic, *samples)
-    return {**_spread(values), "low": interval.low, "high": interval.high}
-
-
-def _spread(values: list[float]) -> dict[str, Any]:
-    return {"values": values, "mean": fmean(values), "deviation": stdev(values) if len(values) > 1 else None}
-
-
-def cell(column: dict[str, Any] | None) -> str:
-    """ "54.2 ± 0.3 [52.0, 56.1]"; "-" where there is no number."""
-    if column is None:
-        return "-"
-    deviation = "" if column["deviation"] is None else f" ± {column['deviation']:.1f}"
-    return f"{column['mean']:.1f}{deviation} [{column['low']:.1f}, {column['high']:.1f}]"
-
-
-def write_results(table: dict[str, dict[str, Any]], seeds: dict[str, list[int | None]], tasks: Tasks, out: Path) -> None:
-    """Print the table, and write arms.json, arms.md and arms.png."""
-    columns = list(dict.fromkeys(name for row in table.values() for name in row))
-    headings = ["arm", "seeds", *columns]
-    rows = [
-        [arm, ", ".join("-" if seed is None else str(seed) for seed in seeds[arm]), *(cell(row.get(name)) for name in columns)]
-        for arm, row in table.items()
-    ]
-    shown = Table(*headings)
-    for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
-    note = (
-        f"Mean ± standard deviation over seeds, [95 % interval over items]. {len(tasks.sts)} sentence pairs, "
-        f"{len(tasks.pairs)} queries over as many documents. Untrained arms have no seed."
-    )
-    lines = [headings, ["---"] * len(headings), *rows]
-    write_text(out / "arms.md", "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{note}\n")
-    write_json(out / "arms.json", {"note": note, "seeds": seeds, "arms": table})
-    draw(table, columns, out / "arms.png")
-    for name in ("arms.md", "arms.json", "arms.png"):
-        print(out / name)
-
-
-def draw(table: dict[str, dict[str, Any]], columns: Sequence[str], target: Path) -> None:
-    """A panel per task: the mean with its interval over items, and a small point for every seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (1.5 + 2.9 * len(columns), 0.42 * len(table) + 1.3)
-    figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, layout="constrained", squeeze=False)
-    for axis, name in zip(axes.flat, columns, strict=True):
-        for row, values in enumerate(table.values()):
-            if name not in values:
-                continue
-            column = values[name]
-            axis.plot([column["low"], column["high"]], [row, row], color="#adb5bd", linewidth=2, zorder=1)
-            axis.scatter(column["values"], [row] * len(column["values"]), s=14, color=PALETTE[1], zorder=3)
-            axis.scatter([column["mean"]], [row], s=46, color=PALETTE[0], zorder=2)
-            label = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-            axis.annotate(f"{column['mean']:.1f}", (column["mean"], row), **label)
-        axis.set_title(name, fontsize=10, loc="left")
-        axis.set_ylim(len(table) - 0.4, -0.7)
-        axis.margins(x=0.12)
-        axis.grid(alpha=0.25, axis="x")
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_yticks(range(len(table)), list(table), fontsize=9)
-    figure.supxlabel("blue: mean; orange: each seed; grey: 95 % interval over items", fontsize=8)
-    figure.savefig(target, dpi=130)
-    plt.close(figure)
-
-
 def main(argv: Sequence[str]) -> None:
     """Measure what is missing, then print the table."""
     parser = argparse.ArgumentParser(prog="arms.py", description="LLM2Vec's stages and echo embeddings on three tasks")
@@ -393,8 +304,8 @@ def main(argv: Sequence[str]) -> None:
         found.setdefault(entry.arm, []).append(measure(entry, tasks, options.tasks, options.out / "scores", started))
         seeds.setdefault(entry.arm, []).append(entry.seed)
     for arm, scores in found.items():
-        table[arm] = summarize(scores, tasks)
-    write_results(table, seeds, tasks, options.out)
+        table[arm] = summarize(scores, tasks.gold)
+    write_results(table, seeds, len(tasks.sts), len(tasks.pairs), options.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Attention over packs on CPU: dense groups against torch's fused attention, one call per sequence.
 
-Both do the same work, forward and backward, in one run; CPU seconds of one thread by default, so that a busy machine disturbs
-little. First by sequence length (where the limits of `models/attention/sdpa.py` come from), then on packs of real lengths.
+Both do the same work, forward and backward, in one run. Times are CPU seconds of one thread by default, which depend little on
+other load. First by sequence length (the source of the limits in `models/attention/sdpa.py`), then on packs of realistic
+lengths.
 
     python benchmarks/attention.py [--heads 9 3 64] [--threads 1]
 """
@@ -33,7 +34,7 @@ def lognormal_lengths(tokens: int, seed: int = 0, low: int = 10, high: int = 256
 def make_step(
     lengths: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype, kernel: SdpaKernel, dropout: float
 ) -> Callable[[], None]:
-    """Forward and backward of one layer over a pack of which a quarter is causal."""
+    """A function that runs forward and backward of one layer over a pack whose samples are one quarter causal."""
     num_heads, num_kv, size = shape
     spans = [(0, 0) if index % 4 == 0 else (0, length) for index, length in enumerate(lengths)]
     plan, total = AttentionPlan.build(lengths, spans), sum(lengths)
@@ -42,6 +43,7 @@ def make_step(
     grad = torch.randn(total, num_heads, size, dtype=dtype)
 
     def step() -> None:
+        """One forward and backward."""
         torch.autograd.grad(kernel(heads), (q, k, v), grad)
 
     return step

@@ -1,8 +1,7 @@
-"""Memory and time of the next-token loss: tiles against full logits, same work on both sides.
+"""Memory and time of the next-token loss: tiles against full logits, with the same work on both sides.
 
-Peak extra memory is counted, not guessed from the resident set: every operation of forward and backward is watched, and the
-bytes of all storages that were made and are still alive are added up. Hidden states and head exist before and do not count;
-their gradients do, on both sides.
+Peak extra memory is counted exactly (`LiveTensors`) and not read from the resident set. Hidden states and head exist before and
+do not count; their gradients do, on both sides.
 
     python benchmarks/cross_entropy.py [--tokens 4096] [--vocabulary 49152] [--hidden 576] [--repeats 2]
 """
@@ -11,70 +10,33 @@ from __future__ import annotations
 
 import argparse
 import time
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unified_lm.batch import OutputHead
+from unified_lm.engine.accounting.live_tensors import LiveTensors
 from unified_lm.objectives.cross_entropy import TILE_BYTES, linear_cross_entropy
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that operations under it made, at their peak.
-
-    Args:
-        existing: tensors whose storages do not count.
-    """
-
-    def __init__(self, *existing: torch.Tensor) -> None:
-        super().__init__()
-        self._known = {tensor.untyped_storage()._cdata for tensor in existing}
-        self.alive = 0
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count what it returned."""
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, torch.Tensor):
-                self._count(value.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._release, key, size)
-
-    def _release(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive -= size
-
-
 def full_logits(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """What transformers does: all logits, upcast to float32, cross-entropy."""
+    """The loss of transformers: all logits, upcast to float32, then cross-entropy."""
     logits = (hidden @ weight.t()).float()
     return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
 
 def tiles(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Ours."""
+    """Our loss, which computes logits in tiles."""
     return linear_cross_entropy(hidden, OutputHead(weight), targets, weights)
 
 
 def measure(loss: Loss, tensors: tuple[torch.Tensor, ...], repeats: int) -> tuple[float, int, float]:
-    """The loss, the peak of extra bytes, and the best seconds of forward and backward."""
+    """The loss, the peak of extra bytes, and the fastest forward and backward in seconds."""
     leaves = [tensor for tensor in tensors if tensor.requires_grad]
-    with PeakMemory(*tensors) as memory:
+    with LiveTensors() as memory:
         value = loss(*tensors)
         value.backward()
     best = float("inf")

@@ -1,20 +1,20 @@
-"""Two processes against one on the same global batch, and what GradCache's packs cost.
+"""Two processes against one on the same global batch, and the cost of GradCache's packs.
 
-A llama of 29 M parameters with random weights in float32, on the CPU with gloo, one thread a process; GRIT-like batches of
-random tokens with log-normal lengths. Every configuration runs in fresh processes, so that its peak memory is its own.
+A Llama of 29 M parameters with random weights in float32, on the CPU with gloo, one thread per process; GRIT-like batches of
+random tokens with log-normal lengths. Every configuration runs in new processes, so that its peak memory is its own.
 
     python benchmarks/distributed.py [backends] [packs] [pairs] [balance] [--repetitions 3]
 
-- backends: single against ddp and ZeRO 0 to 3 on two processes: step time, share of it in collectives (waiting for the other
-  process included), peak memory per process. Losses and gradient norms must agree.
+- backends: single against ddp and ZeRO 0 to 3 on two processes: step time, fraction of it in collectives (including waiting for
+  the other process), peak memory per process. Losses and gradient norms must agree.
 - packs: one process, token budgets from about one group to everything in one pack.
-- pairs: one process, a fixed token budget, 32 to 1,024 pairs: memory must stay flat (within 5 %).
-- balance: no training: how evenly GRIT's published batch sizes are dealt to 8 to 64 ranks.
+- pairs: one process, a fixed token budget, 32 to 1,024 pairs: memory must stay constant (within 5 %).
+- balance: no training: how evenly GRIT's published batch sizes are partitioned across 8 to 64 ranks.
 
-Times are those of the fastest step: the machine is shared. Memory is the most resident memory while training, above that of the
-process with every module imported and before the model exists; what starting takes for a moment does not count. The section
-pairs also prints the most that tensors made by the step held at once ("tensors"): it does not depend on where the allocator
-puts them, and repeats exactly.
+Times are those of the fastest step, because the machine is shared. Memory is the peak resident memory while training, minus
+that of the process with every module imported but without a model; a temporary peak during start-up does not count. The section
+pairs also prints the peak memory of tensors that a step creates ("tensors"), which does not depend on the allocator and repeats
+exactly.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ ARCHITECTURE = {
 }
 COST = SampleCost(2 * 25e6, 4 * 8 * 512)
 DEEP = {**ARCHITECTURE, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 32}
-"""Narrower and deeper: activations outweigh weights, as they do with the packs of a real run."""
+"""Narrower and deeper: activations take more memory than weights, as with the packs of a real run."""
 WEIGHTS = {"embedding": 1.0, "generation": 1.0}
 SECTIONS = ("backends", "packs", "pairs", "balance")
 COLLECTIVES = (
@@ -91,12 +91,12 @@ class Case:
 
     Attributes:
         backend: name of the parallel backend.
-        processes: of the group.
-        pairs: groups of two in the global batch.
-        chats: samples with labels in it.
+        processes: number of processes of the group.
+        pairs: number of groups of two in the global batch.
+        chats: number of samples with labels in it.
         tokens: length of every sample; None draws log-normal lengths.
         budget: tokens of a pack.
-        repetitions: measured steps, after one of at most 32 pairs that warms up.
+        repetitions: measured steps, after a warm-up step of at most 32 pairs.
         architecture: sizes of the model.
         count_tensors: whether to count live tensors in the measured steps, which slows them a little.
     """
@@ -112,7 +112,7 @@ class Case:
     count_tensors: bool = False
 
 
-# --- what is run -------------------------------------------------------------------------------------------------------
+# --- one case ----------------------------------------------------------------------------------------------------------
 
 
 def make_step(case: Case) -> dict[str, list[Sample]]:
@@ -120,6 +120,7 @@ def make_step(case: Case) -> dict[str, list[Sample]]:
     random = np.random.default_rng(0)
 
     def ids(median: float) -> np.ndarray:
+        """Random tokens of a random length."""
         length = case.tokens or int(np.clip(random.lognormal(np.log(median), 0.6), 8, 128))
         return random.integers(3, ARCHITECTURE["vocab_size"], size=length)
 
@@ -141,7 +142,7 @@ def num_tokens(step: dict[str, list[Sample]]) -> int:
     return sum(len(sample) for samples in step.values() for sample in samples)
 
 
-def share_of(case: Case, rank: int) -> Batch:
+def rank_batch(case: Case, rank: int) -> Batch:
     """A rank's packs of the global batch."""
     samples = make_step(case)
     counts = {"generation": float(sum(s.num_supervised for s in samples.get("generation", ())))} if case.chats else {}
@@ -149,7 +150,7 @@ def share_of(case: Case, rank: int) -> Batch:
 
 
 def run_case(case: Case) -> list[dict[str, Any]]:
-    """Run a case in fresh processes; returns what every rank measured."""
+    """Run a case in new processes; returns the measurements of every rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -167,9 +168,9 @@ def work(rank: int, case: Case, port: int, folder: str) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # DeepSpeed calls collectives by their old names
     clock = CollectiveClock()
     if case.backend.startswith("zero"):
-        import deepspeed  # noqa: F401 - its import is not the stage's memory
+        import deepspeed  # noqa: F401 - imported now, so that its memory is not counted as the stage's
     distributed.initialize(timeout_minutes=5)
-    batch = share_of(case, rank)
+    batch = rank_batch(case, rank)
     before = start_of_peak()
     seed_everything(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **case.architecture))
@@ -181,8 +182,8 @@ def work(rank: int, case: Case, port: int, folder: str) -> None:
     weights = {name: WEIGHTS[name] for name in (*tokens, *embeddings)}
     terms = [EmbeddingTerm(embeddings, weights)]
     step = GradCacheStep(backend.forward, backend.backward, weights, terms, equal_forwards=backend.equal_forwards)
-    losses = step(share_of(replace(case, pairs=min(case.pairs, 32)), rank))
-    first = {"loss": losses.total, "norm": backend.update(1e-4, 1.0)}  # makes the optimizer's state too
+    losses = step(rank_batch(replace(case, pairs=min(case.pairs, 32)), rank))
+    first = {"loss": losses.total, "norm": backend.update(1e-4, 1.0)}  # also creates the optimizer's state
     start_of_peak()
     seconds, waits = [], []
     live = LiveTensors()
@@ -208,9 +209,9 @@ def work(rank: int, case: Case, port: int, folder: str) -> None:
 
 
 class CollectiveClock:
-    """Adds up the seconds that this process spends inside torch's collectives, or waiting for those it started.
+    """Sums the seconds that this process spends in torch's collectives, or waiting for asynchronous ones.
 
-    To be made before anything that keeps references to them (DeepSpeed does).
+    Create it before anything that keeps references to the collectives, as DeepSpeed does.
     """
 
     def __init__(self) -> None:
@@ -222,9 +223,10 @@ class CollectiveClock:
                     setattr(module, name, self.timed(getattr(module, name)))
 
     def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call on the clock; one collective that calls another counts once."""
+        """Wrap a collective so that its calls are timed; one that calls another counts once."""
 
         def measured(*args: Any, **kwargs: Any) -> Any:
+            """`call`, with its duration added to the clock."""
             if self._running:
                 return call(*args, **kwargs)
             self._running = True
@@ -240,7 +242,7 @@ class CollectiveClock:
 
 
 class _Handle:
-    """A collective under way, whose `wait` is on the clock."""
+    """An asynchronous collective whose `wait` is timed."""
 
     def __init__(self, handle: Any, clock: CollectiveClock) -> None:
         self._handle = handle
@@ -251,7 +253,7 @@ class _Handle:
 
 
 def start_of_peak() -> int:
-    """Give freed memory back and forget the process's peak so far; returns its resident memory, in bytes (Linux, glibc)."""
+    """Return freed memory to the system and reset the process's peak; returns its resident memory in bytes (Linux, glibc)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -259,7 +261,7 @@ def start_of_peak() -> int:
 
 
 def peak() -> int:
-    """The most resident memory since `start_of_peak`, in bytes."""
+    """The peak resident memory since `start_of_peak`, in bytes."""
     return _status("VmHWM")
 
 
@@ -268,7 +270,7 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
-# --- what is printed ---------------------------------------------------------------------------------------------------
+# --- sections ----------------------------------------------------------------------------------------------------------
 
 
 def backends(repetitions: int) -> None:
@@ -282,10 +284,10 @@ def backends(repetitions: int) -> None:
         ranks = run_case(case)
         fastest = min(max(times) for times in zip(*(r["seconds"] for r in ranks), strict=True))
         reference = reference or fastest
-        share = statistics.median(w / s for r in ranks for w, s in zip(r["waits"], r["seconds"], strict=True))
+        waiting = statistics.median(w / s for r in ranks for w, s in zip(r["waits"], r["seconds"], strict=True))
         memory = max(r["memory"] for r in ranks) / MIB
         print(
-            f"{case.backend:8} {case.processes:9} {fastest:9.2f} {reference / fastest:14.2f}x {share:15.1%} {memory:17.0f}  "
+            f"{case.backend:8} {case.processes:9} {fastest:9.2f} {reference / fastest:14.2f}x {waiting:15.1%} {memory:17.0f}  "
             f"{'+'.join(str(r['tokens']) for r in ranks):>11}  {'+'.join(str(r['packs']) for r in ranks):>5}  "
             f"{ranks[0]['loss']:.6f}, {ranks[0]['norm']:.6f}",
             flush=True,
@@ -327,18 +329,19 @@ def pairs(repetitions: int) -> None:
 
 
 def balance(repetitions: int) -> None:
-    """Deal GRIT's batches (Mistral-7B: 2,048 pairs and 256 chats; Mixtral: 256 and 256) and compare with dealing in turn."""
+    """Partition GRIT's batches (Mistral-7B: 2,048 pairs and 256 chats; Mixtral: 256 and 256); compare with round-robin."""
     cost = SampleCost(2 * 6.98e9, 4 * 32 * 4096)
     random = np.random.default_rng(0)
 
     def length(median: float, most: int) -> int:
+        """Draw a length in tokens."""
         return int(np.clip(random.lognormal(np.log(median), 0.9), 8, most))
 
     print("\nbalance: the costliest rank over the mean, log-normal lengths, one hard negative, 5 steps")
-    print("pairs  chats  ranks  in turn  by tokens  by cost")
+    print("pairs  chats  ranks  round-robin  by tokens  by cost")
     for num_pairs, num_chats in ((2048, 256), (256, 256)):
         for ranks in (8, 16, 32, 64):
-            found: dict[str, list[float]] = {"turn": [], "tokens": [], "cost": []}
+            found: dict[str, list[float]] = {"round_robin": [], "tokens": [], "cost": []}
             for _ in range(5):
                 step: dict[str, list[Sample]] = {"embedding": [], "generation": []}
                 for group in range(num_pairs):
@@ -348,15 +351,17 @@ def balance(repetitions: int) -> None:
                         step["embedding"].append(sample)
                 for group in range(num_chats):
                     step["generation"].append(Sample(input_ids=np.ones(length(500, 2048), int), stream="g", group=group))
-                turn = [[s for stream in step.values() for s in stream if s.group % ranks == rank] for rank in range(ranks)]
-                for name, shares in (
-                    ("turn", turn),
+                round_robin = [
+                    [s for stream in step.values() for s in stream if s.group % ranks == rank] for rank in range(ranks)
+                ]
+                for name, samples_by_rank in (
+                    ("round_robin", round_robin),
                     ("tokens", partition_samples(step, ranks)),
                     ("cost", partition_samples(step, ranks, cost)),
                 ):
-                    found[name].append(imbalance([sum(map(cost, share)) for share in shares]))
-            turn_, tokens, costs = (statistics.mean(values) for values in found.values())
-            print(f"{num_pairs:5} {num_chats:6} {ranks:6} {turn_:8.3f} {tokens:10.4f} {costs:8.4f}", flush=True)
+                    found[name].append(imbalance([sum(map(cost, samples)) for samples in samples_by_rank]))
+            in_turn, tokens, costs = (statistics.mean(values) for values in found.values())
+            print(f"{num_pairs:5} {num_chats:6} {ranks:6} {in_turn:12.3f} {tokens:10.4f} {costs:8.4f}", flush=True)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""What KTO does to the embedded model, or to a finished run of it: held-out preferences and retrieval, before and after.
+"""Effect of KTO on the embedded model, or on a finished run of it: held-out preferences and retrieval, before and after.
 
-Trains `recipe=kto_smollm2` (or goes on with it: the same command again resumes), reads the held-out log-probabilities that the
-run measured before its first and after its last step, and measures retrieval over held-out docstrings (nDCG@10 and recall@1,
-bidirectional, the settings of `grit_smollm2`) with the weights that the run started from and with those it exported.
+Trains `recipe=kto_smollm2` (the same command again resumes it), reads the held-out log-probabilities that the run measured
+before its first and after its last step, and measures retrieval over held-out docstrings (nDCG@10 and recall@1, bidirectional,
+with the settings of `grit_smollm2`) for the initial and the exported weights.
 
 Usage: python benchmarks/kto.py --out DIR [--start RUN_OR_EXPORT] [--queries 200] [key=value ...]
 
@@ -52,8 +52,8 @@ def retrieval(start: str | None, queries: int) -> dict[str, float]:
     """nDCG@10 and recall@1 of a model over held-out docstrings, bidirectional.
 
     Args:
-        start: a run or an export; None: the embedded model as it is.
-        queries: how many held-out pairs ask and are searched.
+        start: a run or an export; None for the original embedded model.
+        queries: number of held-out pairs that serve as queries and documents.
     """
     config = compose_run(["recipe=grit_smollm2", f"validation.retrieval.queries.limit={queries}"])
     model: ModelConfig = replace(config.model, init_from=start)
@@ -73,7 +73,7 @@ def retrieval(start: str | None, queries: int) -> dict[str, float]:
 
 
 def measure(out: Path, start: str | None, queries: int, overrides: list[str]) -> dict[str, Any]:
-    """Train or go on, measure, and return what is written to `kto.json`."""
+    """Train or resume, measure, and return the content of `kto.json`."""
     started = time.perf_counter()
     arguments = ["recipe=kto_smollm2", f"run_dir={out / 'run'}", "resume=auto", "checkpoint.every=10", *overrides]
     if start is not None:
@@ -82,7 +82,7 @@ def measure(out: Path, start: str | None, queries: int, overrides: list[str]) ->
     training_seconds = time.perf_counter() - started
     before, after = held_out(run_dir)
     if not before:
-        raise DataError(f"{run_dir} has no held-out measurements of its first and last step. Start it anew in an empty folder.")
+        raise DataError(f"{run_dir} has no held-out measurements of its first and last step. Start again in an empty folder.")
     results: dict[str, dict[str, float]] = {
         name: {"before": before[f"{STREAM}/{name}"], "after": after[f"{STREAM}/{name}"]} for name in SHOWN
     }

@@ -1,9 +1,9 @@
-"""What the LLM2Vec chain does to sentence similarity: STS-B dev before, after MNTP, and after SimCSE on the embedded model.
+"""Effect of the LLM2Vec chain on sentence similarity: STS-B dev before, after MNTP, and after SimCSE on the embedded model.
 
-Spearman correlation of cosine similarity and human scores, mean pooling, no prompt. The text is a WikiText file; its
-tokenization is undone (" @-@ ", spaces before punctuation), headings and unknown words are left out. STS-B is not trained on;
-the recipe's template and SimCSE's learning rate were chosen on pairs of its training split. With `checkpoint.every=20
-checkpoint.keep_last=99` every checkpoint is measured too: the curve.
+Spearman correlation of cosine similarity and human scores, mean pooling, no prompt. The training text is a WikiText file,
+without its tokenization (" @-@ ", spaces before punctuation), headings and unknown words. STS-B is not trained on; the recipe's
+template and SimCSE's learning rate were chosen on pairs of its training split. With
+`checkpoint.every=20 checkpoint.keep_last=99` every checkpoint is measured too, which gives a learning curve.
 
 Usage: python benchmarks/llm2vec_chain.py WIKITEXT.txt STS_DEV.csv RUN_DIR [key=value ...]
 """
@@ -69,7 +69,7 @@ def similarity(model: UnifiedLM, rows: list[list[str]]) -> float:
 
 
 def measure_curve(run_dir: Path, measure: Callable[[str, UnifiedLM], None]) -> None:
-    """Measure the checkpoints of a run, oldest first, but for the last, whose weights are those of the export."""
+    """Measure the checkpoints of a run, oldest first, except the last, which has the weights of the export."""
     for checkpoint in list_checkpoints(run_dir / "checkpoints")[:-1]:
         step = int(checkpoint.name.removeprefix(PREFIX))
         run = load_run(run_dir, Console(quiet=True), step)
@@ -89,6 +89,7 @@ def main(wikitext: str, sts: str, run_dir: str, *overrides: str) -> None:
     scores = {}
 
     def measure(name: str, model: UnifiedLM) -> None:
+        """Score a model, and save all scores so far."""
         scores[name] = round(similarity(model, rows), 2)
         print(f"{name}: {scores[name]} after {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
         (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

@@ -1,14 +1,14 @@
 """A LoRA training step against full fine-tuning of the same batch on the CPU, through the engine.
 
 SmolLM2-135M in bfloat16; one pack of 8 samples of 128 tokens, causal, 200 supervised positions; a whole optimizer step:
-forward, backward, clipping, AdamW on float32 master weights. Each contestant is a process of its own, as a training run is: in
-one process the heap that full fine-tuning leaves behind slows LoRA's steps. One process works while the others wait, step by
-step in turn, so that whatever else runs on the machine disturbs all alike.
+forward, backward, clipping, AdamW on float32 master weights. Each variant runs in its own process, like a training run: in one
+process the heap fragmented by full fine-tuning slows LoRA's steps. The processes take steps in turn while the others wait, so
+that other load on the machine affects all of them equally.
 
     python benchmarks/lora_step.py [--repetitions 20] [--threads 2] [--peft]
 
-Steps of the two that follow each other make a pair; the ratio is the median over pairs, with its 95 % interval (bootstrap).
-`--peft` adds peft's own layers, as `get_peft_model` makes them (float32 adapters, torch's dropout), in the same engine.
+Consecutive steps of two variants form a pair; the ratio is the median over pairs, with its 95 % interval (bootstrap). `--peft`
+adds peft's own layers, as `get_peft_model` creates them (float32 adapters, torch's dropout), in the same engine.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def load() -> PreTrainedModel:
 
 
 def stock_peft(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with adapters as peft's own `get_peft_model` makes them; returns the inner causal language model."""
+    """Add adapters with peft's own `get_peft_model`; returns the inner causal language model."""
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
 
@@ -78,6 +78,7 @@ def step_of(model: PreTrainedModel) -> Callable[[], None]:
     batch = make_samples(model.config.vocab_size)
 
     def step() -> None:
+        """One optimizer step."""
         losses(batch)
         backend.update(1e-5, 1.0)
 
@@ -85,7 +86,7 @@ def step_of(model: PreTrainedModel) -> Callable[[], None]:
 
 
 def work(name: str, threads: int, end: Connection) -> None:
-    """A contestant's process: take a step whenever told to, and answer with its seconds."""
+    """The process of a variant: take a step on each request, and answer with its duration in seconds."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     model, report = load(), (0, 0, 0)

@@ -1,9 +1,9 @@
 """One GRIT step packed against the same samples padded to the longest of their kind.
 
 SmolLM2-135M in bfloat16, 32 pairs and 8 chats with log-normal lengths of up to 256 tokens, forward and backward, at the
-embedded recipe's temperature. The text is running text of pydocs; a pair's document is what follows its query. The padded side
-is what the reference systems do: queries, documents and chats each in a padded batch of their own through stock transformers
-(sdpa), queries and documents bidirectional. Losses are computed by the same functions on both sides.
+temperature of the embedded recipe. The text is running text of pydocs; a pair's document continues its query. The padded side
+does what the reference systems do: queries, documents and chats each in their own padded batch through stock transformers
+(sdpa), queries and documents bidirectional. The same functions compute the losses of both sides.
 
 Usage: python benchmarks/packed_vs_padded.py [repetitions]
 """
@@ -43,16 +43,18 @@ TEMPERATURE = 0.05
 def make_samples(
     tokenizer: PreTrainedTokenizerBase, num_pairs: int = 32, num_chats: int = 8, longest: int = 256
 ) -> list[Sample]:
-    """Real text, cut to log-normal lengths: short queries, longer documents and chats."""
+    """Real text, truncated to log-normal lengths: short queries, longer documents and chats."""
     random = np.random.default_rng(0)
     _, file = pydocs_file("text", "train", RecordKind.TEXT)
     rows = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
 
     def length(median: float) -> int:
+        """Draw a length in tokens."""
         return int(np.clip(random.lognormal(np.log(median), 0.7), PROMPT + 4, longest))
 
     def text(count: int) -> np.ndarray:
-        start = int(random.integers(len(rows) - 20))  # twenty rows in sequence are more than two of the longest samples
+        """Token ids of consecutive rows from a random start."""
+        start = int(random.integers(len(rows) - 20))  # twenty rows are longer than two of the longest samples
         return np.array(tokenizer("\n".join(rows[start : start + 20]))["input_ids"][:count])
 
     samples = []
@@ -74,15 +76,16 @@ def padded_forward(backbone: Backbone, batch: Batch, objective: Callable) -> Cal
     """A `forward` that runs the pack's samples in padded batches, one per kind, through stock transformers."""
 
     def forward(pack, *, tokens: bool = True) -> PackOutput:
+        """Run one pack; see `TrainingModule.forward`."""
         kinds: dict[tuple[str, int], list[int]] = {}
         for index, sample in enumerate(pack.samples):
             kinds.setdefault((sample.stream, sample.slot), []).append(index)
-        parts, places = [], []
+        parts, positions = [], []
         for (stream, _), members in kinds.items():
-            states, where = padded_states(backbone, pack, members, causal=stream == "generation")
+            states, positions_of_kind = padded_states(backbone, pack, members, causal=stream == "generation")
             parts.append(states)
-            places.append(where)
-        hidden = torch.cat(parts)[torch.argsort(torch.cat(places))]
+            positions.append(positions_of_kind)
+        hidden = torch.cat(parts)[torch.argsort(torch.cat(positions))]  # back to the order of the pack
         embeddings = pool(hidden, pack.pool_spans, "mean")
         terms = {n: objective(hidden, backbone.output_head(), part) for n, part in pack.supervised.items()} if tokens else {}
         return PackOutput(embeddings, terms)
@@ -91,7 +94,7 @@ def padded_forward(backbone: Backbone, batch: Batch, objective: Callable) -> Cal
 
 
 def padded_states(backbone: Backbone, pack, members: list[int], causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """States of some samples through a padded batch: `[tokens, D]`, and where each token lies in the pack."""
+    """States of some samples from a padded batch, `[tokens, D]`, and the position of each token in the pack."""
     lengths = [pack.plan.lengths[index] for index in members]
     ids = torch.zeros(len(members), max(lengths), dtype=torch.int64, device=pack.input_ids.device)
     mask = torch.zeros_like(ids)
@@ -101,8 +104,8 @@ def padded_states(backbone: Backbone, pack, members: list[int], causal: bool) ->
         mask[row, :length] = 1
     decoder = backbone.causal_lm.model
     states = decoder(input_ids=ids, attention_mask=mask, use_cache=False, is_causal=causal).last_hidden_state
-    where = [torch.arange(pack.plan.offsets[i], pack.plan.offsets[i] + n) for i, n in zip(members, lengths, strict=True)]
-    return states[mask.bool()], torch.cat(where).to(ids.device)
+    positions = [torch.arange(pack.plan.offsets[i], pack.plan.offsets[i] + n) for i, n in zip(members, lengths, strict=True)]
+    return states[mask.bool()], torch.cat(positions).to(ids.device)
 
 
 def main(repetitions: int = 3) -> None:
@@ -135,14 +138,14 @@ def main(repetitions: int = 3) -> None:
 
 
 def now() -> float:
-    """Seconds, once the device has done what it was given."""
+    """Seconds of a monotonic clock, after waiting for the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def report(samples: list[Sample], seconds: dict[str, list[float]], losses: dict[str, dict[str, float]]) -> None:
-    """Print what was measured; the first repetition warmed up and does not count."""
+    """Print the measurements; the first repetition is a warm-up and has been removed."""
     real = sum(map(len, samples))
     kinds: dict[tuple[str, int], list[int]] = {}
     for sample in samples:

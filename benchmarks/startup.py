@@ -1,4 +1,4 @@
-"""From starting `train.py` to its first step on the embedded model, once everything is cached, and the share of data in a step.
+"""Time from the start of `train.py` to its first step on the embedded model, with warm caches, and the part of a step for data.
 
 The recipe is grit_smollm2 without the validation that precedes its first step.
 
@@ -42,8 +42,8 @@ def main() -> None:
         first, lines = start(Path(folder) / "measured")
     steps = [line for line in lines if "step_seconds" in line]
     print(f"start to first step: {first - steps[0]['step_seconds']:.1f} s")
-    share = sum(line["data_seconds"] for line in steps) / sum(line["step_seconds"] for line in steps)
-    print(f"data: {share:.2%} of the steps' time ({steps[-1]['data_seconds'] * 1000:.1f} ms a step)")
+    fraction = sum(line["data_seconds"] for line in steps) / sum(line["step_seconds"] for line in steps)
+    print(f"data: {fraction:.2%} of the steps' time ({steps[-1]['data_seconds'] * 1000:.1f} ms a step)")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ DATA = random_data(20, 10)
 @pytest.fixture
 def arms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "arms.py"
+    monkeypatch.syspath_prepend(str(path.parent))  # as for a script: it imports its neighbor arms_table
     spec = importlib.util.spec_from_file_location("benchmark_arms", path)
     assert spec is not None
     assert spec.loader is not None

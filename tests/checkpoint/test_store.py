@@ -34,7 +34,7 @@ def test_a_torn_checkpoint_is_skipped_with_a_message(tmp_path):
     found = find_checkpoint("auto", tmp_path)
     assert found.path == first
     assert found.notices == (f"checkpoint {second} is torn and skipped: rng.safetensors is missing",)
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint: rng\.safetensors is missing"):
+    with pytest.raises(CheckpointError, match=r"not a complete checkpoint: rng\.safetensors is missing"):
         find_checkpoint(str(second), tmp_path)
     assert find_checkpoint(str(tmp_path), tmp_path / "elsewhere").path == first
 

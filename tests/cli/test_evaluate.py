@@ -75,7 +75,7 @@ def test_a_run_without_an_export_says_how_to_make_one(tmp_path: Path) -> None:
         (["mteb", "MODEL", "--tasks", "STS", "STS"], ConfigError, "names sts more than once"),
         (["mteb", "MODEL", "--tasks", "STS", "--instructions", "e6"], ConfigError, "unknown instructions 'e6'"),
         (["mteb", "MODEL", "--tasks", "STS", "--instructions", "task"], ConfigError, "have none for sts"),
-        (["mteb", "EMPTY", "--tasks", "STS"], CheckpointError, "no export of unified_lm"),
+        (["mteb", "EMPTY", "--tasks", "STS"], CheckpointError, "not an export of unified_lm"),
         (["mteb", "./missing", "--tasks", "STS"], CheckpointError, "there is no folder"),
         (["mtbe"], UserError, "unknown command 'mtbe'. Did you mean 'mteb'"),
     ],

@@ -195,7 +195,7 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
 def test_an_ordinary_token_made_special_is_refused(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.mask_token = "_"
-    with pytest.raises(CheckpointError, match=r"ordinary tokens special: '_'.*mask_token = None"):
+    with pytest.raises(CheckpointError, match=r"ordinary tokens as special: '_'.*mask_token = None"):
         export_model(tiny_model("llama"), tokenizer, tmp_path / "export", manifest=make_manifest(), template=GRIT)
 
 
@@ -256,7 +256,7 @@ def test_verification_catches_changed_weights(tmp_path: Path, monkeypatch: pytes
         return state
 
     monkeypatch.setattr(export, "_cast_state", unfaithful)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight' changed"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight' differs"):
         write(tmp_path / "export", verify="weights")
 
 

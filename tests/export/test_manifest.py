@@ -41,7 +41,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, change: dict[str, A
 
 
 def test_missing_field_file_and_torn_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no export of unified_lm"):
+    with pytest.raises(CheckpointError, match="not an export of unified_lm"):
         Manifest.load(tmp_path)
     value = asdict(make_manifest())
     del value["recipe"]

@@ -126,6 +126,7 @@ def save_state(state: RunState, rng: RngState, tensors: Iterable[tuple[str, torc
     """
     target = folder / f"{PREFIX}{state.step:08d}"
     building = folder / f".{target.name}.building"
+    # Also a barrier: no rank writes before the folder exists.
     _raise_together(_start(building), building, target)
     names, failure = write_shard(tensors, building)
     _raise_together(failure, building, target)
@@ -167,6 +168,7 @@ def _finish(
         save_file(_rng_tensors(rngs), building / _RNG)
         files = {path.name: path.stat().st_size for path in sorted(building.iterdir())}
         tensors = {shard_name(rank, len(names_by_rank)): names for rank, names in enumerate(names_by_rank) if names}
+        # Ranks on other nodes may have written to a local disk, without an error.
         missing = sorted(set(tensors) - set(files))
         if missing:
             raise OSError(f"rank 0 does not see {missing[0]}: run_dir must be on a file system that all nodes share")
@@ -190,6 +192,7 @@ def torn(path: Path) -> str | None:
     try:
         content = _read_index(path)
         for name, size in content["files"].items():
+            # Sizes, not hashes: reading a large checkpoint takes minutes, and incomplete files are short.
             found = (path / name).stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes instead of {size:,}"

@@ -80,6 +80,7 @@ def _named(resume: str) -> Found:
 
 def _newest_complete(folder: Path) -> Found:
     notices: list[str] = []
+    # By name and completeness, not by the pointer: a run killed between renaming and writing it has an outdated pointer.
     for path in reversed(list_checkpoints(folder)):
         reason = torn(path)
         if reason is None:
@@ -148,6 +149,7 @@ class CheckpointCopier:
     target: Path
     keep_last: int
     keep_every: int
+    # One thread: copies of a slow disk must not overtake each other.
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="copy"))
     _running: dict[Path, Future[None]] = field(default_factory=dict)
 

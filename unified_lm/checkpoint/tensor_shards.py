@@ -58,6 +58,7 @@ class ShardWriter:
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor; the caller may overwrite it afterwards."""
         data = tensor.detach().cpu().contiguous()
+        # offsets are relative to the end of the header, wherever that is
         start, self._end = self._end, self._end + data.nbytes
         self._entries[name] = {"dtype": _DTYPES[data.dtype], "shape": list(data.shape), "data_offsets": [start, self._end]}
         self._handle.write(data.reshape(-1).view(torch.uint8).numpy().data)

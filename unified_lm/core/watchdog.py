@@ -47,7 +47,7 @@ class Watchdog(threading.Thread):
         self.interval = min(5.0, timeout_seconds / 10)  # seconds between heartbeats
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self._store = store
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # the main thread uses the same connection in `wait_for_flag`
         self._ended = threading.Event()
         self._lost: float | None = None
 

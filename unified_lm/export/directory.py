@@ -110,6 +110,7 @@ def export_model(
         final = replace(complete, weights_hash=hash_weights(building))
         final.save(building)
         write_text(building / "README.md", model_card(final, prompts(final, template, saved_tokenizer), sentence_transformers))
+        # before the rename: an exception here leaves a previous export in place
         verify_export(building, causal_lm, final, template, check, sentence_transformers)
         written.append(final)
 
@@ -253,6 +254,7 @@ def _write_config(building: Path, manifest: Manifest) -> dict[str, Any]:
         config.pop(name, None)
     text = _text_section(config)
     causal_embedding = manifest.attention == "causal"
+    # The root serves generation if the model generates; then the overlay makes embeddings bidirectional.
     text["is_causal"] = causal_embedding or manifest.can_generate
     text["use_cache"] = True
     write_json(path, config)
@@ -271,7 +273,7 @@ def _write_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Save a copy of the tokenizer with pad token and chat template, and check that it reloads unchanged; returns the copy."""
     saved = copy.deepcopy(tokenizer)
-    saved.padding_side = "right"
+    saved.padding_side = "right"  # sentence-transformers' padding; `generate` of a batch needs "left", set by its caller
     if saved.pad_token is None:
         saved.pad_token = saved.eos_token or saved.bos_token
     if manifest.can_generate and template.turns:

@@ -59,6 +59,7 @@ def merge_lora(causal_lm: PreTrainedModel, *, verify: bool = True) -> PreTrained
     remove_lora(model)
     _drop_peft_traces(model)
     _check_equal(model, calls)
+    # Rounded only now: the comparison is in float32, where rounding to bfloat16 would hide an error.
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     return model

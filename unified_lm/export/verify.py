@@ -157,6 +157,8 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _check_weights(loaded: PreTrainedModel, source: PreTrainedModel, folder: Path) -> None:
+    # Compared after loading with transformers, not file by file, so that renamed and tied weights are checked as users get
+    # them.
     own = source.state_dict()
     state = loaded.state_dict()
     if set(own) != set(state):
@@ -172,7 +174,7 @@ def _check_weights(loaded: PreTrainedModel, source: PreTrainedModel, folder: Pat
 
 def _sees_future(run: Any, vocabulary: int) -> bool:
     """Whether changing the last of 12 tokens changes an earlier position; `run` maps `[1, 12]` to `[1, 12, ...]`."""
-    tokens = 3 + torch.arange(12)[None] * 7
+    tokens = 3 + torch.arange(12)[None] * 7  # distinct, and past the special tokens of most vocabularies
     changed = tokens.clone()
     changed[0, -1] += vocabulary // 2
     before, after = run(tokens % vocabulary)[0], run(changed % vocabulary)[0]

@@ -1,5 +1,6 @@
-"""Using a model: embed, search, generate."""
+"""Use of a trained model: embed, search, generate."""
 
-from unified_lm.inference.unified import Hit, UnifiedLM
+from unified_lm.inference.search import Hit
+from unified_lm.inference.unified import UnifiedLM
 
 __all__ = ["Hit", "UnifiedLM"]

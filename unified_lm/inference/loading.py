@@ -21,17 +21,17 @@ from unified_lm.models.pooling import Projection
 from unified_lm.models.standardizer import Standardizer
 
 _RUN_CONFIG = "config.yaml"
-"""What the folder of every run holds."""
+"""The file by which the folder of a run is recognized."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a folder holds.
+    """The content of a model folder.
 
     Attributes:
         causal_lm: the model, on its device, in evaluation mode.
         tokenizer: its tokenizer.
-        manifest: None where the folder is no export.
+        manifest: None if the folder is not an export.
         template: the export's template, or None.
         projection: the export's linear head, or None.
         standardizer: the export's statistics, or None.
@@ -53,17 +53,17 @@ def load_parts(
     revision: str | None = None,
     needs_manifest: bool = True,
 ) -> Parts:
-    """Load what a folder or a Hub repository holds; no code that comes with it is run.
+    """Load a folder or a Hub repository. Code that it contains is never run.
 
     Args:
-        name_or_path: a folder (of a run: its export), or a Hub name.
+        name_or_path: a folder (for a run, its export is loaded), or a Hub name.
         device: None takes the accelerator if there is one.
-        dtype: None takes the stored type.
+        dtype: None takes the stored dtype.
         revision: Hub revision.
-        needs_manifest: whether a folder that is no export is refused.
+        needs_manifest: whether to refuse a folder that is not an export.
 
     Raises:
-        CheckpointError: nothing there, no export, or files that cannot be loaded.
+        CheckpointError: no such folder, not an export, or files that cannot be loaded.
         ConfigError: unknown dtype.
     """
     folder = model_folder(name_or_path, revision)
@@ -89,25 +89,30 @@ def load_parts(
 
 
 def model_folder(name_or_path: str | Path, revision: str | None) -> Path:
-    """The local folder of a model: the one that is named, the export of a run that is named, or the download of a Hub name.
+    """The local folder of a model: the given one, the export of the given run, or the download of a Hub repository.
+
+    Args:
+        name_or_path: a folder, or a Hub name.
+        revision: Hub revision.
 
     Raises:
-        CheckpointError: no such folder, and no Hub name that the Hub gives us; or a run without an export.
+        CheckpointError: no such folder and no accessible Hub repository, or a run without an export.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return _export_of(path)
+    # A mistyped path must not become a request to the Hub.
     name = str(name_or_path)
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or isinstance(name_or_path, Path):
         raise CheckpointError(f"there is no folder {name_or_path}. Give a run, its 'export' folder, or a Hub name (org/name).")
     try:
         return Path(snapshot_download(name, revision=revision))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{name}' is neither a folder nor a model that the Hub gives us: {error}") from error
+        raise CheckpointError(f"'{name}' is neither a folder nor a model that can be loaded from the Hub: {error}") from error
 
 
 def _export_of(folder: Path) -> Path:
-    """The export in the folder of a run; any other folder as it is.
+    """The export inside the folder of a run; any other folder is returned unchanged.
 
     Raises:
         CheckpointError: the folder is a run, a chain or an ablation, and has no export itself.
@@ -120,11 +125,11 @@ def _export_of(folder: Path) -> Path:
     runs = sorted(path.parent for path in folder.glob(f"*/{_RUN_CONFIG}"))
     if (folder / _RUN_CONFIG).is_file():
         if list_checkpoints(folder / "checkpoints"):
-            mend = f"`unified-lm export {folder}` writes one from its newest checkpoint."
+            fix = f"`unified-lm export {folder}` writes one from its newest checkpoint."
         else:
-            mend = "It has no checkpoint to write one from either: train it again with export.enabled=true."
+            fix = "It has no checkpoint to write one from either: train it again with export.enabled=true."
         raise CheckpointError(
-            f"{folder} is a run without an export: export.enabled was false, or the run is not finished. {mend}"
+            f"{folder} is a run without an export: export.enabled was false, or the run is not finished. {fix}"
         )
     if runs:
         raise CheckpointError(f"{folder} holds several runs; name one of them: {', '.join(map(str, runs))}.")

@@ -1,4 +1,4 @@
-"""Fitting a standardizer on a reference corpus, streamed: no vector is kept."""
+"""Fitting a standardizer on a reference corpus, block by block: vectors are not kept."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Fitted:
     Attributes:
         standardizer: the statistics.
         num_texts: distinct texts in the corpus.
-        corpus_hash: of those texts, whatever their order.
-        num_floored: dimensions whose standard deviation was raised to `RELATIVE_EPS` times the median.
+        corpus_hash: of those texts, independent of their order.
+        num_floored: number of dimensions whose standard deviation was raised to `RELATIVE_EPS` times the median.
     """
 
     standardizer: Standardizer
@@ -41,22 +41,23 @@ def fit_standardizer(
     min_texts: int = MIN_TEXTS,
     progress: Callable[[int], None] | None = None,
 ) -> Fitted:
-    """Fit per-dimension statistics of a model's vectors, before scaling to length 1 and without any standardizer it has.
+    """Fit per-dimension statistics of a model's vectors, before scaling to length 1 and without the model's own standardizer.
 
-    Equal texts count once, so that copies do not weigh more. The order of the texts makes no difference beyond rounding.
+    Equal texts count once, so that copies get no extra weight. The order of the texts only affects rounding.
 
     Args:
         model: embeds the texts.
-        texts: the reference corpus; read once. Empty ones are left out.
-        instruction: the texts are embedded with it, "" as documents.
+        texts: the reference corpus; read once. Empty texts are ignored.
+        instruction: for embedding the texts; "" embeds them as documents.
         min_texts: fewest distinct texts.
-        progress: called with the number of texts just embedded.
+        progress: called after each block with its number of texts.
 
     Raises:
         DataError: too few distinct texts, or texts that do not vary.
     """
     moments = RunningMoments()
     hashes: set[bytes] = set()
+    # Statistics of vectors that are already standardized would be mean 0 and deviation 1.
     own, model.standardizer = model.standardizer, None
     try:
         for block in _blocks(_distinct(texts, hashes)):
@@ -76,6 +77,7 @@ def fit_standardizer(
 
 
 def _distinct(texts: Iterable[str], hashes: set[bytes]) -> Iterator[str]:
+    """Yield each distinct text once, and add its hash to `hashes`: a set of texts could exceed the memory."""
     for text in texts:
         stripped = text.strip()
         digest = blake2b(stripped.encode(), digest_size=16).digest()

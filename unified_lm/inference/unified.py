@@ -1,7 +1,7 @@
 """`UnifiedLM`: one model that embeds and generates.
 
-Embedding runs in packs through our attention, generation through transformers' own. The switch between the two is in the
-model's configuration, so the two take turns under a lock.
+Embedding runs in packs through our attention, generation through transformers' own. The switch between them is in the model's
+configuration, so a lock keeps threads from doing both at the same time.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,43 +22,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder, Rejection
 from unified_lm.data.prompts.templates import Template, get_template
-from unified_lm.export.directory import stop_token_ids
 from unified_lm.export.manifest import ATTENTIONS, MODES, Manifest
 from unified_lm.export.samples import embedding_sample
+from unified_lm.inference.generation import Messages, conversation_turns, generation_settings
 from unified_lm.inference.loading import load_parts
+from unified_lm.inference.search import Hit, best_hits, cosine_similarity
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.embedding import embed_samples
 from unified_lm.models.pooling import Pooling, Projection
 from unified_lm.models.standardizer import Standardizer, embedding_head
 
 TOKEN_BUDGET = 4096
-"""The most tokens of one forward when embedding."""
-
-Messages = Sequence[Mapping[str, str]]
-"""A conversation: `{"role": ..., "content": ...}` per turn, the last one to be answered."""
+"""Most tokens of one forward when embedding."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One result of a search.
-
-    Attributes:
-        index: place of the document among those searched.
-        score: cosine similarity with the query.
-    """
-
-    index: int
-    score: float
 
 
 class UnifiedLM:
     """A causal language model that also embeds.
 
     Attributes:
-        manifest: what the export says about itself; None for a model that was not exported by this package.
-        num_truncated: texts that `encode` cut to their limit, since loading.
+        manifest: the export's manifest; None for a model that was not exported by this package.
+        num_truncated: number of texts that `encode` has truncated since loading.
     """
 
     def __init__(
@@ -83,23 +66,23 @@ class UnifiedLM:
         """Wrap a loaded model; `from_pretrained` loads an export.
 
         Args:
-            causal_lm: on the device that it will run on. Its attention is routed through our kernels from now on.
+            causal_lm: on the device that it runs on. From now on its attention goes through our kernels.
             tokenizer: its fast tokenizer.
             template: prompt template, or its name.
             pooling: "mean", "weighted_mean", "last_token" or "cls".
-            attention: how texts are embedded, "bidirectional" or "causal".
-            normalize: whether `encode` scales vectors to length 1 unless told otherwise.
+            attention: for embedding texts, "bidirectional" or "causal".
+            normalize: whether `encode` scales vectors to length 1 by default.
             projection: linear head on the pooled vector, or None.
             standardizer: applied after the head and before scaling to length 1, or None.
-            instructions: prompt name -> instruction; "query" is what `search` embeds queries with.
+            instructions: prompt name -> instruction; `search` embeds queries with "query".
             max_tokens: limit of an embedded text with its prompt, in tokens.
-            modes: what the model may be asked for: "embed", "generate".
+            modes: what the model was exported for: "embed", "generate".
             attention_kernel: see `Backbone`.
-            manifest: kept for the reader.
+            manifest: stored for the caller.
 
         Raises:
-            ConfigError: unknown attention or pooling, or a template that does not fit the tokenizer.
-            ModelError: the kernel cannot run the model.
+            ConfigError: unknown attention or pooling, or a template that does not match the tokenizer.
+            ModelError: the kernel does not support the model.
         """
         if attention not in ATTENTIONS:
             raise ConfigError(f"unknown attention '{attention}'.{did_you_mean(attention, ATTENTIONS)}")
@@ -116,7 +99,8 @@ class UnifiedLM:
         self._instructions = dict(instructions or {})
         self._max_tokens = max_tokens
         self._modes = tuple(modes)
-        self._turn = threading.Lock()
+        # Guards the attention switch in the model's configuration, and evaluation mode of borrowers.
+        self._lock = threading.Lock()
         self.manifest = manifest
         self.num_truncated = 0
 
@@ -133,27 +117,27 @@ class UnifiedLM:
         pooling: str | None = None,
         attention: str | None = None,
     ) -> UnifiedLM:
-        """Load an export, or any causal language model if told how to embed with it.
+        """Load an export, or any causal language model together with a template.
 
         Args:
             name_or_path: a folder, or a Hub name.
             device: where to run; None takes the accelerator if there is one.
-            dtype: type of the weights in memory ("float32", "bfloat16"...); None takes the stored one.
+            dtype: of the weights in memory ("float32", "bfloat16"...); None takes the stored one.
             attention_kernel: see `Backbone`.
             revision: Hub revision.
-            template: prompt template in place of the export's. Needed where the folder is no export.
-            pooling: in place of the export's; "mean" where the folder is no export.
-            attention: in place of the export's; "bidirectional" where the folder is no export.
+            template: replaces the export's prompt template. Required if the model is not an export.
+            pooling: replaces the export's; without an export the default is "mean".
+            attention: replaces the export's; without an export the default is "bidirectional".
 
         Raises:
-            CheckpointError: nothing there, a damaged export, or no export and no template given.
+            CheckpointError: no such model, a damaged export, or neither an export nor a template.
             ConfigError: unknown template, pooling or attention.
-            ModelError: the kernel cannot run the model.
+            ModelError: the kernel does not support the model.
         """
         parts = load_parts(name_or_path, device=device, dtype=dtype, revision=revision, needs_manifest=template is None)
         manifest = parts.manifest
         if manifest is None:
-            assert template is not None, "load_parts refuses a folder without a manifest then"
+            assert template is not None, "load_parts requires a manifest if there is no template"
             return cls(
                 parts.causal_lm,
                 parts.tokenizer,
@@ -180,7 +164,7 @@ class UnifiedLM:
 
     @property
     def query_instruction(self) -> str:
-        """The instruction that queries are embedded with by default, "" for none."""
+        """The default instruction for queries, "" for none."""
         return self._instructions.get("query", "")
 
     @property
@@ -190,41 +174,42 @@ class UnifiedLM:
 
     @property
     def attention(self) -> str:
-        """How texts are embedded unless told otherwise, "bidirectional" or "causal"."""
+        """Attention for embedding texts, "bidirectional" or "causal"."""
         return self._attention
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
-        """The template bound to the tokenizer: what turns texts and conversations into tokens."""
+        """The template bound to the tokenizer; it turns texts and conversations into tokens."""
         return self._encoder
 
     @property
     def standardizer(self) -> Standardizer | None:
-        """What standardizes vectors; None where they stay as the model gives them. May be set, for comparisons.
+        """The module that standardizes vectors, or None. It may be set, for comparisons.
 
         Raises:
-            ConfigError: on setting one of another number of dimensions.
+            ConfigError: when set to a standardizer with a different number of dimensions.
         """
         return self._standardizer
 
     @standardizer.setter
     def standardizer(self, standardizer: Standardizer | None) -> None:
+        """Replace the standardizer; moves it to the model's device."""
         if standardizer is not None and standardizer.dim != self.embedding_dim:
             raise ConfigError(f"the standardizer has {standardizer.dim} dimensions, the embeddings have {self.embedding_dim}.")
         self._standardizer = None if standardizer is None else standardizer.to(self._device).eval()
 
     @contextmanager
     def borrow_backbone(self) -> Iterator[Backbone]:
-        """Lend out the backbone, in evaluation mode, while no other thread of this process may use it.
+        """Context with exclusive access to the backbone, in evaluation mode; other threads of this process wait.
 
         Yields:
-            It, on `device`; whoever borrows it leaves it as it was.
+            The backbone, on `device`. The borrower must restore whatever it changes.
         """
-        with self._turn:
+        with self._lock:
             yield self._backbone
 
     def embedding_prompt(self, instruction: str = "") -> str:
-        """The string that stands before a text with this instruction, as stock tools must be given it."""
+        """The string that precedes a text with this instruction, as stock tools need it."""
         return self._template.embedding_prompt(self._tokenizer, instruction)
 
     @overload
@@ -267,29 +252,29 @@ class UnifiedLM:
         """Embed texts, in packs of similar lengths.
 
         Args:
-            texts: one text, or several. White space around a text is not part of it.
-            instruction: the task, for queries; "" for documents. It is read but not pooled.
+            texts: one text, or several. White space around a text is removed.
+            instruction: the task, for queries; "" for documents. The model reads it, but it is not pooled.
             output: "numpy" or "torch" (on the CPU).
-            normalize: whether to scale vectors to length 1; None does what the export says.
-            max_tokens: limit of a text with its prompt, in tokens; longer texts are cut, counted in `num_truncated`.
-            token_budget: the most tokens of one forward; a longer text gets one of its own.
-            show_progress: draw a bar on stderr.
+            normalize: whether to scale vectors to length 1; None takes the export's setting.
+            max_tokens: limit of a text with its prompt, in tokens; longer texts are truncated and counted in `num_truncated`.
+            token_budget: the most tokens of one forward; a longer text gets a forward of its own.
+            show_progress: show a progress bar on stderr.
 
         Returns:
             float32: `[D]` for one text, `[N, D]` for several, in their order.
 
         Raises:
-            DataError: a text is empty or no string (the error names its index), or the instruction leaves no room.
+            DataError: a text is empty or not a string (the error names its index), or the instruction alone reaches the limit.
             ConfigError: unknown output.
-            CheckpointError: the model is exported for generation only.
+            CheckpointError: the model was exported for generation only.
         """
         if output not in ("numpy", "torch"):
             raise ConfigError(f"unknown output '{output}'.{did_you_mean(output, ('numpy', 'torch'))}")
         self._require("embed")
-        several = [texts] if isinstance(texts, str) else list(texts)
-        encoded = self._encode_prompts(several, instruction, self._max_tokens if max_tokens is None else max_tokens)
+        text_list = [texts] if isinstance(texts, str) else list(texts)
+        encoded = self._encode_prompts(text_list, instruction, self._max_tokens if max_tokens is None else max_tokens)
         samples = [embedding_sample(item, self._attention) for item in encoded]
-        with self._turn, _progress(len(samples), show_progress) as advance:
+        with self._lock, _progress(len(samples), show_progress) as advance:
             vectors = embed_samples(
                 self._backbone,
                 samples,
@@ -312,8 +297,7 @@ class UnifiedLM:
 
     def similarity(self, left: np.ndarray | torch.Tensor, right: np.ndarray | torch.Tensor) -> np.ndarray:
         """Cosine similarities, float32 `[N, M]`, of vectors `[N, D]` (or `[D]`) and `[M, D]` (or `[D]`)."""
-        a, b = (F.normalize(torch.atleast_2d(torch.as_tensor(side)).float(), dim=-1) for side in (left, right))
-        return (a @ b.T).numpy()
+        return cosine_similarity(left, right)
 
     def search(
         self, queries: str | Sequence[str], documents: Sequence[str] | np.ndarray, k: int = 10, instruction: str | None = None
@@ -323,17 +307,16 @@ class UnifiedLM:
         Args:
             queries: one query or several.
             documents: texts, or their vectors `[M, D]` from `encode`.
-            k: results per query, at most.
+            k: hits per query, at most.
             instruction: for the queries; None takes the export's own.
 
         Returns:
-            Per query its hits, best first.
+            For each query its hits, best first.
         """
-        asked = [queries] if isinstance(queries, str) else list(queries)
+        query_list = [queries] if isinstance(queries, str) else list(queries)
         vectors = documents if isinstance(documents, np.ndarray) else self.encode(documents)
-        scores = self.similarity(self.encode(asked, self.query_instruction if instruction is None else instruction), vectors)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return [[Hit(int(index), float(row[index])) for index in order] for row, order in zip(scores, best, strict=True)]
+        query_vectors = self.encode(query_list, self.query_instruction if instruction is None else instruction)
+        return best_hits(cosine_similarity(query_vectors, vectors), k)
 
     def generate(
         self,
@@ -348,39 +331,37 @@ class UnifiedLM:
 
         Args:
             messages: the conversation, or one user message.
-            max_new_tokens: the answer's limit, in tokens.
-            temperature: 0 always takes the likeliest token; otherwise logits are divided by it and the answer is drawn (seed it
-                with `torch.manual_seed`).
-            top_p: draw among the likeliest tokens that hold this share of the probability.
-            options: anything else that transformers' `generate` takes.
+            max_new_tokens: limit of the answer, in tokens.
+            temperature: 0 for greedy decoding; otherwise logits are divided by it and tokens are drawn (seed them with
+                `torch.manual_seed`).
+            top_p: draw from the most likely tokens whose probabilities sum to this.
+            options: further arguments of transformers' `generate`; they override the above.
 
         Returns:
-            The answer, without the tokens that end it and without white space around it.
+            The answer, without end tokens and without white space around it.
 
         Raises:
             DataError: a message without role or content, or an empty conversation.
-            ConfigError: the template cannot write conversations, or a limit below 1.
-            CheckpointError: the model is exported for embedding only.
+            ConfigError: the template has no conversation turns, or the limit is below 1.
+            CheckpointError: the model was exported for embedding only.
         """
         self._require("generate")
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
-        prompt = self._encoder.generation_prompt(self._turns(messages))
+        # Tokens, not text: chat markers must be encoded exactly as in training.
+        prompt = self._encoder.generation_prompt(conversation_turns(messages, self._template))
         tokens = torch.from_numpy(prompt.astype(np.int64))[None].to(self._device)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else _GREEDY
-        with self._turn, self._backbone.stock_attention() as causal_lm, torch.inference_mode():
-            known = causal_lm.generation_config.eos_token_id if causal_lm.generation_config is not None else None
-            stops = stop_token_ids(self._template, self._tokenizer, known)
-            settings = {
-                "max_new_tokens": max_new_tokens,
-                "eos_token_id": stops or None,
-                "pad_token_id": self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else (stops or [0])[0],
-                "use_cache": True,
-                **sampling,
-                **options,
-            }
+        with self._lock, self._backbone.stock_attention() as causal_lm, torch.inference_mode():
+            settings = generation_settings(
+                self._template,
+                self._tokenizer,
+                causal_lm.generation_config,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+            )
             generate = cast("Callable[..., torch.Tensor]", causal_lm.generate)
-            answer = generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **settings)
+            answer = generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **{**settings, **options})
         return str(self._tokenizer.decode(answer[0, tokens.shape[1] :], skip_special_tokens=True)).strip()
 
     def _require(self, mode: str) -> None:
@@ -403,30 +384,10 @@ class UnifiedLM:
             _log.warning("%d of %d texts were cut to %d tokens", truncated, len(texts), max_tokens)
         return encoded
 
-    def _turns(self, messages: str | Messages) -> list[tuple[str, str]]:
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        self._template.require_chat()
-        turns = []
-        for index, message in enumerate(messages):
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-                raise DataError(f'messages[{index}] is {message!r}, expected {{"role": ..., "content": ...}} with two strings.')
-            if message["role"] not in self._template.turns:
-                raise DataError(
-                    f"messages[{index}]: unknown role '{message['role']}'.{did_you_mean(message['role'], self._template.turns)}"
-                )
-            turns.append((message["role"], message["content"]))
-        if not turns:
-            raise DataError("messages is empty, expected at least one turn.")
-        return turns
-
-
-_GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-
 
 @contextmanager
 def _progress(total: int, show: bool) -> Iterator[Callable[[int], None] | None]:
-    """A bar on stderr that counts texts, or None."""
+    """Yields a function that advances a progress bar on stderr, or None if nothing is shown."""
     if not show:
         yield None
         return

@@ -135,6 +135,7 @@ class Backbone(nn.Module):
             ModelError: the model has no plain linear head (none at all, or an adapter wraps it).
         """
         head = self.causal_lm.get_output_embeddings()
+        # An adapter's wrapper has a weight too, but the loss would use it without the adapter.
         if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor) or hasattr(head, "base_layer"):
             raise ModelError(
                 f"{type(self.causal_lm).__name__} has no plain linear output head (got {type(head).__name__}). "
@@ -186,6 +187,7 @@ class Backbone(nn.Module):
             )
 
     def _run(self, pack: Pack, **options: Any) -> Any:
+        # The decoder without the head: losses compute logits themselves, at supervised positions only.
         decoder = self.causal_lm.get_decoder()
         if self._attention is None:
             batch = pad(pack, self._config, self.causal_lm.dtype)

@@ -47,7 +47,7 @@ def embedded_directory(name: str = SMOLLM2_135M) -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):  # one rank converts, the others wait
-            if not target.exists():
+            if not target.exists():  # again, because another process may have written it meanwhile
                 write_directory(target, lambda folder: convert(gguf, digest, folder))
     return target
 

@@ -168,6 +168,7 @@ def _locate(config: ModelConfig) -> _Origin:
     local = Path(config.name).expanduser()
     if local.is_dir():
         return _Origin("directory", str(local), config.name)
+    # Hub names are "model" or "org/model"; anything else is a path with a typo.
     if local.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
         raise ModelError(f"model.name is '{config.name}', and there is no such directory.")
     return _Origin("hub", config.name, config.name, config.revision)
@@ -302,6 +303,7 @@ def _finish(
     """Check that tokenizer and model match, give the tokenizer a pad token, and record the provenance."""
     embeddings: Any = causal_lm.get_input_embeddings()
     rows = embeddings.weight.shape[0]
+    # Fewer tokens than rows is common (tables are padded to a multiple); more would index out of the table.
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding table of '{origin.name}' only {rows} rows. "
@@ -341,5 +343,6 @@ def fingerprint(causal_lm: PreTrainedModel) -> str:
     digest = hashlib.blake2b(causal_lm.config.model_type.encode(), digest_size=8)
     for name, parameter in causal_lm.named_parameters():
         digest.update(f"{name}{list(parameter.shape)}".encode())
+        # 16 values: checkpoints compare fingerprints at every start, and reading whole weights takes seconds per gigabyte
         digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()

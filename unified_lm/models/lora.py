@@ -126,6 +126,7 @@ def apply_lora(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> Lor
             _inject(causal_lm, config, modules)
         if experts:
             _inject_experts(causal_lm, config, experts)
+    # Everything is frozen first; `_initialize` makes the factors trainable again.
     causal_lm.requires_grad_(False)
     for name, layer in _lora_layers(causal_lm):
         _initialize(layer, derive_seed("lora", seed, name))
@@ -192,6 +193,7 @@ def _num_elements(parameter: nn.Parameter) -> int:
 
 def linear_module_names(causal_lm: PreTrainedModel) -> tuple[str, ...]:
     """Full names of every linear layer except the output head, in model order."""
+    # The head is left out because losses use its weight directly (`Backbone.output_head`), past any adapter.
     head = causal_lm.get_output_embeddings()
     return tuple(
         name for name, module in causal_lm.named_modules() if isinstance(module, nn.Linear | Conv1D) and module is not head
@@ -304,7 +306,7 @@ def lora_deltas(causal_lm: PreTrainedModel) -> Iterator[LoraDelta]:
             stored = owner.weight
             base = stored if stored.is_floating_point() else dequantize_module_weight(owner)
             delta = (b @ a) * scaling
-            delta = delta.T.contiguous() if isinstance(owner, Conv1D) else delta
+            delta = delta.T.contiguous() if isinstance(owner, Conv1D) else delta  # Conv1D stores `[I, O]`
         yield LoraDelta(name, base.detach(), delta)
 
 
@@ -318,6 +320,7 @@ def _expert_delta(layer: ParamWrapper, a: torch.Tensor, b: torch.Tensor) -> torc
 
 def remove_lora(causal_lm: PreTrainedModel) -> None:
     """Remove the adapters in place: the model is as before `apply_lora`, with every parameter trainable again."""
+    # A list, because modules are replaced on the way; inner layers of nested wrappers are removed with the outermost.
     for name, module in list(causal_lm.named_modules()):
         if isinstance(module, LoraLayer) and "base_layer" not in name.split("."):
             _replace(causal_lm, name, module.get_base_layer())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.core.tables import choose
 
 
 class Pooling(Enum):
@@ -38,10 +38,7 @@ class Pooling(Enum):
         Raises:
             ConfigError: there is no such method.
         """
-        try:
-            return cls(name)
-        except ValueError:
-            raise ConfigError(f"unknown pooling '{name}'.{did_you_mean(str(name), [p.value for p in cls])}") from None
+        return name if isinstance(name, cls) else choose(cls, str(name), "pooling")
 
 
 def pool(hidden: torch.Tensor, spans: torch.Tensor, method: str | Pooling) -> torch.Tensor:

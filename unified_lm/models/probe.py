@@ -40,6 +40,7 @@ def probe_attention(backbone: Backbone, *, partial_spans: bool = True, whole: Ga
         ModelError: a causal token sees its future, a bidirectional one does not, a token sees another sample, or the output
             head differs from what `Backbone.output_head` describes.
     """
+    # Evaluation mode: dropout would change states without any leak.
     rng, training = RngState.capture(), backbone.training
     backbone.eval()
     try:
@@ -101,6 +102,7 @@ def _check_changes(backbone: Backbone, pack: Pack, index: int, change_T: torch.T
         raise ModelError(f"{model} computes states that are not finite for a pack of {plan.num_tokens} tokens.")
     if change_T[start + changed] == 0:
         raise ModelError(f"{model} ignores its input: changing a token changed nothing.")
+    # Other samples of the pack: with a wrong boundary or a stock causal mask, later ones would see this one.
     elsewhere = torch.cat([change_T[:start], change_T[stop:]])
     if elsewhere.max() > rounding:
         raise ModelError(f"{model} leaks: a token of one packed sample changed another sample by {elsewhere.max():.1e}.")

@@ -6,8 +6,8 @@ Conventions (Chowdhery et al., 2022, "PaLM", appendix B; the 6N rule is Kaplan e
   own gradient where it is trained: 6 trained, 4 frozen (LoRA's base weights);
 - attention costs 2 (d_qk + d_v) per head, layer and *visible* pair of tokens forward, and twice that backward. Only pairs that
   the mask lets through count (PaLM counts the whole square, also for causal models);
-- the output head counts at supervised positions only, embeddings, norms and activation functions not at all; of a mixture of
-  experts only the experts that a token visits.
+- the output head counts only at supervised positions; embeddings, norms and activation functions do not count; of a mixture of
+  experts only the experts that a token visits count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from unified_lm.models import families
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What one token, one supervised position and one visible pair cost.
+    """Cost of one token, one supervised position and one visible pair.
 
     Attributes:
         trained: weights of matrix products per token that are trained (experts: those that a token visits).
@@ -46,14 +46,14 @@ class ModelFlops:
 
     @classmethod
     def of(cls, trainable: TrainingModule) -> ModelFlops:
-        """Read the sizes of a model. Weights that ZeRO-3 has split among ranks count whole."""
+        """Read the sizes of a model. Weights that ZeRO-3 has partitioned count as whole."""
         causal_lm = trainable.backbone.causal_lm
         config = families.text_config(causal_lm)
         head = trainable.backbone.output_head().weight
-        share = _expert_share(config)
+        visited = _visited_fraction(config)
         counted = {True: 0.0, False: 0.0}
         for name, size, trained in _matrices(causal_lm, skipped=id(head)):
-            counted[trained] += size * (share if ".experts." in name else 1.0)
+            counted[trained] += size * (visited if ".experts." in name else 1.0)
         return cls(
             trained=counted[True],
             frozen=counted[False],
@@ -64,7 +64,7 @@ class ModelFlops:
         )
 
     def forward(self, pack: Pack, *, tokens: bool = True) -> float:
-        """Operations of one forward of a pack; with `tokens` the output head too."""
+        """Operations of one forward of a pack, including the output head if `tokens`."""
         body = 2 * (self.trained + self.frozen) * len(pack) + self._attention(pack)
         return body + (2 * self.head * _supervised(pack) if tokens else 0)
 
@@ -98,7 +98,7 @@ def _pairs(length: int, span: int, window: int | None) -> int:
 
 
 def _diagonals(size: int, first: int, last: int) -> int:
-    """Entries of the diagonals `first` to `last` of a square matrix."""
+    """Number of entries on the diagonals `first` to `last` of a square matrix; 0 is the main diagonal."""
     return sum((size - first, size - last)) * (last - first + 1) // 2 if last >= first else 0
 
 
@@ -107,7 +107,7 @@ def _supervised(pack: Pack) -> int:
 
 
 def _matrices(model: nn.Module, skipped: int) -> list[tuple[str, int, bool]]:
-    """Every weight that tokens are multiplied with: name, number of elements, whether it is trained."""
+    """Every weight matrix that tokens are multiplied with: name, number of elements, whether it is trained."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
@@ -115,7 +115,7 @@ def _matrices(model: nn.Module, skipped: int) -> list[tuple[str, int, bool]]:
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) == skipped or _dimensions(parameter) < 2 or key.endswith("bias"):
                 continue
-            # 4-bit weights are stored packed: the layer's own sizes say what is multiplied.
+            # 4-bit weights are stored packed, so the tensor's shape is not that of the matrix; the layer's sizes are.
             linear = isinstance(module, nn.Linear) and key == "weight"
             size = module.in_features * module.out_features if linear else _size(parameter)
             found.append((f"{name}.{key}", int(size), parameter.requires_grad))
@@ -123,7 +123,7 @@ def _matrices(model: nn.Module, skipped: int) -> list[tuple[str, int, bool]]:
 
 
 def _size(parameter: torch.Tensor) -> int:
-    """Elements of the whole parameter; `ds_numel` is what ZeRO-3 leaves in place of the shape."""
+    """Number of elements of the whole parameter; ZeRO-3 empties partitioned ones and keeps the number in `ds_numel`."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -131,15 +131,15 @@ def _dimensions(parameter: torch.Tensor) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _expert_share(config: Any) -> float:
-    """The share of a layer's experts that one token visits; 1 without experts."""
+def _visited_fraction(config: Any) -> float:
+    """The fraction of a layer's experts that one token visits; 1 without experts."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     visited = getattr(config, "num_experts_per_tok", None)
     return visited / experts if experts and visited else 1.0
 
 
 def _flops_per_pair(config: Any) -> int:
-    """2 (d_qk + d_v) for every head: one product with the keys, one with the values."""
+    """2 (d_qk + d_v) for every head: one product with a key, one with a value."""
     heads = int(config.num_attention_heads)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     queries = getattr(config, "qk_head_dim", None) or head_dim
@@ -148,6 +148,7 @@ def _flops_per_pair(config: Any) -> int:
 
 
 def _windows(config: Any) -> dict[int | None, int]:
+    """Number of layers by sliding window; see `ModelFlops.windows`."""
     layers = int(config.num_hidden_layers)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None)

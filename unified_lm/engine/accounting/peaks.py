@@ -1,4 +1,4 @@
-"""The most operations per second that a device can do: the denominator of MFU."""
+"""Peak operations per second of a device: the denominator of MFU."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _GEMM_SECONDS = 0.2
 
 BF16_DENSE_TFLOPS = MappingProxyType(
     {
-        # Dense bfloat16 tensor-core peaks at boost clock from the makers' data sheets, which often print the number "with
-        # sparsity": that is twice this one.
+        # Dense bfloat16 tensor-core peaks at boost clock from the vendors' data sheets. They often print the number "with
+        # sparsity", which is twice as large.
         r"\bB200\b": 2250.0,  # NVIDIA DGX B200 data sheet (2024): 36 PFLOPS sparse for 8
         r"\bGH200\b": 989.4,  # NVIDIA GH200 data sheet (2023)
         r"\bH200 NVL\b": 835.5,  # NVIDIA H200 data sheet (2024)
@@ -40,7 +40,7 @@ BF16_DENSE_TFLOPS = MappingProxyType(
         r"\bMI300X\b": 1307.4,  # AMD Instinct MI300X data sheet (2023)
     }
 )
-"""Pattern of the device's name -> dense bfloat16 peak in TFLOP/s. The first match counts."""
+"""Regular expression for the device's name -> dense bfloat16 peak in TFLOP/s. The first match counts."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Peak:
 
     Attributes:
         flops: operations per second.
-        source: "data sheet", or "measured" for the best matrix product of this process.
+        source: "data sheet", or "measured" for the fastest matrix product in this process.
     """
 
     flops: float
@@ -57,11 +57,11 @@ class Peak:
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak of a device: the table's for bfloat16 (and float16) on a known accelerator, else measured once per process.
+    """The peak of a device: from the table for half precision on a known accelerator, otherwise measured once per process.
 
     Args:
         device: where the run computes.
-        dtype: what it computes in.
+        dtype: of its computation.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         listed = listed_peak(torch.cuda.get_device_name(device))
@@ -71,7 +71,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def listed_peak(device_name: str) -> Peak | None:
-    """The table's peak of a device by its name ("NVIDIA H100 80GB HBM3"), or None where the table has none."""
+    """The peak from the table by the device's name ("NVIDIA H100 80GB HBM3"), or None if it is not listed."""
     for pattern, teraflops in BF16_DENSE_TFLOPS.items():
         if re.search(pattern, device_name.replace("-", " ")):
             return Peak(teraflops * _TERA, "data sheet")
@@ -80,9 +80,9 @@ def listed_peak(device_name: str) -> Peak | None:
 
 @cache
 def measured_gemm(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of the fastest of several square matrix products, with the threads this process has.
+    """Operations per second of the fastest of several square matrix products, with the threads of this process.
 
-    Takes about a fifth of a second, once per process. A busy machine lowers it (and so raises MFU).
+    Takes about a fifth of a second, once per process. On a busy machine it is lower, which makes MFU higher.
 
     Args:
         device: where to measure.

@@ -1,4 +1,4 @@
-"""How fast a step was, how much of the device it used, and how evenly the ranks shared it."""
+"""Speed of a step, utilization of the device, and balance of the work between ranks."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _GIB = 2**30
 
 
 def describe_device() -> str:
-    """This rank's device, in words."""
+    """Name of this rank's device, for messages."""
     device = distributed.local_device()
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 class ComputeClock:
-    """Adds up the time that wrapped calls take, on the device: what a rank computes, without its waiting for others.
+    """Sums the device time of wrapped calls: the computation of a rank, without waiting for other ranks.
 
     On CUDA, calls return before the work is done, so events are recorded around them and read at the end of the step. Under
-    ZeRO-3 the time includes the gathering of weights inside a forward.
+    ZeRO-3 the time includes gathering weights during a forward.
     """
 
     def __init__(self) -> None:
@@ -44,10 +44,10 @@ class ComputeClock:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def timed(self, call: Callable[P, R]) -> Callable[P, R]:
-        """The same call, on the clock."""
+        """Wrap a function so that its calls are timed."""
 
         def measured(*args: P.args, **kwargs: P.kwargs) -> R:
-            """`call`, with the seconds it takes (of the device, on CUDA) added to the clock."""
+            """`call`, with its duration (device time on CUDA) added to the clock."""
             if distributed.local_device().type == "cuda":
                 begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 begin.record()
@@ -63,7 +63,7 @@ class ComputeClock:
         return measured
 
     def read(self) -> float:
-        """Seconds since the last reading; sets the clock back to zero. Waits for the device."""
+        """Seconds since the last reading; resets the clock to zero. Waits for the device."""
         if self._events:
             torch.cuda.synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
@@ -72,13 +72,13 @@ class ComputeClock:
 
 
 class StepMeter:
-    """Turns a step's batch and times into what `metrics.jsonl` and wandb show. Collective: every rank calls it.
+    """Computes the speed metrics of a step for `metrics.jsonl` and wandb. Collective: every rank calls it.
 
     Args:
         trainable: the module, for its sizes.
         step: what is measured; it knows what is forwarded beside once per pack.
-        clock: the clock around the step's forwards and backwards.
-        recomputes: whether layers are forwarded again in the backward (gradient checkpointing).
+        clock: times the step's forwards and backwards.
+        recomputes: whether layers are computed again in the backward (gradient checkpointing).
     """
 
     def __init__(
@@ -95,18 +95,18 @@ class StepMeter:
 
     @property
     def peak(self) -> Peak:
-        """The peak that MFU is relative to, of one device."""
+        """The peak of one device, to which MFU is relative."""
         if self._peak is None:
             self._peak = device_peak(distributed.local_device(), self._dtype)
         return self._peak
 
     def __call__(self, batch: Batch, seconds: float, data_seconds: float) -> dict[str, float]:
-        """What one optimizer step says about speed, over all ranks. The names are explained in docs/monitoring.md.
+        """Speed metrics of one optimizer step over all ranks; docs/monitoring.md explains their names.
 
         Args:
-            batch: this rank's share of the step.
-            seconds: of the whole step on this rank.
-            data_seconds: of those, for getting the batch.
+            batch: this rank's part of the step.
+            seconds: duration of the whole step on this rank.
+            data_seconds: the part of `seconds` spent on loading the batch.
         """
         samples = [sample for pack in batch.packs for sample in pack.samples]
         model, hardware = self._step_flops(batch)
@@ -132,7 +132,7 @@ class StepMeter:
         return _summarize(ranks)
 
     def _step_flops(self, batch: Batch) -> tuple[float, float]:
-        """Operations that the step needs, and those it really does: GradCache's first forwards and recomputed layers too."""
+        """Operations that the step needs, and all that it executes: with GradCache's first forwards and recomputed layers."""
         model = sum(self.flops.training(pack) for pack in batch.packs)
         scored, again = self.step.extra_forwards(batch)
         model += sum(self.flops.forward(pack) for pack in scored)
@@ -143,8 +143,9 @@ class StepMeter:
 
 
 def _summarize(ranks: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Metrics of a step from what every rank measured, float64 `[ranks]` by name."""
+    """Metrics of a step from the measurements of all ranks, float64 `[ranks]` by name."""
     total = {name: float(values.sum()) for name, values in ranks.items()}
+    # The slowest rank determines the step's time: the others wait for it.
     most = {name: float(values.max()) for name, values in ranks.items()}
     seconds, tokens = most["seconds"], total["tokens"]
     return {
@@ -168,12 +169,12 @@ def _summarize(ranks: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def _computed_positions(pack: Pack) -> int:
-    """Positions of a pack under the kernel that pads it to its longest sample."""
+    """Number of positions of a pack with the kernel that pads samples to the longest one."""
     return len(pack.plan.lengths) * pack.plan.max_seqlen
 
 
 def _max_over_mean(values: torch.Tensor) -> float:
-    """1.0 when all ranks have the same; N when one of N ranks has everything."""
+    """1.0 if all ranks have the same value; N if one of N ranks has everything."""
     mean = float(values.mean())
     return float(values.max()) / mean if mean else 1.0
 
@@ -186,10 +187,11 @@ def _gather(values: dict[str, float]) -> dict[str, torch.Tensor]:
 
 
 def _memory() -> tuple[float, float]:
-    """Bytes now, and the most so far: allocated by torch on CUDA, resident in memory on the CPU."""
+    """Current and maximum bytes: allocated by torch on CUDA, resident memory of the process on the CPU."""
     device = distributed.local_device()
     if device.type == "cuda":
         return float(torch.cuda.memory_allocated(device)), float(torch.cuda.max_memory_allocated(device))
+    # ru_maxrss is in bytes on macOS and in KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     statm = Path("/proc/self/statm")
     now = int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else peak

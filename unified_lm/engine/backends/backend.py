@@ -119,7 +119,7 @@ class TorchBackend:
         if distributed.world_size() > 1:
             self._sum_gradients()
         norm = self.optimizer.clip(max_grad_norm)
-        # The norm is of the summed gradients, so every rank takes the same decision.
+        # The norm is of the summed gradients, so every rank makes the same decision.
         if math.isfinite(norm):
             self.optimizer.step(learning_rate)
         self.optimizer.zero_grad()
@@ -162,6 +162,7 @@ class TorchBackend:
 
 
 def _sum_bucket(bucket: list[torch.Tensor]) -> None:
+    # One large all-reduce instead of many small ones, whose latency would dominate.
     flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
     torch.distributed.all_reduce(flat)
     for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):

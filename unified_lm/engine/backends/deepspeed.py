@@ -202,6 +202,7 @@ class DeepSpeedBackend:
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         """Sum gradients over ranks, clip, step, clear; returns the global gradient norm before clipping."""
+        # The schedule is the engine's, not DeepSpeed's: one schedule for all backends.
         for group in self._inner.param_groups:
             group["lr"] = learning_rate
         if self.stage == 0:
@@ -262,6 +263,7 @@ class DeepSpeedBackend:
     def close(self) -> None:
         """Remove DeepSpeed's hooks, and its global references, which would keep the module in memory."""
         self._engine.destroy()
+        # A global list that `destroy` does not clear.
         stack = self._deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
         stack[:] = [module for module in stack if module is not self._module]
 
@@ -291,14 +293,14 @@ def settings(parallel: ParallelConfig, stage: int, bfloat16: bool) -> dict[str, 
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # required but unused: packs differ in size, and losses come normalized
         "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": stage == 0,
+        "managed_gradient_accumulation": stage == 0,  # stage 0: `backward` and `_update_whole` set the boundary
         "gradient_clipping": 0.0,  # set per step in `update`
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
         "steps_per_print": None,
     }
-    if stage < 3:
+    if stage < 3:  # stage 3 has no such option; `backward` makes up for it
         config["gradient_allreduce_op"] = "sum"
     if bfloat16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}

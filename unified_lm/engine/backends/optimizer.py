@@ -53,7 +53,7 @@ class MasterAdamW:
     @staticmethod
     def _master(parameter: nn.Parameter) -> torch.Tensor:
         if parameter.dtype in (torch.float32, torch.float64):
-            return parameter
+            return parameter  # wide enough to be its own master
         return parameter.detach().float().requires_grad_()
 
     @staticmethod

@@ -154,6 +154,7 @@ def packed_attention(
         requested.append("attention_mask")
     if requested:
         raise ModelError(f"{type(module).__name__} passes {', '.join(requested)}, which packed attention does not support.")
+    # A plan of another length means a KV cache, or a batch of several rows: both would be masked wrongly.
     if query.shape[0] != 1 or query.shape[2] != plan.num_tokens or key.shape[2] != plan.num_tokens:
         raise ModelError(
             f"the plan is for {plan.num_tokens} tokens, but {type(module).__name__} attends with queries {tuple(query.shape)} "

@@ -68,6 +68,7 @@ class FlexKernel:
         if device.type == "cpu":
             return flex_attention
         if self._compiled is None:
+            # dynamic: every pack has another number of tokens, and each new shape would be compiled again
             self._compiled = torch.compile(flex_attention, dynamic=True)
         return self._compiled
 

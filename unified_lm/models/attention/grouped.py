@@ -83,6 +83,7 @@ def group_by_length(lengths: Sequence[int], overhead: int = GROUP_OVERHEAD) -> l
     Returns:
         Groups of indices into `lengths`, longest first.
     """
+    # Stable, so that the layout of a pack and therefore its dropout masks never depend on the sorting algorithm.
     order = np.argsort([-length for length in lengths], kind="stable")
     padded = np.array([_round_up(lengths[i]) for i in order], dtype=np.int64)
     total = len(order)
@@ -216,6 +217,7 @@ class _GroupedAttention(torch.autograd.Function):
             weights = torch.bmm(q, k.transpose(1, 2))
             if group.mask is not None:
                 weights.view(group.size, -1, group.length, group.length).add_(group.mask)
+            # In place: scores and weights never exist at the same time.
             torch.softmax(weights, dim=-1, out=weights)  # computed in float32 for the half types, rounded once
             kept = _draw(weights, dropout) if dropout else None
             torch.bmm(weights if kept is None else _drop(weights, kept, dropout), v, out=out)

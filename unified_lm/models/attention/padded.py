@@ -64,6 +64,7 @@ def _masks(pack: Pack, config: Any, dtype: torch.dtype, device: torch.device) ->
             pack.plan.kernel_cache[key] = _additive_mask(pack, sliding_window, dtype).to(device)
         return pack.plan.kernel_cache[key]
 
+    # transformers uses a mask that is already 4-D as it is, instead of building its own from a 2-D one.
     if layer_types is None:
         return mask(window)
     if "sliding_attention" in layer_types:

@@ -45,6 +45,7 @@ class SdpaKernel:
             return self._grouped(heads, split, heads.q_THd, heads.k_TKd, heads.v_TKe)
         outputs = []
         if split.short:
+            # Short and long sequences may alternate in a pack; one gather makes the short ones contiguous.
             q, k, v = (x.index_select(0, split.short_tokens) for x in (heads.q_THd, heads.k_TKd, heads.v_TKe))
             outputs.append(self._grouped(heads, split, q, k, v))
         outputs += [_fused(heads, index) for index in split.long]
@@ -62,6 +63,7 @@ class SdpaKernel:
     @staticmethod
     def _grouped(heads: Heads, split: _Split, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         plan, num_heads, window = heads.plan, (q.shape[1], k.shape[1]), heads.sliding_window
+        # Layers with and without a window need different masks, so both stay in the pack's cache.
         key = ("grouped layout", split.short, num_heads, window, q.dtype, q.device)
         layout: Layout | None = plan.kernel_cache.get(key)
         if layout is None:
@@ -116,7 +118,7 @@ def _fused(heads: Heads, index: int) -> torch.Tensor:
         v,
         attn_mask=mask,
         dropout_p=heads.dropout,
-        is_causal=mode is AttentionMode.CAUSAL and mask is None,
+        is_causal=mode is AttentionMode.CAUSAL and mask is None,  # torch accepts either this or a mask
         scale=heads.scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )
