@@ -62,7 +62,7 @@ def test_a_probe_that_did_not_converge_is_told_beside_the_numbers(
     ("arguments", "error", "expected"),
     [
         (["--data", "conl:x"], UserError, "unknown data 'conl:x'"),
-        (["--data", "conll:gone"], DataError, "no folder with a train and a test file"),
+        (["--data", "conll:gone"], DataError, "not a folder with a train and a test file"),
         (["--alignment", "next"], ConfigError, "unknown alignment"),
         (["--attention", "casual"], ConfigError, "Did you mean 'causal'"),
         (["--probe", "svm"], ConfigError, "unknown probe"),

@@ -71,7 +71,7 @@ def test_refusals() -> None:
         bootstrap_interval(_mean, np.zeros(1))
     with pytest.raises(ConfigError, match=r"one length.*\[3, 4\]"):
         bootstrap_interval(lambda a, b: 0.0, np.zeros(3), np.zeros(4))
-    with pytest.raises(ConfigError, match="level 2 must lie"):
+    with pytest.raises(ConfigError, match="level 2 must be in"):
         bootstrap_interval(_mean, np.zeros(3), level=2)
     with pytest.raises(ConfigError, match="the statistic is nan"):
         bootstrap_interval(lambda sample: float("nan"), np.zeros(3))

@@ -72,7 +72,7 @@ def standardize(argv: Sequence[str]) -> None:
     """Fit statistics on a reference corpus and write a copy of an export that applies them.
 
     Raises:
-        UserError: no export; a corpus that is missing, too small or without variance; a copy that stock tools read differently.
+        UserError: no export, a corpus that is missing, too small or without variance, or a copy that stock tools misread.
     """
     options = _standardize_parser().parse_args(list(argv))
     from unified_lm.evaluation.analyses.texts import read_texts
@@ -167,7 +167,7 @@ def _standardize_parser() -> argparse.ArgumentParser:
     add("export", help="the export folder of a run, or the run, or a Hub name")
     add("--corpus", required=True, help="reference texts: pydocs, a file or folder of texts, or an offline STS task")
     add("--out", type=Path, required=True, help="the folder to write")
-    add("--num-texts", type=positive, default=None, help="texts of the corpus, at most; all if left out")
+    add("--num-texts", type=positive, default=None, help="texts of the corpus, at most; by default all")
     add("--instruction", default="", help="embed the corpus with this instruction; as documents if left out")
     _add_model_options(parser)
     return parser

@@ -76,7 +76,7 @@ def run_group(name: str, description: str, commands: Mapping[str, Command], exam
 def add_device_options(parser: argparse._ActionsContainer) -> None:
     """Add --device and --dtype, which say where and how a model's weights are held in memory."""
     parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16...; by default the stored type")
 
 
 def positive(text: str) -> int:

@@ -13,7 +13,7 @@ from unified_lm.reporting.compare_output import settings_of, to_table, write_com
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Print the table and write compare.csv, .json, .md and .png to `--out` (default: the only folder, else this one)."""
+    """Print the table and write compare.csv, .json, .md and .png to `--out` (default: the only folder, else ".")."""
     parser = command_parser(
         "compare",
         "compare the held-out results of runs, by the differences in their settings",

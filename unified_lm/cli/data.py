@@ -51,7 +51,7 @@ def overlap(argv: Sequence[str]) -> None:
     parser.add_argument("evaluation", nargs="+", metavar="EVAL", help="evaluation sets; every column of texts is compared")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the rows without overlap (a folder if TRAIN is one)")
     parser.add_argument("--report", type=Path, metavar="FILE.yaml", help="write the report, with examples")
-    parser.add_argument("--columns", default="", help="columns of the evaluation sets to compare, a,b,c; all if left out")
+    parser.add_argument("--columns", default="", help="columns of the evaluation sets to compare, a,b,c; by default all")
     parser.add_argument(
         "--kinds", default=",".join(kind.value for kind in OverlapKind), help="tests to run, by default %(default)s"
     )

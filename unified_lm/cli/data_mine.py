@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     rows.add_argument("--skip-empty", action="store_true", help="leave out rows with an empty text, and count them")
     model = parser.add_argument_group("the model")
     add_device_options(model)
-    model.add_argument("--max-tokens", type=int, help="limit of a text with its prompt; the model's own if left out")
+    model.add_argument("--max-tokens", type=int, help="limit of a text with its prompt; by default the model's own")
     model.add_argument("--batch-size", type=int, default=32, help="texts per forward, sentence-transformers only (32)")
     model.add_argument("--query-prompt", help="for sentence-transformers: put before queries; {instruction} is the row's")
     model.add_argument("--document-prompt", help="the same for documents")

@@ -139,13 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="LANG",
-        help="keep only subsets in these languages, such as eng; all if left out",
+        help="keep only subsets in these languages, such as eng; by default all",
     )
     add("--out", type=Path, default=None, help="mteb's cache folder (default: mteb beside the export)")
     add("--name", default=None, help='name in the results, "organization/model"')
     add("--overwrite", action="store_true", help="run finished tasks again")
     add("--prompts", type=Path, default=None, help="only write the prompts, for running plain mteb, to this .json file")
-    add("--max-tokens", type=positive, default=None, help="limit of a text with its prompt; the export's own if left out")
+    add("--max-tokens", type=positive, default=None, help="limit of a text with its prompt; by default the export's own")
     add_device_options(parser)
     add("--template", default=None, help="prompt template; needed for a model that is not an export")
     add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")

@@ -168,7 +168,7 @@ def _lm_parser() -> argparse.ArgumentParser:
     add("model", help="a run or its export folder, any causal model's folder or Hub name, or an embedded model's name")
     add("--tasks", nargs="+", required=True, metavar="TASK", help="lm-eval's tasks and groups, or paths of task files (.yaml)")
     add("--include-path", type=Path, default=None, metavar="FOLDER", help="task files of your own, by their names")
-    add("--num-fewshot", type=int, default=None, help="examples before each question; the task's own number if left out")
+    add("--num-fewshot", type=int, default=None, help="examples before each question; by default the task's own number")
     add("--limit", type=positive, default=None, help="at most this many questions per task, for a trial")
     add("--batch-size", type=positive, default=8, help="questions per forward (8)")
     add("--chat", action="store_true", help="put questions as messages, in the export's chat template")

@@ -119,10 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--columns", nargs="+", default=[], metavar="NAME=WHERE", help="word, pos, chunk, ner: positions from 0, or Hub columns"
     )
-    add("--comment", default="", metavar="PREFIX", help="what a comment line of a CoNLL file begins with; none if left out")
+    add("--comment", default="", metavar="PREFIX", help="what a comment line of a CoNLL file begins with; by default none")
     add("--alignment", nargs="+", default=list(_ALIGNMENTS), metavar="NAME", help=f"{', '.join(_ALIGNMENTS)} (both)")
-    add("--attention", nargs="+", default=None, metavar="MODE", help="causal, bidirectional; the model's own if left out")
-    add("--subtoken", default="mean", help="what stands for a word of several tokens: mean (default), first or last")
+    add("--attention", nargs="+", default=None, metavar="MODE", help="causal, bidirectional; by default the model's own")
+    add("--subtoken", default="mean", help="how a word of several tokens becomes one vector: mean (default), first or last")
     add("--probe", default="logistic", help="logistic (default; regularized, no seed), or linear (trained as in LLM2Vec)")
     add("--seed", type=int, default=0, help="of the linear probe (0)")
     add("--train-sentences", type=positive, default=None, help="at most this many training sentences, evenly spread")

@@ -43,7 +43,7 @@ def search(argv: Sequence[str]) -> None:
     )
     parser.add_argument("query", help="the text to search for")
     parser.add_argument("documents", type=Path, help="a text file, one document per line")
-    parser.add_argument("--instruction", default=None, help="the task; the export's own if left out")
+    parser.add_argument("--instruction", default=None, help="the task; by default the export's own")
     parser.add_argument("-k", type=int, default=5, help="results (5)")
     options = parser.parse_args(list(argv))
     texts = _lines(options.documents)

@@ -60,7 +60,7 @@ def bootstrap_interval(
     if len(lengths) != 1 or min(lengths, default=0) < 2:
         raise ConfigError(f"a bootstrap needs samples of one length, at least 2 items; got {sorted(lengths) or 'none'}.")
     if not 0 < level < 1 or num_resamples < 100:
-        raise ConfigError(f"level {level} must lie in (0, 1) and num_resamples {num_resamples} must be at least 100.")
+        raise ConfigError(f"level {level} must be in (0, 1) and num_resamples {num_resamples} must be at least 100.")
     arrays = [np.asarray(sample) for sample in samples]
     value = float(statistic(*arrays))
     generator = np.random.default_rng(seed)

@@ -270,6 +270,6 @@ def _missing(
     if export is None:
         found.append("The run has no export.")
     if not tables:
-        found.append("No evaluation lies beside the run (evaluation/*.json, mteb/results).")
+        found.append("The run folder contains no evaluation results (evaluation/*.json, mteb/results).")
     found.append("Energy was not measured.")
     return found

@@ -227,7 +227,7 @@ def test_a_special_token_that_swallows_white_space_is_refused():
 def test_a_template_whose_special_tokens_are_missing_is_refused():
     for tokenizer in (tiny_tokenizer(), metaspace()):
         with pytest.raises(
-            ConfigError, match=r"template 'chatml' ends an answer with '<\|im_end\|>', which is no special token"
+            ConfigError, match=r"template 'chatml' ends an answer with '<\|im_end\|>', which is not a special token"
         ):
             PromptEncoder(get_template("chatml"), tokenizer)
 

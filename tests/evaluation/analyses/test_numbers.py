@@ -88,7 +88,7 @@ def test_a_prefix_that_grows_into_its_continuation_is_refused() -> None:
 
     ends = ("words", "texts", "ships")
     encode_triples(Model(), [Triple("even", *ends)])  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"triple 2: .*joins the end of the prefix 'odd'"):
+    with pytest.raises(DataError, match=r"triple 2: .*merges the end of the prefix 'odd'"):
         encode_triples(Model(), [Triple("even", *ends), Triple("odd", *ends)])  # type: ignore[arg-type]
 
 

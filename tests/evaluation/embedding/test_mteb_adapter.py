@@ -169,7 +169,7 @@ def test_finished_tasks_are_skipped_but_not_those_of_other_data(model: UnifiedLM
     assert _calls(recorder("a"), [task()], out) == (2, [False])
     assert _calls(recorder("a"), [task()], out) == (0, [True])
     other = adapter.offline_task(replace(read_task(folder), name="another"))
-    assert _calls(recorder("a"), [task(), other], out) == (2, [True, False]), "a stopped run goes on where it was"
+    assert _calls(recorder("a"), [task(), other], out) == (2, [True, False]), "an interrupted run resumes"
     assert _calls(recorder("a"), [task()], out, overwrite=True) == (2, [False])
     assert _calls(recorder("b"), [task()], out) == (2, [False]), "another model"
     path = folder / "test.tsv"

@@ -116,7 +116,7 @@ def test_mistakes_of_rankings(tmp_path: Path) -> None:
     qrels.write_text(right)
     corpus = folder / "corpus.jsonl"
     corpus.write_text(corpus.read_text() + '{"_id": "d0", "text": "twice"}\n')
-    with pytest.raises(DataError, match=r"corpus.jsonl, line 12, field 'id': 'd0' stands in an earlier row"):
+    with pytest.raises(DataError, match=r"corpus.jsonl, line 12, field 'id': 'd0' occurs in an earlier row"):
         read_task(folder)
 
 

@@ -68,7 +68,7 @@ def test_a_wrong_byte_has_a_line(tmp_path: Path) -> None:
 
 
 def test_finding_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no folder with a train and a test file"):
+    with pytest.raises(DataError, match="not a folder with a train and a test file"):
         find_conll(str(tmp_path / "gone"))
     write(tmp_path / "train.txt", CONLL)
     with pytest.raises(DataError, match=r"expected one file with 'test' in its name, found train\.txt"):

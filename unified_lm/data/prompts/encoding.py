@@ -291,8 +291,8 @@ class PromptEncoder:
         closing = self.template.closing("assistant", self.tokenizer)
         if not self._splitter.search(closing):
             raise ConfigError(
-                f"template '{self.template.name}' ends an answer with {closing!r}, which is no special token of this tokenizer "
-                f"({', '.join(sorted(self._special)) or 'it has none'}). Choose one that the tokenizer knows, such as 'grit'."
+                f"template '{self.template.name}' ends an answer with {closing!r}, which is not a special token of the "
+                f"tokenizer ({', '.join(sorted(self._special)) or 'it has none'}). Choose one that it knows, such as 'grit'."
             )
 
     def _verify(self) -> None:

@@ -51,7 +51,7 @@ class Published:
         files: patterns of files in the repository.
         folder: subfolder of the output folder for the outputs of `files` ("" for the folder itself).
         text_lines: write .txt, one text per line.
-        convert: (row, name of its file, number of the row in it from 0) -> one or several rows in a format of this package;
+        convert: (row, name of its file, number of the row in it from 0) -> one or several rows that the readers accept;
             raises `Dropped`.
         missing: if `hub` is None: the reason, and alternatives.
     """

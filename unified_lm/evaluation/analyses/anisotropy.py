@@ -118,8 +118,8 @@ def _dimension(
 
 
 _BARS = (
-    ("mean_cosine", "as they are"),
-    ("mean_cosine_without_rogue", "rogue dimensions\nleft out"),
+    ("mean_cosine", "unchanged"),
+    ("mean_cosine_without_rogue", "without rogue\ndimensions"),
     ("mean_cosine_centered", "centered"),
     ("mean_cosine_standardized", "standardized"),
 )

@@ -58,7 +58,9 @@ def _prepare(settings: AnalysisSettings) -> Material:
         raise ConfigError("standardize needs something to score: --sts, --retrieval, or both.")
     reserved = {NONE, ITSELF} & set(settings.corpora)
     if reserved:
-        raise ConfigError(f"a corpus cannot be called '{reserved.pop()}'; that name stands for a row that is always measured.")
+        raise ConfigError(
+            f"a corpus cannot be called '{reserved.pop()}'; that name is reserved for a row that is always measured."
+        )
     corpora, names = {}, {}
     for label, source in settings.corpora.items():
         name, texts = read_texts(source, settings.corpus_texts, split="train")

@@ -266,7 +266,7 @@ def _read_texts(path: Path, layout: Layout, titles: bool) -> Columns:
     for row in read_fields(path, layout):
         identifier = row.identifier("id", "_id")
         if identifier in seen:
-            raise row.error("id", f"'{identifier}' stands in an earlier row already.")
+            raise row.error("id", f"'{identifier}' occurs in an earlier row already.")
         seen.add(identifier)
         columns["id"].append(identifier)
         title = str(row.optional("title", "")) if titles else ""

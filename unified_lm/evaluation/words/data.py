@@ -151,7 +151,7 @@ def find_conll(location: str) -> tuple[Path, Path]:
         return Path(train).expanduser(), Path(test).expanduser()
     folder = Path(location).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{location} is no folder with a train and a test file. Two files are given as TRAIN,TEST.")
+        raise DataError(f"{location} is not a folder with a train and a test file. Two files are given as TRAIN,TEST.")
     names = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     found = []
     for split in ("train", "test"):

@@ -41,10 +41,10 @@ class NamedChoice(Enum):
 
     @classmethod
     def parse(cls, name: str | Self) -> Self:
-        """The member with that value; a member stands for itself.
+        """The member with that value; a member is returned unchanged.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such member.
         """
         try:
             return cls(name)
