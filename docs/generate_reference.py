@@ -167,18 +167,15 @@ def _command_line(prefix: str) -> str:
 
 def _row(key: Key, page: Page, every: list[Page]) -> str:
     default = key.default if key.default == "required" else f"`{key.default}`"
-    return f"| `{key.name}` | {_type(key.type, page, every)} | {_cell(default)} | {_cell(key.sentence)} |"
+    sentence = key.sentence.replace("|", "\\|")  # a bar ends a cell, except inside code
+    return f"| `{key.name}` | {_type(key.type, page, every)} | {default} | {sentence} |"
 
 
 def _type(annotation: str, page: Page, every: list[Page]) -> str:
     """The annotation, followed by links to the pages of the classes in it."""
     named = set(re.findall(r"\w+", annotation))
     there = [other for other in every if other is not page and named & {owner.__name__ for owner in other.classes}]
-    return _cell(f"`{annotation}`") + "".join(f" ([{other.title}]({other.name}.md))" for other in there)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return f"`{annotation}`" + "".join(f" ([{other.title}]({other.name}.md))" for other in there)
 
 
 def _first_paragraph(owner: type) -> str:
