@@ -42,17 +42,18 @@ import torch.multiprocessing as mp
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from unified_lm.batch import IGNORE, Batch, Sample, make_batch
-from unified_lm.config.schema import ObjectiveConfig, OptimConfig, ParallelConfig
+from unified_lm.config.schema import OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.core.allocator import keep_freed_memory
-from unified_lm.core.live_tensors import LiveTensors
 from unified_lm.core.random import seed_everything
 from unified_lm.data.loader import SampleCost, imbalance, partition_samples
+from unified_lm.engine.accounting.live_tensors import LiveTensors
 from unified_lm.engine.backends.backend import make_backend
+from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
-from unified_lm.objectives import build_objective
+from unified_lm.objectives import ContrastiveConfig, NextTokenConfig, build_objective
 
 ARCHITECTURE = {
     "vocab_size": 4096,
@@ -173,12 +174,13 @@ def work(rank: int, case: Case, port: int, folder: str) -> None:
     seed_everything(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **case.architecture))
     backbone = Backbone(model, "sdpa")
-    tokens = {"generation": build_objective(ObjectiveConfig(name="next_token"))} if case.chats else {}
+    tokens = {"generation": build_objective(NextTokenConfig())} if case.chats else {}
     trainable = TrainingModule(backbone, "mean", tokens).train()
     backend = make_backend(trainable, OptimConfig(), ParallelConfig(backend=case.backend, bucket_elements=BUCKET))
-    embeddings = {"embedding": build_objective(ObjectiveConfig(name="contrastive", temperature=0.05))}
+    embeddings = {"embedding": build_objective(ContrastiveConfig(temperature=0.05))}
     weights = {name: WEIGHTS[name] for name in (*tokens, *embeddings)}
-    step = GradCacheStep(backend.forward, backend.backward, embeddings, weights, equal_forwards=backend.equal_forwards)
+    terms = [EmbeddingTerm(embeddings, weights)]
+    step = GradCacheStep(backend.forward, backend.backward, weights, terms, equal_forwards=backend.equal_forwards)
     losses = step(share_of(replace(case, pairs=min(case.pairs, 32)), rank))
     first = {"loss": losses.total, "norm": backend.update(1e-4, 1.0)}  # makes the optimizer's state too
     start_of_peak()

@@ -29,6 +29,7 @@ from unified_lm.core.random import seed_everything
 from unified_lm.engine.accounting.estimate import estimate, model_configuration
 from unified_lm.engine.accounting.throughput import ComputeClock, StepMeter, describe_device
 from unified_lm.engine.backends.backend import TorchBackend
+from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
@@ -121,10 +122,10 @@ def main() -> None:
     counts = {"generation": float(sum(sample.num_supervised for sample in samples))}
     backend = TorchBackend(trainable, config.optim)
     weights = {name: stream.objective.weight for name, stream in config.streams.items()}
-    contrastive = {"embedding": objective(config, "embedding")}
+    terms = [EmbeddingTerm({"embedding": objective(config, "embedding")}, weights)]
     clock = ComputeClock()
-    meter = StepMeter(trainable, 1, clock, recomputes=config.model.gradient_checkpointing)
-    step = GradCacheStep(clock.timed(backend.forward), clock.timed(backend.backward), contrastive, weights)
+    step = GradCacheStep(clock.timed(backend.forward), clock.timed(backend.backward), weights, terms)
+    meter = StepMeter(trainable, step, clock, recomputes=config.model.gradient_checkpointing)
     batch = make_batch(samples, config.packing.token_budget, counts)
     print(f"{describe_device()}; {' '.join(arguments.overrides)}")
     trained = sum(p.numel() for p in trainable.parameters() if p.requires_grad)
@@ -136,7 +137,7 @@ def main() -> None:
     if arguments.padded:
         other = padded_batch(samples, config.packing.token_budget, counts).to(torch.device("cuda"))
         forward = padded_forward(trainable.backbone, other, trainable.token_objectives["generation"])
-        padded = Padded(other, GradCacheStep(forward, backend.backward, contrastive, weights))
+        padded = Padded(other, GradCacheStep(forward, backend.backward, weights, terms))
         with trainable.backbone.stock_attention():
             print(f"the same, padded: {untrained_losses(padded.step, trainable, other)}")
     lines = []

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from unified_lm.batch import IGNORE, Batch, Sample, make_batch
-from unified_lm.config.schema import LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig
+from unified_lm.config.schema import LoraConfig, ModelConfig, OptimConfig
 from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.engine.backends.backend import TorchBackend
 from unified_lm.engine.step import GradCacheStep
@@ -34,7 +34,7 @@ from unified_lm.evaluation.bootstrap import bootstrap_interval
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.loading import load_model
 from unified_lm.models.lora import apply_lora
-from unified_lm.objectives import build_objective
+from unified_lm.objectives import NextTokenConfig, build_objective
 
 NUM_SAMPLES, LENGTH, NUM_SUPERVISED = 8, 128, 200
 LORA = LoraConfig(r=16, alpha=32.0, dropout=0.05)
@@ -71,10 +71,10 @@ def make_samples(vocabulary: int) -> Batch:
 
 def step_of(model: PreTrainedModel) -> Callable[[], None]:
     """A function that takes one optimizer step."""
-    objective = build_objective(ObjectiveConfig(name="next_token"))
+    objective = build_objective(NextTokenConfig())
     trainable = TrainingModule(Backbone(model, "sdpa"), "mean", {"text": objective}).train()
     backend = TorchBackend(trainable, OptimConfig())
-    losses = GradCacheStep(backend.forward, backend.backward, {}, {"text": 1.0})
+    losses = GradCacheStep(backend.forward, backend.backward, {"text": 1.0})
     batch = make_samples(model.config.vocab_size)
 
     def step() -> None:

@@ -21,18 +21,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from unified_lm.batch import IGNORE, Batch, Sample, make_batch
-from unified_lm.config.schema import ModelConfig, ObjectiveConfig
+from unified_lm.config.schema import ModelConfig
 from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.core.distributed import local_device
 from unified_lm.data.pydocs.dataset import pydocs_file
 from unified_lm.data.rows.records import RecordKind
 from unified_lm.engine.accounting.throughput import describe_device
+from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.training_module import PackOutput, TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.loading import load_model
 from unified_lm.models.pooling import pool
-from unified_lm.objectives import build_objective
+from unified_lm.objectives import ContrastiveConfig, NextTokenConfig, build_objective
 
 WEIGHTS = {"embedding": 1.0, "generation": 1.0}
 PROMPT = 12
@@ -112,8 +113,9 @@ def main(repetitions: int = 3) -> None:
     counts = {"generation": float(sum(s.num_supervised for s in samples))}
     device = local_device()
     batch = make_batch(samples, 1_000_000, counts).to(device)
-    next_token = build_objective(ObjectiveConfig(name="next_token"))
-    contrastive = {"embedding": build_objective(ObjectiveConfig(name="contrastive", temperature=TEMPERATURE))}
+    next_token = build_objective(NextTokenConfig())
+    contrastive = build_objective(ContrastiveConfig(temperature=TEMPERATURE))
+    terms = [EmbeddingTerm({"embedding": contrastive}, WEIGHTS)]
     backbone = Backbone(loaded.causal_lm, "auto").to(device)
     trainable = TrainingModule(backbone, "mean", {"generation": next_token})
     sides = {"packed": trainable, "padded": padded_forward(backbone, batch, next_token)}
@@ -125,9 +127,9 @@ def main(repetitions: int = 3) -> None:
             started = now()
             if name == "padded":
                 with backbone.stock_attention():
-                    losses[name] = GradCacheStep(forward, torch.Tensor.backward, contrastive, WEIGHTS)(batch).by_stream
+                    losses[name] = GradCacheStep(forward, torch.Tensor.backward, WEIGHTS, terms)(batch).by_stream
             else:
-                losses[name] = GradCacheStep(forward, torch.Tensor.backward, contrastive, WEIGHTS)(batch).by_stream
+                losses[name] = GradCacheStep(forward, torch.Tensor.backward, WEIGHTS, terms)(batch).by_stream
             seconds[name].append(now() - started)
     report(samples, {name: values[1:] for name, values in seconds.items()}, losses)
 

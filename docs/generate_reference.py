@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from unified_lm.config import schema
+from unified_lm.data.formats import FORMATS, MaskingConfig
+from unified_lm.objectives import OBJECTIVES
 
 FOLDER = "reference/configuration"
 """Where the pages are, below `docs/` (and nowhere on the disk)."""
@@ -68,10 +71,10 @@ def pages() -> list[Page]:
         Page("run", "Run", "", (schema.RunConfig,)),
         Page("model", "Model", "model.", (schema.ModelConfig,)),
         Page("lora", "LoRA", "lora.", (schema.LoraConfig,)),
-        Page("stream", "Streams", "streams.NAME.", (schema.StreamConfig,)),
+        Page("stream", "Streams", "streams.NAME.", _kinds(schema.StreamConfig, FORMATS)),
         Page("source", "Sources", "streams.NAME.sources", (schema.SourceConfig,)),
-        Page("objective", "Objectives", "streams.NAME.objective.", (schema.ObjectiveConfig,)),
-        Page("masking", "Masking", "streams.NAME.masking.", (schema.MaskingConfig,)),
+        Page("objective", "Objectives", "streams.NAME.objective.", _kinds(schema.ObjectiveConfig, OBJECTIVES)),
+        Page("masking", "Masking", "streams.NAME.masking.", (MaskingConfig,)),
         Page("optim", "Optimizer", "optim.", (schema.OptimConfig,)),
         Page("parallel", "Parallelism", "parallel.", (schema.ParallelConfig,)),
         Page("packing", "Packing", "packing.", (schema.PackingConfig,)),
@@ -102,8 +105,8 @@ def render(page: Page, every: list[Page]) -> str:
         if index:
             parts += ["", f"## {owner.__name__}"]
         parts += ["", _first_paragraph(owner)]
-        base = next((earlier for earlier in page.classes[:index] if issubclass(owner, earlier)), None)
-        keys = [key for key in keys_of(owner) if base is None or key.owner is not base]
+        base = next((earlier for earlier in reversed(page.classes[:index]) if issubclass(owner, earlier)), None)
+        keys = [key for key in keys_of(owner) if base is None or key.owner not in base.__mro__]
         if base is not None:
             parts += ["", f"It has every key of `{base.__name__}` (above)" + (", and:" if keys else ".")]
         if keys:
@@ -111,6 +114,12 @@ def render(page: Page, every: list[Page]) -> str:
             parts += [_row(key, page, every) for key in keys]
     files = dict.fromkeys(_file(owner) for owner in page.classes)
     return "\n".join([*parts, "", f"Made from {', '.join(f'`{file}`' for file in files)}.", ""])
+
+
+def _kinds(base: type, table: Mapping[str, type]) -> tuple[type, ...]:
+    """The base of a part's descriptions, and every kind with what it extends, a base before the classes that add to it."""
+    found = dict.fromkeys(owner for kind in table.values() for owner in reversed(kind.__mro__) if issubclass(owner, base))
+    return tuple(found)
 
 
 def keys_of(owner: type) -> list[Key]:

@@ -24,7 +24,7 @@ MOMENTS = {
     "the last step": ("unified_lm.engine.fit.learning_rate", lambda config, taken, *_: taken == LAST - 1),
     "the last validation": ("unified_lm.engine.fit.write_items", lambda run_dir, step, *_: step == LAST),
     "the last save": ("unified_lm.engine.fit.save_state", lambda state, *_: state.step == LAST),
-    "the export": ("unified_lm.assembly.stages.export_run", lambda *_: True),
+    "the export": ("unified_lm.assembly.stages.write_export", lambda *_: True),
 }
 """Where the signal comes: the function during which it does, and whether its arguments are those of the end."""
 

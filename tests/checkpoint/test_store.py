@@ -9,14 +9,21 @@ import pytest
 
 from tests.checkpoint.test_state import save
 from unified_lm.checkpoint.state import LATEST, torn
-from unified_lm.checkpoint.store import CheckpointCopier, find_checkpoint, list_checkpoints, prune, restore_metrics, sweep
+from unified_lm.checkpoint.store import (
+    CheckpointCopier,
+    find_checkpoint,
+    list_checkpoints,
+    prune,
+    remove_unfinished,
+    restore_metrics,
+)
 from unified_lm.core.errors import CheckpointError
 
 
 def test_nothing_to_resume(tmp_path):
     assert find_checkpoint("none", tmp_path).path is None
     assert find_checkpoint("auto", tmp_path).path is None
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         find_checkpoint(str(tmp_path), tmp_path)
 
 
@@ -46,7 +53,7 @@ def test_the_newest_and_the_milestones_are_kept(tmp_path):
         save(tmp_path, step)
         prune(tmp_path, keep_last=2, keep_every=3)
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["3", "6", "7", "8"]
-    prune(tmp_path, keep_last=1, keep_every=0, spare={tmp_path / "step-00000007"})
+    prune(tmp_path, keep_last=1, keep_every=0, protected={tmp_path / "step-00000007"})
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["7", "8"]
 
 
@@ -55,7 +62,7 @@ def test_what_a_killed_run_left_is_swept(tmp_path):
     for name in (".step-00000002.building", ".step-00000000.removing"):
         shutil.copytree(kept, tmp_path / name)
     assert [path.name for path in list_checkpoints(tmp_path)] == [kept.name]
-    assert len(sweep(tmp_path)) == 2
+    assert len(remove_unfinished(tmp_path)) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, kept.name]
 
 

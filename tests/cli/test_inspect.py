@@ -13,15 +13,14 @@ from unified_lm.batch import IGNORE, Sample, make_pack
 from unified_lm.cli.inspect import Part, colored, parts, run_inspect
 from unified_lm.cli.mask_picture import mask_image
 from unified_lm.config.schema import (
-    MaskingConfig,
     ModelConfig,
-    ObjectiveConfig,
     PackingConfig,
     RunConfig,
     SourceConfig,
-    StreamConfig,
 )
+from unified_lm.data.formats import ChatStream, MaskedTextStream, MaskingConfig, PairsStream, TextStream
 from unified_lm.models.tiny import tiny_tokenizer
+from unified_lm.objectives import ContrastiveConfig, NextTokenConfig
 
 TOKENIZER = tiny_tokenizer()
 
@@ -40,13 +39,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     turns = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]
     chats = write(tmp_path / "chats.jsonl", [{"messages": turns}] * 5)
     texts = write(tmp_path / "texts.jsonl", [{"text": f"a sentence about number {i}"} for i in range(9)])
-    token, contrastive = ObjectiveConfig(name="next_token"), ObjectiveConfig(name="contrastive")
+    token, contrastive = NextTokenConfig(), ContrastiveConfig()
     streams = {
-        "emb": StreamConfig(format="pairs", sources=pairs, attention="bidirectional", batch_size=4, objective=contrastive),
-        "gen": StreamConfig(format="chat", sources=chats, attention="bidirectional_prompt", batch_size=2, objective=token),
-        "lm": StreamConfig(format="text", sources=texts, batch_size=2, template="plain", objective=token),
-        "mntp": StreamConfig(
-            format="masked_text", sources=texts, attention="bidirectional", batch_size=2, template="plain",
+        "emb": PairsStream(sources=pairs, attention="bidirectional", batch_size=4, objective=contrastive),
+        "gen": ChatStream(sources=chats, attention="bidirectional_prompt", batch_size=2, objective=token),
+        "lm": TextStream(sources=texts, batch_size=2, template="plain", objective=token),
+        "mntp": MaskedTextStream(
+            sources=texts, attention="bidirectional", batch_size=2, template="plain",
             masking=MaskingConfig(scheme="all_mask", probability=0.3), objective=token, max_tokens=20,
         ),
     }  # fmt: skip

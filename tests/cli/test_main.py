@@ -22,6 +22,13 @@ def test_the_commands_lead_somewhere() -> None:
         assert find_spec(command.target.partition(":")[0]) is not None, command.target
 
 
+def test_the_british_spelling_of_analyze_still_works_and_is_not_advertised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyse", "future", "--help"]) == 0
+    assert "usage: unified-lm analyze" in capsys.readouterr().out
+    assert "analyse" not in usage()
+    assert main(["analyzer"]) == 2  # only that spelling, not anything that begins alike
+
+
 def test_help_is_instant_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from unified_lm.cli.main import main; code = main(['--help']); "

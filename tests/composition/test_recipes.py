@@ -93,7 +93,7 @@ def test_gritlm_8x7b_is_as_published() -> None:
     assert {stream.batch_size for stream in run.streams.values()} == {256}
     objective = run.streams["generation"].objective
     assert (objective.normalization, objective.weight, objective.router_aux_loss_coef) == ("sum_per_sample", 0.003, 0.02)
-    assert run.streams["embedding"].objective.router_aux_loss_coef == 0.0
+    assert run.streams["embedding"].objective.router_balance == 0.0
 
 
 def test_kto_is_as_published() -> None:

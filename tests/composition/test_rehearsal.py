@@ -23,8 +23,9 @@ def test_every_recipe_has_a_rehearsal(recipe: str, lora: str | None) -> None:
         assert any("tiny random" in notice for notice in run.notices)
         for stream in run.streams.values():
             assert [source.builtin for source in stream.sources] == ["pydocs"]
-            assert (stream.batch_size, stream.num_hard_negatives) == (4, 0)
-            assert stream.max_tokens <= 256 or stream.format == "pairs"
+            assert stream.batch_size == 4
+            assert getattr(stream, "num_hard_negatives", 0) == 0
+            assert stream.longest_sample == 256
         for sources in run.validation.sources.values():
             assert {(source.builtin, source.split) for source in sources} == {("pydocs", "test")}
 

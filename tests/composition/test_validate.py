@@ -1,18 +1,23 @@
 """Contradictions: each is found, and sound configurations have none."""
 
+import ast
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from unified_lm.composition.compose import compose_run, to_yaml
-from unified_lm.composition.convert import convert, schema_keys, to_plain
+from unified_lm.composition.convert import convert, from_yaml, schema_keys, to_plain
 from unified_lm.composition.validate import find_notices, find_problems
-from unified_lm.config.schema import ModelConfig, RunConfig
+from unified_lm.config.schema import ModelConfig, ObjectiveConfig, RunConfig, StreamConfig
 from unified_lm.core.errors import ConfigError
+from unified_lm.data.formats import FORMATS, MaskingConfig
+from unified_lm.objectives import OBJECTIVES, NextTokenConfig
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +41,25 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("grit_smollm2", "max_steps=0", "max_steps: got 0, expected at least 1"),
         ("grit_smollm2", "optim.max_skipped_steps=0", "optim.max_skipped_steps: got 0, expected at least 1"),
         ("grit_smollm2", "checkpoint={every: 10, keep_every: 25}", "expected a multiple of checkpoint.every (10)"),
-        ("grit_smollm2", "streams.embedding.objective.name=next_token", "format pairs trains contrastive, got next_token"),
+        (
+            "grit_smollm2",
+            "streams.embedding.objective.name=next_token",
+            "over embeddings, and next_token is",
+        ),
         ("grit_smollm2", "streams.embedding.objective.name=contrastiv", "Did you mean 'contrastive'?"),
-        ("llm2vec_simcse", "streams.simcse.objective={name: next_token, temperature: 0.02}", "format views trains contrastive"),
+        (
+            "llm2vec_simcse",
+            "streams.simcse.objective={name: next_token, temperature: 0.02}",
+            "is trained by an objective over embeddings",
+        ),
         ("llm2vec_mntp", "~streams.mntp.masking", "streams.mntp.masking: is missing"),
         ("llm2vec_mntp", "streams.mntp.masking.probability=1.5", "expected a share between 0 and 1"),
         ("llm2vec_mntp", "streams.mntp.masking.scheme=all", "unknown value 'all'"),
-        ("grit_smollm2", "streams.generation.masking={}", "only applies to format masked_text"),
+        (
+            "grit_smollm2",
+            "streams.generation.masking={}",
+            "is set to {}; it belongs to masked_text",
+        ),
         (
             "grit_smollm2",
             "streams.generation.objective.temperature=0.05",
@@ -61,20 +78,32 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         (
             "grit_smollm2",
             "streams.generation.objective.router_aux_loss_coef=-1",
-            "router_aux_loss_coef: got -1.0, expected a number",
+            "router_aux_loss_coef: got -1.0, expected at least 0",
         ),
         ("grit_mixtral8x7b", "model.attention_kernel=padded", "router_aux_loss_coef: kernel padded mixes padding tokens"),
         ("grit_smollm2", "streams.generation.objective.normalization=mixed", "'mixed' needs the samples of one micro-batch"),
         ("grit_smollm2", "streams.generation.objective.micro_batch_size=2", "only applies to normalization 'mixed'"),
         ("grit_mistral7b", "streams.generation.objective.micro_batch_size=33", "which does not divide the batch of 256"),
-        ("grit_smollm2", "streams.generation.attention=bidirectional", "next_token needs 'causal'"),
+        (
+            "grit_smollm2",
+            "streams.generation.attention=bidirectional",
+            "format chat cannot use 'bidirectional'",
+        ),
         ("kto_smollm2", "streams.preference.objective.beta=0", "objective.beta: got 0.0, expected more than 0"),
         ("kto_smollm2", "streams.preference.objective.undesirable_weight=-1", "undesirable_weight: got -1.0, expected more"),
         ("kto_smollm2", "streams.preference.objective.reference=adapters_off", "Did you mean 'adapter_off'?"),
         ("kto_smollm2", "streams.preference.objective.temperature=0.5", "temperature: does not apply to the objective kto"),
-        ("kto_smollm2", "streams.preference.objective={name: next_token}", "format preference trains kto, got next_token"),
-        ("kto_smollm2", "streams.preference.format=chat", "format chat trains next_token, got kto"),
-        ("kto_smollm2", "streams.preference.attention=bidirectional", "kto needs 'causal'"),
+        (
+            "kto_smollm2",
+            "streams.preference.objective={name: next_token}",
+            "over scores of whole samples, and",
+        ),
+        (
+            "kto_smollm2",
+            "streams.preference.format=chat",
+            "over tokens, and kto is one over scores",
+        ),
+        ("kto_smollm2", "streams.preference.attention=bidirectional", "format preference cannot use 'bidirectional'"),
         (
             "kto_gritlm7b",
             "streams.preference.objective.reference=adapter_off",
@@ -85,10 +114,14 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         (
             "grit_smollm2",
             "streams.embedding.attention=bidirectional_prompt",
-            "needs prompts and answers (format chat or preference)",
+            "or it has no prompt of its own. Possible: causal, bidirectional.",
         ),
-        ("grit_smollm2", "streams.embedding.chunking=concatenate", "joins running text"),
-        ("llm2vec_simcse", "streams.simcse.num_hard_negatives=1", "only pairs have negatives"),
+        ("grit_smollm2", "streams.embedding.chunking=concatenate", "chunking: does not apply to the format pairs"),
+        (
+            "llm2vec_simcse",
+            "streams.simcse.num_hard_negatives=1",
+            "and is set to 1; it belongs to pairs",
+        ),
         ("grit_smollm2", "streams.embedding.batch_size=1", "contrastive training needs at least 2 groups"),
         ("grit_smollm2", "streams.embedding.objective.temperature=0", "temperature: got 0.0, expected more than 0"),
         (
@@ -107,7 +140,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("grit_smollm2", "model.name=''", "model.name: is empty"),
         ("grit_smollm2", "model.attention_dropout=1.0", "expected a share from 0 to below 1"),
         ("llm2vec_simcse", "model.attention_kernel=flex", "the flex kernel has no dropout"),
-        ("generative_only", "model.projection_dim=64", "no stream has a contrastive objective"),
+        ("generative_only", "model.projection_dim=64", "no stream trains any"),
         ("generative_only", "validation.retrieval={queries: {builtin: pydocs}}", "no stream trains embeddings"),
         (
             "grit_smollm2",
@@ -161,9 +194,34 @@ def test_notices_are_not_problems() -> None:
     assert not find_problems(config)
 
 
-def test_a_dotted_objective_is_left_to_the_import() -> None:
-    config = compose_run(["recipe=grit_smollm2", "streams.generation.objective.name=my_package.Loss"])
-    assert config.streams["generation"].objective.name == "my_package.Loss"
+def test_a_dotted_objective_is_imported_and_its_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"objective\.name: cannot import the objective 'my_package\.Loss'"):
+        compose_run(["recipe=grit_smollm2", "streams.generation.objective.name=my_package.Loss"])
+    path = "unified_lm.objectives.token.NextToken"
+    config = compose_run(["recipe=grit_smollm2", f"streams.generation.objective={{name: {path}, cross_entropy: chunked}}"])
+    assert (type(config.streams["generation"].objective), config.streams["generation"].objective.name) == (
+        NextTokenConfig,
+        path,
+    )
+    with pytest.raises(ConfigError, match=r"unknown key 'streams\.generation\.objective\.cross_entropi'.*Did you mean"):
+        compose_run(["recipe=grit_smollm2", f"streams.generation.objective={{name: {path}, cross_entropi: chunked}}"])
+
+
+@pytest.mark.parametrize("base", [StreamConfig, ObjectiveConfig])
+def test_settings_of_other_kinds_at_their_defaults_are_read(
+    resolved: Callable[[str], Path], base: type, tmp_path: Path
+) -> None:
+    """Configurations saved when all kinds shared one list of settings hold every key."""
+    values = yaml.safe_load(resolved("grit_smollm2").read_text())
+    table = FORMATS if base is StreamConfig else OBJECTIVES
+    for stream in values["streams"].values():
+        node = stream if base is StreamConfig else stream["objective"]
+        for kind in table.values():
+            for field in dataclasses.fields(kind):
+                if field.default is not dataclasses.MISSING:
+                    node.setdefault(field.name, to_plain(field.default))
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(values))
+    assert from_yaml(tmp_path / "old.yaml") == from_yaml(resolved("grit_smollm2"))
 
 
 def test_conversion_names_every_key_and_survives_what_has_a_default() -> None:
@@ -189,19 +247,24 @@ def test_schema_keys_reach_every_leaf() -> None:
 
 
 def test_every_field_is_documented_frozen_and_keyword_only() -> None:
-    import inspect
-
     from unified_lm.config import schema
 
-    source = inspect.getsource(schema)
-    for cls in vars(schema).values():
-        if dataclasses.is_dataclass(cls) and isinstance(cls, type):
-            assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
-            assert all(field.kw_only for field in dataclasses.fields(cls))
-    fields = sum(
-        len(dataclasses.fields(c)) for c in vars(schema).values() if isinstance(c, type) and dataclasses.is_dataclass(c)
-    )
-    assert source.count('    """') >= fields, "one sentence under each field"
+    own = [cls for cls in vars(schema).values() if isinstance(cls, type) and issubclass(cls, object)]
+    classes = {base for cls in (*own, *FORMATS.values(), *OBJECTIVES.values(), MaskingConfig) for base in cls.__mro__}
+    for cls in classes:
+        if not dataclasses.is_dataclass(cls) or not cls.__name__.endswith(("Config", "Stream")):
+            continue
+        assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        assert all(field.kw_only for field in dataclasses.fields(cls))
+        body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+        for node, after in zip(body, [*body[1:], None], strict=True):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and "ClassVar" not in ast.unparse(node.annotation)
+            ):
+                sentence = getattr(getattr(after, "value", None), "value", None)
+                assert isinstance(sentence, str), f"{cls.__name__}.{ast.unparse(node.target)}: one sentence under each field"
 
 
 def test_plain_values_have_no_tuples() -> None:

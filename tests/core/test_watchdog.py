@@ -33,7 +33,7 @@ def sleep_in_the_export(rank: int) -> None:
     from unified_lm.assembly import stages
 
     stages.check_export = lambda run: None
-    stages.export_run = lambda run, console: time.sleep(3 * TIMEOUT * 60)
+    stages.write_export = lambda run, console: time.sleep(3 * TIMEOUT * 60)
 
 
 def fail_in_the_export(rank: int) -> None:
@@ -44,7 +44,7 @@ def fail_in_the_export(rank: int) -> None:
         raise CheckpointError("the export failed")
 
     stages.check_export = lambda run: None
-    stages.export_run = fail
+    stages.write_export = fail
 
 
 def test_a_hung_rank_is_named_and_every_rank_ends(tmp_path):
@@ -54,7 +54,7 @@ def test_a_hung_rank_is_named_and_every_rank_ends(tmp_path):
     output = group.output()
     assert "error: Rank 0 of 2 has waited" in output
     assert "in 'step 2 >" in output
-    assert "Missing: rank 1 is outside any exchange" in output
+    assert "Missing: rank 1 is outside any collective" in output
     assert "in 'load a batch'" in output
     assert "Rank 0 has given up" in output, "the hung rank speaks, too"
     assert "in next_batch" in output, "and shows where it hangs"

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
-from unified_lm.config.schema import ObjectiveConfig, StreamConfig
+from unified_lm.config.schema import StreamConfig
+from unified_lm.data.formats import FORMATS
 from unified_lm.data.rows.records import ChatRecord, PairRecord, Record, Text, TextRecord
+from unified_lm.objectives import ContrastiveConfig, NextTokenConfig
 
-CONTRASTIVE = ObjectiveConfig(name="contrastive")
-NEXT_TOKEN = ObjectiveConfig(name="next_token")
+CONTRASTIVE = ContrastiveConfig()
+NEXT_TOKEN = NextTokenConfig()
 
 
 class FakeSource:
@@ -57,4 +59,4 @@ def texts(count: int) -> list[Record]:
 def stream_config(format: str, **settings: object) -> StreamConfig:
     """A stream's settings with the objective that fits its format."""
     objective = settings.pop("objective", CONTRASTIVE if format in ("pairs", "views") else NEXT_TOKEN)
-    return StreamConfig(format=format, objective=objective, **settings)  # type: ignore[arg-type]
+    return FORMATS[format](objective=objective, **settings)  # type: ignore[arg-type]

@@ -9,14 +9,14 @@ import torch
 from tests.data.fake_source import FakeSource, chats, pairs, stream_config, texts
 from unified_lm.batch import Batch, Sample
 from unified_lm.batch.plan import sequence_mask
-from unified_lm.config.schema import ObjectiveConfig
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.data.loader import SampleCost, StepLoader, imbalance, partition_samples
 from unified_lm.data.streams import Stream
 from unified_lm.models.tiny import tiny_tokenizer
+from unified_lm.objectives import NextTokenConfig
 
 TOKENIZER = tiny_tokenizer()
-MIXED = ObjectiveConfig(name="next_token", normalization="mixed", micro_batch_size=3)
+MIXED = NextTokenConfig(normalization="mixed", micro_batch_size=3)
 
 
 def make_streams() -> dict[str, Stream]:

@@ -101,8 +101,8 @@ def test_place_says_where_a_record_came_from(tmp_path: Path) -> None:
     jsonl(tmp_path / "d" / "a.jsonl", [{"text": "a0"}, {"text": ""}, {"text": "a1"}])
     pq.write_table(pa.table({"text": ["b0", "b1"]}), tmp_path / "d" / "b.parquet")
     source = opened(tmp_path / "d", TEXT)
-    assert source.place(1) == f"{tmp_path / 'd' / 'a.jsonl'}, line 3"
-    assert source.place(-1) == f"{tmp_path / 'd' / 'b.parquet'}, row 2"
+    assert source.location(1) == f"{tmp_path / 'd' / 'a.jsonl'}, line 3"
+    assert source.location(-1) == f"{tmp_path / 'd' / 'b.parquet'}, row 2"
 
 
 def test_a_source_can_be_sent_to_another_process(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import pytest
 
 from tests.data.fake_source import FakeSource, chats, pairs, stream_config, texts
 from unified_lm.batch import Sample
-from unified_lm.config.schema import MaskingConfig, ModelConfig, RetrievalConfig, RunConfig, SourceConfig, ValidationConfig
+from unified_lm.config.schema import ModelConfig, RetrievalConfig, RunConfig, SourceConfig, ValidationConfig
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError
 from unified_lm.data import streams as streams_module
 from unified_lm.data.cursor import Cursor
+from unified_lm.data.formats import MaskingConfig
 from unified_lm.data.retrieval import build_retrieval
 from unified_lm.data.rows.records import PairRecord, Text
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
@@ -222,7 +223,7 @@ def test_a_damaged_cache_is_built_anew_with_a_warning(own_cache: Path, damage):
         ids.unlink()
     else:
         (folder / "table.json").write_text("{")
-    with pytest.warns(UserWarning, match=r"damaged .* it is built anew"):
+    with pytest.warns(UserWarning, match=r"damaged .* it is rebuilt"):
         assert content(make_stream(pairs(5)).draw(5)) == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -291,5 +292,5 @@ def test_retrieval_searches_every_document_once(run_config):
 def test_retrieval_without_a_stream_of_pairs_is_refused(run_config):
     streams = {"gen": stream_config("chat", sources=run_config.streams["emb"].sources)}
     config = RunConfig(recipe="t", model=ModelConfig(), streams=streams, validation=run_config.validation)
-    with pytest.raises(ConfigError, match=r"needs a stream of format 'pairs' or 'views'.*gen \(chat\)"):
+    with pytest.raises(ConfigError, match=r"needs a stream that trains embeddings.*gen \(chat\)"):
         build_retrieval(config, TOKENIZER)

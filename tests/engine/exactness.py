@@ -12,21 +12,23 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.engine.tiny import make_samples
-from unified_lm.batch import IGNORE, Batch, Sample, make_batch
+from unified_lm.batch import IGNORE, Batch, Pack, Sample, SequenceLabel, make_batch
 from unified_lm.batch.normalization import normalize
-from unified_lm.config.schema import LoraConfig, ObjectiveConfig, OptimConfig, ParallelConfig
+from unified_lm.config.schema import LoraConfig, OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.engine.backends.backend import Backend, make_backend
-from unified_lm.engine.balance import RouterBalance
-from unified_lm.engine.sequences import SequenceScoring
+from unified_lm.engine.coupled import CoupledTerm
+from unified_lm.engine.embedding_term import EmbeddingTerm
+from unified_lm.engine.router_balance import RouterBalance, RoutingReadout
+from unified_lm.engine.sequences import SequenceReadout, SequenceScoring
 from unified_lm.engine.step import GradCacheStep
-from unified_lm.engine.training_module import TrainingModule
+from unified_lm.engine.training_module import PackOutput, TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.lora import apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.tiny import tiny_model
-from unified_lm.objectives import build_objective
-from unified_lm.objectives.balance import Routing, expert_share
+from unified_lm.objectives import OBJECTIVES, ContrastiveConfig, KTOConfig, build_objective
+from unified_lm.objectives.load_balancing import expert_share
 
 OPTIM = OptimConfig(eps=1e-3, weight_decay=0.1)  # an epsilon that does not amplify rounding
 RATE = 1e-3
@@ -80,7 +82,7 @@ def make_trainable(case: Case) -> TrainingModule:
     model = tiny_model(case.family, dtype=getattr(torch, case.dtype), attention_dropout=case.dropout)
     if case.kind == "kto":
         adapt(model, dropout=case.dropout)
-        return TrainingModule(Backbone(model, "sdpa"), "mean", {}, sequence_streams={"preference"})
+        return TrainingModule(Backbone(model, "sdpa"), "mean", {}, readouts=[SequenceReadout({"preference"})])
     if case.adapted:
         adapt(model)
     objective = "masked_next_token" if case.kind == "mntp" else "next_token"
@@ -92,9 +94,9 @@ def make_trainable(case: Case) -> TrainingModule:
     return TrainingModule(
         backbone,
         "mean",
-        {"generation": build_objective(ObjectiveConfig(name=objective))},
+        {"generation": build_objective(OBJECTIVES[objective]())},
         projection,
-        balanced_streams=["generation"] if case.balance else [],
+        readouts=[RoutingReadout(["generation"], backbone.experts()[1])] if case.balance else [],
     )
 
 
@@ -118,7 +120,7 @@ def make_preferences(num_rows: int, seed: int) -> list[Sample]:
         for slot, completion in enumerate((completions[row], completions[(row + 1) % num_rows])):
             ids = np.concatenate([prompts[row], completion])
             labels = np.where(np.arange(len(ids)) >= len(prompts[row]), ids, IGNORE)
-            desirable = None if slot else row % 3 != 0
+            label = SequenceLabel(desirable=None if slot else row % 3 != 0)
             samples.append(
                 Sample(
                     input_ids=ids,
@@ -126,8 +128,7 @@ def make_preferences(num_rows: int, seed: int) -> list[Sample]:
                     labels=labels,
                     group=row,
                     slot=slot,
-                    desirable=desirable,
-                    control=slot == 1,
+                    sequence=label,
                 )
             )
     return samples
@@ -186,25 +187,19 @@ def share(case: Case, seed: int) -> Batch:
 
 def make_step(case: Case, backend: Backend) -> GradCacheStep:
     published = {"gradient_scale": "inverse_world_size", "reference_world_size": 4} if case.kind == "supervised" else {}
-    contrastive = build_objective(ObjectiveConfig(name="contrastive", temperature=0.1, **published))
-    objectives = {} if case.kind == "mntp" else {"embedding": contrastive}
+    contrastive = build_objective(ContrastiveConfig(temperature=0.1, **published))
+    terms: list[CoupledTerm] = []
+    if case.kind != "mntp":
+        terms.append(EmbeddingTerm({"embedding": contrastive}, WEIGHTS))
     retained = 1000 if case.retain_all else 1
-    sequences = None
     if case.kind == "kto":
         scoring = _OwnBaseline if case.own_baseline else SequenceScoring
-        kto = build_objective(ObjectiveConfig(name="kto", beta=0.3, desirable_weight=1.25))
+        kto = build_objective(KTOConfig(beta=0.3, desirable_weight=1.25))
         trainable = backend.trainable  # type: ignore[attr-defined]
-        sequences = scoring(backend.forward, trainable, {"preference": kto}, backend.equal_forwards)
-    return GradCacheStep(
-        backend.forward,
-        backend.backward,
-        objectives,
-        WEIGHTS,
-        retained,
-        equal_forwards=backend.equal_forwards,
-        sequences=sequences,
-        balance=_make_balance(case, backend) if case.balance else None,
-    )
+        terms.append(scoring(backend.forward, trainable, {"preference": kto}, WEIGHTS, backend.equal_forwards))
+    if case.balance:
+        terms.append(_make_balance(case, backend))
+    return GradCacheStep(backend.forward, backend.backward, WEIGHTS, terms, retained, backend.equal_forwards)
 
 
 def _make_balance(case: Case, backend: Backend) -> RouterBalance:
@@ -213,10 +208,10 @@ def _make_balance(case: Case, backend: Backend) -> RouterBalance:
 
 
 class _OwnChoices(RouterBalance):
-    def begin(self, routings: Sequence[Mapping[str, Routing]]) -> None:
-        super().begin(routings)
+    def couple(self, batch: Batch, seen: Sequence[tuple[Pack, PackOutput]]) -> None:
+        super().couple(batch, seen)
         (rows,) = (rows for _, rows in self._shares.values())
-        load = torch.stack([routing["generation"].load for routing in routings]).sum(0)
+        load = torch.stack([output.readouts[RoutingReadout.name]["generation"][0] for _, output in seen]).sum(0)
         self._shares = {"generation": (expert_share(load, self.top_k)[0], rows)}
 
 

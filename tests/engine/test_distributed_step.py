@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.engine.tiny import WEIGHTS, embedding_objectives, make_samples, make_trainable
+from tests.engine.tiny import WEIGHTS, embedding_terms, make_samples, make_trainable
 from unified_lm.batch import make_batch
 from unified_lm.config.schema import OptimConfig
 from unified_lm.core import distributed
@@ -25,7 +25,7 @@ def step(rank: int, ranks: int, budget: int) -> tuple[float, dict[str, torch.Ten
     samples, counts = make_samples()
     shares = {1: [lambda s: True], 2: [lambda s: s.group < 2, lambda s: s.group >= 2]}
     batch = make_batch([s for s in samples if shares[ranks][rank](s)], budget, counts)
-    losses = GradCacheStep(backend.forward, backend.backward, embedding_objectives(), WEIGHTS)(batch)
+    losses = GradCacheStep(backend.forward, backend.backward, WEIGHTS, embedding_terms())(batch)
     if ranks > 1:
         backend._sum_gradients()
     return losses.total, {name: master.grad for name, master in backend.optimizer.masters.items()}

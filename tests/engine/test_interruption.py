@@ -33,6 +33,16 @@ def test_the_second_signal_is_no_longer_caught(number):
         signal.signal(number, before)
 
 
+def test_a_block_inside_another_changes_no_handler():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        with stop:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)  # would end the process, had the inner block put the handler back
+        assert stop.agree() == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_outside_the_main_thread_nothing_is_noted():
     numbers = []
 

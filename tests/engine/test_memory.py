@@ -4,13 +4,14 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.engine.tiny import CONTRASTIVE
+from tests.engine.tiny import CONTRASTIVE, WEIGHTS
 from unified_lm.batch import Sample, make_batch
-from unified_lm.core.live_tensors import LiveTensors
+from unified_lm.engine.accounting.live_tensors import LiveTensors
+from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
-from unified_lm.objectives import Contrastive
+from unified_lm.objectives.contrastive import Contrastive
 
 
 def test_live_tensors_counts_what_is_alive_and_what_was():
@@ -52,7 +53,9 @@ def peak_of_a_step(num_pairs: int, num_retained: int = 1) -> int:
     config = LlamaConfig(vocab_size=256, hidden_size=8, intermediate_size=256, num_hidden_layers=8, num_attention_heads=2)
     trainable = TrainingModule(Backbone(LlamaForCausalLM(config), "sdpa"), "mean", {}).train()
     objective = Contrastive(CONTRASTIVE, score_bytes=2**13)
-    step = GradCacheStep(trainable, torch.Tensor.backward, {"embedding": objective}, {"embedding": 1.0}, num_retained)
+    step = GradCacheStep(
+        trainable, torch.Tensor.backward, WEIGHTS, [EmbeddingTerm({"embedding": objective}, WEIGHTS)], num_retained
+    )
     with LiveTensors() as live:
         step(make_batch(samples, 256, {}))
     return live.peak

@@ -25,8 +25,8 @@ from tests.engine.exactness import (
     work,
 )
 from tests.engine.processes import NEEDS_DEEPSPEED
-from unified_lm.batch import Sample, make_batch, make_pack
-from unified_lm.engine.sequences import SequenceScoring
+from unified_lm.batch import Pack, Sample, make_batch, make_pack
+from unified_lm.engine.sequences import SequenceReadout
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.tiny import tiny_model
@@ -106,30 +106,33 @@ def kto_step(case: Case, change: Callable[[list[Sample]], list[Sample]] = list) 
     samples, counts = draw("kto", 3)
     batch = make_batch(change([s for s in samples if s.stream == "preference"]), case.budget, counts)
     step = make_step(case, backend)
-    step.embedding_objectives = {}
     losses = step(batch)
     gradients = {name: master.grad.clone() for name, master in backend.optimizer.masters.items()}  # type: ignore[attr-defined]
     assert any(gradient.any() for gradient in gradients.values())
     return losses.total, gradients, losses.metrics
 
 
+def preference_scores(trainable: TrainingModule, pack: Pack) -> torch.Tensor:
+    return trainable(pack).readouts[SequenceReadout.name]["preference"]
+
+
 def log_probabilities(trainable: TrainingModule, samples: list[Sample]) -> list[float]:
     with trainable.scoring():
-        return [float(trainable(make_pack([sample])).scores["preference"]) for sample in samples]
+        return [float(preference_scores(trainable, make_pack([sample]))) for sample in samples]
 
 
 def test_the_reference_is_the_model_without_adapters():
     """A copy of the model that never had adapters scores every sample the same."""
     trainable = make_trainable(replace(ALONE, dropout=0.3)).train()
-    plain = TrainingModule(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, sequence_streams={"preference"})
+    plain = TrainingModule(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, readouts=[SequenceReadout({"preference"})])
     samples = [s for s in draw("kto", 0)[0] if s.stream == "preference"]
     expected = torch.tensor(log_probabilities(plain, samples))
     pack = make_pack(samples)
     with trainable.scoring(reference=True):
-        found = trainable(pack).scores["preference"]
+        found = preference_scores(trainable, pack)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     with trainable.scoring():
-        adapted = trainable(pack).scores["preference"]
+        adapted = preference_scores(trainable, pack)
     assert (adapted - expected).abs().max() > 0.05, "the adapters do something"
     assert trainable.training
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in trainable.named_parameters())
@@ -149,11 +152,14 @@ def test_scores_are_sums_of_log_probabilities():
 
 def test_known_references_give_the_same_step():
     """Cached log-probabilities and switched-off adapters are one reference, and the former need no reference forward."""
-    plain = TrainingModule(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, sequence_streams={"preference"})
+    plain = TrainingModule(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, readouts=[SequenceReadout({"preference"})])
 
     def known(samples: list[Sample]) -> list[Sample]:
         values = log_probabilities(plain, samples)
-        return [replace(sample, reference=value) for sample, value in zip(samples, values, strict=True)]
+        return [
+            replace(sample, sequence=replace(sample.sequence, reference=value))
+            for sample, value in zip(samples, values, strict=True)
+        ]
 
     case = replace(ALONE, dropout=0.2, budget=MANY_PACKS)
     loss, gradients, metrics = kto_step(case)
@@ -162,7 +168,7 @@ def test_known_references_give_the_same_step():
     assert cached_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-4)
     for name, gradient in gradients.items():
         torch.testing.assert_close(cached_gradients[name], gradient, rtol=1e-3, atol=1e-6)
-    assert make_batch(known(list(draw("kto", 3)[0][-4:])), 100).reference_packs == ()
+    assert make_batch(known(list(draw("kto", 3)[0][-4:])), 100).sequences.unknown == ()
 
 
 def test_scoring_draws_no_random_numbers_and_leaves_no_gradient():
@@ -171,9 +177,10 @@ def test_scoring_draws_no_random_numbers_and_leaves_no_gradient():
     step = make_step(ALONE, backend)
     batch = make_batch([s for s in draw("kto", 1)[0] if s.stream == "preference"], 100, {"preference": 9.0})
     assert batch.num_samples == 9
-    assert sum(len(pack.samples) for pack in batch.control_packs) == 9
+    assert sum(len(pack.samples) for pack in batch.sequences.controls) == 9
     state = torch.get_rng_state()
-    step.sequences.begin(batch)
+    for term in step.terms:
+        term.begin(batch)
     assert torch.equal(torch.get_rng_state(), state)
     assert trainable.training
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in trainable.parameters())
@@ -182,24 +189,18 @@ def test_scoring_draws_no_random_numbers_and_leaves_no_gradient():
 def test_the_step_is_the_formula():
     """Loss and metrics from log-probabilities that are computed sample by sample, outside of the engine."""
     trainable = make_trainable(ALONE)
-    plain = TrainingModule(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, sequence_streams={"preference"})
+    plain = TrainingModule(Backbone(tiny_model("llama"), "sdpa"), "mean", {}, readouts=[SequenceReadout({"preference"})])
     samples = [s for s in draw("kto", 3)[0] if s.stream == "preference"]
     ratios = torch.tensor(log_probabilities(trainable, samples)) - torch.tensor(log_probabilities(plain, samples))
     z0 = max(0.0, float(ratios[1::2].mean()))
     total, scores = 0.0, {True: [], False: []}
     for sample, ratio in zip(samples[::2], ratios[::2].tolist(), strict=True):
-        sign, weight = (1, 1.25) if sample.desirable else (-1, 1.0)
+        sign, weight = (1, 1.25) if sample.sequence.desirable else (-1, 1.0)
         total += weight * (1 - float(torch.sigmoid(torch.tensor(0.3 * sign * (ratio - z0)))))
-        scores[sample.desirable].append(ratio)
+        scores[sample.sequence.desirable].append(ratio)
     loss, _, metrics = kto_step(ALONE)
     assert loss / 20.0 == pytest.approx(total / 9, rel=1e-5)
     assert metrics["preference/kl"] == pytest.approx(z0, abs=1e-5)
     means = {kind: sum(values) / len(values) for kind, values in scores.items()}
     assert metrics["preference/log_ratio_desirable"] == pytest.approx(means[True], abs=1e-4)
     assert metrics["preference/margin"] == pytest.approx(means[True] - means[False], abs=1e-4)
-
-
-def test_streams_without_sequence_objectives_need_no_scoring():
-    scoring = SequenceScoring(lambda pack: pytest.fail("nothing to score"), make_trainable(ALONE), {})
-    scoring.begin(make_batch([s for s in draw("kto", 0)[0] if s.stream == "embedding"], 100))
-    assert scoring.finish() == {}

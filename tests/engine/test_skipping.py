@@ -16,6 +16,7 @@ from unified_lm.batch import make_batch
 from unified_lm.config.schema import OptimConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.engine.backends.backend import TorchBackend
+from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.skipping import SkippedSteps
 from unified_lm.engine.step import GradCacheStep
 
@@ -94,7 +95,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(poisoned):
 
         holder[poisoned] = Spoilt()
     before = {name: parameter.clone() for name, parameter in trainable.named_parameters()}
-    step = GradCacheStep(backend.forward, backend.backward, objectives, WEIGHTS)
+    step = GradCacheStep(backend.forward, backend.backward, WEIGHTS, [EmbeddingTerm(objectives, WEIGHTS)])
     samples, counts = make_samples()
     step(make_batch(samples, 64, counts))
     norm = backend.update(1e-3, 1.0)

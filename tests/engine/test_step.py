@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.tiny import WEIGHTS, embedding_objectives, make_samples, make_trainable
+from tests.engine.tiny import WEIGHTS, embedding_terms, make_samples, make_trainable
 from unified_lm.batch import Batch, make_batch
 from unified_lm.engine.step import GradCacheStep, StepLosses
 from unified_lm.engine.training_module import TrainingModule
@@ -20,7 +20,7 @@ def run(trainable: TrainingModule, batch: Batch, num_retained: int = 1) -> tuple
     trainable.train()
     trainable.zero_grad()
     torch.manual_seed(1234)
-    losses = GradCacheStep(trainable, backward, embedding_objectives(), WEIGHTS, num_retained)(batch)
+    losses = GradCacheStep(trainable, backward, WEIGHTS, embedding_terms(), num_retained)(batch)
     return losses, {name: p.grad.clone() for name, p in trainable.named_parameters() if p.grad is not None}
 
 
@@ -92,7 +92,7 @@ def test_dropout_is_on():
     first, _ = run(trainable, batch)
     trainable.zero_grad()
     torch.manual_seed(99)
-    other = GradCacheStep(trainable, backward, embedding_objectives(), WEIGHTS)(batch)
+    other = GradCacheStep(trainable, backward, WEIGHTS, embedding_terms())(batch)
     assert first.by_stream["embedding"] != other.by_stream["embedding"]
 
 
@@ -111,7 +111,7 @@ def test_losses_only_agrees_and_leaves_no_gradient():
     batch = make_batch(samples, 60, counts)
     losses, _ = run(trainable, batch)
     trainable.zero_grad()
-    measured = GradCacheStep(trainable, backward, embedding_objectives(), WEIGHTS).losses_only(batch)
+    measured = GradCacheStep(trainable, backward, WEIGHTS, embedding_terms()).losses_only(batch)
     assert measured.by_stream == pytest.approx(losses.by_stream, rel=1e-5)
     assert all(p.grad is None for p in trainable.parameters())
 
@@ -120,6 +120,6 @@ def test_a_batch_of_chats_alone_needs_no_contrastive_stream():
     trainable = make_trainable()
     samples, counts = make_samples(num_groups=0)
     batch = make_batch(samples, 60, counts)
-    losses = GradCacheStep(trainable, backward, {}, WEIGHTS)(batch)
+    losses = GradCacheStep(trainable, backward, WEIGHTS)(batch)
     assert set(losses.by_stream) == {"generation"}
     assert losses.total > 0

@@ -141,7 +141,7 @@ def test_a_run_that_fails_is_finished_as_failed_and_holds_no_secret(tmp_path: Pa
 
 @pytest.mark.usefixtures("alone")
 def test_online_without_a_key_is_refused_before_any_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unified_lm.assembly.stages.build_run", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("unified_lm.assembly.stages.assemble_run", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match="needs an API key, and there is none") as caught:
         train(["recipe=grit_smollm2", "model=tiny_random", "logging.wandb=online", f"run_dir={tmp_path}/run"])
     assert "logging.wandb=offline" in str(caught.value)

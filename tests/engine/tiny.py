@@ -7,14 +7,15 @@ import torch
 
 from unified_lm.batch import IGNORE, Sample
 from unified_lm.batch.normalization import normalize
-from unified_lm.config.schema import ObjectiveConfig
+from unified_lm.engine.coupled import CoupledTerm
+from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.tiny import tiny_model
-from unified_lm.objectives import build_objective
+from unified_lm.objectives import ContrastiveConfig, NextTokenConfig, build_objective
 
-CONTRASTIVE = ObjectiveConfig(name="contrastive", temperature=0.1)
-NEXT_TOKEN = ObjectiveConfig(name="next_token")
+CONTRASTIVE = ContrastiveConfig(temperature=0.1)
+NEXT_TOKEN = NextTokenConfig()
 WEIGHTS = {"embedding": 1.0, "generation": 0.7}
 
 
@@ -29,6 +30,10 @@ def make_trainable(seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = tor
 
 def embedding_objectives() -> dict:
     return {"embedding": build_objective(CONTRASTIVE)}
+
+
+def embedding_terms() -> list[CoupledTerm]:
+    return [EmbeddingTerm(embedding_objectives(), WEIGHTS)]
 
 
 def make_samples(num_groups: int = 6, num_chats: int = 4, seed: int = 0, normalization: str = "token"):

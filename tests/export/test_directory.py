@@ -181,7 +181,7 @@ def test_weighted_mean_behind_a_prompt_is_refused(tmp_path: Path) -> None:
 
 
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="still carries adapters"):
+    with pytest.raises(CheckpointError, match="still has adapters"):
         write(tmp_path / "export", adapted("llama"))
     with pytest.raises(CheckpointError, match="Did you mean 'mean'"):
         write(tmp_path / "export", pooling="meen")

@@ -194,6 +194,6 @@ def test_a_copy_that_stock_tools_read_otherwise_never_appears(
 
     modules = module.sentence_transformers_modules
     monkeypatch.setattr(module, "sentence_transformers_modules", lambda manifest: modules(replace(manifest, standardizer=None)))
-    with pytest.raises(CheckpointError, match="sentence-transformers gives other vectors"):
+    with pytest.raises(CheckpointError, match="sentence-transformers computes other vectors"):
         write_standardized(exports["plain"][0], tmp_path / "std", Standardizer(torch.ones(64), torch.ones(64)), RECORD)
     assert not (tmp_path / "std").exists()

@@ -166,7 +166,7 @@ def test_a_silent_node_is_named_and_the_other_one_ends_within_its_timeout(nodes,
     wait_for(lambda: steps_taken(run_dir) >= 3, START_LIMIT, pair)
     pair[1].freeze()
     wait_for(lambda: "Giving up (parallel.timeout_minutes)" in pair[0].text(), EXIT_LIMIT, pair[:1])
-    assert re.search(r"Rank \d of 2 has waited .* Missing: rank \d has not been heard of", pair[0].text())
+    assert re.search(r"Rank \d of 2 has waited .* Missing: rank \d has not been heard from", pair[0].text())
     # the worker has ended; its agent waits for the frozen one, which may hold the rendezvous, until its reads time out
     assert pair[0].process.wait(timeout=3 * EXIT_LIMIT) != 0
 

@@ -18,7 +18,7 @@ from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.data.rows.records import PairRecord, RecordKind, Text
 from unified_lm.data.sources import RecordSource, open_source
-from unified_lm.mining.mine import Mining, WorkShare
+from unified_lm.mining.mine import Mining, WorkShard
 from unified_lm.mining.negatives import Filter, Given, MiningConfig, Sampling
 from unified_lm.mining.text_match import normalized_words
 from unified_lm.mining.vector_cache import VectorCache
@@ -133,7 +133,7 @@ def test_shards_equal_the_whole(tmp_path: Path, sampling: Sampling) -> None:
     for count, order in ((3, (1, 2, 0)), (2, (0, 1)), (8, range(8))):
         out = tmp_path / f"shards{count}.jsonl"
         reports = [
-            job(source, out, sampling=sampling, cache=f"cache{count}-{index % 2}").run(WorkShare(index, count))
+            job(source, out, sampling=sampling, cache=f"cache{count}-{index % 2}").run(WorkShard(index, count))
             for index in order
         ]
         assert [report is None for report in reports] == [True] * (count - 1) + [False]
@@ -142,7 +142,7 @@ def test_shards_equal_the_whole(tmp_path: Path, sampling: Sampling) -> None:
         assert whole == shards
         assert not list(tmp_path.glob(".*parts"))
         assert (
-            job(source, out, FunctionEmbedder("bag-of-words", _never, _never), sampling=sampling).run(WorkShare(8, 9)) == whole
+            job(source, out, FunctionEmbedder("bag-of-words", _never, _never), sampling=sampling).run(WorkShard(8, 9)) == whole
         )
 
 
@@ -190,7 +190,7 @@ def _slow(texts: Sequence[Text]) -> np.ndarray:
 
 def _mine(path: str, out: str, share: tuple[int, int]) -> None:
     source = open_source(SourceConfig(path=path), RecordKind.PAIR, 0)
-    job(source, Path(out), FunctionEmbedder("bag-of-words", _slow, _slow)).run(WorkShare(*share))
+    job(source, Path(out), FunctionEmbedder("bag-of-words", _slow, _slow)).run(WorkShard(*share))
 
 
 def test_processes_side_by_side_and_one_killed(tmp_path: Path) -> None:
@@ -251,17 +251,17 @@ def test_a_corpus_adds_documents(tmp_path: Path) -> None:
 def test_another_jobs_output_is_refused(tmp_path: Path) -> None:
     source = source_of(tmp_path / "rows.jsonl", rows(10))
     job(source, tmp_path / "mined.jsonl").run()
-    with pytest.raises(DataError, match="exists and comes from something else"):
+    with pytest.raises(DataError, match="exists and belongs to another job"):
         job(source, tmp_path / "mined.jsonl", seed=1)
     with pytest.raises(DataError, match=r"ends in \.jsonl"):
         job(source, tmp_path / "mined.parquet")
 
 
 def test_shares_are_parsed() -> None:
-    assert WorkShare.parse("2/4") == WorkShare(1, 4)
+    assert WorkShard.parse("2/4") == WorkShard(1, 4)
     for wrong in ("0/4", "5/4", "x", "1", "1/"):
         with pytest.raises(ConfigError, match=f"shard: got '{wrong}'"):
-            WorkShare.parse(wrong)
+            WorkShard.parse(wrong)
 
 
 def test_vectors_are_checked(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_balanced_families_say_how_many_experts_they_have(family: str) -> None:
 
 
 def test_router_logits_of_a_dense_model_are_refused() -> None:
-    with pytest.raises(ModelError, match="'llama' gives no router logits"):
+    with pytest.raises(ModelError, match="'llama' returns no router logits"):
         Backbone(tiny_model("llama"), "sdpa").router_logits(make_pack(samples(CAUSAL)))
 
 

@@ -92,7 +92,7 @@ def test_partial_suffixes_do_not_match() -> None:
 def test_a_second_adapter_and_a_missing_quantization_are_refused() -> None:
     model = tiny_model("llama")
     apply_lora(model, LoraConfig(), seed=0)
-    with pytest.raises(ModelError, match="already carries an adapter"):
+    with pytest.raises(ModelError, match="already has an adapter"):
         apply_lora(model, LoraConfig(), seed=0)
     with pytest.raises(ModelError, match="not loaded in 4 bit"):
         apply_lora(tiny_model("llama"), LoraConfig(quantize_4bit=True), seed=0)
@@ -205,9 +205,9 @@ def test_dropout_rate_and_independence(probability: float, draw: Callable[[tuple
     deviation = (probability * (1 - probability) / kept.numel()) ** 0.5
     assert abs(kept.mean() - (1 - probability)) < 5 * deviation
     assert abs(keep_probability(probability) - (1 - probability)) < 2**-24
-    centerd = kept - kept.mean()
-    for shifted in (centerd.roll(1, 0), centerd.roll(1, 1), centerd.roll(4, 1)):
-        assert abs((centerd * shifted).mean()) < 5 * deviation**2 * kept.numel() ** 0.5
+    centered = kept - kept.mean()
+    for shifted in (centered.roll(1, 0), centered.roll(1, 1), centered.roll(4, 1)):
+        assert abs((centered * shifted).mean()) < 5 * deviation**2 * kept.numel() ** 0.5
 
 
 def test_dropout_repeats_with_the_generator_and_differs_between_modules() -> None:

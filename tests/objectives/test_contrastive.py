@@ -4,15 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unified_lm.config.schema import ObjectiveConfig
 from unified_lm.core.errors import ConfigError
-from unified_lm.objectives import Contrastive, EmbeddingObjective
+from unified_lm.objectives import ContrastiveConfig
+from unified_lm.objectives.contrastive import Contrastive
+from unified_lm.objectives.protocol import EmbeddingObjective
 
 G, K, D = 6, 3, 10
 
 
 def objective(score_bytes=2**28, **options):
-    return Contrastive(ObjectiveConfig(name="contrastive", **options), score_bytes=score_bytes)
+    return Contrastive(ContrastiveConfig(**options), score_bytes=score_bytes)
 
 
 @pytest.fixture
@@ -162,8 +163,8 @@ def test_bad_input(embeddings):
 
 def test_similarities_in_bfloat16_are_near_and_not_equal() -> None:
     embeddings = torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(5))
-    exact = Contrastive(ObjectiveConfig(name="contrastive", temperature=0.05))(embeddings).sum
-    rounded = Contrastive(ObjectiveConfig(name="contrastive", temperature=0.05, similarity_dtype="bfloat16"))(embeddings).sum
+    exact = Contrastive(ContrastiveConfig(temperature=0.05))(embeddings).sum
+    rounded = Contrastive(ContrastiveConfig(temperature=0.05, similarity_dtype="bfloat16"))(embeddings).sum
     assert rounded.dtype == torch.float32
     assert rounded != exact
     assert torch.isclose(rounded, exact, rtol=0.05)
@@ -171,4 +172,4 @@ def test_similarities_in_bfloat16_are_near_and_not_equal() -> None:
 
 def test_an_unknown_similarity_dtype_is_refused() -> None:
     with pytest.raises(ConfigError, match="bfloat16"):
-        Contrastive(ObjectiveConfig(name="contrastive", similarity_dtype="bfloat"))
+        Contrastive(ContrastiveConfig(similarity_dtype="bfloat"))

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from unified_lm.batch import SequenceScores
-from unified_lm.config.schema import ObjectiveConfig
 from unified_lm.core.errors import ConfigError
-from unified_lm.objectives import ObjectiveKind, build_objective
+from unified_lm.objectives import KTOConfig, ObjectiveKind, build_objective
 from unified_lm.objectives.kto import KTO
 
 POLICY = [-3.25, -8.5, -4.75, -12.0, -6.5]
@@ -53,8 +52,8 @@ def scores(policy: torch.Tensor, baseline: float = 0.0, desirable: list[bool] | 
 
 @pytest.mark.parametrize(("settings", "controls", "loss", "z0", "gradient"), TRL)
 def test_parity_with_trl(settings, controls, loss, z0, gradient):
-    kto = build_objective(ObjectiveConfig(name="kto", **settings))
-    assert kto.kind is ObjectiveKind.SEQUENCE
+    kto = build_objective(KTOConfig(**settings))
+    assert KTOConfig.kind is ObjectiveKind.SEQUENCE
     baseline = kto.baseline(torch.tensor(controls[0]) - torch.tensor(controls[1]))
     assert float(baseline) == pytest.approx(z0, abs=1e-6)
     policy = torch.tensor(POLICY, requires_grad=True)
@@ -67,14 +66,14 @@ def test_parity_with_trl(settings, controls, loss, z0, gradient):
 
 def test_labels_and_baseline_matter():
     """The parity test can fail."""
-    kto, policy = KTO(ObjectiveConfig(name="kto")), torch.tensor(POLICY)
+    kto, policy = KTO(KTOConfig()), torch.tensor(POLICY)
     right = float(kto(scores(policy, 0.9)).sum)
     assert abs(float(kto(scores(policy, 0.0)).sum) - right) > 1e-3
     assert abs(float(kto(scores(policy, 0.9, [not label for label in DESIRABLE])).sum) - right) > 1e-3
 
 
 def test_far_from_the_reference_the_loss_stays_finite_and_saturates():
-    kto = KTO(ObjectiveConfig(name="kto"))
+    kto = KTO(KTOConfig())
     policy = torch.tensor([-1e4, -1e4, 1e4, 1e4, 0.0], requires_grad=True)
     term = kto(scores(policy))
     term.sum.backward()
@@ -83,11 +82,11 @@ def test_far_from_the_reference_the_loss_stays_finite_and_saturates():
 
 
 def test_the_baseline_without_controls_is_zero():
-    assert float(KTO(ObjectiveConfig(name="kto")).baseline(torch.zeros(0))) == 0.0
+    assert float(KTO(KTOConfig()).baseline(torch.zeros(0))) == 0.0
 
 
 def test_metrics_are_means():
-    measured = KTO(ObjectiveConfig(name="kto")).measure(scores(torch.tensor(POLICY), 0.9))
+    measured = KTO(KTOConfig()).measure(scores(torch.tensor(POLICY), 0.9))
     means = {name: float(values.mean()) for name, values in measured.items()}
     good, bad = (0.75 + 1.25) / 2, (-1.25 - 1.0 + 0.0) / 3
     assert means == pytest.approx(
@@ -104,7 +103,7 @@ def test_metrics_are_means():
 
 
 def test_one_kind_alone_has_no_margin():
-    measured = KTO(ObjectiveConfig(name="kto")).measure(scores(torch.tensor(POLICY), 0.0, [True] * 5))
+    measured = KTO(KTOConfig()).measure(scores(torch.tensor(POLICY), 0.0, [True] * 5))
     assert "margin" not in measured
     assert len(measured["log_ratio_undesirable"]) == 0
     assert math.isfinite(float(measured["log_ratio_desirable"].mean()))
@@ -119,4 +118,4 @@ def test_scores_join():
 
 def test_a_wrong_name_is_near_kto():
     with pytest.raises(ConfigError, match="kto"):
-        build_objective(ObjectiveConfig(name="ktoo"))
+        build_objective(KTOConfig(name="ktoo"))

@@ -9,17 +9,28 @@ import torch.nn.functional as F
 
 from unified_lm.batch import IGNORE, OutputHead, Sample, make_pack
 from unified_lm.batch.normalization import normalize
-from unified_lm.config.schema import ObjectiveConfig
+from unified_lm.config.parts import find_description
 from unified_lm.core.errors import ConfigError, ModelError
-from unified_lm.objectives import MaskedNextToken, NextToken, ObjectiveKind, TokenObjective, build_objective
+from unified_lm.objectives import (
+    OBJECTIVES,
+    ContrastiveConfig,
+    MaskedNextTokenConfig,
+    NextTokenConfig,
+    ObjectiveConfig,
+    ObjectiveKind,
+    build_objective,
+)
+from unified_lm.objectives.contrastive import Contrastive
 from unified_lm.objectives.cross_entropy import linear_cross_entropy
 from unified_lm.objectives.liger import liger_cross_entropy
+from unified_lm.objectives.protocol import TokenObjective
+from unified_lm.objectives.token import MaskedNextToken, NextToken
 
 V, D = 50, 8
 
 
 def config(**options):
-    return ObjectiveConfig(name="next_token", **options)
+    return NextTokenConfig(**options)
 
 
 @pytest.fixture
@@ -95,18 +106,19 @@ def test_masked_next_token_reads_the_mask_and_predicts_the_original(samples, hea
 def test_names_build_objectives():
     objective = build_objective(config())
     assert isinstance(objective, TokenObjective)
-    assert objective.kind is ObjectiveKind.TOKEN
-    assert type(build_objective(replace(config(), name="masked_next_token"))) is MaskedNextToken
+    assert config().kind is ObjectiveKind.TOKEN
+    assert type(build_objective(MaskedNextTokenConfig())) is MaskedNextToken
     dotted = replace(config(), name="unified_lm.objectives.token.NextToken")
     assert type(build_objective(dotted)) is NextToken
-    assert build_objective(ObjectiveConfig(name="contrastive")).kind is ObjectiveKind.EMBEDDING
+    assert ContrastiveConfig.kind is ObjectiveKind.EMBEDDING
+    assert type(build_objective(ContrastiveConfig())) is Contrastive
 
 
 def test_bad_names():
     with pytest.raises(ConfigError, match=r"unknown objective 'next_tokens'\. Did you mean 'next_token'"):
         build_objective(replace(config(), name="next_tokens"))
-    with pytest.raises(ConfigError, match="is no objective: it has no class attribute `kind`"):
-        build_objective(replace(config(), name="collections.OrderedDict"))
+    with pytest.raises(ConfigError, match=r"'collections\.OrderedDict' is no objective that can be used: its class attribute"):
+        find_description("collections.OrderedDict", OBJECTIVES, ObjectiveConfig)
     with pytest.raises(ConfigError, match=r"unknown cross_entropy 'chunk'\. Did you mean 'chunked'"):
         NextToken(config(cross_entropy="chunk"))
 

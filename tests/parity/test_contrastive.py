@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from tests.parity.parity_case import Case
-from unified_lm.config.schema import ObjectiveConfig
-from unified_lm.objectives import Contrastive
-from unified_lm.objectives.contrastive import info_nce
+from unified_lm.objectives import ContrastiveConfig
+from unified_lm.objectives.contrastive import Contrastive, info_nce
 
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 
 def contrastive(temperature):
-    return Contrastive(ObjectiveConfig(name="contrastive", temperature=temperature))
+    return Contrastive(ContrastiveConfig(temperature=temperature))
 
 
 def leaf(tensor, dtype):

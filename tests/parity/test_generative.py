@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.parity.parity_case import Case
 from unified_lm.batch import IGNORE, OutputHead, Sample, make_pack
 from unified_lm.batch.normalization import normalize
-from unified_lm.config.schema import ObjectiveConfig
 from unified_lm.models.backbone import Backbone
-from unified_lm.objectives import MaskedNextToken, NextToken
+from unified_lm.objectives import MaskedNextTokenConfig, NextTokenConfig
+from unified_lm.objectives.token import MaskedNextToken, NextToken
 
 SCHEMES = {"mixed": "mixed", "token": "sum_per_sample"}
 
@@ -40,7 +40,7 @@ def test_g2_gritlm(shared_dir, name, trained, dtype):
     pack = make_pack(samples)
     logits = case["input/logits"].to(dtype).requires_grad_()
     head = OutputHead(torch.eye(logits.shape[-1], dtype=dtype).requires_grad_(trained))
-    term = NextToken(ObjectiveConfig(name="next_token"))(logits.flatten(0, 1), head, pack.supervised["s"])
+    term = NextToken(NextTokenConfig())(logits.flatten(0, 1), head, pack.supervised["s"])
     loss = case.params["factor"] * term.sum / count
     loss.backward()
     assert term.count == case.params["supervised_tokens_after_shift"]
@@ -75,7 +75,7 @@ def test_l2_llm2vec(shared_dir, family, layout):
     head = backbone.output_head()
     with torch.no_grad():
         hidden = backbone(pack)
-        term = MaskedNextToken(ObjectiveConfig(name="masked_next_token"))(hidden, head, pack.supervised["s"])
+        term = MaskedNextToken(MaskedNextTokenConfig())(hidden, head, pack.supervised["s"])
     tolerance = case.entry["tolerance"]["default"]["float32"]
     torch.testing.assert_close(hidden, case[f"output/{layout}/hidden"][mask], **tolerance)
     torch.testing.assert_close(hidden @ head.weight.T, case[f"output/{layout}/logits"][mask], **tolerance)

@@ -255,7 +255,7 @@ def test_a_figure_must_be_a_png_beside_its_table(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a file beside its table"):
         _ = table.picture
     (tmp_path / "p.png").write_text("<svg>")
-    with pytest.raises(DataError, match="is no PNG"):
+    with pytest.raises(DataError, match="is not a PNG"):
         _ = ResultTable(title="t", columns=("a",), rows=[], figure="p.png", folder=tmp_path).picture
 
 
@@ -269,7 +269,7 @@ def test_results_of_mteb_are_read_in_their_own_layout(tmp_path: Path) -> None:
     assert table.title == "mteb: unified_lm/a"
     assert table.rows == [["STSBenchmark", "test", "default", 0.3429]]
     (folder / "STSBenchmark.json").write_text("{}")
-    with pytest.raises(DataError, match=r"STSBenchmark\.json is no result of mteb"):
+    with pytest.raises(DataError, match=r"STSBenchmark\.json is not an mteb result"):
         find_result_tables(tmp_path)
 
 

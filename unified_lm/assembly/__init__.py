@@ -1,7 +1,8 @@
 """The composition root: the only place that sees every layer."""
 
-from unified_lm.assembly.build import Run, build_run
-from unified_lm.assembly.publish import export_run
-from unified_lm.assembly.stages import run_chain, run_stage, train
+from unified_lm.assembly.build import Run
+from unified_lm.assembly.job import Job
+from unified_lm.assembly.session import Session, train, training_session
+from unified_lm.assembly.stages import build_run, export_run, fit_run
 
-__all__ = ["Run", "build_run", "export_run", "run_chain", "run_stage", "train"]
+__all__ = ["Job", "Run", "Session", "build_run", "export_run", "fit_run", "train", "training_session"]

@@ -14,7 +14,6 @@ from rich.console import Console
 from unified_lm.batch import Batch
 from unified_lm.checkpoint.state import Identity, load_state
 from unified_lm.checkpoint.store import find_checkpoint, restore_metrics
-from unified_lm.composition.validate import zero_stage
 from unified_lm.config.schema import RunConfig, StreamConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import run_on_rank0
@@ -22,7 +21,6 @@ from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.core.random import seed_everything
 from unified_lm.core.tracing import traced
-from unified_lm.data.formats import get_format
 from unified_lm.data.loader import SampleCost, StepLoader
 from unified_lm.data.retrieval import build_retrieval
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
@@ -30,11 +28,15 @@ from unified_lm.engine.accounting.flops import ModelFlops
 from unified_lm.engine.accounting.throughput import ComputeClock, StepMeter, describe_device
 from unified_lm.engine.backends.backend import Backend, check_backend, make_backend
 from unified_lm.engine.backends.deepspeed import ZeroSharding
-from unified_lm.engine.balance import RouterBalance
+from unified_lm.engine.coupled import CoupledTerm
+from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.fit import TrainingState
+from unified_lm.engine.interruption import StopRequest
 from unified_lm.engine.metrics import Reporter
-from unified_lm.engine.sequences import SequenceScoring
-from unified_lm.engine.step import GradCacheStep
+from unified_lm.engine.readout import Readout
+from unified_lm.engine.router_balance import RouterBalance, RoutingReadout
+from unified_lm.engine.sequences import SequenceReadout, SequenceScoring
+from unified_lm.engine.step import Forward, GradCacheStep
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.engine.validation import Validator
 from unified_lm.export.manifest import Manifest
@@ -45,7 +47,25 @@ from unified_lm.models.lora import LoraReport, apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.probe import probe_attention
 from unified_lm.models.sharded import load_sharded
-from unified_lm.objectives import EmbeddingObjective, ObjectiveKind, SequenceObjective, TokenObjective, build_objective
+from unified_lm.objectives import ObjectiveKind, build_objective
+from unified_lm.objectives.protocol import EmbeddingObjective, SequenceObjective, TokenObjective
+from unified_lm.objectives.trial import try_objective
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: what a chain and an ablation must know of it before they go on.
+
+    Attributes:
+        run_dir: its folder.
+        is_finished: whether its last step is taken and its export written, where it has one.
+        stopped_by: the name of the signal that asked to stop, also where it came too late to leave anything of this run
+            undone; None without one.
+    """
+
+    run_dir: Path
+    is_finished: bool
+    stopped_by: str | None = None
 
 
 @dataclass
@@ -57,7 +77,10 @@ class Run:
         loaded: model and tokenizer, with where they came from.
         streams: the training streams, for their counts of rejected and truncated rows.
         lora: what adapters were applied, or None.
-        scored: the streams, also held-out ones, that take reference log-probabilities before training (`assembly.references`).
+        scored: the streams, also held-out ones, that take reference log-probabilities before training (`assembly.stages`).
+        stop: notes the signals that ask the run to stop.
+        trained: None before `fit_run`; then whether the last step is taken.
+        result: how the run ended, once it has.
     """
 
     training: TrainingState
@@ -65,17 +88,25 @@ class Run:
     streams: dict[str, Stream]
     lora: LoraReport | None
     scored: tuple[Stream, ...] = ()
+    stop: StopRequest = field(default_factory=StopRequest)
+    trained: bool | None = None
+    result: RunResult | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run."""
+        return self.training.run_dir
 
 
-def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
-    """Load the model and the data, and put the parts of a run together. Before training `assembly.references` follows."""
+def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
+    """Load the model and the data, and put the parts of a run together; `assembly.stages.build_run` makes it ready to train."""
     check_backend(config.parallel)
     seed_everything(config.seed)
     device = distributed.local_device()
     if device.type == "cpu":
         keep_freed_memory()
     quantize = config.lora is not None and config.lora.quantize_4bit
-    if zero_stage(config.parallel.backend) == 3:
+    if config.parallel.zero_stage == 3:
         loaded = load_sharded(config.model, ZeroSharding(config.parallel))
     else:
         loaded = load_model(config.model, quantize_4bit=quantize)
@@ -84,7 +115,7 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     if config.model.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     streams = build_streams(config, loaded.tokenizer)
-    objectives = _objectives(config)
+    objectives = _objectives(config, backbone.hidden_size, device)
     trainable = _make_trainable(config, loaded, backbone, objectives).to(device)
     backend = make_backend(trainable, config.optim, config.parallel)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
@@ -95,17 +126,9 @@ def build_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     clock = ComputeClock()
     forward, backward = traced("forward", clock.timed(backend.forward)), traced("backward", clock.timed(backend.backward))
     held_out = build_validation_streams(config, loaded.tokenizer)
-    sequences = SequenceScoring(forward, trainable, objectives.sequences, backend.equal_forwards)
-    step = GradCacheStep(
-        forward,
-        backward,
-        objectives.embeddings,
-        weights,
-        equal_forwards=backend.equal_forwards,
-        sequences=sequences,
-        balance=_make_balance(config, backbone, objectives),
-    )
-    meter = StepMeter(trainable, step.num_retained, clock, recomputes=config.model.gradient_checkpointing)
+    terms = _coupled_terms(config, objectives, forward, trainable, backend.equal_forwards)
+    step = GradCacheStep(forward, backward, weights, terms, equal_forwards=backend.equal_forwards)
+    meter = StepMeter(trainable, step, clock, recomputes=config.model.gradient_checkpointing)
     training = TrainingState(
         config=config,
         run_dir=run_dir,
@@ -164,7 +187,7 @@ class _Objectives:
     sequences: dict[str, SequenceObjective] = field(default_factory=dict)
 
 
-def _objectives(config: RunConfig) -> _Objectives:
+def _objectives(config: RunConfig, hidden_size: int, device: torch.device) -> _Objectives:
     found = _Objectives()
     by_kind: dict[ObjectiveKind, dict[str, Any]] = {
         ObjectiveKind.TOKEN: found.tokens,
@@ -173,16 +196,15 @@ def _objectives(config: RunConfig) -> _Objectives:
     }
     for name, stream in config.streams.items():
         objective = build_objective(stream.objective)
-        by_kind[objective.kind][name] = objective
+        dim = (config.model.projection_dim or hidden_size) if stream.pooled else hidden_size
+        try_objective(name, stream, objective, dim, device)
+        by_kind[stream.objective.kind][name] = objective
     return found
 
 
 def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
     """Whether a stream's reference log-probabilities are computed before training."""
-    if not get_format(stream.format).scored:
-        return False
-    reference = stream.objective.reference
-    return reference == "cached" or (reference == "auto" and config.lora is None)
+    return stream.objective.needs_reference_scores(has_adapters=config.lora is not None)
 
 
 def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
@@ -212,30 +234,36 @@ def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, 
         objectives.tokens,
         projection,
         torch.bfloat16 if config.model.autocast else None,
-        sequence_streams=objectives.sequences,
-        balanced_streams=_balanced(config, objectives),
+        _readouts(config, backbone, objectives),
     )
 
 
-def _balanced(config: RunConfig, objectives: _Objectives) -> dict[str, float]:
-    """The streams whose routers are balanced, with their factors.
-
-    Raises:
-        ConfigError: one of them is not trained token by token (a custom objective; known ones are checked before).
-    """
-    found = {name: s.objective.router_aux_loss_coef for name, s in config.streams.items() if s.objective.router_aux_loss_coef}
-    for name in found:
-        if name not in objectives.tokens:
-            raise ConfigError(
-                f"streams.{name}.objective.router_aux_loss_coef: applies to token losses, and "
-                f"{config.streams[name].objective.name} is none. Remove it."
-            )
-    return found
+def _balanced(config: RunConfig) -> dict[str, float]:
+    """The streams whose routers are balanced, with their factors."""
+    return {name: stream.objective.router_balance for name, stream in config.streams.items() if stream.objective.router_balance}
 
 
-def _make_balance(config: RunConfig, backbone: Backbone, objectives: _Objectives) -> RouterBalance | None:
-    weights = _balanced(config, objectives)
-    return RouterBalance(weights, *backbone.experts()) if weights else None
+def _readouts(config: RunConfig, backbone: Backbone, objectives: _Objectives) -> list[Readout]:
+    """What the coupled terms of `_coupled_terms` take from a forward."""
+    readouts: list[Readout] = []
+    if balanced := _balanced(config):
+        readouts.append(RoutingReadout(balanced, backbone.experts()[1]))
+    if objectives.sequences:
+        readouts.append(SequenceReadout(objectives.sequences))
+    return readouts
+
+
+def _coupled_terms(
+    config: RunConfig, objectives: _Objectives, forward: Forward, trainable: TrainingModule, equal_forwards: bool
+) -> list[CoupledTerm]:
+    """The losses that couple the packs of a step; a new one joins here (docs/coupled-terms.md)."""
+    weights = {name: stream.objective.weight for name, stream in config.streams.items()}
+    terms: list[CoupledTerm] = [EmbeddingTerm(objectives.embeddings, weights)]
+    if objectives.sequences:
+        terms.append(SequenceScoring(forward, trainable, objectives.sequences, weights, equal_forwards))
+    if balanced := _balanced(config):
+        terms.append(RouterBalance(balanced, *trainable.backbone.experts()))
+    return terms
 
 
 def _make_loader(config: RunConfig, streams: dict[str, Stream], trainable: TrainingModule) -> StepLoader:
@@ -261,17 +289,19 @@ def _make_validator(
     retrieval = build_retrieval(config, loaded.tokenizer)
     if not streams and retrieval is None:
         return None
-    embeddings = {name: objective for name, objective in objectives.embeddings.items() if name in streams}
-    sequences = {name: objective for name, objective in objectives.sequences.items() if name in streams}
+    measured = _Objectives(
+        tokens=objectives.tokens,
+        embeddings={name: objective for name, objective in objectives.embeddings.items() if name in streams},
+        sequences={name: objective for name, objective in objectives.sequences.items() if name in streams},
+    )
     forward = traced("forward", backend.forward)
     held_out = GradCacheStep(
         forward,
         backend.backward,
-        embeddings,
         {name: stream.objective.weight for name, stream in config.streams.items()},
+        _coupled_terms(config, measured, forward, trainable, backend.equal_forwards),
         num_retained=0,
         equal_forwards=backend.equal_forwards,
-        sequences=SequenceScoring(forward, trainable, sequences, backend.equal_forwards),
     )
     return Validator(
         trainable,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from unified_lm.assembly.build import Run, build_run
-from unified_lm.assembly.publish import check_export, export_run
+from unified_lm.assembly.build import Run, assemble_run
+from unified_lm.assembly.publish import check_export, write_export
 from unified_lm.checkpoint.state import PREFIX, open_tensors
 from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
 from unified_lm.composition.convert import from_yaml
@@ -37,7 +37,7 @@ def export_checkpoint(run_dir: Path, target: Path, console: Console, step: int |
     """
     run = load_run(run_dir, console, step)
     check_export(run)
-    return export_run(run, console, target)
+    return write_export(run, console, target)
 
 
 def load_run(run_dir: Path, console: Console, step: int | None = None) -> Run:
@@ -60,7 +60,7 @@ def load_run(run_dir: Path, console: Console, step: int | None = None) -> Run:
         export=replace(config.export, push_to_hub=None),
     )
     with tempfile.TemporaryDirectory() as empty:  # assembling a run opens its metrics file
-        run = build_run(config, Path(empty), console)
+        run = assemble_run(config, Path(empty), console)
     run.training.run_dir = run_dir
     with open_tensors(path) as read:
         run.training.backend.load_optimizer_state(read, read.names)

@@ -10,12 +10,13 @@ from rich.console import Console
 
 from unified_lm.assembly.build import Run
 from unified_lm.config.schema import RunConfig, StreamConfig
+from unified_lm.config.streams import EMBED, GENERATE, MODES
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.engine.metrics import held_out
 from unified_lm.export.directory import export_model, sentence_transformers_obstacle
 from unified_lm.export.hub_upload import push_to_hub
-from unified_lm.export.manifest import MODES, AdapterRecord, DataRecord, Manifest, StageRecord
+from unified_lm.export.manifest import AdapterRecord, DataRecord, Manifest, StageRecord
 from unified_lm.export.merge import merge_lora
 
 
@@ -40,7 +41,7 @@ def check_export(run: Run) -> None:
 def _check_kept_prompts(run: Run, manifest: Manifest) -> None:
     """Raise where preferences are written in another template than the one that the model they start from embeds with."""
     earlier: dict[str, Any] = run.loaded.provenance.get("manifest") or {}
-    if not _only_preferences(run.training.config) or "embed" not in earlier.get("modes", ()):
+    if not _only_adjusts(run.training.config) or EMBED not in earlier.get("modes", ()):
         return
     template, kept = asdict(get_template(manifest.template)), earlier.get("template_fields") or {}
     if any(kept.get(name, template[name]) != template[name] for name in ("instruction_prompt", "bare_prompt", "literal_bos")):
@@ -51,7 +52,7 @@ def _check_kept_prompts(run: Run, manifest: Manifest) -> None:
         )
 
 
-def export_run(run: Run, console: Console, target: Path | None = None) -> Path:
+def write_export(run: Run, console: Console, target: Path | None = None) -> Path:
     """Merge, verify and write `target` (`run_dir/export`), and upload it where the recipe asks for that.
 
     Call it on one rank.
@@ -87,9 +88,9 @@ def make_manifest(run: Run) -> Manifest:
     provenance = run.loaded.provenance
     earlier: dict[str, Any] = provenance.get("manifest") or {}
     embedding = _embedding_stream(config)
-    template = (_chat_stream(config) or embedding or next(iter(config.streams.values()))).template
+    template = (_generating_stream(config) or embedding or next(iter(config.streams.values()))).template
     before, after = held_out(run.training.run_dir, config.max_steps)
-    kept = earlier if _only_preferences(config) else {}  # what embeds is then trained nowhere, and stays what it was
+    kept = earlier if _only_adjusts(config) else {}  # what embeds is then trained nowhere, and stays what it was
     return Manifest(
         recipe=config.recipe,
         base_model=earlier.get("base_model") or provenance["name"],
@@ -111,28 +112,24 @@ def make_manifest(run: Run) -> Manifest:
 
 
 def _embedding_stream(config: RunConfig) -> StreamConfig | None:
-    """The stream that says how texts are embedded: one of pairs or views, else masked text (which only prepares for it)."""
-    for formats in (("pairs",), ("views",), ("masked_text",)):
-        for stream in config.streams.values():
-            if stream.format in formats:
-                return stream
-    return None
+    """The stream that says how texts are embedded."""
+    found = [stream for stream in config.streams.values() if EMBED in stream.modes]
+    return min(found, key=lambda stream: stream.embedding_precedence, default=None)
 
 
-def _chat_stream(config: RunConfig) -> StreamConfig | None:
-    return next((stream for stream in config.streams.values() if stream.format in ("chat", "preference", "text")), None)
+def _generating_stream(config: RunConfig) -> StreamConfig | None:
+    return next((stream for stream in config.streams.values() if GENERATE in stream.modes), None)
 
 
 def _modes(config: RunConfig) -> tuple[str, ...]:
-    """An export embeds where a stream trained that, and generates where one trained that."""
-    embeds = ("embed",) if _embedding_stream(config) is not None else ()
-    generates = ("generate",) if _chat_stream(config) is not None else ()
-    return (*embeds, *generates)
+    """What streams have trained."""
+    trained = {mode for stream in config.streams.values() for mode in stream.modes}
+    return tuple(mode for mode in MODES if mode in trained)
 
 
-def _only_preferences(config: RunConfig) -> bool:
+def _only_adjusts(config: RunConfig) -> bool:
     """Whether a run only adjusts what a finished model prefers to say."""
-    return all(stream.format == "preference" for stream in config.streams.values())
+    return all(stream.adjusts_only for stream in config.streams.values())
 
 
 def _attention(embedding: StreamConfig | None) -> str:
@@ -141,9 +138,7 @@ def _attention(embedding: StreamConfig | None) -> str:
 
 def _max_tokens(config: RunConfig) -> int:
     stream = _embedding_stream(config)
-    if stream is None:
-        return max(stream.max_tokens for stream in config.streams.values())
-    return max(stream.max_query_tokens, stream.max_document_tokens) if stream.format == "pairs" else stream.max_tokens
+    return max(s.longest_sample for s in config.streams.values()) if stream is None else stream.longest_sample
 
 
 def _instructions(stream: StreamConfig | None) -> dict[str, str]:

@@ -1,153 +1,176 @@
-"""Run a recipe, a chain of them or an ablation: compose, assemble, fit, export."""
+"""One run of one recipe: build it, fit it, export it. The calls of `train.py`, and of any program that trains.
+
+With `composition.compose` before them they are the public interface; `docs/python-api.md` shows how to use it. Chains and
+ablations are several such runs (`assembly.session`).
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from unified_lm.assembly.ablation.sweep import run_sweep
-from unified_lm.assembly.build import Run, build_run
-from unified_lm.assembly.publish import check_export, export_run
-from unified_lm.assembly.references import score_references
+from unified_lm.assembly.build import Run, RunResult, assemble_run
+from unified_lm.assembly.publish import check_export, write_export
 from unified_lm.assembly.run_record import write_record
-from unified_lm.assembly.run_result import RunResult
 from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
-from unified_lm.composition.compose import compose, to_yaml
-from unified_lm.config.schema import ChainConfig, RunConfig, SweepConfig
+from unified_lm.composition.compose import to_yaml
+from unified_lm.composition.locate import RESOLVED_NAME
+from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import broadcast_object, run_on_rank0
-from unified_lm.core.errors import CheckpointError, UserError
+from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.core.files import write_text
-from unified_lm.core.watchdog import run_long_on_rank0, watching
-from unified_lm.engine.accounting.dry_run import print_dry_run
+from unified_lm.core.tracing import trace_span, traced
+from unified_lm.core.watchdog import run_long_on_rank0
 from unified_lm.engine.fit import fit
-from unified_lm.engine.interruption import StopRequest, stop_message
+from unified_lm.engine.interruption import stop_message
+from unified_lm.engine.reference_scores import ReferenceCache
 from unified_lm.engine.wandb_run import check_wandb
+from unified_lm.models.identity import identity_key
 
 
-def train(argv: Sequence[str]) -> Path:
-    """Compose a recipe from `key=value` arguments and run it: what `train.py` and `unified-lm train` call.
+def build_run(config: RunConfig, console: Console | None = None) -> Run:
+    """Make a run ready to train: model, data, objectives and backend, in memory; its folder, configuration and record on disk.
 
-    A run that a signal stops (see `engine.fit`) returns like one that is finished; its export is not written.
+    Whatever could refuse the run does so here, before its first step. Collective.
+
+    Args:
+        config: one composed run. An empty `run_dir` becomes runs/RECIPE-TIME.
+        console: for messages; None takes stderr, on rank 0.
 
     Returns:
-        The folder of the run (of the last stage that ran, for a chain; of all the runs, for an ablation).
-    """
-    config = compose(argv)
-    minutes = _first_run(config).parallel.timeout_minutes
-    distributed.initialize(minutes)
-    with watching(minutes):
-        run_dir = _run(config)
-    # Not after an error: leaving the group may wait for the others, and they must first hear why (`core.failures`).
-    distributed.shutdown()
-    return run_dir
-
-
-def _first_run(config: RunConfig | ChainConfig | SweepConfig) -> RunConfig:
-    if isinstance(config, ChainConfig):
-        return config.stages[0]
-    return config.arms[0].run if isinstance(config, SweepConfig) else config
-
-
-def _run(config: RunConfig | ChainConfig | SweepConfig) -> Path:
-    if isinstance(config, ChainConfig):
-        return run_chain(config)
-    return run_sweep(config, _run_stage) if isinstance(config, SweepConfig) else run_stage(config)
-
-
-def run_chain(chain: ChainConfig) -> Path:
-    """Run the stages in order, each from the merged result of the one before, until a signal stops one or comes at its end.
-
-    With `resume=auto` a finished stage takes no further step; it is only exported again.
-    """
-    console = _console()
-    run_dir = Path(broadcast_object(chain.run_dir or f"runs/{chain.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"))
-    previous: Path | None = None
-    for index, stage in enumerate(chain.stages):
-        name = f"{index + 1}-{stage.recipe}"
-        config = replace(stage, run_dir=str(run_dir / name))
-        if stage.checkpoint.copy_to is not None:
-            config = replace(config, checkpoint=replace(stage.checkpoint, copy_to=str(Path(stage.checkpoint.copy_to) / name)))
-        if stage.logging.wandb_group is None:
-            config = replace(config, logging=replace(stage.logging, wandb_group=run_dir.name))
-        if previous is not None:
-            config = replace(config, model=replace(config.model, init_from=str(previous)))
-        ended = _run_stage(config)
-        previous = ended.run_dir
-        if not ended.is_finished:
-            break
-        if ended.stopped_by is not None and index + 1 < len(chain.stages):
-            after = f"stage {index + 1} of {len(chain.stages)} ({stage.recipe}), which is finished"
-            console.print(stop_message(ended.stopped_by, after), highlight=False, soft_wrap=True)
-            break
-    assert previous is not None, "a chain has stages"
-    return previous
-
-
-def run_stage(config: RunConfig) -> Path:
-    """Run one recipe to its export, or print what it would do; returns the folder of the run.
+        The run: `run.training` holds the parts that `fit_run` works with, `run.run_dir` its folder.
 
     Raises:
         CheckpointError: `run_dir` already holds a run and nothing was said about resuming it.
+        ConfigError: the configuration is of several runs or a dry one, or asks for what this machine or model cannot do.
+        DataError: a source cannot be read.
+        ModelError: the model cannot be loaded, or does not keep to the attention that is asked of it.
     """
-    return _run_stage(config).run_dir
+    _require_one_run(config)
+    console = console or rank0_console()
+    print_notices(config, console)
+    config = replace(config, run_dir=broadcast_object(config.run_dir or default_run_dir(config.recipe)))
+    run_dir = Path(config.run_dir)
+    run_on_rank0(lambda: _refuse_to_overwrite(config, run_dir))
+    run_on_rank0(lambda: check_wandb(config.logging))
+    run = assemble_run(config, run_dir, console)
+    _report(run, console)
+    if config.export.enabled:
+        check_export(run)
+    _score_references(run)
+    if distributed.is_rank0():
+        write_text(run_dir / RESOLVED_NAME, to_yaml(config))
+    run_on_rank0(lambda: write_record(run))
+    return run
 
 
-def _console() -> Console:
+def fit_run(run: Run) -> bool:
+    """Train to `max_steps`, from the start or from the checkpoint to resume: `engine.fit`. Collective.
+
+    SIGTERM or SIGUSR1, on any rank, ends it after the step under way, with a checkpoint.
+
+    Returns:
+        Whether the run goes on to its export. False when a signal came, be it during the last step: then the export is left to
+        the start that goes on with `resume=auto`.
+
+    Raises:
+        CheckpointError: the run has been trained before, or a checkpoint could not be written or read.
+        ModelError: too many steps in a row without a finite loss and gradient.
+    """
+    if run.trained is not None:
+        raise CheckpointError(
+            f"{run.run_dir}: this run has been trained, and its weights and data are no longer those of its start. "
+            "Build it again: with resume=auto it goes on from its newest checkpoint."
+        )
+    config, run.trained = run.training.config, False
+    with run.stop as stop:
+        run.trained = fit(run.training, stop)
+        stopped_by = stop.agree()
+    if run.trained and config.export.enabled:
+        if stopped_by is None:
+            return True
+        after = f"step {config.max_steps}, the last one, which is saved; the export is not written"
+        rank0_console().print(stop_message(stopped_by, after), highlight=False, soft_wrap=True)
+    is_finished = run.trained and not config.export.enabled
+    run.result = RunResult(run.run_dir, is_finished, stopped_by)
+    return is_finished
+
+
+def export_run(run: Run) -> Path | None:
+    """Merge, verify and write `run_dir/export`, and upload it where the recipe asks for that. Collective.
+
+    Returns:
+        The folder of the export; None where the recipe wants none (`export.enabled=false`).
+
+    Raises:
+        CheckpointError: the run has not taken its last step, or the export is not what was trained.
+    """
+    if not run.trained:
+        raise CheckpointError(
+            f"{run.run_dir}: the last step of this run is not taken, and its export would say that it is. "
+            "Call fit_run first; `unified-lm export RUN` exports a checkpoint of an earlier step."
+        )
+    if not run.training.config.export.enabled:
+        return None
+    with run.stop as stop:
+        with run.training.backend.gathered():
+            target = run_long_on_rank0(lambda: write_export(run, rank0_console()), "export")
+        run.result = RunResult(run.run_dir, is_finished=True, stopped_by=stop.agree())
+    return target
+
+
+def rank0_console() -> Console:
     """Messages go to stderr, from one rank."""
     return Console(stderr=True, quiet=not distributed.is_rank0())
 
 
-def _run_stage(config: RunConfig) -> RunResult:
-    console = _console()
+def print_notices(config: RunConfig, console: Console) -> None:
+    """Say what composition changed, or wants to be known."""
     for notice in config.notices:
         console.print(f"note: {notice}", highlight=False, soft_wrap=True)
+
+
+def default_run_dir(recipe: str) -> str:
+    """The folder of a run, or a chain, that names none."""
+    return f"runs/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _require_one_run(config: RunConfig) -> None:
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"recipe '{config.recipe}' is of several runs, and build_run takes one. "
+            "Take each from the jobs of a training_session, or name a single recipe."
+        )
     if config.dry_run:
-        print_dry_run(config, Console(quiet=not distributed.is_rank0()))
-        return RunResult(Path(config.run_dir), is_finished=True)
-    config = replace(
-        config, run_dir=broadcast_object(config.run_dir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+        raise ConfigError("dry_run=true asks not to build anything. A training_session prints the dry run; or leave it out.")
+
+
+def _score_references(run: Run) -> None:
+    """Give every stream that needs them the log-probabilities of its rows; what the cache lacks is computed. Collective.
+
+    It takes one forward of whole sources, so it comes when nothing is left that could refuse the run; and before the first
+    update and before a checkpoint is read, since the weights as loaded are the reference.
+    """
+    if not run.scored:
+        return
+    training, model = run.training, run.training.config.model
+    backbone = training.trainable.backbone
+    with trace_span("hash the weights"):
+        key = identity_key(backbone.causal_lm, training.backend.whole)
+    cache = ReferenceCache(
+        traced("forward", training.backend.forward),
+        training.trainable,
+        f"{key} {model.dtype} {model.autocast} {backbone.kernel}",
+        training.config.packing.token_budget,
+        equal_forwards=training.backend.equal_forwards,
+        progress=training.config.logging.progress,
     )
-    run_dir = Path(config.run_dir)
-    run_on_rank0(lambda: _refuse_to_overwrite(config, run_dir))
-    run_on_rank0(lambda: check_wandb(config.logging))
-    run = build_run(config, run_dir, console)
-    _report(run, console)
-    if config.export.enabled:
-        check_export(run)
-    score_references(run)
-    if distributed.is_rank0():
-        write_text(run_dir / "config.yaml", to_yaml(config))
-    run_on_rank0(lambda: write_record(run))
-    try:
-        ended = _fit_and_export(run, console)
-    except Exception as error:
-        # An ablation goes on after it, and needs the memory. But ranks that fail alone must not wait for the others here.
-        if isinstance(error, UserError) or distributed.world_size() == 1:
-            run.training.backend.close()
-        raise
-    run.training.backend.close()
-    return ended
-
-
-def _fit_and_export(run: Run, console: Console) -> RunResult:
-    """Train and export; a signal that comes before the export keeps it from being written, as it ends the steps before."""
-    config, run_dir = run.training.config, run.training.run_dir
-    with StopRequest() as stop:
-        if not fit(run.training, stop):
-            return RunResult(run_dir, is_finished=False, stopped_by=stop.agree())
-        if config.export.enabled:
-            if (signal_name := stop.agree()) is not None:
-                after = f"step {config.max_steps}, the last one, which is saved; the export is not written"
-                console.print(stop_message(signal_name, after), highlight=False, soft_wrap=True)
-                return RunResult(run_dir, is_finished=False, stopped_by=signal_name)
-            with run.training.backend.gathered():
-                run_long_on_rank0(lambda: export_run(run, console), "export")
-        return RunResult(run_dir, is_finished=True, stopped_by=stop.agree())
+    for stream in run.scored:
+        cache.attach(stream)
 
 
 def _refuse_to_overwrite(config: RunConfig, run_dir: Path) -> None:

@@ -11,9 +11,9 @@ Shape legend, used across the package:
 """
 
 from unified_lm.batch.loss import LossTerm, OutputHead, SequenceScores
-from unified_lm.batch.pack import Batch, Pack, Supervision, empty_pack, make_batch, make_pack
+from unified_lm.batch.pack import Batch, Pack, ScoredPacks, Supervision, empty_pack, make_batch, make_pack
 from unified_lm.batch.plan import AttentionMode, AttentionPlan, ModeRun
-from unified_lm.batch.sample import IGNORE, Sample
+from unified_lm.batch.sample import IGNORE, Sample, SequenceLabel
 
 __all__ = [
     "IGNORE",
@@ -25,6 +25,8 @@ __all__ = [
     "OutputHead",
     "Pack",
     "Sample",
+    "ScoredPacks",
+    "SequenceLabel",
     "SequenceScores",
     "Supervision",
     "empty_pack",

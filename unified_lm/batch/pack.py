@@ -98,6 +98,23 @@ class Pack:
 
 
 @dataclass(frozen=True, eq=False)
+class ScoredPacks:
+    """Packs that are forwarded for their log-probabilities alone, without a gradient.
+
+    Attributes:
+        controls: samples that are only scored (`Sample.is_control`), apart from all others.
+        unknown: the samples of `Batch.packs` whose log-probability under the reference is not known yet, once more.
+    """
+
+    controls: tuple[Pack, ...] = ()
+    unknown: tuple[Pack, ...] = ()
+
+    def to(self, device: torch.device) -> ScoredPacks:
+        """The same packs with every tensor on `device`."""
+        return ScoredPacks(*(tuple(pack.to(device) for pack in packs) for packs in (self.controls, self.unknown)))
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The packs of one optimizer step on one rank.
 
@@ -109,8 +126,7 @@ class Batch:
         counts: per stream with labels what its loss sum is divided by, for the whole step over all ranks (known from the
             data alone, before any forward).
         num_truncated: samples cut to their limit.
-        control_packs: packs of samples that are only scored (`Sample.control`), apart from all others.
-        reference_packs: the samples of `packs` whose log-probability under the reference is not known yet, once more.
+        sequences: what is scored before the step, for objectives over whole sequences.
     """
 
     packs: tuple[Pack, ...]
@@ -119,8 +135,7 @@ class Batch:
     text_ids: Mapping[str, torch.Tensor] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
     num_truncated: int = 0
-    control_packs: tuple[Pack, ...] = ()
-    reference_packs: tuple[Pack, ...] = ()
+    sequences: ScoredPacks = ScoredPacks()
 
     @property
     def num_tokens(self) -> int:
@@ -137,8 +152,7 @@ class Batch:
         return replace(
             self,
             packs=tuple(pack.to(device) for pack in self.packs),
-            control_packs=tuple(pack.to(device) for pack in self.control_packs),
-            reference_packs=tuple(pack.to(device) for pack in self.reference_packs),
+            sequences=self.sequences.to(device),
             text_ids={name: ids.to(device, non_blocking=True) for name, ids in self.text_ids.items()},
         )
 
@@ -204,7 +218,7 @@ def make_batch(samples: Iterable[Sample], token_budget: int, counts: Mapping[str
         counts: see `Batch.counts`.
     """
     drawn = list(samples)
-    members = [s for s in drawn if not s.control]
+    members = [s for s in drawn if not s.is_control]
     groups = {name: sorted({s.group for s in members if s.stream == name}) for name in {s.stream for s in members if s.pool}}
     sizes, rows, text_ids = {}, {}, {}
     for name, numbers in groups.items():
@@ -220,7 +234,6 @@ def make_batch(samples: Iterable[Sample], token_budget: int, counts: Mapping[str
     pooled = first_fit([s for s in members if s.pool is not None], token_budget)
     plain = [s for s in members if s.pool is None]
     bins = pooled[:-1] + first_fit(plain, token_budget, pooled[-1:])
-    unscored = [s for s in members if s.desirable is not None and s.reference is None]
     return Batch(
         packs=tuple(make_pack(content, rows) for content in bins),
         group_sizes=sizes,
@@ -228,9 +241,15 @@ def make_batch(samples: Iterable[Sample], token_budget: int, counts: Mapping[str
         text_ids=text_ids,
         counts=dict(counts or {}),
         num_truncated=sum(s.truncated for s in members),
-        control_packs=tuple(map(make_pack, first_fit([s for s in drawn if s.control], token_budget))),
-        reference_packs=tuple(map(make_pack, first_fit(unscored, token_budget))),
+        sequences=_scored_packs(drawn, token_budget),
     )
+
+
+def _scored_packs(samples: Sequence[Sample], token_budget: int) -> ScoredPacks:
+    """Apart from the packs that are trained on: a control beside those would cost activations and have no gradient."""
+    controls = [s for s in samples if s.is_control]
+    unknown = [s for s in samples if s.sequence and not s.is_control and s.sequence.reference is None]
+    return ScoredPacks(*(tuple(map(make_pack, first_fit(kind, token_budget))) for kind in (controls, unknown)))
 
 
 def empty_pack() -> Pack:

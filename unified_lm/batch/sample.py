@@ -10,6 +10,20 @@ IGNORE = -100
 """The label of a position that is not supervised."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SequenceLabel:
+    """What an objective over whole sequences knows about a sample beside its labels.
+
+    Attributes:
+        desirable: whether the labeled tokens are to become more likely, or less. None for a control: a sample that is only
+            scored, without a gradient, for what its objective compares the others with.
+        reference: log-probability of the labeled tokens under the reference model, in nats, where it is known beforehand.
+    """
+
+    desirable: bool | None = None
+    reference: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
     """Token ids with everything that a forward and an objective need to know about them.
@@ -28,10 +42,7 @@ class Sample:
         slot: place inside the group: 0 query, 1 positive, 2 and up hard negatives. 0 for samples that stand alone.
         text_id: a 63-bit hash of the embedded text, for masking equal texts among the negatives; 0 where unused.
         truncated: whether the text was cut to its limit.
-        desirable: for objectives over whole sequences, whether the labeled tokens are to become more likely, or less; None
-            elsewhere.
-        control: whether the sample is only scored, without a gradient, for what its objective compares the others with.
-        reference: log-probability of the labeled tokens under the reference model, in nats, where it is known beforehand.
+        sequence: what an objective over whole sequences knows about it; None elsewhere.
     """
 
     input_ids: np.ndarray
@@ -44,9 +55,7 @@ class Sample:
     slot: int = 0
     text_id: int = 0
     truncated: bool = False
-    desirable: bool | None = None
-    control: bool = False
-    reference: float | None = None
+    sequence: SequenceLabel | None = None
 
     def __post_init__(self) -> None:
         length = len(self.input_ids)
@@ -61,6 +70,11 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is only scored, never trained on (`SequenceLabel.desirable`)."""
+        return self.sequence is not None and self.sequence.desirable is None
 
     @property
     def num_supervised(self) -> int:

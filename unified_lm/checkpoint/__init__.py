@@ -1,1 +1,1 @@
-"""Run state, manifest, export and Hub: what a run leaves on the disk."""
+"""Checkpoints of runs in progress: what they contain, how they are written, and which one to resume."""

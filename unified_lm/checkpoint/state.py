@@ -1,14 +1,14 @@
-"""Checkpoints of a run in progress: all that a bit-exact resume needs, written by all ranks, whole or not at all.
+"""Checkpoints of a run in progress: everything that a bit-exact resume needs, written atomically by all ranks.
 
 A checkpoint is `run_dir/checkpoints/step-00000050/` with
 
-- `optimizer-00001-of-00002.safetensors`, ...: float32 trained weights (adapters among them) and AdamW's moments, shared out
-  among the ranks that wrote it (`checkpoint.tensor_shards`),
+- `optimizer-00001-of-00002.safetensors`, ...: float32 trained weights (adapters included) and AdamW's moments, distributed
+  over the ranks that wrote them (`checkpoint.tensor_shards`),
 - `rng.safetensors`: the random state of every rank,
-- `state.json`: step, data cursors, metrics position, identity of what is trained, and every file with its size.
+- `state.json`: step, data cursors, length of the metrics file, identity of what is trained, and every file with its size.
 
-The same tensors whatever the backend and the number of ranks, so it resumes on any other. Which checkpoints there are, and
-which one to resume, is `checkpoint.store`.
+The tensors are the same for any backend and number of ranks, so a checkpoint can be resumed on any other. Finding and removing
+checkpoints is in `checkpoint.store`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from unified_lm.checkpoint.tensor_shards import ShardReader, shard_name, write_share
+from unified_lm.checkpoint.tensor_shards import ShardReader, shard_name, write_shard
 from unified_lm.core import distributed
 from unified_lm.core.agreement import failures
 from unified_lm.core.errors import CheckpointError
@@ -32,28 +32,28 @@ from unified_lm.core.files import commit_directory, write_json, write_text
 from unified_lm.core.random import RngState
 
 FORMAT = 2
-"""Version of the folder's content."""
+"""Version of the folder's format."""
 
 PREFIX = "step-"
-"""A checkpoint's folder is this and the number of steps, eight digits."""
+"""A checkpoint's folder is named with this prefix and the number of steps, in eight digits."""
 
 LATEST = "latest"
-"""The pointer: a text file beside the checkpoints with the name of the newest one."""
+"""A text file beside the checkpoints with the name of the newest one, for people and scripts; resuming does not trust it."""
 
 _RNG = "rng.safetensors"
 _STATE = "state.json"
-_SHOWN = 3
+_MAX_EXAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a checkpoint belongs to; a resume into anything else is refused.
+    """The run that a checkpoint belongs to; a run with another identity cannot resume it.
 
     Attributes:
         recipe: name of the recipe.
-        model: name and content of the starting weights.
+        model: name and fingerprint of the starting weights.
         tokenizer: hash of the tokenizer.
-        trained: name -> shape of every trained parameter (tells LoRA from full, and one rank from another).
+        trained: name -> shape of every trained parameter; distinguishes LoRA from full fine-tuning, and LoRA ranks.
     """
 
     recipe: str
@@ -62,7 +62,7 @@ class Identity:
     trained: Mapping[str, tuple[int, ...]]
 
     def differences(self, found: Mapping[str, Any]) -> list[str]:
-        """What a saved identity (as JSON) has otherwise, in words."""
+        """How a saved identity (as JSON) differs from this one, in words."""
         texts = [
             f"{name}: the checkpoint has {found.get(name)!r}, this run {getattr(self, name)!r}"
             for name in ("recipe", "model", "tokenizer")
@@ -71,7 +71,7 @@ class Identity:
         saved = {name: tuple(shape) for name, shape in found.get("trained", {}).items()}
         different = [name for name in {**saved, **self.trained} if saved.get(name) != self.trained.get(name)]
         if different:
-            shapes = [(name, _shape(saved.get(name)), _shape(self.trained.get(name))) for name in different[:_SHOWN]]
+            shapes = [(name, _shape(saved.get(name)), _shape(self.trained.get(name))) for name in different[:_MAX_EXAMPLES]]
             examples = ", ".join(f"{name} ({there} there, {here} here)" for name, there, here in shapes)
             texts.append(f"trained: {len(different)} parameters differ, e.g. {examples}")
         return texts
@@ -83,17 +83,17 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """A run between two optimizer steps, but for its tensors.
+    """A run between two optimizer steps, without its tensors.
 
     Attributes:
         step: optimizer steps taken, skipped ones included.
-        skipped: steps whose update was skipped because it was not finite, in all.
-        skipped_in_a_row: of those, the ones without a good step since.
+        skipped: total number of steps whose update was skipped because it was not finite.
+        skipped_in_a_row: number of skipped steps since the last good one.
         loader: cursors of every stream, as JSON values.
-        metrics_bytes: length of metrics.jsonl; what was written after it is cut off on resume.
+        metrics_bytes: length of metrics.jsonl; a resume cuts off what was written after it.
         num_ranks: processes of the run that wrote it.
-        backend: name of the backend of that run; for information.
-        identity: what the state belongs to.
+        backend: name of the backend of that run, for information only.
+        identity: the run that the state belongs to.
     """
 
     step: int
@@ -107,32 +107,37 @@ class RunState:
 
 
 def save_state(state: RunState, rng: RngState, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> Path:
-    """Write a checkpoint under `folder`, and the pointer to it. Collective; `folder` is one that all ranks share.
+    """Write a checkpoint under `folder`, and the pointer to it. Collective; all ranks must see the same `folder`.
+
+    All ranks write into a temporary folder; rank 0 then adds the index and renames it. After each phase the ranks exchange
+    their errors, so that none waits for a rank that has failed, and a folder under its final name is always complete.
 
     Args:
-        state: the run; rank 0's counts.
+        state: the run; that of rank 0 is written.
         rng: this rank's random state.
         tensors: whole tensors by name, the same on every rank in the same order; each may be overwritten by the next.
-        folder: where the checkpoints of the run are.
+        folder: contains the checkpoints of the run.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: the disk refused, on any rank; raised on every rank. Earlier checkpoints are untouched.
+        CheckpointError: a rank could not write; raised on every rank. Earlier checkpoints are unchanged.
     """
     target = folder / f"{PREFIX}{state.step:08d}"
     building = folder / f".{target.name}.building"
     _raise_together(_start(building), building, target)
-    names, failure = write_share(tensors, building)
+    names, failure = write_shard(tensors, building)
     _raise_together(failure, building, target)
-    shares = distributed.all_gather_objects(names)
+    names_by_rank = distributed.all_gather_objects(names)
     rngs = distributed.all_gather_objects(rng)
-    _raise_together(_finish(state, shares, rngs, building, target) if distributed.is_rank0() else None, building, target)
+    failure_of_finish = _finish(state, names_by_rank, rngs, building, target) if distributed.is_rank0() else None
+    _raise_together(failure_of_finish, building, target)
     return target
 
 
 def _raise_together(failure: Exception | None, building: Path, target: Path) -> None:
+    """Raise an error on every rank if any rank has one, and remove the temporary folder. Collective."""
     found = failures(failure)
     if found is None:
         return
@@ -142,6 +147,7 @@ def _raise_together(failure: Exception | None, building: Path, target: Path) -> 
 
 
 def _start(building: Path) -> OSError | None:
+    """Create the temporary folder on rank 0, in place of one that a killed run left."""
     if not distributed.is_rank0():
         return None
     try:
@@ -153,26 +159,25 @@ def _start(building: Path) -> OSError | None:
     return None
 
 
-def _finish(state: RunState, shares: list[list[str]], rngs: list[RngState], building: Path, target: Path) -> Exception | None:
-    """Rank 0's part: what is not shared out, the rename, the pointer."""
+def _finish(
+    state: RunState, names_by_rank: list[list[str]], rngs: list[RngState], building: Path, target: Path
+) -> Exception | None:
+    """Write what only rank 0 writes, rename the folder, and update the pointer; returns an error instead of raising it."""
     try:
         save_file(_rng_tensors(rngs), building / _RNG)
         files = {path.name: path.stat().st_size for path in sorted(building.iterdir())}
-        tensors = _by_file(shares)
+        tensors = {shard_name(rank, len(names_by_rank)): names for rank, names in enumerate(names_by_rank) if names}
         missing = sorted(set(tensors) - set(files))
         if missing:
             raise OSError(f"rank 0 does not see {missing[0]}: run_dir must be on a file system that all nodes share")
         content = {"format": FORMAT, **asdict(state), "files": files, "tensors": tensors}
+        # The index comes last: a folder without it is not a checkpoint, and it records the sizes of all other files.
         write_json(building / _STATE, content)
         commit_directory(building, target)
         write_text(target.parent / LATEST, f"{target.name}\n")
-    except (OSError, SafetensorError) as error:  # a full disk arrives as either
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         return error
     return None
-
-
-def _by_file(shares: list[list[str]]) -> dict[str, list[str]]:
-    return {shard_name(rank, len(shares)): names for rank, names in enumerate(shares) if names}
 
 
 def _rng_tensors(rngs: list[RngState]) -> dict[str, torch.Tensor]:
@@ -181,7 +186,7 @@ def _rng_tensors(rngs: list[RngState]) -> dict[str, torch.Tensor]:
 
 
 def torn(path: Path) -> str | None:
-    """Why a folder is no complete checkpoint, or None where it is one: its index is read and its files are measured."""
+    """Why a folder is not a complete checkpoint, or None if it is one, judged by its index and the sizes of its files."""
     try:
         content = _read_index(path)
         for name, size in content["files"].items():
@@ -203,10 +208,14 @@ def _read_index(path: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path, identity: Identity) -> RunState:
-    """Read all of a checkpoint but its tensors, and check that it belongs to this run.
+    """Read everything of a checkpoint except its tensors, and check that it belongs to this run.
+
+    Args:
+        path: the checkpoint.
+        identity: of this run.
 
     Raises:
-        CheckpointError: it is torn, or of another recipe, model or tokenizer (every difference is named).
+        CheckpointError: it is incomplete, or belongs to another recipe, model or tokenizer; the text names every difference.
     """
     reason = torn(path)
     if reason is not None:

@@ -1,7 +1,7 @@
-"""Which checkpoints there are: finding the one to resume, removing old ones, and copies in a second place.
+"""The checkpoints of a run: finding the one to resume, removing old ones, and copying them to a second location.
 
-A folder under its final name that matches its index is complete. Whatever else a killed run left is either skipped with a
-reason (a torn folder) or swept (a folder that was being written or removed).
+A folder under its final name that matches its index is complete. Anything else that a killed run left is either skipped with a
+reason (an incomplete folder), or removed (a folder that was being written or removed).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class Found:
-    """What a search for a checkpoint came to.
+    """The result of a search for a checkpoint.
 
     Attributes:
         path: the checkpoint to resume, or None.
-        notices: what the user should know: folders that were skipped, and why; another place than usual.
+        notices: messages for the user: folders that were skipped, with the reason, or the use of a copy.
     """
 
     path: Path | None
@@ -33,21 +33,21 @@ class Found:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders under `folder` that are named like checkpoints, oldest first; see `state.torn` for whether they are complete."""
+    """Folders under `folder` that are named like checkpoints, oldest first. `state.torn` says whether one is complete."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
 
 
 def find_checkpoint(resume: str, folder: Path, copies: Path | None = None) -> Found:
-    """The checkpoint that `resume` names.
+    """Find the checkpoint that `resume` names.
 
     Args:
-        resume: "none", "auto" (the newest complete one under `folder`, or else under `copies`, if there is any) or a path: of a
-            checkpoint, of a run, or of a folder of checkpoints.
-        folder: where this run keeps its checkpoints.
-        copies: where it keeps copies of them.
+        resume: "none", "auto" (the newest complete one under `folder`, or else under `copies`, if there is any), or the path of
+            a checkpoint, of a run, or of a folder of checkpoints.
+        folder: contains this run's checkpoints.
+        copies: contains the copies of them.
 
     Raises:
-        CheckpointError: a path was given where there is no complete checkpoint.
+        CheckpointError: the path has no complete checkpoint.
     """
     if resume == "none":
         return Found(None)
@@ -56,8 +56,8 @@ def find_checkpoint(resume: str, folder: Path, copies: Path | None = None) -> Fo
         if found.path is not None or copies is None:
             return found
         copied = _newest_complete(copies)
-        told = () if copied.path is None else (f"no checkpoint in {folder}; using the copy {copied.path}",)
-        return Found(copied.path, (*found.notices, *copied.notices, *told))
+        notice = () if copied.path is None else (f"no checkpoint in {folder}; using the copy {copied.path}",)
+        return Found(copied.path, (*found.notices, *copied.notices, *notice))
     return _named(resume)
 
 
@@ -67,14 +67,14 @@ def _named(resume: str) -> Found:
         reason = torn(path)
         if reason is None:
             return Found(path)
-        raise CheckpointError(f"resume={resume} is no complete checkpoint: {reason}. Resume from another one.")
-    for place in (path / "checkpoints", path):
-        found = _newest_complete(place)
+        raise CheckpointError(f"resume={resume} is not a complete checkpoint: {reason}. Resume from another one.")
+    for folder in (path / "checkpoints", path):
+        found = _newest_complete(folder)
         if found.path is not None:
             return found
     raise CheckpointError(
-        f"resume={resume} is no checkpoint: expected a folder named {PREFIX}..., or a run with checkpoints/. "
-        "Use resume=auto to continue the newest checkpoint of run_dir."
+        f"resume={resume} is not a checkpoint: expected a folder named {PREFIX}..., or a run with checkpoints/. "
+        "Use resume=auto to continue from the newest checkpoint of run_dir."
     )
 
 
@@ -88,34 +88,34 @@ def _newest_complete(folder: Path) -> Found:
     return Found(None, tuple(notices))
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Remove what a killed run was writing or removing when it died; returns what was removed.
+def remove_unfinished(folder: Path) -> list[Path]:
+    """Remove the folders that a killed run was writing or removing; returns their paths.
 
     Raises:
-        CheckpointError: the operating system refused.
+        CheckpointError: a folder could not be removed.
     """
-    left = sorted(folder.glob(f".{PREFIX}*"))
-    for path in left:
+    unfinished = sorted(folder.glob(f".{PREFIX}*"))
+    for path in unfinished:
         _remove(path)
-    return left
+    return unfinished
 
 
 def prune(folder: Path, keep_last: int, keep_every: int, protected: Collection[Path] = ()) -> None:
     """Remove all but the newest checkpoints.
 
     Args:
-        folder: where they are.
+        folder: contains the checkpoints.
         keep_last: how many of the newest to keep.
         keep_every: also keep those whose step is a multiple of this; 0: none.
-        protected: not to be removed now.
+        protected: checkpoints that must not be removed now.
 
     Raises:
-        CheckpointError: the operating system refused.
+        CheckpointError: a folder could not be removed.
     """
     for old in list_checkpoints(folder)[: -max(1, keep_last)]:
         step = int(old.name.removeprefix(PREFIX))
         if old not in protected and not (keep_every and step % keep_every == 0):
-            # renamed first: a removal that is cut short leaves no folder that looks like a checkpoint
+            # Renamed first, so that an interrupted removal leaves no folder that looks like a checkpoint.
             _remove(old.rename(old.with_name(f".{old.name}.removing")))
 
 
@@ -127,7 +127,7 @@ def _remove(path: Path) -> None:
 
 
 def restore_metrics(checkpoint: Path, run_dir: Path) -> None:
-    """Bring back the metrics of a run whose folder was lost from a copy of its checkpoint; leaves a run that has any alone."""
+    """Restore the metrics of a lost run folder from a copy of its checkpoint; does nothing if the run has metrics."""
     saved = checkpoint / _METRICS
     if saved.is_file() and not (run_dir / _METRICS).exists():
         write_text(run_dir / _METRICS, saved.read_text(encoding="utf-8"))
@@ -135,14 +135,14 @@ def restore_metrics(checkpoint: Path, run_dir: Path) -> None:
 
 @dataclass
 class CheckpointCopier:
-    """Copies checkpoints to a second place, one after another, while training goes on. Use it on one rank.
+    """Copies checkpoints to a second location, one after another, while training continues. Use it on one rank.
 
-    A copy that is still waiting when a newer checkpoint comes is left out: only the newest counts.
+    A copy that has not started when a newer checkpoint is submitted is skipped, because only the newest is needed.
 
     Attributes:
-        target: the second place.
-        keep_last: copies kept.
-        keep_every: copies of multiples of this step are kept too; 0: none.
+        target: the second location.
+        keep_last: number of copies to keep.
+        keep_every: copies whose step is a multiple of this are kept too; 0: none.
     """
 
     target: Path
@@ -152,9 +152,10 @@ class CheckpointCopier:
     _running: dict[Path, Future[None]] = field(default_factory=dict)
 
     def submit(self, checkpoint: Path, metrics: Path) -> None:
-        """Have a complete checkpoint copied, with the run's metrics as they are now."""
+        """Queue a copy of a complete checkpoint, with the run's current metrics."""
         for future in self._running.values():
             future.cancel()
+        # Read now: when the copy starts, the file may already have lines of later steps.
         content = metrics.read_bytes() if metrics.exists() else b""
         self._running[checkpoint] = self._pool.submit(self._copy, checkpoint, content)
 
@@ -164,7 +165,7 @@ class CheckpointCopier:
         return {path for path, future in self._running.items() if not future.done()}
 
     def problems(self) -> list[str]:
-        """What went wrong since the last call, for the user; a failed copy does not end the run."""
+        """Warnings for copies that failed since the last call; a failed copy does not end the run."""
         done = {path: future for path, future in self._running.items() if future.done()}
         texts = []
         for path, future in done.items():
@@ -175,13 +176,13 @@ class CheckpointCopier:
         return texts
 
     def close(self) -> list[str]:
-        """Wait for the copies under way; returns their problems."""
+        """Wait for running copies; returns their warnings."""
         self._pool.shutdown(wait=True)
         return self.problems()
 
     def _copy(self, checkpoint: Path, metrics: bytes) -> None:
         def fill(building: Path) -> None:
-            """Copy the checkpoint's files and the metrics that go with it into `building`."""
+            """Copy the checkpoint's files and the metrics that belong to it into `building`."""
             for path in checkpoint.iterdir():
                 shutil.copyfile(path, building / path.name)
             (building / _METRICS).write_bytes(metrics)

@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint in one file per rank that writes, streamed through memory one tensor at a time.
+"""The tensors of a checkpoint, one file per writing rank, streamed through memory one tensor at a time.
 
-Every rank sees the same tensors in the same order (`engine.backends.backend.Backend.optimizer_state`), so all of them agree,
-without a word, on who writes which: each goes to the rank with the fewest bytes so far. Which rank wrote a tensor means
-nothing to a reader, and so a checkpoint is the same set of tensors whatever the number of ranks.
+Every rank sees the same tensors in the same order (`engine.backends.backend.Backend.optimizer_state`), so the ranks agree on
+who writes which without communication: each tensor goes to the rank with the fewest bytes so far. Readers do not depend on
+which rank wrote a tensor, so a checkpoint is the same set of tensors for any number of ranks.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_HEADER_BYTES = 2**20  # room for some 8,000 tensors; a longer header costs one more copy of the file
+_HEADER_BYTES = 2**20  # enough for about 8,000 tensors; a longer header costs one more copy of the file
 
 
 class ShardWriter:
-    """Writes a safetensors file tensor by tensor: only the present one is in memory.
+    """Writes a safetensors file tensor by tensor, with only the current tensor in memory.
 
-    The format wants its header first, and the header is only known at the end. So room is left for it, and what is not used
-    is filled with spaces, which the format allows.
+    The format starts with a header that is only known at the end. So space is reserved for it, and the unused rest is filled
+    with space characters, which the format allows.
 
     Args:
         path: the file to create.
 
     Raises:
-        OSError: the disk refused (from every method).
+        OSError: the file could not be written (from every method).
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class ShardWriter:
         self._handle.seek(_HEADER_BYTES)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor; it may be overwritten afterwards."""
+        """Append one tensor; the caller may overwrite it afterwards."""
         data = tensor.detach().cpu().contiguous()
         start, self._end = self._end, self._end + data.nbytes
         self._entries[name] = {"dtype": _DTYPES[data.dtype], "shape": list(data.shape), "data_offsets": [start, self._end]}
@@ -75,10 +75,11 @@ class ShardWriter:
             os.fsync(self._handle.fileno())
 
     def discard(self) -> None:
-        """Give up: close the file as it is."""
+        """Close the incomplete file without a header."""
         self._handle.close()
 
     def _make_room(self, num_bytes: int) -> None:
+        """Move the tensors behind a longer header, by copying the file."""
         self._handle.close()
         moved = self.path.with_suffix(".moved")
         with open(self.path, "rb") as source, open(moved, "wb") as target:
@@ -89,29 +90,29 @@ class ShardWriter:
         self._handle = open(self.path, "r+b")  # noqa: SIM115 - closed by `close`
 
 
-def write_share(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> tuple[list[str], OSError | None]:
-    """Write the tensors that fall to this rank into one file of `folder`. Collective where `tensors` is.
+def write_shard(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> tuple[list[str], OSError | None]:
+    """Write the tensors that are assigned to this rank into one file of `folder`. Collective if iterating over `tensors` is.
 
-    A disk that refuses does not end the iteration, which the other ranks take part in.
+    An error does not end the iteration, because every step of it may be a collective that the other ranks wait in.
 
     Args:
         tensors: whole tensors by name, the same on every rank in the same order.
-        folder: exists, and is the same folder for every rank.
+        folder: an existing folder, the same for every rank.
 
     Returns:
-        The names of the tensors written here, and what the operating system said when it refused.
+        The names of the tensors written by this rank, and the error of the operating system, or None.
     """
-    rank, loads = distributed.rank(), [0] * distributed.world_size()
+    rank, num_bytes = distributed.rank(), [0] * distributed.world_size()
     names: list[str] = []
     failure: OSError | None = None
     writer: ShardWriter | None = None
     for name, tensor in tensors:
-        owner = loads.index(min(loads))
-        loads[owner] += tensor.nbytes
+        owner = num_bytes.index(min(num_bytes))
+        num_bytes[owner] += tensor.nbytes
         if owner != rank or failure is not None:
             continue
         try:
-            writer = writer or ShardWriter(folder / shard_name(rank, len(loads)))
+            writer = writer or ShardWriter(folder / shard_name(rank, len(num_bytes)))
             writer.add(name, tensor)
             names.append(name)
         except OSError as error:
@@ -127,18 +128,18 @@ def _finish(writer: ShardWriter, failure: OSError | None) -> OSError | None:
             writer.close()
         else:
             writer.discard()
-    except OSError as error:  # what was buffered is only refused now
+    except OSError as error:  # buffered data is only written now
         return failure or error
     return failure
 
 
 def shard_name(rank: int, world_size: int) -> str:
-    """The file of one writing rank: `optimizer-00001-of-00002.safetensors` for rank 0 of 2."""
+    """Name of the file of one writing rank: `optimizer-00001-of-00002.safetensors` for rank 0 of 2."""
     return f"optimizer-{rank + 1:05d}-of-{world_size:05d}.safetensors"
 
 
 class ShardReader:
-    """Reads single tensors out of a checkpoint's files; use it as a context manager.
+    """Reads single tensors from a checkpoint's files; use it as a context manager.
 
     Args:
         folder: the checkpoint.
@@ -152,7 +153,7 @@ class ShardReader:
 
     @property
     def names(self) -> frozenset[str]:
-        """The tensors there are."""
+        """Names of all tensors."""
         return frozenset(self._files)
 
     def __call__(self, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`unified-lm analyze NAME MODEL...`, the papers' analyses; `unified-lm standardize EXPORT`, a copy that standardizes."""
+"""`unified-lm analyze NAME MODEL...` runs analyses; `unified-lm standardize EXPORT` writes a copy that standardizes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def standardize(argv: Sequence[str]) -> None:
     """Fit statistics on a reference corpus and write a copy of an export that applies them.
 
     Raises:
-        UserError: no export; a corpus that is missing, too small or without variance; a copy that stock tools read otherwise.
+        UserError: no export; a corpus that is missing, too small or without variance; a copy that stock tools read differently.
     """
     options = _standardize_parser().parse_args(list(argv))
     from unified_lm.evaluation.analyses.texts import read_texts
@@ -106,10 +106,10 @@ def standardize(argv: Sequence[str]) -> None:
 
 
 def _corpora(given: Sequence[str]) -> dict[str, str]:
-    """LABEL=CORPUS pairs; a corpus without a label is called after its file.
+    """Parse LABEL=CORPUS pairs; the default label is the name of the file.
 
     Raises:
-        ConfigError: two corpora of one label.
+        ConfigError: two corpora with the same label.
     """
     found: dict[str, str] = {}
     for text in given:
@@ -134,16 +134,16 @@ def _analyze_parser(names: dict[str, str]) -> argparse.ArgumentParser:
     model_help = "[LABEL=]MODEL[@causal|@bidirectional]: export, run, folder or Hub name of a causal model, or 'embedded'"
     add("models", nargs="+", metavar="MODEL", help=model_help)
     add("--out", type=Path, default=Path("analysis"), help="folder for NAME.json and NAME.png (analysis)")
-    add("--overwrite", action="store_true", help="measure again what is measured")
+    add("--overwrite", action="store_true", help="ignore existing measurements")
     add(
         "--texts",
         default="pydocs",
-        help="texts to look at: pydocs (default), a file or folder of texts, or an offline STS task",
+        help="texts to analyze: pydocs (default), a file or folder of texts, or an offline STS task",
     )
     add("--num-texts", type=positive, default=1000, help="texts of anisotropy (1000)")
     add("--num-windows", type=positive, default=32, help="texts of layers and norms (32)")
     add("--positions", type=positive, default=64, help="tokens of each of those (64)")
-    add("--triples", type=Path, default=None, help="prefixes with continuations for future, in place of the package's own")
+    add("--triples", type=Path, default=None, help="prefixes with continuations for future, instead of the package's own")
     add("--sts", default=None, help="offline STS task or file (sentence1, sentence2, score), for uniformity and standardize")
     add("--num-pairs", type=positive, default=500, help="sentence pairs and retrieval rows, at most (500)")
     add("--retrieval", default="pydocs", help="retrieval pairs for standardize: pydocs (default), a file or folder, or none")
@@ -151,7 +151,7 @@ def _analyze_parser(names: dict[str, str]) -> argparse.ArgumentParser:
     add("--corpus", action="append", default=[], metavar="[LABEL=]CORPUS", help=corpus_help)
     add("--corpus-texts", type=positive, default=1000, help="texts of each corpus, at most (1000)")
     _add_model_options(parser)
-    add("--template", default=None, help="prompt template; 'plain' for a model that is no export")
+    add("--template", default=None, help="prompt template; 'plain' for a model that is not an export")
     add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
     add("--attention", default=None, help="bidirectional or causal, in place of the export's")
     return parser

@@ -1,4 +1,4 @@
-"""How commands read their arguments and describe themselves: the same shape of help for every one."""
+"""Arguments and help of commands, in one form for all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HELP = ("-h", "--help")
 
 @dataclass(frozen=True)
 class Command:
-    """A command: one line of help, and the function `(arguments) -> anything` as "module:function"."""
+    """A command: one line of help, and its function `(arguments) -> object` as "module:function"."""
 
     help: str
     target: str
@@ -28,13 +28,13 @@ class Command:
 
 
 def command_parser(name: str, description: str, example: str, note: str = "") -> argparse.ArgumentParser:
-    """A parser whose help ends in an example.
+    """Make a parser whose help ends with an example.
 
     Args:
-        name: the command's words after the program's name.
-        description: what it does; line ends are kept.
-        example: the arguments of one sensible call.
-        note: a line between the options and the example.
+        name: the words of the command after the name of the program.
+        description: what the command does; line breaks are kept.
+        example: arguments of a typical call.
+        note: text between the options and the example.
     """
     epilog = f"example:\n  {PROGRAM} {name} {example}".rstrip()
     return argparse.ArgumentParser(
@@ -46,17 +46,17 @@ def command_parser(name: str, description: str, example: str, note: str = "") ->
 
 
 def run_group(name: str, description: str, commands: Mapping[str, Command], example: str, argv: Sequence[str]) -> None:
-    """Run one of a command's sub-commands, or print which there are.
+    """Run a sub-command of a command, or print the list of them.
 
     Args:
         name: the command.
         description: what its sub-commands have in common.
-        commands: them, by name.
-        example: the arguments of one sensible call.
+        commands: name -> sub-command.
+        example: arguments of a typical call.
         argv: the sub-command and its arguments.
 
     Raises:
-        UserError: none named, or an unknown one.
+        UserError: no sub-command, or an unknown one.
         SystemExit: 0, after help.
     """
     if argv and argv[0] in commands:
@@ -73,11 +73,17 @@ def run_group(name: str, description: str, commands: Mapping[str, Command], exam
     raise UserError(f"{PROGRAM} {name}: {f'unknown command {argv[0]!r}' if argv else 'no command given'}.{hint}")
 
 
+def add_device_options(parser: argparse._ActionsContainer) -> None:
+    """Add --device and --dtype, which say where and how a model's weights are held in memory."""
+    parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+
+
 def positive(text: str) -> int:
-    """A whole number above 0, for `argparse`.
+    """Parse a whole number above 0, for `argparse`.
 
     Raises:
-        argparse.ArgumentTypeError: it is none.
+        argparse.ArgumentTypeError: the text has another form.
     """
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")

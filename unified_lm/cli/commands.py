@@ -21,7 +21,19 @@ _RECIPE = "a recipe's name (`unified-lm recipes` lists them), its file, or the f
 
 
 def train(argv: Sequence[str]) -> Path:
-    """Train what `recipe=NAME key=value` arguments say; returns the folder of the run (see `build.train`)."""
+    """Train what `recipe=NAME key=value` arguments say; returns the folder of the run (`main` of `train.py`)."""
+    show_help_of_train(argv)
+    from unified_lm.assembly import train as run
+
+    return run(argv)
+
+
+def show_help_of_train(argv: Sequence[str]) -> None:
+    """Print the help of training where it is asked for.
+
+    Raises:
+        SystemExit: 0, after help.
+    """
     _help_of_settings(
         "train",
         "train a recipe, a chain of recipes or an ablation, and export the result",
@@ -33,9 +45,6 @@ def train(argv: Sequence[str]) -> Path:
             "resume=auto": "go on from the run's newest checkpoint (none)",
         },
     )
-    from unified_lm.assembly import train as run
-
-    return run(argv)
 
 
 def demo(argv: Sequence[str]) -> None:

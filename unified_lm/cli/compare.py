@@ -1,4 +1,4 @@
-"""`unified-lm compare RUN... [--out DIR]`: runs side by side, by what differs in their configurations."""
+"""`unified-lm compare RUN... [--out DIR]`: compare runs by the differences in their configurations."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from unified_lm.reporting.compare_output import settings_of, to_table, write_com
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Print the table and write compare.csv, .json, .md and .png into `--out`, else into the one folder, else here."""
+    """Print the table and write compare.csv, .json, .md and .png to `--out` (default: the only folder, else this one)."""
     parser = command_parser(
-        "compare", "put the held-out results of runs side by side, by what differs in them", "runs/a runs/b --out comparison"
+        "compare",
+        "compare the held-out results of runs, by the differences in their settings",
+        "runs/a runs/b --out comparison",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of an ablation")
     parser.add_argument(
         "--out",
         type=Path,
         default=None,
-        help="folder for compare.csv, .json, .md and .png; the one folder given, else the working directory",
+        help="folder for compare.csv, .json, .md and .png; by default the only folder given, else the working directory",
     )
-    parser.add_argument("--reference", default=None, metavar="ARM", help="what the others are compared with; the first arm")
+    parser.add_argument("--reference", default=None, metavar="ARM", help="arm to compare the others with; by default the first")
     options = parser.parse_args(list(argv))
     comparison = compare_runs(options.runs, options.reference)
     console = Console()

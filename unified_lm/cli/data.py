@@ -1,4 +1,4 @@
-"""`unified-lm data mine | overlap | prepare`: make training data, and check it."""
+"""`unified-lm data mine | overlap | prepare`: make training data and check it."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def data(argv: Sequence[str]) -> None:
     """Run one of the data commands.
 
     Raises:
-        UserError: none, or an unknown one.
+        UserError: no command, or an unknown one.
     """
     run_group("data", "make training data, and check it", COMMANDS, "prepare tulu2 --out data/tulu2", argv)
 
 
 def overlap(argv: Sequence[str]) -> None:
-    """Report how training data overlap with evaluation sets; `--write` the rows that do not."""
+    """Report overlap between training data and evaluation sets, and write the rows without overlap (`--write`)."""
     parser = command_parser(
         "data overlap",
-        "find training rows that evaluation sets contain, exactly or nearly",
+        "find training rows that evaluation sets contain, exactly or approximately",
         "train.jsonl test.tsv --write clean.jsonl --report overlap.yaml",
         "TRAIN and EVAL are files, folders, or hub:NAME[:SUBSET[:SPLIT]]",
     )
@@ -53,7 +53,7 @@ def overlap(argv: Sequence[str]) -> None:
     parser.add_argument("--report", type=Path, metavar="FILE.yaml", help="write the report, with examples")
     parser.add_argument("--columns", default="", help="columns of the evaluation sets to compare, a,b,c; all if left out")
     parser.add_argument(
-        "--kinds", default=",".join(kind.value for kind in OverlapKind), help="tests to make: %(default)s if left out"
+        "--kinds", default=",".join(kind.value for kind in OverlapKind), help="tests to run, by default %(default)s"
     )
     parser.add_argument("--ngram", type=int, default=13, help="words of a shared run (13)")
     parser.add_argument("--near", type=float, default=0.8, help="Jaccard similarity of near-duplicates (0.8)")
@@ -88,9 +88,9 @@ def _kinds(names: str) -> tuple[OverlapKind, ...]:
 
 
 def _print_overlap(report: OverlapReport, config: OverlapConfig, console: Console) -> None:
-    share = report.num_overlapping / report.num_rows if report.num_rows else 0.0
+    fraction = report.num_overlapping / report.num_rows if report.num_rows else 0.0
     console.print(
-        f"{report.num_overlapping:,} of {report.num_rows:,} training rows ({share:.2%}) overlap with "
+        f"{report.num_overlapping:,} of {report.num_rows:,} training rows ({fraction:.2%}) overlap with "
         f"{report.num_evaluation_texts:,} evaluation texts ({report.num_short_texts:,} more were too short to compare).",
         highlight=False,
     )
@@ -115,7 +115,7 @@ def _print_overlap(report: OverlapReport, config: OverlapConfig, console: Consol
 
 
 def prepare(argv: Sequence[str]) -> None:
-    """Write a published data set in our formats, with a manifest."""
+    """Write a published data set in the formats that recipes read, with a manifest."""
     from unified_lm.data.rows.prepare import FORMATS
     from unified_lm.data.rows.prepare import prepare as write
     from unified_lm.data.rows.published import PUBLISHED
@@ -126,7 +126,7 @@ def prepare(argv: Sequence[str]) -> None:
     parser.add_argument("name", metavar="NAME", help=f"one of {', '.join(PUBLISHED)}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--from", dest="local", type=Path, metavar="LOCAL", help="read this copy, not the Hub")
-    parser.add_argument("--revision", help="Hub revision; the newest if left out, and its commit stands in the manifest")
+    parser.add_argument("--revision", help="Hub revision; by default the newest; the manifest records its commit")
     parser.add_argument(
         "--format", choices=[ending.lstrip(".") for ending in FORMATS], default="jsonl", help="of the files (jsonl)"
     )
@@ -144,12 +144,12 @@ def prepare(argv: Sequence[str]) -> None:
     console.print(f"{done.num_rows:,} rows in {len(done.files)} file(s), {done.dropped.total():,} left out", markup=False)
     for reason, count in sorted(done.dropped.items()):
         console.print(f"  {count:,} x {reason}", markup=False)
-    console.print(f"licence   {PUBLISHED[options.name].licence}\nmanifest  {done.manifest}\ntrain on  {done.use}", markup=False)
+    console.print(f"license   {PUBLISHED[options.name].license}\nmanifest  {done.manifest}\ntrain on  {done.use}", markup=False)
 
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int], None] | None]:
-    """A counter on stderr; None where that is no terminal."""
+    """A counter on stderr; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

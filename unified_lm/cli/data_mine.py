@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from unified_lm.cli.arguments import command_parser
+from unified_lm.cli.arguments import add_device_options, command_parser
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import UserError
@@ -23,7 +23,7 @@ from unified_lm.data.rows.records import RecordKind
 from unified_lm.data.rows.texts import HUB_PREFIX
 from unified_lm.data.sources import open_source, open_sources
 from unified_lm.mining.embedders import load_embedder
-from unified_lm.mining.mine import Mining, WorkShare
+from unified_lm.mining.mine import Mining, WorkShard
 from unified_lm.mining.mine import Progress as Report
 from unified_lm.mining.negatives import Given, MiningConfig, Sampling
 
@@ -31,7 +31,7 @@ BUILTIN_PREFIX = "builtin:"
 
 
 def mine(argv: Sequence[str]) -> None:
-    """Mine hard negatives; each file of a folder is mined by itself, since batches are made of one file's rows."""
+    """Mine hard negatives. Each file of a folder is mined separately, since a batch contains rows of one file only."""
     options = _parser().parse_args(list(argv))
     config = MiningConfig(
         num_negatives=options.negatives,
@@ -46,7 +46,7 @@ def mine(argv: Sequence[str]) -> None:
         given=Given(options.given),
         seed=options.seed,
     )
-    share = WorkShare.parse(options.shard)
+    shard = WorkShard.parse(options.shard)
     where = replace(
         source_config(options.source, options.split, options.columns),
         limit=options.limit,
@@ -77,8 +77,8 @@ def mine(argv: Sequence[str]) -> None:
             corpus=corpus,
             device=options.device or str(local_device()),
         )
-        with _progress() as told:
-            report = job.run(share, told)
+        with _progress() as show_progress:
+            report = job.run(shard, show_progress)
         if report is None:
             console.print(f"{out}: shard {options.shard} is done; the file is written when the last shard is.", markup=False)
         else:
@@ -87,10 +87,10 @@ def mine(argv: Sequence[str]) -> None:
 
 
 def source_config(named: str, split: str, columns: str) -> SourceConfig:
-    """What a command line calls a source: a path, ``hub:NAME[:SUBSET]``, ``builtin:pydocs``.
+    """Parse a source on the command line: a path, ``hub:NAME[:SUBSET]`` or ``builtin:pydocs``.
 
     Raises:
-        UserError: columns that are not ``field=column,...``.
+        UserError: columns in a form other than ``field=column,...``.
     """
     pairs = [item.partition("=") for item in columns.split(",") if item]
     if any(not name or not column for name, _, column in pairs):
@@ -105,16 +105,16 @@ def source_config(named: str, split: str, columns: str) -> SourceConfig:
 
 
 def mining_table(report: dict[str, Any]) -> Table:
-    """A report of `Mining.run` as a table."""
+    """Format a report of `Mining.run` as a table."""
     table = Table(title=f"hard negatives for {report['source']}", title_justify="left", show_header=False)
     for name, value in report["mean_similarity"].items():
         table.add_row(f"mean similarity to the query: {name}", "none" if value is None else f"{value:.3f}")
     table.add_row("mined negatives", f"{report['mined_negatives']:,}")
-    table.add_row("rows with fewer than asked for (kept)", f"{report['rows_with_too_few']:,} of {report['rows']:,}")
+    table.add_row("rows with fewer than requested (kept)", f"{report['rows_with_too_few']:,} of {report['rows']:,}")
     table.add_row("rows with none (kept)", f"{report['rows_with_none']:,}")
     for reason, count in report["filtered"].items():
         if count:
-            table.add_row(f"turned down: {reason}", f"{count:,}")
+            table.add_row(f"rejected: {reason}", f"{count:,}")
     return table
 
 
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "data mine",
         "mine hard negatives for pair rows with any model that embeds",
         "rows.jsonl --model runs/grit/export --out mined.jsonl --negatives 7 --skip 10",
-        "A killed command goes on where it stopped when it is given again.",
+        "After an interruption, the same command resumes where it stopped.",
     )
     parser.add_argument("source", help="pair rows: a file, a folder, hub:NAME[:SUBSET] or builtin:pydocs")
     parser.add_argument(
@@ -137,12 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     rows.add_argument("--split", default="train", help="split of a Hub or built-in data set (train)")
     rows.add_argument("--columns", default="", metavar="FIELD=COLUMN,...", help="where names differ")
     rows.add_argument("--limit", type=int, help="at most this many rows, a seeded choice")
-    rows.add_argument("--instruction", help="for queries without one; it is written to the rows")
-    rows.add_argument("--document-instruction", help="for documents without one; it is written to the rows")
+    rows.add_argument("--instruction", help="instruction for queries without one; written to the rows")
+    rows.add_argument("--document-instruction", help="instruction for documents without one; written to the rows")
     rows.add_argument("--skip-empty", action="store_true", help="leave out rows with an empty text, and count them")
     model = parser.add_argument_group("the model")
-    model.add_argument("--device", help="cpu, cuda...; the accelerator if there is one")
-    model.add_argument("--dtype", help="float32, bfloat16...; the stored type if left out")
+    add_device_options(model)
     model.add_argument("--max-tokens", type=int, help="limit of a text with its prompt; the model's own if left out")
     model.add_argument("--batch-size", type=int, default=32, help="texts per forward, sentence-transformers only (32)")
     model.add_argument("--query-prompt", help="for sentence-transformers: put before queries; {instruction} is the row's")
@@ -153,31 +152,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_choice(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--negatives", type=int, default=7, help="mined per row (7)")
-    group.add_argument("--skip", type=int, default=0, help="pass over the best-ranked k documents (0)")
-    group.add_argument("--depth", type=int, default=100, help="look at this many documents per query (100)")
+    group.add_argument("--skip", type=int, default=0, help="skip this many best-ranked documents (0)")
+    group.add_argument("--depth", type=int, default=100, help="consider this many documents per query (100)")
     group.add_argument(
         "--max-fraction",
         type=float,
         default=0.95,
-        help="a negative scores at most this share of the positive (0.95; 0: no limit)",
+        help="maximum score of a negative as a fraction of the positive's (0.95; 0: no limit)",
     )
-    group.add_argument("--margin", type=float, help="a negative scores at least this much less than the positive")
-    group.add_argument("--max-score", type=float, help="greatest similarity of a negative")
-    group.add_argument("--min-score", type=float, help="least similarity of a negative")
+    group.add_argument("--margin", type=float, help="minimum difference between the positive's score and a negative's")
+    group.add_argument("--max-score", type=float, help="maximum similarity of a negative")
+    group.add_argument("--min-score", type=float, help="minimum similarity of a negative")
     group.add_argument(
         "--near-duplicate",
         type=float,
         default=0.8,
-        help="turn down documents that share this much of a positive's word triples (0.8; 0: only equal texts)",
+        help="reject documents with this Jaccard similarity of word triples to a positive (0.8; 0: only equal texts)",
     )
-    group.add_argument("--sampling", choices=[kind.value for kind in Sampling], default="top", help="which of those left (top)")
+    group.add_argument(
+        "--sampling", choices=[kind.value for kind in Sampling], default="top", help="which of the remaining candidates (top)"
+    )
     group.add_argument("--given", choices=[kind.value for kind in Given], default="keep", help="the rows' own negatives (keep)")
-    group.add_argument("--seed", type=int, default=42, help="of draws (42)")
+    group.add_argument("--seed", type=int, default=42, help="seed of the sampling (42)")
 
 
 @contextmanager
 def _progress() -> Iterator[Report | None]:
-    """One bar per kind of work, on stderr; None where that is no terminal."""
+    """One progress bar per kind of work, on stderr; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -185,10 +186,10 @@ def _progress() -> Iterator[Report | None]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def told(what: str, done: int, total: int) -> None:
-            """Move the bar of one kind of work, which appears with its first report."""
+        def show(what: str, done: int, total: int) -> None:
+            """Update the bar of one kind of work, which appears with its first report."""
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
 
-        yield told
+        yield show

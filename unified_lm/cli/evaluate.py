@@ -1,4 +1,4 @@
-"""`unified-lm eval`: which evaluation; and `eval mteb MODEL --tasks ...`: benchmark tasks, or files of one's own."""
+"""`unified-lm eval` and its sub-command `eval mteb MODEL --tasks ...`: benchmark tasks, or the user's files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.cli.arguments import Command, command_parser, positive, run_group
+from unified_lm.cli.arguments import Command, add_device_options, command_parser, positive, run_group
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.core.files import write_json
 from unified_lm.evaluation.embedding.instructions import instructions_of, require_known, table_names
 from unified_lm.evaluation.embedding.offline import find_tasks, read_task
+from unified_lm.evaluation.embedding.task_results import ModelIdentity, TaskScore
 from unified_lm.evaluation.embedding.task_sets import RegistryTask, task_sets
 
 if TYPE_CHECKING:
-    from unified_lm.evaluation.embedding.mteb_adapter import AbsTask, ModelIdentity, TaskScore
+    from unified_lm.evaluation.embedding.mteb_adapter import AbsTask
     from unified_lm.inference import UnifiedLM
 
 COMMANDS: Mapping[str, Command] = {
@@ -30,7 +31,7 @@ COMMANDS: Mapping[str, Command] = {
     "perplexity": Command("token and byte perplexity by domain", "unified_lm.cli.evaluate_generation:evaluate_perplexity"),
     "lm": Command("tasks of lm-eval", "unified_lm.cli.evaluate_generation:evaluate_lm"),
 }
-"""Evaluations by name."""
+"""Name -> evaluation."""
 _SETTINGS = ("template", "pooling", "attention", "max_tokens", "dtype")
 
 
@@ -38,7 +39,7 @@ def evaluate(argv: Sequence[str]) -> None:
     """Run the evaluation named by the first argument.
 
     Raises:
-        UserError: none, or an unknown one.
+        UserError: no evaluation, or an unknown one.
     """
     run_group("eval", "evaluate a finished model", COMMANDS, "mteb runs/grit/export --tasks STSBenchmark", argv)
 
@@ -47,8 +48,8 @@ def evaluate_mteb(argv: Sequence[str]) -> None:
     """Evaluate a model with mteb.
 
     Raises:
-        UserError: a mistake in the arguments, the tasks, their files or the model, all found before the model is loaded
-            where that is possible.
+        UserError: an error in the arguments, the tasks, their files or the model; where possible it is raised before the
+            model is loaded.
     """
     options = _parser().parse_args(list(argv))
     adapter = _adapter()
@@ -76,7 +77,7 @@ def evaluate_mteb(argv: Sequence[str]) -> None:
     settings = {name: str(value) for name in _SETTINGS if (value := getattr(options, name)) is not None}
     if instructions.label:
         settings["instructions"] = instructions.label
-    identity = adapter.ModelIdentity(name=options.name or _name(folder), revision=folder_hash(folder), settings=settings)
+    identity = ModelIdentity(name=options.name or _name(folder), revision=folder_hash(folder), settings=settings)
     encoder = adapter.UnifiedEncoder(
         model, instructions, identity, max_tokens=options.max_tokens, show_progress=sys.stderr.isatty()
     )
@@ -89,13 +90,13 @@ def evaluate_mteb(argv: Sequence[str]) -> None:
 
 
 def select_tasks(names: Sequence[str], languages: Sequence[str], console: Console) -> list[AbsTask]:
-    """The tasks that names stand for: sets, tasks of mteb's registry, and folders of offline tasks.
+    """Resolve names to tasks: sets, tasks of mteb's registry, and folders of offline tasks.
 
-    A name with a path separator, or one that is no task but a folder, is a folder.
+    A name with a path separator is a folder, and so is the name of a folder that is not the name of a task.
 
     Raises:
-        DataError: an unknown name, or a folder that holds no sound task.
-        ConfigError: two tasks of one name.
+        DataError: an unknown name, or a folder without a valid task.
+        ConfigError: two tasks with the same name.
     """
     adapter = _adapter()
     sets = task_sets()
@@ -145,15 +146,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="run finished tasks again")
     add("--prompts", type=Path, default=None, help="only write the prompts, for running plain mteb, to this .json file")
     add("--max-tokens", type=positive, default=None, help="limit of a text with its prompt; the export's own if left out")
-    add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
-    add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
-    add("--template", default=None, help="prompt template; needed for a model that is no export")
+    add_device_options(parser)
+    add("--template", default=None, help="prompt template; needed for a model that is not an export")
     add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
     add("--attention", default=None, help="bidirectional or causal, in place of the export's")
     return parser
 
 
-def _adapter():  # type: ignore[no-untyped-def]  # a module has no type of its own
+def _adapter():  # type: ignore[no-untyped-def]  # the type of a module cannot be named
     try:
         from unified_lm.evaluation.embedding import mteb_adapter
     except ImportError as error:
@@ -165,7 +165,7 @@ def _adapter():  # type: ignore[no-untyped-def]  # a module has no type of its o
 
 
 def _name(folder: Path) -> str:
-    """A name for results: an export is called after its run."""
+    """The default name in results: the name of the run for an export, of the folder otherwise."""
     folder = folder.resolve()
     return f"unified_lm/{folder.parent.name if folder.name == 'export' else folder.name}"
 
@@ -176,7 +176,7 @@ def _line(score: TaskScore) -> str:
 
 
 def _print(scores: Sequence[TaskScore], identity: ModelIdentity, model: UnifiedLM) -> None:
-    """Tasks, then means: over the tasks of a type, and over all tasks (as MTEB's tables do)."""
+    """Print the tasks, then means over the tasks of each type and over all tasks (as in MTEB's tables)."""
     table = Table("task", "type", "metric", "score", title=f"{identity.name} @ {identity.revision[:12]}", title_justify="left")
     types: dict[str, list[float]] = defaultdict(list)
     for score in scores:

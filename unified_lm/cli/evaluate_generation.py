@@ -1,4 +1,4 @@
-"""`unified-lm eval perplexity` and `unified-lm eval lm`: a model read causally."""
+"""`unified-lm eval perplexity` and `unified-lm eval lm`: evaluation under causal attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.cli.arguments import command_parser, positive
+from unified_lm.cli.arguments import add_device_options, command_parser, positive
 from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, progress_bar
 from unified_lm.core.errors import ConfigError, UserError
 from unified_lm.core.files import cache_dir, write_json
@@ -21,10 +21,10 @@ from unified_lm.evaluation.result_table import FOLDER
 
 
 def evaluate_perplexity(argv: Sequence[str]) -> None:
-    """Perplexity by domain. A domain that the result file has already, of the same data and settings, is not computed again.
+    """Compute perplexity by domain, reusing results of the result file for the same data and settings.
 
     Raises:
-        UserError: a mistake in the arguments, the data or the model; those of arguments and data are found first.
+        UserError: an error in the arguments, the data or the model; arguments and data are checked first.
     """
     options = _perplexity_parser().parse_args(list(argv))
     domains = [_domain(item, options.documents) for item in options.data]
@@ -33,26 +33,26 @@ def evaluate_perplexity(argv: Sequence[str]) -> None:
     if twice:
         raise UserError(f"--data names {', '.join(twice)} more than once.")
     console = Console(stderr=True)
-    place = find_model(options.model)
-    out = options.out or place.beside / "perplexity.json"
+    model_ref = find_model(options.model)
+    out = options.out or model_ref.beside / "perplexity.json"
     settings = {name: getattr(options, name) for name in ("context", "stride", "dtype", "template")}
-    result = _earlier(out, {"model": place.name, "revision": place.revision, "settings": settings})
+    result = _earlier(out, {"model": model_ref.name, "revision": model_ref.revision, "settings": settings})
     model = None
     for domain in domains:
         if result["domains"].get(domain.name, {}).get("key") == domain.key:
             console.print(f"{domain.name}: finished before", markup=False)
             continue
-        model = model or place.load(options, template="plain")
+        model = model or model_ref.load(options, template="plain")
         total = num_windows(model, domain, options.context, options.stride)
         with progress_bar(f"{domain.name}: windows", total, console) as advance:
             scores = perplexity(model, domain, context=options.context, stride=options.stride, progress=advance)
         result["domains"][domain.name] = {"key": domain.key, **scores}
         write_json(out, result)
     chosen = {name: result["domains"][name] for name in names}
-    table = _perplexity_table(chosen, f"Perplexity by domain: {place.name} @ {place.revision[:12]}")
-    if place.in_run:
+    table = _perplexity_table(chosen, f"Perplexity by domain: {model_ref.name} @ {model_ref.revision[:12]}")
+    if model_ref.in_run:
         note = f"Read causally in windows of {options.context} tokens; 95 % intervals over documents."
-        plain_table(table, note).save(place.beside / FOLDER / "perplexity.json")
+        plain_table(table, note).save(model_ref.beside / FOLDER / "perplexity.json")
     Console().print(table)
     print(f"results: {out}")
 
@@ -90,14 +90,14 @@ def _domain(item: str, limit: int | None) -> Domain:
 
 
 def _earlier(path: Path, header: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result file holds, where it is of the same model and settings."""
+    """The content of a result file if it belongs to the same model and settings, else an empty result."""
     fresh = {**header, "domains": {}}
     if not path.is_file():
         return fresh
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is there but cannot be read as a result file ({error}). Remove it, or use --out.") from error
+        raise UserError(f"{path} exists but cannot be read as a result file ({error}). Remove it, or use --out.") from error
     same = isinstance(found, dict) and {name: found.get(name) for name in header} == dict(header)
     return found if same and isinstance(found.get("domains"), dict) else fresh
 
@@ -116,10 +116,10 @@ def _perplexity_table(domains: Mapping[str, Any], title: str) -> Table:
 
 
 def evaluate_lm(argv: Sequence[str]) -> None:
-    """Run tasks of lm-eval, or task files of one's own, on an export.
+    """Run tasks of lm-eval, or the user's task files, on an export.
 
     Raises:
-        UserError: a mistake in the arguments, the tasks or the model.
+        UserError: an error in the arguments, the tasks or the model.
     """
     options = _lm_parser().parse_args(list(argv))
     try:
@@ -127,31 +127,33 @@ def evaluate_lm(argv: Sequence[str]) -> None:
     except ImportError as error:
         raise ConfigError(f"this needs lm-eval ({error}): pip install 'unified_lm[lm-eval]'.") from error
     if options.include_path is not None and not options.include_path.is_dir():
-        raise UserError(f"--include-path {options.include_path} is no folder.")
-    place = find_model(options.model)
+        raise UserError(f"--include-path {options.include_path} is not a folder.")
+    model_ref = find_model(options.model)
     settings = lm_eval_adapter.HarnessSettings(
         **{name: getattr(options, name) for name in lm_eval_adapter.HarnessSettings.__dataclass_fields__}
     )
-    scores, raw = lm_eval_adapter.run_harness(place.folder, settings, _answers(place.revision, options))
-    out = options.out or place.beside / "lm_eval" / f"{'+'.join(Path(task).stem for task in options.tasks)[:100]}.json"
-    write_json(out, {"model": place.name, "revision": place.revision, "version": lm_eval_adapter.VERSION, "result": raw})
+    scores, raw = lm_eval_adapter.run_harness(model_ref.folder, settings, _answers(model_ref.revision, options))
+    out = options.out or model_ref.beside / "lm_eval" / f"{'+'.join(Path(task).stem for task in options.tasks)[:100]}.json"
+    write_json(
+        out, {"model": model_ref.name, "revision": model_ref.revision, "version": lm_eval_adapter.VERSION, "result": raw}
+    )
     table = Table(
-        "task", "metric", "score", "standard error", "questions", title=f"lm-eval: {place.name} @ {place.revision[:12]}"
+        "task", "metric", "score", "standard error", "questions", title=f"lm-eval: {model_ref.name} @ {model_ref.revision[:12]}"
     )
     table.title_justify = "left"
     for score in scores:
         deviation = "" if score.error is None else f"{score.error:.4f}"
         table.add_row(score.task, score.metric, f"{score.value:.4f}", deviation, str(score.num_questions or ""))
-    if place.in_run:
+    if model_ref.in_run:
         plain_table(table, f"lm-eval {lm_eval_adapter.VERSION}; the model is read causally.").save(
-            place.beside / FOLDER / f"lm-{out.name}"
+            model_ref.beside / FOLDER / f"lm-{out.name}"
         )
     Console().print(table)
     print(f"results: {out}")
 
 
 def _answers(revision: str, options: argparse.Namespace) -> Path:
-    """Where answers are kept: under the model's content and whatever else changes them besides the question."""
+    """The cache file of answers, named by the model's content and all settings that affect an answer besides the question."""
     described = f"{revision}:{options.dtype}:{options.device}:{options.seed}:{options.chat}"
     return cache_dir("lm_eval", blake2b(described.encode(), digest_size=12).hexdigest())
 
@@ -159,7 +161,7 @@ def _answers(revision: str, options: argparse.Namespace) -> Path:
 def _lm_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "eval lm",
-        "run lm-eval on an export, through its own Hugging Face model class",
+        "run lm-eval on an export, through lm-eval's own Hugging Face model class",
         "runs/grit --tasks arc_easy hellaswag --limit 100",
     )
     add = parser.add_argument
@@ -170,8 +172,7 @@ def _lm_parser() -> argparse.ArgumentParser:
     add("--limit", type=positive, default=None, help="at most this many questions per task, for a trial")
     add("--batch-size", type=positive, default=8, help="questions per forward (8)")
     add("--chat", action="store_true", help="put questions as messages, in the export's chat template")
-    add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
-    add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+    add_device_options(parser)
     add("--seed", type=int, default=0, help="of few-shot examples and sampling (0)")
     add("--out", type=Path, default=None, help="result file (default: lm_eval/TASKS.json beside the export)")
     return parser

@@ -1,4 +1,4 @@
-"""What `unified-lm eval` commands that load a model themselves share: their options, and how the model is found."""
+"""Common parts of the `unified-lm eval` commands: model options, model lookup, tables and progress bars."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from unified_lm.cli.arguments import add_device_options
 from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.export.manifest import FILE_NAME
 from unified_lm.inference import UnifiedLM
@@ -22,13 +23,13 @@ from unified_lm.models.embedded import EMBEDDED_MODELS, embedded_directory
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model on the disk.
+    """A model on disk.
 
     Attributes:
-        folder: its files.
-        name: for results.
+        folder: folder of its files.
+        name: its name in results.
         revision: hash of its files.
-        beside: the folder that results go to unless told otherwise.
+        beside: default folder for results.
     """
 
     folder: Path
@@ -38,30 +39,30 @@ class EvaluatedModel:
 
     @property
     def is_export(self) -> bool:
-        """Whether this package exported it."""
+        """Whether the model is an export of this package."""
         return (self.folder / FILE_NAME).is_file()
 
     @property
     def in_run(self) -> bool:
-        """Whether it is the export of a run, whose report shows tables that lie beside it."""
+        """Whether the model is the export of a run, whose report shows tables saved beside the export."""
         return self.is_export and self.folder.resolve().name == "export"
 
     def load(self, options: argparse.Namespace, template: str | None = None) -> UnifiedLM:
-        """Load it with the options of `add_model_options`.
+        """Load the model with the options of `add_model_options`.
 
         Args:
             options: the parsed arguments.
-            template: for a model that is no export, where the arguments name none.
+            template: template for a model that is not an export, if the arguments name none.
         """
         chosen = options.template or (None if self.is_export else template)
         return UnifiedLM.from_pretrained(self.folder, device=options.device, dtype=options.dtype, template=chosen)
 
 
 def find_model(name: str) -> EvaluatedModel:
-    """A folder, an embedded model's name, or a Hub name. A run stands for its export.
+    """Find a model by folder, embedded model's name or Hub name; a run is replaced by its export.
 
     Raises:
-        CheckpointError: nothing there, or a run without an export.
+        CheckpointError: no such model, or a run without an export.
         ModelError: the embedded model's package is not installed.
     """
     if name in EMBEDDED_MODELS and not Path(name).is_dir():
@@ -75,16 +76,15 @@ def find_model(name: str) -> EvaluatedModel:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the model and how it is loaded."""
+    """Add the model argument and the options for loading it."""
     add = parser.add_argument
     add("model", help=f"a run or its export folder, any causal model's folder or Hub name, or {', '.join(EMBEDDED_MODELS)}")
-    add("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
-    add("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
-    add("--template", default=None, help="prompt template, in place of the export's")
+    add_device_options(parser)
+    add("--template", default=None, help="prompt template, instead of the export's")
 
 
 def plain_table(table: Table, note: str) -> ResultTable:
-    """A printed table as one for the run's report (`evaluation.result_table`)."""
+    """Convert a printed table to one for the run's report (`evaluation.result_table`)."""
     columns = [list(column.cells) for column in table.columns]
     return ResultTable(
         title=str(table.title),
@@ -103,7 +103,7 @@ def _cell(text: str) -> str | float:
 
 @contextmanager
 def progress_bar(title: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; nothing elsewhere."""
+    """A progress bar on a terminal, nothing elsewhere; yields a function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=total)

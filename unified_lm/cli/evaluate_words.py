@@ -28,7 +28,7 @@ def evaluate_words(argv: Sequence[str]) -> None:
     """Probe a model on word-level tasks.
 
     Raises:
-        UserError: a mistake in the arguments, the data or the model; those of arguments and data are found first.
+        UserError: an error in the arguments, the data or the model; arguments and data are checked first.
     """
     options = _parser().parse_args(list(argv))
     for name in options.attention or ():
@@ -45,8 +45,8 @@ def evaluate_words(argv: Sequence[str]) -> None:
     data = _data(options)
     tasks = require_tasks(() if "all" in options.task else options.task, data)
     console = Console(stderr=True)
-    place = find_model(options.model)
-    model = place.load(options, template="plain")
+    model_ref = find_model(options.model)
+    model = model_ref.load(options, template="plain")
     scores: dict[str, Any] = {}
     for attention in options.attention or [model.attention]:
         with progress_bar(f"{attention}: sentences", len(data.train) + len(data.test), console) as advance:
@@ -59,25 +59,25 @@ def evaluate_words(argv: Sequence[str]) -> None:
                 subtoken=options.subtoken,
                 probe=probe,
                 max_tokens=options.max_tokens,
-                cache_key=place.revision,
+                cache_key=model_ref.revision,
                 progress=advance,
             )
     result = {
-        "model": place.name,
-        "revision": place.revision,
+        "model": model_ref.name,
+        "revision": model_ref.revision,
         "settings": {"subtoken": options.subtoken, "max_tokens": options.max_tokens, "dtype": options.dtype},
         "probe": probe.describe(),
         "data": _described(data),
         "scores": scores,
     }
-    out = options.out or place.beside / "words" / f"{_file_name(data.name)}-{options.probe}.json"
+    out = options.out or model_ref.beside / "words" / f"{_file_name(data.name)}-{options.probe}.json"
     write_json(out, result)
-    table = _table(scores, f"Word-level tasks: {place.name} @ {place.revision[:12]} on {data.name}")
+    table = _table(scores, f"Word-level tasks: {model_ref.name} @ {model_ref.revision[:12]} on {data.name}")
     warnings = unconverged(scores)
-    if place.in_run:
+    if model_ref.in_run:
         about = f"{data.about}; " if data.about else ""
         note = f"{about}probe: {options.probe}; 95 % intervals over test sentences."
-        plain_table(table, " ".join([note, *warnings])).save(place.beside / FOLDER / f"words-{out.stem}.json")
+        plain_table(table, " ".join([note, *warnings])).save(model_ref.beside / FOLDER / f"words-{out.stem}.json")
     Console().print(table)
     for warning in warnings:
         Console(soft_wrap=True).print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
@@ -85,14 +85,14 @@ def evaluate_words(argv: Sequence[str]) -> None:
 
 
 def unconverged(scores: Mapping[str, Any]) -> list[str]:
-    """A sentence for every number whose probe was not at its optimum when its iterations ran out.
+    """One warning per score whose probe did not converge within its iterations.
 
     Args:
-        scores: attention -> task -> alignment -> what `word_level_scores` found.
+        scores: attention -> task -> alignment -> result of `word_level_scores`.
     """
     return [
         f"{task}, {attention}, {alignment}: the probe had not converged after {score['fit']['iterations']} iterations, so "
-        f"{score['score']:.4f} is not the score of its optimum; compare it with no other number."
+        f"{score['score']:.4f} is not the score at its optimum; do not compare it with other scores."
         for attention, tasks in scores.items()
         for task, alignments in tasks.items()
         for alignment, score in alignments.items()

@@ -1,4 +1,4 @@
-"""`unified-lm inspect recipe=X`: what the model will really see, before anything is trained."""
+"""`unified-lm inspect recipe=X`: show the exact input of the model before training."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from unified_lm.data.loader import StepLoader
 from unified_lm.data.streams import Stream, build_streams
 
 _MAX_SHOWN = 160
-"""Tokens of a sample that are printed."""
+"""Maximum tokens of a sample to print."""
 
 
 class Part(Enum):
-    """What a token is for; the value is its style in the terminal."""
+    """The purpose of a token; the value is its style in the terminal."""
 
     PROMPT = "dim cyan"
     POOLED = "green"
@@ -40,7 +40,7 @@ _LEGEND = {
     Part.POOLED: "pooled into the embedding",
     Part.LEARNED: "learned (predicted from the token before it)",
     Part.HIDDEN: "hidden and predicted: what is read → what is expected",
-    Part.KEPT: "left as it is, yet predicted (MNTP's 10 %)",
+    Part.KEPT: "visible, but predicted too (MNTP's 10 %)",
 }
 
 
@@ -50,9 +50,9 @@ def inspect_run(config: RunConfig, console: Console, out_dir: Path) -> None:
     Args:
         config: the run.
         console: where to print.
-        out_dir: folder of the picture.
+        out_dir: folder for the picture.
     """
-    from unified_lm.models.loading import load_tokenizer  # what only looks at samples needs no model code
+    from unified_lm.models.loading import load_tokenizer  # `run_inspect` itself needs no model code
 
     run_inspect(config, load_tokenizer(config.model), console, out_dir)
 
@@ -66,15 +66,15 @@ def run_inspect(
     samples_per_stream: int = 2,
     num_batches: int = 4,
 ) -> Path:
-    """Like `inspect_run`, with a tokenizer at hand.
+    """Like `inspect_run`, with a given tokenizer.
 
     Args:
         config: the run.
         tokenizer: the tokenizer of its model.
         console: where to print.
         out_dir: folder of the picture.
-        samples_per_stream: groups or samples that are printed per stream.
-        num_batches: steps that the packing statistics cover.
+        samples_per_stream: number of groups or samples to print per stream.
+        num_batches: number of steps for the packing statistics.
 
     Returns:
         The picture's path.
@@ -95,10 +95,10 @@ def run_inspect(
 
 
 def stream_table(streams: Mapping[str, Stream]) -> Table:
-    """One line per source: rows, cut texts, rejections."""
+    """One line per source: rows, truncated texts, rejections."""
     table = Table(title="streams")
-    for column in ("stream", "format", "attention", "template", "source", "rows", "share", "truncated", "rejected"):
-        table.add_column(column, justify="right" if column in ("rows", "share", "truncated") else "left", overflow="fold")
+    for column in ("stream", "format", "attention", "template", "source", "rows", "probability", "truncated", "rejected"):
+        table.add_column(column, justify="right" if column in ("rows", "probability", "truncated") else "left", overflow="fold")
     for name, stream in streams.items():
         stats, config = stream.stats, stream.config
         rejected = "\n".join(f"{count} x {reason}" for reason, count in sorted(stats.rejected.items())) or "none"
@@ -110,7 +110,7 @@ def stream_table(streams: Mapping[str, Stream]) -> Table:
 
 
 def packing_table(batches: Sequence[Batch], token_budget: int) -> Table:
-    """How full the packs are, and what padding every sample to the longest of its kind would cost instead."""
+    """Fill of the packs, and the cost of padding every sample to the longest of its kind instead."""
     tokens = sum(batch.num_tokens for batch in batches)
     packs = sum(len(batch.packs) for batch in batches)
     padded = sum(padded_tokens([s for pack in batch.packs for s in pack.samples]) for batch in batches)
@@ -143,17 +143,17 @@ def _print_samples(stream: Stream, tokenizer: PreTrainedTokenizerBase, console: 
 
 
 def describe(sample: Sample, *, pooled: bool) -> str:
-    """One line: place in its group, length, mask."""
-    place = ("query", "positive")[sample.slot] if sample.slot < 2 else f"negative {sample.slot - 1}"
+    """One line: role in its group, length, mask."""
+    role = ("query", "positive")[sample.slot] if sample.slot < 2 else f"negative {sample.slot - 1}"
     mode = mode_of(len(sample), sample.bidirectional)
     mask = mode.value if mode is not AttentionMode.SPAN else f"bidirectional in {sample.bidirectional}, else causal"
     purpose = f"pooled {sample.pool}" if pooled else f"{sample.num_supervised} tokens learned"
-    head = f"[group {sample.group}] {place}" if pooled else f"[sample {sample.group}]"
+    head = f"[group {sample.group}] {role}" if pooled else f"[sample {sample.group}]"
     return f"{head}: {len(sample)} tokens, {mask}, {purpose}" + (", truncated" if sample.truncated else "")
 
 
 def parts(sample: Sample) -> list[Part]:
-    """What each token of a sample is for."""
+    """The purpose of each token of a sample."""
     found = [Part.PROMPT] * len(sample)
     if sample.pool is not None:
         found[sample.pool[0] : sample.pool[1]] = [Part.POOLED] * (sample.pool[1] - sample.pool[0])
@@ -169,7 +169,7 @@ def parts(sample: Sample) -> list[Part]:
 
 
 def colored(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """The sample's text, every token in the style of its part; line ends are shown as ↵."""
+    """The text of a sample, with every token in the style of its part; line breaks are shown as ↵."""
     text = Text()
     for part, piece in _pieces(sample, tokenizer):
         text.append(piece.replace("\n", "↵\n"), style=part.value)
@@ -179,7 +179,7 @@ def colored(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
 
 
 def _pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Part, str]]:
-    """Runs of tokens of one part, decoded together so that characters of several tokens stay whole; hidden ones singly."""
+    """Yield runs of tokens of one part, decoded together so that multi-token characters stay whole; hidden tokens singly."""
     kinds = parts(sample)[:_MAX_SHOWN]
     for part, group in groupby(range(len(kinds)), key=kinds.__getitem__):
         indices = list(group)

@@ -1,4 +1,4 @@
-"""The `unified-lm` command, also `python -m unified_lm`. Nothing heavy is imported before a command needs it."""
+"""The `unified-lm` command, also `python -m unified_lm`. Heavy modules are imported only by the commands that need them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from unified_lm.core.errors import UserError, did_you_mean
 
 USER_ERROR = 2
 _INTERRUPTED = 130
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-"""Errors of the operating system that a user can mend: a full or read-only disk, a missing permission."""
+_FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+"""Errors of the operating system that a user can fix: a full or read-only disk, a missing permission."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -35,11 +35,11 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "generate": Command("answer a message: MODEL MESSAGE [--temperature 0.7]", "unified_lm.cli.use:generate"),
     "eval": Command(
-        "evaluate a model: mteb (its tasks, or files of yours), words (tagging), perplexity, lm (lm-eval): mteb MODEL ...",
+        "evaluate a model: mteb (its tasks, or your files), words (tagging), perplexity, lm (lm-eval): mteb MODEL ...",
         "unified_lm.cli.evaluate:evaluate",
     ),
     "analyze": Command(
-        "measure and draw what a model's vectors are like: future|layers|anisotropy|uniformity|norms|standardize|all MODEL...",
+        "measure and plot properties of a model's vectors: future|layers|anisotropy|uniformity|norms|standardize|all MODEL...",
         "unified_lm.cli.analyze:analyze",
     ),
     "standardize": Command(
@@ -50,7 +50,7 @@ COMMANDS: Mapping[str, Command] = {
         "draw loss, learning rate, speed and validation of runs as PNG and HTML: RUN... [--out DIR]", "unified_lm.cli.plot:plot"
     ),
     "compare": Command(
-        "put the held-out results of runs side by side, by what differs in them: RUN... | ABLATION [--out DIR]",
+        "compare the held-out results of runs, by the differences in their settings: RUN... | ABLATION [--out DIR]",
         "unified_lm.cli.compare:compare",
     ),
     "report": Command(
@@ -63,16 +63,18 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "demo": Command("train the embedded model, then search and answer with it (offline, CPU)", "unified_lm.cli.commands:demo"),
 }
+_ALIASES = {"analyse": "analyze"}
+"""Undocumented second names of commands; existing scripts call `analyze` by its British spelling."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command.
 
     Args:
-        argv: the arguments without the program's name; None takes the process's.
+        argv: the arguments without the name of the program; None reads those of the process.
 
     Returns:
-        The exit code: 0; 2 after a user's mistake, told in one message on stderr; 130 when interrupted.
+        The exit code: 0 on success, 2 after a user error (with one message on stderr), 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in (*HELP, "help"):
@@ -83,16 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"unified_lm {__version__}")
         return 0
-    name, rest = arguments[0], arguments[1:]
+    name, rest = _ALIASES.get(arguments[0], arguments[0]), arguments[1:]
     if name not in COMMANDS:
         return run_command(lambda: _refuse(name))
     return run_command(lambda: COMMANDS[name].load()(rest))
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Call a command and turn what a user can mend into a message on stderr and exit code 2, without a traceback.
+    """Call a command; an error that a user can fix becomes a message on stderr and exit code 2, without a traceback.
 
-    Under torchrun the message appears once, however many ranks fail (`core.failures`).
+    Under torchrun the message appears once, regardless of the number of failing ranks (`core.failures`).
     """
     failures.quieten_other_ranks()
     try:
@@ -109,7 +111,7 @@ def run_command(command: Callable[[], object]) -> int:
             print("interrupted", file=sys.stderr)
         return _INTERRUPTED
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _MENDABLE:
+        if isinstance(error, OSError) and error.errno in _FIXABLE:
             failures.report(f"{error.strerror}: {error.filename or 'the disk'}. Nothing that was complete before is lost.")
             return USER_ERROR
         if failures.is_consequence(error):

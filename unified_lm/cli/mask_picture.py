@@ -20,7 +20,7 @@ COLORS = {AttentionMode.CAUSAL: "#3b6fb6", AttentionMode.SPAN: "#e08a2e", Attent
 
 
 def mask_image(pack: Pack) -> np.ndarray:
-    """The mask of a pack, int64 `[T, T]`: 0 unseen, else 1 + the index in `COLORS` of the mode of the sample there."""
+    """The mask of a pack, int64 `[T, T]`: 0 if masked, else 1 + the index in `COLORS` of the sample's attention mode."""
     image = pack.plan.dense_mask().numpy().astype(np.int64)
     modes, offsets = list(COLORS), pack.plan.offsets
     for index in range(len(pack.plan.lengths)):
@@ -29,11 +29,11 @@ def mask_image(pack: Pack) -> np.ndarray:
 
 
 def save_mask_picture(pack: Pack, path: Path) -> None:
-    """Draw who sees whom in a pack: rows look, columns are seen, one color per attention mode, lines between samples.
+    """Draw the mask of a pack: rows are queries, columns keys, with one color per attention mode and lines between samples.
 
     Args:
         pack: the pack.
-        path: the PNG to write; its folder is made.
+        path: the PNG to write; its folder is created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(9, 9), layout="constrained")
@@ -42,8 +42,8 @@ def save_mask_picture(pack: Pack, path: Path) -> None:
     borders = [offset - 0.5 for offset in pack.plan.offsets]
     axes.hlines(borders, -0.5, len(pack) - 0.5, color="#999999", linewidth=0.4)
     axes.vlines(borders, -0.5, len(pack) - 0.5, color="#999999", linewidth=0.4)
-    axes.set_xlabel("token that is seen")
-    axes.set_ylabel("token that looks")
+    axes.set_xlabel("key: token attended to")
+    axes.set_ylabel("query: attending token")
     axes.set_title(f"one pack: {len(pack.samples)} samples, {len(pack):,} tokens, no padding")
     used = {pack.plan.mode(index) for index in range(len(pack.plan.lengths))}
     axes.legend(handles=[Patch(color=c, label=mode.value) for mode, c in COLORS.items() if mode in used], loc="upper right")

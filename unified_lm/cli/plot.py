@@ -12,10 +12,10 @@ from unified_lm.reporting.curves_page import write_page
 
 
 def plot(argv: Sequence[str]) -> None:
-    """Draw runs; the two files lie in `--out`, else in the folder of the run, or for several in the working directory.
+    """Draw runs to two files in `--out`, by default in the folder of a single run, else in the working directory.
 
     Raises:
-        DataError: a run is missing or has not measured anything.
+        DataError: a run is missing or has no measurements.
     """
     parser = command_parser(
         "plot", "draw loss, learning rate, speed and validation of runs as PNG and HTML", "runs/a runs/b --out plots"
@@ -25,7 +25,7 @@ def plot(argv: Sequence[str]) -> None:
         "--out",
         type=Path,
         default=None,
-        help="folder for curves.png and curves.html; the run's, for one, else the working directory",
+        help="folder for curves.png and curves.html; by default that of a single run, else the working directory",
     )
     options = parser.parse_args(list(argv))
     runs = load_runs(options.runs)

@@ -1,4 +1,4 @@
-"""`unified-lm encode | search | generate`: a finished model from the shell."""
+"""`unified-lm encode | search | generate`: use a finished model from the shell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unified_lm.cli.arguments import command_parser
+from unified_lm.cli.arguments import add_device_options, command_parser
 from unified_lm.core.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def encode(argv: Sequence[str]) -> None:
         "embed the lines of a text file into a .npy file, float32 [lines, dimensions]",
         "runs/grit/export texts.txt --out vectors.npy",
     )
-    parser.add_argument("texts", type=Path, help="a text file, one text a line")
+    parser.add_argument("texts", type=Path, help="a text file, one text per line")
     parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
     parser.add_argument("--instruction", default="", help="the task, for queries; none, as for documents, if left out")
     options = parser.parse_args(list(argv))
@@ -41,8 +41,8 @@ def search(argv: Sequence[str]) -> None:
         "find the lines of a text file that are most similar to a query",
         'runs/grit/export "read a file line by line" texts.txt -k 3',
     )
-    parser.add_argument("query", help="what to look for")
-    parser.add_argument("documents", type=Path, help="a text file, one document a line")
+    parser.add_argument("query", help="the text to search for")
+    parser.add_argument("documents", type=Path, help="a text file, one document per line")
     parser.add_argument("--instruction", default=None, help="the task; the export's own if left out")
     parser.add_argument("-k", type=int, default=5, help="results (5)")
     options = parser.parse_args(list(argv))
@@ -57,7 +57,7 @@ def generate(argv: Sequence[str]) -> None:
     parser.add_argument("message", help='the message; "-" reads it from stdin')
     parser.add_argument("--max-new-tokens", type=int, default=256, help="limit of the answer in tokens (256)")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="of the draws; 0.0 (the default) takes the likeliest token"
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0.0 (the default) takes the most likely token"
     )
     options = parser.parse_args(list(argv))
     message = sys.stdin.read() if options.message == "-" else options.message
@@ -67,19 +67,18 @@ def generate(argv: Sequence[str]) -> None:
 def _parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
     parser = command_parser(name, description, example)
     parser.add_argument("model", help="a run or its export folder, or a Hub name")
-    parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16...; the stored type if left out")
+    add_device_options(parser)
     return parser
 
 
 def _load(options: argparse.Namespace) -> UnifiedLM:
-    from unified_lm.inference import UnifiedLM  # seconds, which --help need not wait for
+    from unified_lm.inference import UnifiedLM  # takes seconds to import, which --help can do without
 
     return UnifiedLM.from_pretrained(options.model, device=options.device, dtype=options.dtype)
 
 
 def _lines(path: Path) -> list[str]:
-    """The texts of a file, one a line; an empty line is an error, since results are counted by line.
+    """Read the texts of a file, one per line; an empty line is an error, since results are counted by line.
 
     Raises:
         DataError: no such file, or an empty line.

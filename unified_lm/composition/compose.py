@@ -28,20 +28,12 @@ from unified_lm.composition.rehearsal import rehearse
 from unified_lm.composition.validate import find_notices, find_problems
 from unified_lm.config.schema import ArmConfig, ChainConfig, RunConfig, SweepConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.data.formats import FORMATS
 
 __all__ = ["compose", "compose_run", "from_yaml", "to_yaml"]
 
 _ALIASES = {"push_to_hub": "export.push_to_hub"}
 _TINY_RANDOM = "tiny_random"
-_DATA_KINDS: dict[str, Any] = {
-    "pairs": [],
-    "chat": [],
-    "text": [],
-    "sentences": [],
-    "hard_negatives": 0,
-    "held_out": {"pairs": [], "chat": [], "text": [], "sentences": [], "retrieval": None},
-}
-"""What a data group may offer to recipes, and what a kind that it does not offer resolves to."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +187,7 @@ def _compose_values(
         notices += preferred
     tree.setdefault("recipe", path.stem)
     if not resolved:
-        tree["data"] = overlay(_DATA_KINDS, tree.get("data") or {})
+        tree["data"] = overlay(_absent_data(), tree.get("data") or {})
     late = [item for item in arguments.overrides if not apply_override(tree, *item, problems)]
     tree = _resolve(tree, problems)
     for item in late:
@@ -208,6 +200,16 @@ def _compose_values(
     if "model.name" in arguments.keys and "model.architecture" not in arguments.keys and isinstance(tree.get("model"), dict):
         tree["model"]["architecture"] = {}
     return tree, notices
+
+
+def _absent_data() -> dict[str, Any]:
+    """What the kinds of rows that a data group does not offer resolve to. Made anew each time: it is changed in place."""
+    kinds = sorted({kind.data_key for kind in FORMATS.values()})
+    return {
+        **{kind: [] for kind in kinds},
+        "hard_negatives": 0,
+        "held_out": {**{kind: [] for kind in kinds}, "retrieval": None},
+    }
 
 
 def _hydra(path: Path, raw: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:

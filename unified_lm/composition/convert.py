@@ -13,11 +13,15 @@ import yaml
 
 from unified_lm.composition.locate import read_yaml
 from unified_lm.composition.validate import find_problems
-from unified_lm.config import schema
-from unified_lm.config.schema import ChainConfig, RunConfig
+from unified_lm.config.parts import PartConfig, find_description
+from unified_lm.config.schema import ChainConfig, ObjectiveConfig, RunConfig, StreamConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.data.formats import FORMATS
+from unified_lm.objectives import OBJECTIVES
 
 _FAILED = object()
+_TABLES: Mapping[type[PartConfig], Mapping[str, type[PartConfig]]] = {StreamConfig: FORMATS, ObjectiveConfig: OBJECTIVES}
+"""Per role of a part the table that its names are looked up in."""
 
 
 def convert(cls: type, value: Mapping[str, Any]) -> tuple[Any, list[str]]:
@@ -39,17 +43,23 @@ def convert(cls: type, value: Mapping[str, Any]) -> tuple[Any, list[str]]:
 
 @cache
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls, vars(schema))
+    return get_type_hints(cls)
 
 
 def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
     if not isinstance(value, Mapping):
-        problems.append(f"{path}: got {_show(value)}, expected keys and values ({', '.join(_hints(cls))}).")
+        names = ", ".join(field.name for field in dataclasses.fields(cls))
+        problems.append(f"{path}: got {_show(value)}, expected keys and values ({names}).")
         return _FAILED
+    if issubclass(cls, PartConfig) and cls in _TABLES:
+        described = _describe(cls, value, path, problems)
+        if described is None:
+            return _FAILED
+        cls = described
     fields = {field.name: field for field in dataclasses.fields(cls)}
     prefix = f"{path}." if path else ""
     for key in value:
-        if key not in fields:
+        if key not in fields and not _is_idle(cls, key, value[key], prefix, problems):
             problems.append(f"unknown key '{prefix}{key}'.{_suggest(str(key), prefix, list(fields))}")
     made: dict[str, Any] = {}
     complete = True
@@ -66,6 +76,45 @@ def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
         elif not has_default:
             complete = False
     return cls(**made) if complete else _FAILED
+
+
+def _describe(base: type[PartConfig], value: Mapping[str, Any], path: str, problems: list[str]) -> type | None:
+    """The class of a part that the value of its selector names; None, and a problem, where there is none."""
+    name = value.get(base.selector)
+    if not isinstance(name, str):
+        problems.append(
+            f"missing key '{path}.{base.selector}' (text), which has no default."
+            if name is None
+            else f"{path}.{base.selector}: got {_show(name)}, expected text."
+        )
+        return None
+    try:
+        return find_description(name, _TABLES[base], base)
+    except ConfigError as error:
+        problems.extend(f"{path}.{base.selector}: {problem}" for problem in error.problems)
+        return None
+
+
+def _is_idle(cls: type, key: str, value: Any, prefix: str, problems: list[str]) -> bool:
+    """Whether a key belongs to another kind of part; at its default there it is ignored, else it is a problem.
+
+    Configurations that were saved when all kinds shared one list of settings hold every key at its default.
+    """
+    base = next((base for base in _TABLES if issubclass(cls, base)), None)
+    if base is None:
+        return False
+    owners = {
+        name: field.default for name, kind in _TABLES[base].items() for field in dataclasses.fields(kind) if field.name == key
+    }
+    if not owners:
+        return False
+    if value not in [to_plain(default) for default in owners.values()]:
+        chosen = getattr(cls, base.selector, cls.__name__)
+        problems.append(
+            f"{prefix}{key}: does not apply to the {base.role} {chosen}, and is set to {value!r}; it belongs to "
+            f"{', '.join(owners)}."
+        )
+    return True
 
 
 def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
@@ -149,7 +198,8 @@ def schema_keys() -> tuple[str, ...]:
 
 
 def _keys_of(cls: type, prefix: str) -> Iterator[str]:
-    for name, kind in _hints(cls).items():
+    kinds = (cls, *_TABLES[cls].values()) if cls in _TABLES else (cls,)
+    for name, kind in {field.name: _hints(part)[field.name] for part in kinds for field in dataclasses.fields(part)}.items():
         yield prefix + name
         inner, star = kind, ""
         while get_args(inner):

@@ -24,7 +24,7 @@ def apply_override(tree: dict[str, Any], key: str, value: Any, delete: bool, pro
     Args:
         tree: the values of a recipe.
         key: dotted; a number is a position in a list.
-        value: what to set; a mapping is merged over a mapping that is there.
+        value: what to set; a mapping is merged over a mapping that is there, unless it names another objective.
         delete: whether the key is removed instead.
         problems: takes a sentence when the key cannot exist.
 
@@ -57,8 +57,14 @@ def apply_override(tree: dict[str, Any], key: str, value: Any, delete: bool, pro
         problems.append(f"unknown key '{key}'.{did_you_mean(leaf, node)}")
     else:
         current = node.get(leaf)
-        node[leaf] = overlay(current, value) if isinstance(current, dict) and isinstance(value, dict) else value
+        merges = isinstance(current, dict) and isinstance(value, dict) and not _is_another_kind(leaf, current, value)
+        node[leaf] = overlay(current, value) if merges else value
     return True
+
+
+def _is_another_kind(leaf: str, current: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Whether a mapping names another objective than the one that is there, whose settings would mean nothing to it."""
+    return leaf == "objective" and value.get("name", current.get("name")) != current.get("name")
 
 
 def _child(node: Any, name: str, missing: Any = None) -> Any:

@@ -8,19 +8,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-_TOKEN_LIMIT = 256
-"""Raised to as well as lowered to: the tiny tokenizer knows little more than bytes, so that instructions take more tokens."""
-_DIMENSIONS = 64
-"""Of the tiny models' embeddings."""
-_GROUPS_PER_STEP = 4
+from unified_lm.config.objectives import ObjectiveConfig
+from unified_lm.config.parts import RehearsalSizes, find_description
+from unified_lm.config.streams import StreamConfig
+from unified_lm.core.errors import ConfigError
+from unified_lm.data.formats import FORMATS
+from unified_lm.objectives import OBJECTIVES
+
+_SIZES = RehearsalSizes()
 _TOKEN_BUDGET = 1024
 _MAX_STEPS = 20
 _MAX_QUERIES = 16
-_BUILTIN_ROWS: dict[str, dict[str, Any]] = {
-    "views": {"subset": "sentences"},
-    "preference": {"limit": 64},  # full fine-tuning scores all of them before it trains
-}
-"""What is said about the built-in rows of a format."""
 
 
 def rehearse(values: dict[str, Any], given: Collection[str], *, keep_data: bool) -> list[str]:
@@ -42,7 +40,7 @@ def rehearse(values: dict[str, Any], given: Collection[str], *, keep_data: bool)
     if isinstance(values.get("lora"), dict):
         _set(values["lora"], "lora", "quantize_4bit", False, given)
     if isinstance(values.get("streams"), dict):
-        notices += _shrink(values, given)
+        notices += _shrink(values, given, keep_data=keep_data)
         if not keep_data:
             notices += _use_builtin_data(values, given)
     return notices
@@ -64,22 +62,24 @@ def _cap(values: dict[str, Any], path: str, key: str, most: int, default: int, g
     return _set(values, path, key, most, given) if isinstance(before, int) and before > most else None
 
 
-def _shrink(values: dict[str, Any], given: Collection[str]) -> list[str]:
+def _shrink(values: dict[str, Any], given: Collection[str], *, keep_data: bool) -> list[str]:
     changes = [_cap(values, "", "max_steps", _MAX_STEPS, 100, given)]
     changes.append(_cap(values.setdefault("packing", {}), "packing", "token_budget", _TOKEN_BUDGET, 2048, given))
     for name, stream in values["streams"].items():
         if not isinstance(stream, dict):
             continue
         path = f"streams.{name}"
-        changes.append(_cap(stream, path, "batch_size", _GROUPS_PER_STEP, 32, given))
-        for key in ("max_query_tokens", "max_document_tokens") if stream.get("format") == "pairs" else ("max_tokens",):
-            changes.append(_set(stream, path, key, _TOKEN_LIMIT, given))
-        objective = stream.get("objective")
-        if isinstance(objective, dict) and any(dim > _DIMENSIONS for dim in objective.get("matryoshka_dims") or ()):
-            # even one that was given: the tiny model has not as many
-            changes.append(_set(objective, f"{path}.objective", "matryoshka_dims", [_DIMENSIONS, _DIMENSIONS // 2], ()))
-        if isinstance(objective, dict) and isinstance(objective.get("micro_batch_size"), int):
-            changes.append(_cap(objective, f"{path}.objective", "micro_batch_size", stream["batch_size"], 0, given))
+        kind = _description(stream.get("format"))
+        if kind is None:
+            continue  # an unknown format is reported with all other problems
+        own_data = keep_data or _has_given_sources(name, given)
+        for key, value in kind.rehearsal_changes(stream, _SIZES, own_data=own_data):
+            changes.append(_set(stream, path, key, value, given))
+        objective = stream.get("objective") or {}
+        described = _objective_description(objective)
+        if described is not None:
+            for key, value in described.rehearsal_changes(objective, _SIZES):
+                changes.append(_set(objective, f"{path}.objective", key, value, ()))
     optim = values.setdefault("optim", {})
     changes.append(_cap(optim, "optim", "warmup_steps", 1, 0, given))
     retrieval = (values.get("validation") or {}).get("retrieval")
@@ -92,11 +92,11 @@ def _shrink(values: dict[str, Any], given: Collection[str]) -> list[str]:
 def _use_builtin_data(values: dict[str, Any], given: Collection[str]) -> list[str]:
     replaced = []
     for name, stream in values["streams"].items():
-        if not isinstance(stream, dict) or any(key.startswith(f"streams.{name}.sources") for key in given):
+        if not isinstance(stream, dict) or _has_given_sources(name, given):
             continue
-        source = {"builtin": "pydocs", **_BUILTIN_ROWS.get(stream.get("format", ""), {})}
+        kind = _description(stream.get("format"))
+        source = {"builtin": "pydocs", **(kind.rehearsal_source if kind is not None else {})}
         stream["sources"] = [source]
-        _set(stream, f"streams.{name}", "num_hard_negatives", 0, given)
         replaced.append(f"streams.{name}.sources")
         validation = values.get("validation") or {}
         held_out = validation.get("sources") or {}
@@ -106,3 +106,21 @@ def _use_builtin_data(values: dict[str, Any], given: Collection[str]) -> list[st
     if isinstance(retrieval, dict) and not any(key.startswith("validation.retrieval") for key in given):
         retrieval["queries"] = {"builtin": "pydocs", "split": "test", "limit": _MAX_QUERIES}
     return [f"rehearsal: built-in pydocs rows for {', '.join(replaced)}; choose data=... for others."] if replaced else []
+
+
+def _has_given_sources(name: str, given: Collection[str]) -> bool:
+    return any(key.startswith(f"streams.{name}.sources") for key in given)
+
+
+def _description(name: Any) -> type[StreamConfig] | None:
+    try:
+        return find_description(name, FORMATS, StreamConfig) if isinstance(name, str) else None
+    except ConfigError:
+        return None
+
+
+def _objective_description(values: Any) -> type[ObjectiveConfig] | None:
+    try:
+        return find_description(values["name"], OBJECTIVES, ObjectiveConfig) if isinstance(values, dict) else None
+    except (ConfigError, KeyError, TypeError):
+        return None

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from unified_lm.composition.validate_streams import DTYPES, source_problems, stream_problems
 from unified_lm.config.checks import above, at_least, choice, fraction
-from unified_lm.config.schema import ChainConfig, ModelConfig, OptimConfig, RunConfig, StreamConfig
+from unified_lm.config.kernels import KERNELS
+from unified_lm.config.schedules import SCHEDULES
+from unified_lm.config.schema import BACKENDS, ChainConfig, ModelConfig, OptimConfig, RunConfig
+from unified_lm.config.streams import MODES
 from unified_lm.core.errors import did_you_mean
 
 MODEL_SOURCES = ("hub", "embedded")
-KERNELS = ("auto", "flash", "flex", "sdpa", "padded")
+DTYPES = ("float32", "bfloat16")
 POOLINGS = ("mean", "weighted_mean", "last_token", "cls")
-BACKENDS = ("auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "zero3_offload")
-SCHEDULES = ("linear", "cosine", "constant")
 
 
 def find_problems(config: RunConfig | ChainConfig) -> list[str]:
@@ -24,25 +24,9 @@ def find_problems(config: RunConfig | ChainConfig) -> list[str]:
     return list(_run(config))
 
 
-def _adapter_dropout(config: RunConfig) -> float:
-    return 0.0 if config.lora is None else config.lora.dropout
-
-
 def find_notices(config: RunConfig) -> list[str]:
     """What is allowed but rarely meant, one sentence each."""
     return list(_notices(config))
-
-
-def longest_sample(stream: StreamConfig) -> int:
-    """The limit of a stream's longest sample, in tokens."""
-    if stream.format == "pairs":
-        return max(stream.max_query_tokens, stream.max_document_tokens)
-    return stream.max_tokens
-
-
-def zero_stage(backend: str) -> int | None:
-    """The ZeRO stage of a backend; None where DeepSpeed is not used."""
-    return int(backend[len("zero")]) if backend.startswith("zero") and backend in BACKENDS else None
 
 
 def _chain(config: ChainConfig) -> Iterator[str]:
@@ -64,19 +48,8 @@ def _run(config: RunConfig) -> Iterator[str]:
     if not config.streams:
         yield "streams: got none, expected at least one."
     for name, stream in config.streams.items():
-        yield from stream_problems(f"streams.{name}", stream)
-        if stream.objective.name == "kto" and stream.objective.reference == "adapter_off" and config.lora is None:
-            yield (
-                f"streams.{name}.objective.reference: 'adapter_off' needs adapters, and lora is none; use lora=all_linear, or "
-                "reference=cached."
-            )
-        if stream.objective.router_aux_loss_coef and config.model.attention_kernel == "padded":
-            yield (
-                f"streams.{name}.objective.router_aux_loss_coef: kernel padded mixes padding tokens into the router logits; "
-                "choose another model.attention_kernel, or 0."
-            )
-        if stream.format == "views" and config.model.attention_dropout == 0 and not _adapter_dropout(config):
-            yield f"streams.{name}: two views differ by dropout alone, and model.attention_dropout and lora.dropout are 0."
+        yield from stream.problems(f"streams.{name}")
+        yield from stream.run_problems(f"streams.{name}", config)
     yield from _optim(config.optim)
     yield from _parallel(config)
     yield from at_least("packing.token_budget", config.packing.token_budget, 1)
@@ -99,7 +72,7 @@ def _parallel(config: RunConfig) -> Iterator[str]:
     yield from above("parallel.timeout_minutes", parallel.timeout_minutes, 0)
     yield from at_least("parallel.bucket_elements", parallel.bucket_elements, 1)
     yield from at_least("parallel.persistence_threshold", parallel.persistence_threshold, 0)
-    stage = zero_stage(parallel.backend)
+    stage = parallel.zero_stage
     if stage == 0 and config.model.dtype == "bfloat16":
         yield (
             "parallel.backend: zero0 adds bfloat16 gradients up in bfloat16, and model.dtype is bfloat16; use parallel=ddp or "
@@ -121,7 +94,7 @@ def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
     yield from choice("model.source", model.source, MODEL_SOURCES)
     yield from choice("model.dtype", model.dtype, DTYPES)
-    yield from choice("model.attention_kernel", model.attention_kernel, KERNELS)
+    yield from choice("model.attention_kernel", model.attention_kernel, tuple(KERNELS))
     yield from choice("model.pooling", model.pooling, POOLINGS)
     if not model.name and not model.tiny_random and model.init_from is None:
         yield "model.name: is empty; choose a model (model=smollm2_135m), or give model.name or model.init_from."
@@ -131,12 +104,12 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield f"model.autocast: keeps float32 weights, but model.dtype is {model.dtype}; set model.dtype=float32."
     if model.attention_dropout is not None:
         yield from fraction("model.attention_dropout", model.attention_dropout)
-        if model.attention_dropout > 0 and model.attention_kernel == "flex":
-            yield "model.attention_dropout: the flex kernel has no dropout; choose model.attention_kernel=sdpa or flash."
+        if model.attention_dropout > 0 and not model.kernel.drops:
+            yield f"model.attention_dropout: the {model.attention_kernel} kernel has no dropout; choose sdpa or flash."
     if model.projection_dim is not None:
         yield from at_least("model.projection_dim", model.projection_dim, 1)
-        if not any(stream.objective.name == "contrastive" for stream in config.streams.values()):
-            yield "model.projection_dim: projects embeddings, but no stream has a contrastive objective."
+        if not config.trains_embeddings:
+            yield "model.projection_dim: projects embeddings, but no stream trains any."
 
 
 def _lora(config: RunConfig) -> Iterator[str]:
@@ -179,7 +152,7 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
 
 def _optim(optim: OptimConfig) -> Iterator[str]:
     yield from at_least("optim.max_skipped_steps", optim.max_skipped_steps, 1)
-    yield from choice("optim.schedule", optim.schedule, SCHEDULES)
+    yield from choice("optim.schedule", optim.schedule, tuple(SCHEDULES))
     yield from above("optim.learning_rate", optim.learning_rate, 0)
     yield from above("optim.eps", optim.eps, 0)
     for index, beta in enumerate(optim.betas):
@@ -196,8 +169,9 @@ def _optim(optim: OptimConfig) -> Iterator[str]:
         )
     if optim.horizon_steps is not None:
         yield from at_least("optim.horizon_steps", optim.horizon_steps, 1)
-    if optim.schedule == "constant" and (optim.horizon_steps is not None or optim.final_ratio):
-        yield "optim.schedule: 'constant' does not decay, so horizon_steps and final_ratio do not apply."
+    never_decays = optim.schedule in SCHEDULES and not SCHEDULES[optim.schedule].decays
+    if never_decays and (optim.horizon_steps is not None or optim.final_ratio):
+        yield f"optim.schedule: '{optim.schedule}' does not decay, so horizon_steps and final_ratio do not apply."
 
 
 def _validation(config: RunConfig) -> Iterator[str]:
@@ -209,24 +183,24 @@ def _validation(config: RunConfig) -> Iterator[str]:
     for name, sources in validation.sources.items():
         if name not in config.streams:
             yield f"validation.sources.{name}: there is no stream '{name}'.{did_you_mean(name, config.streams)}"
-        elif config.streams[name].format == "views":
-            yield f"validation.sources.{name}: two views are equal without dropout, so a held-out loss would say nothing."
+        elif obstacle := config.streams[name].held_out_obstacle:
+            yield f"validation.sources.{name}: {obstacle}."
         for index, source in enumerate(sources):
-            yield from source_problems(f"validation.sources.{name}.{index}", source)
+            yield from source.problems(f"validation.sources.{name}.{index}")
     if validation.retrieval is None:
         return
-    yield from source_problems("validation.retrieval.queries", validation.retrieval.queries)
+    yield from validation.retrieval.queries.problems("validation.retrieval.queries")
     yield from at_least("validation.retrieval.max_queries", validation.retrieval.max_queries, 2)
-    if not any(stream.objective.name == "contrastive" for stream in config.streams.values()):
-        yield "validation.retrieval: no stream trains embeddings (objective contrastive); remove it: ~validation.retrieval"
+    if not config.trains_embeddings:
+        yield "validation.retrieval: no stream trains embeddings; remove it: ~validation.retrieval"
 
 
 def _export(config: RunConfig) -> Iterator[str]:
     export = config.export
     yield from choice("export.dtype", export.dtype, (*DTYPES, "float16"))
     for index, mode in enumerate(export.modes):
-        yield from choice(f"export.modes.{index}", mode, ("embed", "generate"))
-    templates = {name: s.template for name, s in config.streams.items() if s.format in ("pairs", "views", "chat", "preference")}
+        yield from choice(f"export.modes.{index}", mode, MODES)
+    templates = {name: s.template for name, s in config.streams.items() if s.templated}
     if export.enabled and len(set(templates.values())) > 1:
         listed = ", ".join(f"streams.{name}.template is '{template}'" for name, template in templates.items())
         yield f"export: has one template for all modes, but {listed}; make them equal, or set export.enabled=false."
@@ -243,6 +217,8 @@ def _export(config: RunConfig) -> Iterator[str]:
                 f"streams.{name}.attention: stock tools generate causally and cannot repeat 'bidirectional_prompt'; "
                 "train with 'causal', or set export.enabled=false."
             )
+    if export.enabled and not export.modes and config.streams and not any(stream.modes for stream in config.streams.values()):
+        yield "export: no stream's format trains a mode of an export; set export.modes, or export.enabled=false."
     if export.push_to_hub is None:
         return
     owner, _, name = export.push_to_hub.partition("/")
@@ -254,18 +230,25 @@ def _export(config: RunConfig) -> Iterator[str]:
 
 def _notices(config: RunConfig) -> Iterator[str]:
     for name, stream in config.streams.items():
-        if longest_sample(stream) > config.packing.token_budget:
-            yield (
-                f"packing.token_budget={config.packing.token_budget} is below stream {name}'s limit of "
-                f"{longest_sample(stream)} tokens: longer samples get a pack of their own."
-            )
-        if stream.format == "views" and config.model.attention_dropout is None and not _adapter_dropout(config):
-            yield (
-                f"stream {name}: two views of a text differ by dropout alone, and here only the checkpoint's own settings can "
-                "give some; set model.attention_dropout."
-            )
+        yield from stream.run_notices(name, config)
     if config.optim.warmup_steps >= config.max_steps:
         yield (
             f"optim.warmup_steps={config.optim.warmup_steps} is not below max_steps={config.max_steps}: "
             "the learning rate never reaches its peak."
         )
+    if config.export.enabled:
+        yield from _missing_modes(config)
+
+
+def _missing_modes(config: RunConfig) -> Iterator[str]:
+    """What is trained and the export will not have: said in capitals, since nobody reads the manifest of a fresh export."""
+    for name, stream in config.streams.items():
+        chosen = config.export.modes
+        for mode in stream.modes:
+            if chosen and mode not in chosen:
+                yield f"THE EXPORT WILL NOT {mode.upper()}, WHICH STREAM {name} TRAINS: export.modes is {list(chosen)}."
+        if not stream.modes:
+            yield (
+                f"STREAM {name} TRAINS NO MODE OF AN EXPORT: its format {stream.format} says modes=(). Set `modes` in its "
+                "description, or export.enabled=false."
+            )

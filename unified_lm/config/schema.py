@@ -9,6 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from unified_lm.config.kernels import KERNELS, KernelFacts
+from unified_lm.config.objectives import ObjectiveConfig
+from unified_lm.config.streams import SourceConfig, StreamConfig
+
+__all__ = [
+    "ArmConfig",
+    "ChainConfig",
+    "CheckpointConfig",
+    "ExportConfig",
+    "LoggingConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "PackingConfig",
+    "ParallelConfig",
+    "RetrievalConfig",
+    "RunConfig",
+    "SourceConfig",
+    "StreamConfig",
+    "SweepConfig",
+    "ValidationConfig",
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -49,6 +73,11 @@ class ModelConfig:
     normalize: bool = True
     """Whether exported embeddings are L2-normalized."""
 
+    @property
+    def kernel(self) -> KernelFacts:
+        """What is known of the attention kernel; of an unknown one (an error of its own) what holds for most."""
+        return KERNELS.get(self.attention_kernel, KernelFacts())
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -64,125 +93,6 @@ class LoraConfig:
     """Module names (suffixes) to adapt, or "all-linear": every linear layer but the output head."""
     quantize_4bit: bool = False
     """QLoRA: frozen weights in 4-bit NF4 with double quantization (needs bitsandbytes and CUDA)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """One place that rows come from."""
-
-    path: str | None = None
-    """A jsonl, jsonl.gz, parquet, csv, tsv or txt file, or a folder of them."""
-    hub: str | None = None
-    """Name of a Hub dataset."""
-    subset: str | None = None
-    """Configuration name of the Hub dataset, or part of a built-in one."""
-    revision: str | None = None
-    """Hub revision of the dataset (branch, tag or commit)."""
-    builtin: str | None = None
-    """A data set built on the spot: "pydocs"; its `subset` is "pairs", "chats", "preferences", "text" or "sentences"."""
-    split: str = "train"
-    """Split of a Hub or built-in data set."""
-    streaming: bool = False
-    """Read only the first `limit` rows of a Hub data set without downloading the rest."""
-    weight: float = 1.0
-    """Relative share of draws, before temperature, multiplied with the number of rows."""
-    limit: int | None = None
-    """Use at most this many rows (a seeded random choice; the first ones when streaming)."""
-    instruction: str | None = None
-    """Instruction for every query of the source; rows that carry their own keep it."""
-    document_instruction: str | None = None
-    """Instruction for every document of the source; None embeds documents without one."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Column of the source for each field of the format, where names differ: {"query": "anchor"}."""
-    on_empty: str = "error"
-    """Rows with an empty text: "error", or "skip" (left out and counted). Running text always skips blank rows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """What a stream's samples are trained for."""
-
-    name: str
-    """"contrastive", "next_token", "masked_next_token" or "kto", or a dotted path to a class."""
-    weight: float = 1.0
-    """Factor of this term in the total loss."""
-    normalization: str = "token"
-    """Token losses: "token", "sample", "mixed" (GritLM's mean of micro-batch means), "sum_per_sample" (GritLM's "token")."""
-    micro_batch_size: int | None = None
-    """Samples of one micro-batch under "mixed"."""
-    cross_entropy: str = "chunked"
-    """Token losses: "chunked" (every device), or "liger" (Liger's fused kernel; needs CUDA and the extra "liger")."""
-    router_aux_loss_coef: float = 0.0
-    """Token losses: factor of the router balance over the stream's tokens (mixtures of experts), not scaled by `weight`."""
-    temperature: float = 0.02
-    """Contrastive: cosine similarities are divided by it."""
-    symmetric: bool = False
-    """Contrastive: also score every positive against all queries, and average both directions."""
-    mask_same_text: bool = False
-    """Contrastive: leave out negatives whose text equals the positive's or the query's."""
-    matryoshka_dims: tuple[int, ...] = ()
-    """Contrastive: average the loss over these leading dimensions; empty uses the whole vector."""
-    gradient_scale: str = "exact"
-    """Contrastive: "exact", or "inverse_world_size" to reproduce GritLM, whose gather shrinks it by the world size."""
-    reference_world_size: int | None = None
-    """The world size that "inverse_world_size" divides by: that of the published run."""
-    beta: float = 0.1
-    """KTO: how sharply the loss reacts to log-ratios, per nat; larger keeps the model closer to the reference."""
-    desirable_weight: float = 1.0
-    """KTO: factor of desirable rows; keep weight times rows of both kinds within 1 to 4/3 (the paper's advice)."""
-    undesirable_weight: float = 1.0
-    """KTO: factor of undesirable rows."""
-    reference: str = "auto"
-    """KTO: where the reference's log-probabilities come from: "adapter_off" (LoRA), "cached" (all rows scored before
-    training), or "auto" (adapter_off where there is a LoRA, else cached)."""
-    similarity_dtype: str = "float32"
-    """Contrastive: "float32", or "bfloat16": vectors are normalized and multiplied in it (GRIT's precision ablation)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskingConfig:
-    """Corruption for masked next-token prediction (LLM2Vec)."""
-
-    probability: float = 0.2
-    """Share of tokens that are predicted; position 0 and special tokens are never chosen."""
-    scheme: str = "bert"
-    """"bert": 80 % mask token, 10 % random, 10 % kept. "all_mask": always the mask token (LLM2Vec for Mistral)."""
-    mask_token: str = "_"
-    """Text of an ordinary token used as the mask; it must be a single token and never becomes a special one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    """One stream: rows of one kind, one attention mode, one objective."""
-
-    format: str
-    """"pairs" (query, positive, negatives), "chat", "preference" (KTO), "text", "masked_text" (MNTP) or "views" (SimCSE)."""
-    sources: tuple[SourceConfig, ...] = ()
-    """Where its rows come from."""
-    objective: ObjectiveConfig
-    """What its samples are trained for."""
-    attention: str = "causal"
-    """"causal", "bidirectional" or "bidirectional_prompt" (a chat's prompt turns see each other, the answer is causal)."""
-    template: str = "grit"
-    """Prompt template by name ("grit", "plain", "chatml", ...), or a dotted path."""
-    batch_size: int = 32
-    """Groups (pairs, views) or samples (chat, preference, text) per optimizer step, over all ranks."""
-    num_hard_negatives: int = 0
-    """Hard negatives per query; rows with fewer are an error, rows with more are sampled from."""
-    max_query_tokens: int = 256
-    """Limit of a query, in tokens; the text is cut, never the instruction or the template."""
-    max_document_tokens: int = 256
-    """Limit of a document, in tokens; cut likewise."""
-    max_tokens: int = 512
-    """Limit of a chat, a preference, a text or a view, in tokens."""
-    chunking: str = "record"
-    """Text: "record" (one sample per row, cut at the limit) or "concatenate" (rows joined and split at the limit)."""
-    masking: MaskingConfig | None = None
-    """Corruption, for "masked_text"."""
-    source_temperature: float = 1.0
-    """Sources are drawn in proportion to (weight * rows) ** temperature; 0 draws them equally."""
-    mix_sources: bool = False
-    """Groups that are embedded: whether one batch has groups of several sources; false takes one source a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +123,10 @@ class OptimConfig:
     """A step without a finite loss and gradient changes nothing; after this many in a row the run ends."""
 
 
+BACKENDS = ("auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "zero3_offload")
+"""What `parallel.backend` may be."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How ranks share the work."""
@@ -228,6 +142,11 @@ class ParallelConfig:
     """"zero3_offload": keep the weights on the CPU too, not only the optimizer's state."""
     timeout_minutes: float = 30.0
     """A collective that waits longer than this many minutes raises."""
+
+    @property
+    def zero_stage(self) -> int | None:
+        """The ZeRO stage; None where DeepSpeed is not used."""
+        return int(self.backend[len("zero")]) if self.backend in BACKENDS and self.backend.startswith("zero") else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,6 +275,16 @@ class RunConfig:
     """The result."""
     notices: tuple[str, ...] = ()
     """What composition changed or wants to be known (a rehearsal's smaller batches, ...): printed before training."""
+
+    @property
+    def adapter_dropout(self) -> float:
+        """Probability of dropping an input of the adapters; 0 without adapters."""
+        return 0.0 if self.lora is None else self.lora.dropout
+
+    @property
+    def trains_embeddings(self) -> bool:
+        """Whether any stream's samples are embedded."""
+        return any(stream.pooled for stream in self.streams.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Ranks that succeed together or fail together, so that none waits for one that has given up."""
+"""Agreement between ranks: they succeed or fail together, so that none waits for a rank that has stopped."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 def failures(error: Exception | None) -> str | None:
-    """What went wrong on any rank. Collective.
+    """Collect the errors of all ranks. Collective.
 
     Args:
-        error: what went wrong here, or None.
+        error: this rank's error, or None.
 
     Returns:
-        The same on every rank: "rank 1: No space left on device; ...", or None where all is well.
+        The same text on every rank: "rank 1: No space left on device; ...", or None if no rank failed.
     """
     texts = distributed.all_gather_objects(None if error is None else str(error))
     if distributed.world_size() == 1:
@@ -36,11 +36,11 @@ def run_on_rank0(work: Callable[[], T]) -> T:
     """Do short work on rank 0 alone and give every rank its result. Collective.
 
     Args:
-        work: what to do; its result is pickled.
+        work: its result is pickled.
 
     Raises:
-        UserError: rank 0's, on every rank.
-        RuntimeError: on the other ranks, when rank 0 fails in any other way (there it raises what it raised).
+        UserError: the error of rank 0, on every rank.
+        RuntimeError: on the other ranks, if rank 0 fails in any other way; rank 0 raises the original error.
     """
     if distributed.world_size() == 1:
         return work()
@@ -53,9 +53,10 @@ def run_on_rank0(work: Callable[[], T]) -> T:
             result, failure = (None, error), error
         except Exception as error:
             result, failure = (None, RuntimeError(f"rank 0 failed: {error!r}")), error
-    value, told = broadcast_object(result)
-    if failure is not None or told is not None:
-        raise failure or told or AssertionError
+    # Rank 0 broadcasts even if it failed: the other ranks are already waiting in this collective.
+    value, failure_of_rank0 = broadcast_object(result)
+    if failure is not None or failure_of_rank0 is not None:
+        raise failure or failure_of_rank0 or AssertionError
     return value  # type: ignore[return-value]
 
 
@@ -64,26 +65,26 @@ def broadcast_object(value: T) -> T:
     if distributed.world_size() == 1:
         return value
     box = [value]
-    with trace_span("hear from rank 0"):
+    with trace_span("receive from rank 0"):
         torch.distributed.broadcast_object_list(box, src=0, device=distributed.local_device())
     return box[0]
 
 
 def fail_alike(error: Exception, name: str, seconds: float = 30.0) -> bool:
-    """Whether every rank has failed with the same user's error, so that all of them can go on with something else together.
+    """Whether every rank has failed with the same user error, so that all of them can continue with something else.
 
-    No collective: a rank that has not failed never calls it, and may be waiting in a collective for one that has. Ranks tell
-    each other through the store of their process group.
+    Not a collective: a rank that has not failed never calls it, and may be waiting in a collective for one that has. Instead,
+    ranks count each other through the key-value store of their process group.
 
     Args:
-        error: what went wrong here.
-        name: of what failed; another one each time.
-        seconds: how long to wait for the others.
+        error: this rank's error.
+        name: of what failed; it must differ between calls.
+        seconds: how long to wait for the other ranks.
     """
     if distributed.world_size() == 1:
         return True
     if not isinstance(error, UserError):
-        return False  # whatever it was may have come between the ranks
+        return False  # any other error may have left the ranks in different collectives
     same = f"unified_lm/fail_alike/{name}/{blake2b(str(error).encode(), digest_size=8).hexdigest()}"
     deadline = time.monotonic() + seconds
     with trace_span("compare failures", waits=False):
@@ -94,6 +95,6 @@ def fail_alike(error: Exception, name: str, seconds: float = 30.0) -> bool:
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(0.05)
-        except RuntimeError:  # the store has gone with the rank that kept it
+        except RuntimeError:  # the rank that hosts the store has exited
             return False
     return True

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from unified_lm.core.parent import follow_agent
 from unified_lm.core.tracing import trace_span
 
 T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def is_initialized() -> bool:
@@ -31,7 +35,7 @@ def world_size() -> int:
 
 
 def is_rank0() -> bool:
-    """Whether this process writes files and prints."""
+    """Whether this process is rank 0, the one that writes files and prints."""
     return rank() == 0
 
 
@@ -43,27 +47,41 @@ def local_device() -> torch.device:
 
 
 def initialize(timeout_minutes: float = 30.0) -> None:
-    """Join the process group that torchrun describes in the environment; does nothing when there is none."""
-    follow_agent()
+    """Join the process group that torchrun describes in the environment; does nothing if there is none.
+
+    Args:
+        timeout_minutes: the longest wait for other ranks.
+    """
+    terminate_with_agent()
     if is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # the watchdog (core.watchdog) knows more than the library's timeout, so it speaks first
+    # longer than the timeout of the watchdog (core.watchdog), whose message says more than the library's
     dist.init_process_group(backend, timeout=timedelta(minutes=1.25 * timeout_minutes + 1))
 
 
+def terminate_with_agent() -> None:
+    """Ask the kernel for SIGTERM when torchrun's agent dies. Does nothing without an agent, or outside Linux.
+
+    Workers run in sessions of their own, so nothing else ends them: they would continue to train, unseen, while the run is
+    restarted in the same folder. SIGTERM lets them save first (`engine.interruption`).
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def initialize_alone() -> None:
-    """Make a group of this process alone, for libraries that need one; does nothing where a group exists."""
+    """Create a process group of this process alone, for libraries that need one; does nothing if a group exists."""
     if not is_initialized():
         backend = "nccl" if local_device().type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, also where this rank holds only a part of it (ZeRO-3)."""
+    """The shape of the whole parameter, even if this rank holds only a part of it (ZeRO-3)."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
@@ -81,7 +99,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over ranks, in place; returns it. Shapes must agree on every rank."""
+    """Sum a tensor over ranks, in place, and return it. Shapes and dtypes must agree on every rank."""
     if world_size() > 1:
         with trace_span("sum over ranks"):
             dist.all_reduce(value)
@@ -89,7 +107,7 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max(values: list[int]) -> list[int]:
-    """The largest over ranks of every integer."""
+    """The maximum over ranks of each integer."""
     if world_size() == 1:
         return values
     tensor = torch.tensor(values, dtype=torch.int64, device=local_device())
@@ -99,7 +117,7 @@ def all_reduce_max(values: list[int]) -> list[int]:
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """A picklable value of every rank, by rank."""
+    """The values of all ranks, in the order of ranks. They are pickled."""
     if world_size() == 1:
         return [value]
     values: list[T | None] = [None] * world_size()
@@ -115,11 +133,12 @@ def all_gather_uneven(value: torch.Tensor) -> tuple[list[torch.Tensor], int]:
         value: `[N_rank, ...]`, same trailing shape and dtype on every rank. No gradient flows through the gather.
 
     Returns:
-        The parts by rank, and this process's rank.
+        One tensor per rank, in the order of ranks, and this process's rank.
     """
     if world_size() == 1:
         return [value.detach()], 0
     with trace_span("gather tensors from every rank"):
+        # gloo gathers equal shapes only: agree on the longest, pad to it, and cut the padding off again
         sizes = torch.zeros(world_size(), dtype=torch.int64, device=value.device)
         sizes[rank()] = value.shape[0]
         dist.all_reduce(sizes)

@@ -1,7 +1,7 @@
 """Errors a user can act on.
 
-Every mistake that a user can make raises a `UserError` whose text says what is wrong, what was got, what was expected and
-how to mend it. Commands print that text without a traceback and exit with code 2. `assert` is for our own invariants.
+Every mistake that a user can make raises a `UserError` whose text says what is wrong, what was found, what was expected and
+how to fix it. Commands print that text without a traceback and exit with code 2. `assert` is for our own invariants.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A source cannot be read or a row breaks its format. The text names file, line and field."""
+    """A source cannot be read, or a row violates its format. The text names file, line and field."""
 
 
 class ModelError(UserError):
-    """A model cannot be loaded or cannot do what was asked of it (attention family, kernel, LoRA target)."""
+    """A model cannot be loaded, or cannot do what was requested (attention family, kernel, LoRA target)."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint or an export is missing, torn, of another model, or could not be written."""
+    """A checkpoint or an export is missing, incomplete, of another model, or could not be written."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest known name, or the list of known names when none is close.
 
     Args:
-        name: what was typed.
-        known: the names that exist.
+        name: what the user typed.
+        known: the valid names.
     """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)

@@ -1,11 +1,11 @@
 """One message for a failure of many ranks. Under torchrun every rank's stderr is the user's terminal.
 
-A mistake in the configuration fails every rank with the same text, a file missing on one node fails one rank alone, and the
-ranks that were waiting for it then fail because it has gone. Ranks therefore tell each other through a store outside the
-process group (torchrun's agent keeps one, which outlives them): each different text is printed once, with its rank unless all
-ranks say the same, and ranks that only noticed the end of another say nothing.
+A mistake in the configuration fails every rank with the same text. A file missing on one node fails one rank alone, and the
+ranks that wait for it then fail because it has exited. Ranks therefore coordinate through a store outside the process group
+(torchrun's agent hosts one, which outlives them): each distinct text is printed once, with its rank unless all ranks have the
+same, and ranks that only lost their connection to another print nothing.
 
-torchrun adds a summary of its own when a process fails; it cannot be switched off from here.
+torchrun adds a summary of its own when a process fails; it cannot be turned off from here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _TOGETHER_SECONDS = 2.0
 """How long the first rank waits for others with the same message."""
 _PRINTED_SECONDS = 5.0
-"""How long the other ranks wait for the first one to print: torchrun ends it as soon as one of them has exited."""
+"""How long the other ranks wait for the first one to print: torchrun kills it as soon as one of them has exited."""
 _CONNECT_SECONDS = 5.0
 _ANNOUNCED = "announced"
 _NOTICED = "noticed"
@@ -36,12 +36,12 @@ _CONSEQUENCE = re.compile(
 
 
 def report(message: str) -> None:
-    """Print a user's error on stderr, once for all ranks that have it.
+    """Print a user error on stderr, once for all ranks that have it.
 
     Args:
         message: the text after "error: ".
     """
-    rank, ranks = _place()
+    rank, ranks = _rank_and_world_size()
     if ranks == 1:
         print(f"error: {message}", file=sys.stderr)
         return
@@ -51,17 +51,17 @@ def report(message: str) -> None:
         return
     try:
         _report_together(message, rank, ranks, store)
-    except RuntimeError:  # the store has gone: its process ended first
+    except RuntimeError:  # the process that hosts the store has exited
         _print_alone(message, rank, ranks)
 
 
 def is_consequence(error: Exception) -> bool:
-    """Whether an error only says that another rank failed, and that one has told or will tell why.
+    """Whether an error only says that another rank failed, and that rank has printed or will print why.
 
-    Waits a moment for the other rank's announcement. An error that is this rank's own is announced, so that the others keep
-    quiet about what follows from it.
+    Waits a few seconds for the other rank's announcement. If the error originates on this rank, it is announced here, so that
+    the other ranks stay quiet about its consequences.
     """
-    _, ranks = _place()
+    _, ranks = _rank_and_world_size()
     if ranks == 1:
         return False
     store = _connect()
@@ -70,24 +70,24 @@ def is_consequence(error: Exception) -> bool:
     try:
         if not isinstance(error, RuntimeError) or not _CONSEQUENCE.search(str(error)):
             store.add(_ANNOUNCED, 1)
-            store.add(_PRINTED, 1)  # Python prints the traceback; nobody has to wait for it
+            store.add(_PRINTED, 1)  # Python prints the traceback; no rank has to wait for it
             return False
         if not _wait_for(store, _ANNOUNCED, _PRINTED_SECONDS):
             return False
         store.add(_NOTICED, 1)
         _wait_for(store, _PRINTED, _PRINTED_SECONDS)
         return True
-    except RuntimeError:  # the store has gone with the rank that failed
+    except RuntimeError:  # the failed rank hosted the store
         return True
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for the run, from the environment alone: no process group is needed."""
-    return _place()[0] == 0
+    """Whether this process is the one that prints, by the environment alone: no process group is needed."""
+    return _rank_and_world_size()[0] == 0
 
 
 def quieten_other_ranks() -> None:
-    """Keep the libraries' progress bars and advice off the terminal on every rank but the first. Call before importing them."""
+    """Silence the libraries' progress bars and warnings on every rank but the first. Call it before importing them."""
     if is_main_process():
         return
     for name, value in (
@@ -104,7 +104,8 @@ def quieten_other_ranks() -> None:
         warnings.simplefilter("ignore")
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_world_size() -> tuple[int, int]:
+    # from the environment: a configuration error is reported before torch is imported
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -127,7 +128,7 @@ def _report_together(message: str, rank: int, ranks: int, store: Store) -> None:
         _print_alone(message, rank, ranks)
     store.add(_PRINTED, 1)
     if rank == 0 and not _agent_keeps_store():
-        time.sleep(0.5)  # the store ends with this process: let the others read that they need not print
+        time.sleep(0.5)  # this process hosts the store: let the others read first that they need not print
 
 
 def _wait_for(store: Store, key: str, seconds: float) -> bool:
@@ -145,7 +146,7 @@ def _agent_keeps_store() -> bool:
 
 
 def _connect() -> Store | None:
-    """A connection of its own to the store of this start of the run; None where there is none."""
+    """A new connection to the store of this (re)start of the run; None if there is no store."""
     from torch import distributed as dist
 
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
@@ -153,9 +154,9 @@ def _connect() -> Store | None:
         return None
     prefix = f"unified_lm/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     timeout = timedelta(seconds=_CONNECT_SECONDS)
-    keeper = _place()[0] == 0 and not _agent_keeps_store() and not dist.is_initialized()
+    hosts_store = _rank_and_world_size()[0] == 0 and not _agent_keeps_store() and not dist.is_initialized()
     try:
-        store = dist.TCPStore(address, int(port), is_master=keeper, timeout=timeout, wait_for_workers=False)
-    except RuntimeError:  # also DistError: nobody answers, or the port is taken
+        store = dist.TCPStore(address, int(port), is_master=hosts_store, timeout=timeout, wait_for_workers=False)
+    except RuntimeError:  # also DistError: no answer, or the port is taken
         return None
     return dist.PrefixStore(prefix, store)

@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not there at all, and the cache folder."""
+"""Atomic, durable writes of files and folders, and the cache folder."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def cache_dir(*parts: str) -> Path:
-    """The folder for things that can be made again: ``$UNIFIED_LM_CACHE`` or ``~/.cache/unified_lm``, plus `parts`."""
+    """The folder for files that can be regenerated: ``$UNIFIED_LM_CACHE`` or ``~/.cache/unified_lm``, plus `parts`."""
     root = os.environ.get("UNIFIED_LM_CACHE")
     base = Path(root).expanduser() if root else Path("~/.cache/unified_lm").expanduser()
     return base.joinpath(*parts)
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder written through to the disk.
+    """Flush a file or a folder to the disk (fsync).
 
     Raises:
-        OSError: the disk refused.
+        OSError: the disk reported an error.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -38,12 +38,12 @@ def sync(path: Path) -> None:
 def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """Fill a temporary sibling folder, flush it to disk, then rename it to `target`.
 
-    A crash or a full disk leaves `target` as it was; the half-written sibling is removed. An existing `target` is
-    replaced only after the new one is complete.
+    After a crash or on a full disk `target` is unchanged, and an exception removes the half-written sibling. An existing
+    `target` is replaced only once the new one is complete.
 
     Args:
         target: the folder to create or replace.
-        fill: writes the content into the folder it is given.
+        fill: writes the content into the folder that it receives.
 
     Raises:
         CheckpointError: the operating system refused to write (disk full, no permission).
@@ -64,17 +64,19 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def commit_directory(building: Path, target: Path) -> None:
-    """Flush a filled folder to disk, then rename it to `target`; what `target` was before is removed after that.
+    """Flush a filled folder to disk, then rename it to `target`; a previous `target` is removed afterwards.
 
     Raises:
-        OSError: the disk refused; `target` is as it was.
+        OSError: the disk reported an error; `target` is unchanged.
     """
+    # Content before name: after a power failure a renamed folder whose files were not flushed could hold empty files.
     for path in (*building.rglob("*"), building):
         sync(path)
     _replace_directory(building, target)
 
 
 def _replace_directory(new: Path, target: Path) -> None:
+    # A folder cannot be renamed over a folder that is not empty, so the old one is moved aside first.
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     if target.exists():
         target.rename(old)
@@ -84,7 +86,7 @@ def _replace_directory(new: Path, target: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-    sync(target.parent)
+    sync(target.parent)  # the rename itself is an entry of the parent folder
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -100,12 +102,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Write a .npy file atomically (temporary sibling, fsync, rename); its folder must be there.
+    """Write a .npy file atomically (temporary sibling, fsync, rename); its folder must exist.
 
     Raises:
-        OSError: the disk refused; nothing is left behind.
+        OSError: the disk reported an error; no partial file remains.
     """
-    import numpy as np  # the command line's own help needs this module too
+    import numpy as np  # here, because `unified-lm --help` imports this module and should not wait for numpy
 
     building = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,7 +1,7 @@
 """Random state: seeding, and capture and replay for GradCache and checkpoints.
 
-Everything random in training draws from torch's generators (numpy generators are derived from explicit integers), so
-these states are the whole of it.
+Everything random in training draws from torch's generators (numpy generators are seeded with explicit integers), so the states
+of torch's generators are all that has to be saved.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def seed_everything(seed: int) -> None:
 
 def derive_seed(*parts: object) -> int:
     """Return a 63-bit seed that depends on every part and on nothing else (stable across processes and versions)."""
+    # joined by a character that no part contains, so that ("a", "bc") and ("ab", "c") differ
     digest = blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -41,12 +42,12 @@ class RngState:
 
     @classmethod
     def capture(cls) -> RngState:
-        """Copy the present state."""
+        """Copy the current state."""
         device = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return cls(torch.get_rng_state(), device)
 
     def restore(self) -> None:
-        """Put the captured state back, so that the next random draws repeat."""
+        """Restore the captured state, so that the next random draws repeat."""
         torch.set_rng_state(self.cpu)
         if self.device is not None:
             torch.cuda.set_rng_state(self.device)

@@ -14,16 +14,16 @@ E = TypeVar("E", bound=Enum)
 
 
 def choose(kind: type[E], name: str, what: str, error: type[UserError] = ConfigError) -> E:
-    """The member of an enumeration by its value.
+    """Find the member of an enumeration by its value.
 
     Args:
         kind: the enumeration.
         name: a member's value, as users write it.
         what: the kind of thing, for the error text ("normalization").
-        error: what is raised.
+        error: class of the exception.
 
     Raises:
-        UserError: of the type `error`: there is no such member.
+        UserError: of class `error`, if there is no such member.
     """
     try:
         return kind(name)

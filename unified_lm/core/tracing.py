@@ -1,4 +1,4 @@
-"""Names for what a process is doing, so that a wait without end can say where it happened (`core.watchdog`)."""
+"""Named spans of what a process is doing, so that the watchdog can report where a rank hangs (`core.watchdog`)."""
 
 from __future__ import annotations
 
@@ -13,53 +13,53 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-
-_GONE = re.compile(r"closed by peer|reset by peer|Broken pipe|gloo/transport|NCCL", re.IGNORECASE)
+_CONNECTION_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|gloo/transport|NCCL", re.IGNORECASE)
 
 
 class LostRankError(RuntimeError):
-    """An exchange failed because another process has gone; the text says which rank noticed it, and where."""
+    """A collective failed because another process has exited; the text says which rank noticed it, and in which span."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a process is doing.
+class TraceSpan:
+    """One thing that a process is doing.
 
     Attributes:
-        name: for the reader of a message.
-        waits: whether it takes other ranks to get on; False never counts as hung.
+        name: as shown in messages.
+        waits: whether the span only ends with the help of other ranks; a span that does not wait never counts as hung.
     """
 
     name: str
     waits: bool
 
 
-_stack: list[Place] = []
+# Module state rather than thread-local: the watchdog's thread reads what the main thread writes.
+_stack: list[TraceSpan] = []
 _last = "start"
 _changed = time.monotonic()
 
 
 @contextmanager
 def trace_span(name: str, *, waits: bool = True) -> Iterator[None]:
-    """Name what happens inside. Entering or leaving any place is progress: it starts the time anew.
+    """Name the work inside the context. Entering or leaving any span counts as progress and restarts the watchdog's timeout.
 
-    Only the main thread may use it.
+    For the main thread only.
 
     Args:
-        name: as in "sum of gradients"; places may lie within each other.
-        waits: whether other ranks are needed to get on.
+        name: as in "sum of gradients"; spans may be nested.
+        waits: whether the span needs other ranks to finish.
 
     Raises:
-        LostRankError: what happens inside failed because another process has gone.
+        LostRankError: the work failed because another process has exited.
     """
-    _stack.append(Place(name, waits))
+    _stack.append(TraceSpan(name, waits))
     _progress()
     try:
         yield
     except LostRankError:
         raise
     except RuntimeError as error:
-        if not _GONE.search(str(error)):
+        if not _CONNECTION_LOST.search(str(error)):
             raise
         raise LostRankError(
             f"rank {os.environ.get('RANK', '0')} lost another process in '{_describe()}': {str(error).splitlines()[0]}"
@@ -72,18 +72,18 @@ def trace_span(name: str, *, waits: bool = True) -> Iterator[None]:
 
 
 def traced(name: str, call: Callable[P, R]) -> Callable[P, R]:
-    """The same call, made in a place that waits for other ranks."""
+    """Wrap a function so that every call runs in a span that waits for other ranks."""
 
-    def placed(*args: P.args, **kwargs: P.kwargs) -> R:
-        """`call`, in the place."""
+    def traced_call(*args: P.args, **kwargs: P.kwargs) -> R:
+        """`call`, inside the span."""
         with trace_span(name):
             return call(*args, **kwargs)
 
-    return placed
+    return traced_call
 
 
 def current_span() -> tuple[str, bool, float]:
-    """Where the process is, whether it waits for others there, and for how many seconds nothing has changed."""
+    """The innermost span as a path of names, whether it waits for other ranks, and the seconds since the last progress."""
     seconds = time.monotonic() - _changed
     if _stack:
         return _describe(), _stack[-1].waits, seconds
@@ -91,7 +91,8 @@ def current_span() -> tuple[str, bool, float]:
 
 
 def _describe() -> str:
-    return " > ".join(entry.name for entry in tuple(_stack))
+    # a copy: the main thread may change the stack while the watchdog's thread reads it
+    return " > ".join(span.name for span in tuple(_stack))
 
 
 def _progress() -> None:

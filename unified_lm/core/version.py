@@ -1,4 +1,4 @@
-"""Which code a run was made with."""
+"""Which code a run used."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _DEPENDENCIES = ("torch", "transformers", "peft", "deepspeed")
 
 @cache
 def code_version() -> dict[str, str]:
-    """Versions of this package, of Python and of what computes; in a checkout the commit too, "+changes" when files differ.
+    """Versions of this package, of Python and of the numeric libraries, and the git commit if this is a checkout.
 
     Returns:
-        Values by name; packages that are not installed are absent.
+        Values by name. Packages that are not installed are absent. "+changes" after the commit: tracked files differ from it.
     """
-    package = sys.modules[__name__.partition(".")[0]]  # `core` must not import what lies above it
+    package = sys.modules[__name__.partition(".")[0]]  # looked up, not imported: `core` must not import the package above it
     found = {"unified_lm": str(package.__version__), "python": platform.python_version()}
     for name in _DEPENDENCIES:
         try:
@@ -32,7 +32,7 @@ def code_version() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package lies in; None for an installed package, or without git."""
+    """The commit of the checkout that contains this package; None for an installed package, or without git."""
     if not (_ROOT / ".git").exists():
         return None
     head = _git("rev-parse", "HEAD")

@@ -1,8 +1,9 @@
-"""An end to waiting for ever: where a rank waits too long for the others, every rank says where it is and the run ends.
+"""A watchdog against hangs: if a rank waits too long for the others, every rank reports its position and the run ends.
 
-The libraries' own timeouts say neither which rank is missing nor what it was doing. So each process has a thread that tells
-the store of the process group where the process is (`core.tracing`), looks whether anyone has given up, and gives up itself
-when its own process has waited too long in one place. A thread, because the process itself cannot speak while it hangs.
+The libraries' own timeouts say neither which rank is missing nor what it is doing. So each process has a thread that writes
+the current span (`core.tracing`) to the store of the process group as a heartbeat, checks whether another rank has given up,
+and gives up itself if its own process waits too long in one span. It is a thread because the main thread cannot report
+anything while it hangs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from unified_lm.core.tracing import current_span, trace_span
 T = TypeVar("T")
 
 HUNG = 75
-"""Exit code of a run that was given up: EX_TEMPFAIL of sysexits.h, try again."""
+"""Exit code of a run that the watchdog ends: EX_TEMPFAIL of sysexits.h, which means "try again"."""
 
-_PREFIX = "unified_lm/places"
+_PREFIX = "unified_lm/watchdog"
 _GAVE_UP = "gave_up"
 _watchdog: Watchdog | None = None
 
@@ -36,14 +37,14 @@ class Watchdog(threading.Thread):
     """Watches one process of a group.
 
     Args:
-        timeout_seconds: the longest wait in one place.
+        timeout_seconds: the longest wait in one span.
         store: a connection of its own to the store of the process group.
     """
 
     def __init__(self, timeout_seconds: float, store: Any) -> None:
         super().__init__(name="watchdog", daemon=True)
         self.timeout_seconds = timeout_seconds
-        self.interval = min(5.0, timeout_seconds / 10)
+        self.interval = min(5.0, timeout_seconds / 10)  # seconds between heartbeats
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self._store = store
         self._lock = threading.Lock()
@@ -51,83 +52,89 @@ class Watchdog(threading.Thread):
         self._lost: float | None = None
 
     def run(self) -> None:
-        """Tell, look and wait, until `end`."""
+        """Send heartbeats and check the other ranks, until `end`."""
         while not self._ended.wait(self.interval):
             if self._lost is not None:
-                self._without_store(self._lost)
+                self._check_lost_store(self._lost)
                 continue
             try:
-                self.tell()
-                gone = self._lookup(_GAVE_UP)
+                self.beat()
+                given_up = self._lookup(_GAVE_UP)
             except (dist.DistError, RuntimeError):
                 self._lost = time.monotonic()
                 continue
-            where, waits, seconds = current_span()
-            if gone is not None and gone["rank"] != self.rank:
-                self._give_up(f"Rank {gone['rank']} has given up: it waited in '{gone['place']}'. {self._here()}")
+            span, waits, seconds = current_span()
+            if given_up is not None and given_up["rank"] != self.rank:
+                reason = f"Rank {given_up['rank']} has given up: it waited in '{given_up['span']}'."
+                self._give_up(f"{reason} {self._describe_self()}")
             elif waits and seconds > self.timeout_seconds:
-                self._put(_GAVE_UP, {"rank": self.rank, "place": where})
-                self._give_up(f"{self._here()} {self._others()}".rstrip())
+                self._put(_GAVE_UP, {"rank": self.rank, "span": span})
+                self._give_up(f"{self._describe_self()} {self._describe_others()}".rstrip())
 
     def end(self) -> None:
         """Stop watching."""
         self._ended.set()
         self.join(timeout=self.interval + 5)
 
-    def tell(self) -> None:
-        """Say in the store where this process is, and that it lives."""
-        where, waits, seconds = current_span()
-        self._put(str(self.rank), {"place": where, "waits": waits, "seconds": seconds, "time": time.time()})
+    def beat(self) -> None:
+        """Write a heartbeat to the store: the current span of this process, and the time."""
+        span, waits, seconds = current_span()
+        self._put(str(self.rank), {"span": span, "waits": waits, "seconds": seconds, "time": time.time()})
 
-    def mark(self, key: str) -> None:
-        """Leave a mark in the store."""
+    def set_flag(self, key: str) -> None:
+        """Set a flag in the store."""
         self._put(key, True)
 
-    def wait_for_mark(self, key: str, owner: int) -> None:
-        """Wait, however long, for a mark that a rank will leave; only as long as that rank lives.
+    def wait_for_flag(self, key: str, owner: int) -> None:
+        """Wait for a flag that a rank sets, without a limit as long as that rank sends heartbeats.
 
         Raises:
-            RuntimeError: nothing has been heard of the rank for the time of the timeout.
+            RuntimeError: the rank has sent no heartbeat for `timeout_seconds`.
         """
-        heard, last = time.monotonic(), None
+        # Changes of the heartbeat are timed with this process's clock: clocks of different nodes need not agree.
+        last_change, last_beat = time.monotonic(), None
         while self._lookup(key) is None:
             beat = (self._lookup(str(owner)) or {}).get("time")
-            if beat != last:
-                heard, last = time.monotonic(), beat
-            if time.monotonic() - heard > self.timeout_seconds:
-                raise RuntimeError(f"rank {owner} has not been heard of for {_duration(self.timeout_seconds)}")
+            if beat != last_beat:
+                last_change, last_beat = time.monotonic(), beat
+            if time.monotonic() - last_change > self.timeout_seconds:
+                raise RuntimeError(f"rank {owner} has not been heard from for {_duration(self.timeout_seconds)}")
             time.sleep(min(0.2, self.interval))
 
-    def _here(self) -> str:
-        where, waits, seconds = current_span()
-        return f"Rank {self.rank} of {self.world_size} {'has waited' if waits else 'is'} {_where(where, waits, seconds)}."
+    def _describe_self(self) -> str:
+        span, waits, seconds = current_span()
+        return f"Rank {self.rank} of {self.world_size} {'has waited' if waits else 'is'} {_position(span, waits, seconds)}."
 
-    def _others(self) -> str:
+    def _describe_others(self) -> str:
+        """The ranks that may be the cause: those that are silent, and those that do not wait for others themselves."""
         lines = []
         for other in range(self.world_size):
             if other == self.rank:
                 continue
-            told = self._lookup(str(other))
-            if told is None:
-                lines.append(f"rank {other} has never been heard of")
+            beat = self._lookup(str(other))
+            if beat is None:
+                lines.append(f"rank {other} has never been heard from")
                 continue
-            silent = time.time() - told["time"]
+            silent = time.time() - beat["time"]
             if silent > 3 * self.interval + 5:
-                lines.append(f"rank {other} has not been heard of for {_duration(silent)}, last in '{told['place']}'")
-            elif not (told["waits"] and told["seconds"] > self.timeout_seconds / 2):
-                lines.append(f"rank {other} is {_where(told['place'], told['waits'], told['seconds'])}")
+                lines.append(f"rank {other} has not been heard from for {_duration(silent)}, last in '{beat['span']}'")
+            elif not (beat["waits"] and beat["seconds"] > self.timeout_seconds / 2):
+                lines.append(f"rank {other} is {_position(beat['span'], beat['waits'], beat['seconds'])}")
         return f"Missing: {'; '.join(lines[:8])}." if lines else "Every rank waits: they wait for different things."
 
     def _give_up(self, text: str) -> NoReturn:
         print(f"error: {text} Giving up (parallel.timeout_minutes).", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-        time.sleep(3 * self.interval)  # the store may end with this process: the others must have looked
-        os._exit(HUNG)
+        time.sleep(3 * self.interval)  # this process may host the store: the other ranks must read the reason first
+        os._exit(HUNG)  # not sys.exit, which would only end this thread
 
-    def _without_store(self, since: float) -> None:
-        """The process that keeps the store has ended. A process that waits will be told by its sockets; one that hangs not."""
+    def _check_lost_store(self, since: float) -> None:
+        """Give up some time after the process that hosts the store has exited.
+
+        A process in a collective usually gets an error from its sockets before that, which says more; one that hangs does not.
+        """
         if time.monotonic() - since > self.timeout_seconds:
-            self._give_up(f"The process group has been gone for {_duration(time.monotonic() - since)}. {self._here()}")
+            self._give_up(f"The process group has been gone for {_duration(time.monotonic() - since)}. {self._describe_self()}")
 
     def _put(self, key: str, value: Any) -> None:
         with self._lock:
@@ -138,12 +145,11 @@ class Watchdog(threading.Thread):
             return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
 
-def _where(where: str, waits: bool, seconds: float) -> str:
-    return f"{_duration(seconds)} in '{where}'" if waits else f"outside any exchange, since {_duration(seconds)} {_at(where)}"
-
-
-def _at(where: str) -> str:
-    return where if where.startswith("after '") else f"in '{where}'"
+def _position(span: str, waits: bool, seconds: float) -> str:
+    if waits:
+        return f"{_duration(seconds)} in '{span}'"
+    where = span if span.startswith("after '") else f"in '{span}'"
+    return f"outside any collective, for {_duration(seconds)} {where}"
 
 
 def _duration(seconds: float) -> str:
@@ -152,10 +158,10 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def watching(timeout_minutes: float) -> Iterator[None]:
-    """Watch this process while the block runs; does nothing for a single process.
+    """Watch this process inside the context; does nothing for a single process.
 
     Args:
-        timeout_minutes: the longest wait for other ranks in one place.
+        timeout_minutes: the longest wait for other ranks in one span.
     """
     global _watchdog
     if distributed.world_size() == 1:
@@ -163,7 +169,7 @@ def watching(timeout_minutes: float) -> Iterator[None]:
         return
     store: Any = dist.distributed_c10d._get_default_store()
     _watchdog = Watchdog(timeout_minutes * 60, dist.PrefixStore(_PREFIX, store.clone()))
-    _watchdog.tell()
+    _watchdog.beat()  # before the thread starts, so that every rank has been heard from once
     _watchdog.start()
     try:
         yield
@@ -176,34 +182,34 @@ _num_long = 0
 
 
 def run_long_on_rank0(work: Callable[[], T], name: str) -> T:
-    """Do work on rank 0 alone while the others wait, however long it takes (an export, say). Collective.
+    """Do work on rank 0 alone while the others wait, however long it takes (an export, for example). Collective.
 
-    The others wait without a collective, so that no timeout counts, and only as long as rank 0 lives.
+    The others wait for a flag in the store instead of in a collective, so that no timeout applies as long as rank 0 is alive.
 
     Args:
-        work: what to do; its result is pickled, and given to every rank.
-        name: what it is, for messages.
+        work: its result is pickled and returned on every rank.
+        name: what the work is, for messages.
 
     Raises:
-        UserError: rank 0's, on every rank.
-        RuntimeError: on the other ranks, when rank 0 fails in any other way or is gone.
+        UserError: the error of rank 0, on every rank.
+        RuntimeError: on the other ranks, if rank 0 fails in any other way or has exited.
     """
     global _num_long
     if distributed.world_size() == 1 or _watchdog is None:
         return agreement.run_on_rank0(work)
     _num_long += 1
-    mark = f"done/{_num_long}"
+    flag = f"done/{_num_long}"
     watchdog = _watchdog
 
-    def then_mark() -> T:
-        """Do the work, and tell the waiting ranks that it is done or has failed."""
+    def work_and_set_flag() -> T:
+        """Do the work, then set the flag whether it is done or has failed."""
         try:
             with trace_span(name, waits=False):
                 return work()
         finally:
-            watchdog.mark(mark)
+            watchdog.set_flag(flag)
 
     if not distributed.is_rank0():
         with trace_span(f"{name} on rank 0", waits=False):
-            watchdog.wait_for_mark(mark, owner=0)
-    return agreement.run_on_rank0(then_mark)
+            watchdog.wait_for_flag(flag, owner=0)
+    return agreement.run_on_rank0(work_and_set_flag)

@@ -1,4 +1,4 @@
-"""The order in which the rows of one source are drawn, as a few integers that can be saved."""
+"""The order in which rows of a source are drawn, with a state of a few integers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 
 class Cursor:
-    """Walks the rows of one source, epoch after epoch, each in its own order.
+    """Iterates over the rows of one source, epoch after epoch, each in its own order.
 
-    Every epoch has every row once. Where a batch crosses from one epoch into the next, the rows it already holds come last
-    in the new epoch, so that no batch repeats a row while there is another.
+    Every epoch contains every row once. When a batch crosses an epoch boundary, the rows it already contains are deferred to
+    the end of the new epoch, so that no batch repeats a row unless it is larger than the source.
 
     Args:
-        num_rows: rows of the source.
+        num_rows: number of rows of the source.
         order: epoch -> a permutation of `range(num_rows)`.
     """
 
@@ -25,10 +25,11 @@ class Cursor:
         self._set(0, 0, [])
 
     def take(self, count: int) -> list[int]:
-        """The next `count` rows, one batch."""
+        """Draw the next `count` rows, which form one batch."""
         rows: list[int] = []
         while len(rows) < count:
             if self.position == self.num_rows:
+                # Only the rows since the batch last held a full epoch: a batch larger than the source has to repeat the others.
                 held = len(rows) % self.num_rows
                 self._set(self.epoch + 1, 0, rows[len(rows) - held :] if held else [])
             step = min(count - len(rows), self.num_rows - self.position)
@@ -37,15 +38,16 @@ class Cursor:
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the cursor stands, as JSON."""
+        """The state of the cursor, as JSON values."""
         return {"epoch": self.epoch, "position": self.position, "deferred": self.deferred}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved place."""
+        """Restore a saved state."""
         self._set(state["epoch"], state["position"], list(state["deferred"]))
 
     def _set(self, epoch: int, position: int, deferred: list[int]) -> None:
         self.epoch, self.position, self.deferred = epoch, position, deferred
+        # The order is recomputed from the epoch, not saved: a checkpoint stays small however long the source is.
         order = self._permutation(epoch)
         if deferred:
             order = np.concatenate([order[~np.isin(order, deferred)], np.asarray(deferred, dtype=order.dtype)])

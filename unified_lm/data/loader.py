@@ -9,6 +9,7 @@ from typing import Any
 
 from unified_lm.batch import Batch, Sample, make_batch
 from unified_lm.batch.normalization import normalize
+from unified_lm.config.objectives import TokenObjectiveConfig
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.data.streams import Stream
 
@@ -99,9 +100,8 @@ class StepLoader:
         for name, stream in self.streams.items():
             samples[name] = stream.draw()
             if stream.scored:
-                counts[name] = float(sum(not sample.control for sample in samples[name]))
-            elif not stream.pooled:
-                objective = stream.config.objective
+                counts[name] = float(sum(not sample.is_control for sample in samples[name]))
+            elif isinstance(objective := stream.config.objective, TokenObjectiveConfig):
                 samples[name], counts[name] = normalize(samples[name], objective.normalization, objective.micro_batch_size)
         return samples, counts
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from unified_lm.batch.sample import Sample
 from unified_lm.config.schema import RetrievalConfig, RunConfig, StreamConfig
 from unified_lm.core.errors import ConfigError, DataError
-from unified_lm.data.formats import hash_text
+from unified_lm.data.formats.base import hash_text
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.data.rows.records import PairRecord, RecordKind, Text
@@ -42,10 +42,10 @@ def build_retrieval(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Re
     retrieval = config.validation.retrieval
     if retrieval is None:
         return None
-    name = next((name for name, stream in config.streams.items() if stream.format in ("pairs", "views")), None)
+    name = next((name for name, stream in config.streams.items() if stream.pooled), None)
     if name is None:
         raise ConfigError(
-            "validation.retrieval needs a stream of format 'pairs' or 'views', whose template, attention and limits it uses; "
+            "validation.retrieval needs a stream that trains embeddings, whose template, attention and limits it uses; "
             f"this recipe has {', '.join(f'{n} ({s.format})' for n, s in config.streams.items())}. "
             "Set validation.retrieval=null."
         )
@@ -74,7 +74,7 @@ def retrieval_set(
     source = open_source(retrieval.queries, RecordKind.PAIR, seed)
     records = [record for record in source if isinstance(record, PairRecord)]
     encoder = PromptEncoder(get_template(stream.template), tokenizer)
-    query_limit, document_limit = _limits(stream)
+    query_limit, document_limit = stream.embedding_limits
     unique: dict[int, Text] = {}
     for record in records:
         for text in (*record.positives, *record.negatives):
@@ -99,12 +99,6 @@ def retrieval_set(
     if not queries:
         raise DataError(f"{source.name}: no query with a usable text and answer; held-out retrieval measures nothing")
     return RetrievalSet(queries, documents, relevant)
-
-
-def _limits(stream: StreamConfig) -> tuple[int, int]:
-    if stream.format == "views":
-        return stream.max_tokens, stream.max_tokens
-    return stream.max_query_tokens, stream.max_document_tokens
 
 
 def _sample(encoded: Encoded, name: str, stream: StreamConfig, text_id: int) -> Sample:

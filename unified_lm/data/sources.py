@@ -1,7 +1,7 @@
-"""Where rows come from: files, folders, the Hub, built-in data. Every row is checked before training starts.
+"""Sources of rows: files, folders, Hub data sets and built-in data. Every row is validated before training starts.
 
-The first opening parses and validates all rows, and writes them to the cache as memory-mapped arrow; later openings find
-them by content hash. A source therefore holds no rows in memory, be they ten or ten million.
+Opening a source for the first time parses and validates all rows and caches them as memory-mapped Arrow files; later, they are
+found by content hash. A source therefore holds no rows in memory, whatever its size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from unified_lm.data.rows.records import PairRecord, Record, RecordKind, Text
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 42
-"""Chooses and orders held-out rows: one choice for every run, so that runs of different seeds answer the same questions."""
+"""Seed that selects and orders held-out rows; fixed, so that runs with different seeds are evaluated on the same rows."""
 
 _READ_BYTES = 1 << 20
 
@@ -39,16 +39,16 @@ class RecordSource:
     """Random access to the validated rows of one source.
 
     Attributes:
-        name: what to call it in logs: file name, `folder/file`, Hub name, or "pydocs/pairs/train".
-        kind: the kind of every record.
-        fingerprint: hash of the rows and of the settings that choose or change them; the same in every process.
-        rejected: rows left out, by reason (over everything that was read, whatever the limit).
+        name: name for logs: file name, `folder/file`, Hub name, or "pydocs/pairs/train".
+        kind: kind of all records.
+        fingerprint: hash of the rows and of the settings that select or change them; the same in every process.
+        rejected: number of rejected rows by reason, among all rows read, regardless of `limit`.
     """
 
     def __init__(
         self, name: str, kind: RecordKind, shards: Sequence[Shard], config: SourceConfig, chosen: np.ndarray | None
     ) -> None:
-        """Args: chosen: int64 `[rows]`, ascending positions in the shards laid end to end; None for all of them."""
+        """Combine shards; `chosen` is int64 `[rows]`, ascending indices into their concatenation, or None for all rows."""
         self.name = name
         self.kind = kind
         self._shards = shards
@@ -69,21 +69,21 @@ class RecordSource:
 
     @property
     def num_rows_read(self) -> int:
-        """Valid rows there are without the limit."""
+        """Number of valid rows, regardless of `limit`."""
         return self._ends[-1]
 
     def __len__(self) -> int:
         return self._ends[-1] if self._chosen is None else len(self._chosen)
 
     def __getitem__(self, index: int) -> Record:
-        """The record at a position; negative positions count from the end."""
+        """The record at an index; negative indices count from the end."""
         shard, row = self._find(index)
         return self._instructed(shard[row])
 
-    def place(self, index: int) -> str:
-        """Where a record came from, for messages: ``data/rows.jsonl, line 7``."""
+    def location(self, index: int) -> str:
+        """Origin of a record, for messages: ``data/rows.jsonl, line 7``."""
         shard, row = self._find(index)
-        return shard.place(row)
+        return shard.location(row)
 
     def _find(self, index: int) -> tuple[Shard, int]:
         size = len(self)
@@ -99,7 +99,7 @@ class RecordSource:
         return (self[i] for i in range(len(self)))
 
     def _instructed(self, record: Record) -> Record:
-        """Fill in the source's instructions where the row has none of its own."""
+        """Add the source's instructions to texts without an instruction of their own."""
         if not isinstance(record, PairRecord) or not (self._query_instruction or self._document_instruction):
             return record
         document = self._document_instruction
@@ -126,7 +126,7 @@ def _with_instruction(text: Text, instruction: str) -> Text:
 
 @dataclass(frozen=True)
 class _Part:
-    """One file, or one Hub split: what becomes one shard."""
+    """One file or one Hub split, which becomes one shard."""
 
     name: str
     origin: str
@@ -135,15 +135,15 @@ class _Part:
 
 
 def open_source(config: SourceConfig, kind: RecordKind, seed: int) -> RecordSource:
-    """Open everything that `config` names as one source (a folder's files are laid end to end, in sorted order).
+    """Open everything that `config` names as one source; files of a folder are concatenated in sorted order.
 
     Args:
-        config: where the rows are.
+        config: the location of the rows.
         kind: the kind of record to read.
-        seed: chooses the rows kept under `limit`; their order stays that of the source.
+        seed: selects the rows kept under `limit`; their order stays that of the source.
 
     Raises:
-        DataError: nothing there, not readable, or a row that breaks its format (file, line and field are named).
+        DataError: missing or unreadable data, or a row that violates its format (the message names file, line and field).
     """
     name, _, shards = _open_shards(config, kind)
     source = RecordSource(name, kind, shards, config, _choose(config, sum(map(len, shards)), seed))
@@ -154,8 +154,8 @@ def open_source(config: SourceConfig, kind: RecordKind, seed: int) -> RecordSour
 def open_sources(config: SourceConfig, kind: RecordKind, seed: int) -> list[RecordSource]:
     """Like `open_source`, but one source per file of a folder (for single-dataset batches).
 
-    The rows of all the sources together are those of `open_source`: `limit` counts over the whole folder, and a file of
-    which it keeps nothing gives no source.
+    The sources together contain the rows of `open_source`: `limit` applies to the whole folder, and a file without any
+    remaining row yields no source.
     """
     _, names, shards = _open_shards(config, kind)
     chosen = _choose(config, sum(map(len, shards)), seed)
@@ -176,10 +176,10 @@ def _report(source: RecordSource) -> None:
 
 
 def _open_shards(config: SourceConfig, kind: RecordKind) -> tuple[str, list[str], list[Shard]]:
-    """Name of the whole, names of the parts, shards of the parts."""
+    """Name of the whole source, names of its parts, shards of its parts."""
     _check(config)
     parser = RowParser(kind, config.columns)
-    # A blank line in running text is no mistake; an empty query or answer is.
+    # A blank line in running text is not an error; an empty query or answer is.
     skip_empty = config.on_empty == "skip" or kind is RecordKind.TEXT
     parts = _parts(config, kind)
     shards = [open_shard(shard_key(p.content, parser, skip_empty), p.origin, p.rows, parser, skip_empty) for p in parts]
@@ -228,12 +228,12 @@ def _file_part(name: str, path: Path) -> _Part:
                 digest.update(block)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    # The format is part of the content: the same bytes mean something else as .txt than as .csv.
+    # The format is part of the content: the same bytes differ in meaning between .txt and .csv.
     return _Part(name, str(path), f"{extension(path)}:{digest.hexdigest()}", lambda: read_rows(path))
 
 
 def _choose(config: SourceConfig, num_rows: int, seed: int) -> np.ndarray | None:
-    """The rows kept under `limit`: int64, ascending; None for all."""
+    """Indices of the rows kept under `limit`, int64, ascending; None for all."""
     if config.limit is None or config.limit >= num_rows:
         return None
     generator = np.random.default_rng(derive_seed(seed, "limit"))

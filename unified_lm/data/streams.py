@@ -15,15 +15,27 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from unified_lm.batch.sample import Sample
+from unified_lm.config.objectives import TokenObjectiveConfig
 from unified_lm.config.schema import RunConfig, StreamConfig
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from unified_lm.core.random import derive_seed
 from unified_lm.data.cursor import Cursor
 from unified_lm.data.formats import get_format
+from unified_lm.data.formats.facts import check_samples
 from unified_lm.data.prompts.encoding import PromptEncoder
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.data.sources import HELD_OUT_SEED, RecordSource, open_sources
 from unified_lm.data.token_cache import TokenTable, cached_table, table_key
+
+_OTHER_FORMATS = {
+    "num_hard_negatives": 0,
+    "max_query_tokens": 256,
+    "max_document_tokens": 256,
+    "max_tokens": 512,
+    "chunking": "record",
+    "masking": None,
+}
+"""Settings that every stream once had, whatever its format: part of a fingerprint, so that earlier checkpoints resume."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class Stream:
 
     Attributes:
         pooled: whether its samples form groups that are embedded (else they carry labels).
-        scored: whether its samples count as wholes, each with a control (`Format.scored`).
+        scored: whether its samples count as wholes, each with a control.
         batch_size: groups or samples per step over all ranks.
         references: per source float32 `[rows, 2]`, log-probabilities of each row's samples under the reference model, by slot;
             empty where they are computed while training.
@@ -81,9 +93,9 @@ class Stream:
         self.config = config
         self.sources = list(sources)
         self.encoder = PromptEncoder(get_template(config.template), tokenizer)
-        self.format = get_format(config.format)(name, config, self.encoder)
-        self.pooled = self.format.pooled
-        self.scored = self.format.scored
+        self.format = get_format(config)(name, config, self.encoder)
+        self.pooled = config.pooled
+        self.scored = config.scored
         self.references: list[np.ndarray] = []
         self.batch_size = config.batch_size
         self.seed = seed
@@ -93,6 +105,7 @@ class Stream:
         self.probabilities = self._source_probabilities([1.0] * len(self.sources) if weights is None else weights)
         drawn = np.flatnonzero(self.probabilities)
         self.format.check_together([self.tables[i] for i in drawn], [self.source_names[i] for i in drawn])
+        check_samples(name, config, self.format.samples(self.tables[drawn[0]], 0, 0, np.random.default_rng(0)))
 
     def draw(self, count: int | None = None) -> list[Sample]:
         """One global batch: `count` groups or samples (default: `batch_size`), group after group.
@@ -103,7 +116,7 @@ class Stream:
         count = self.batch_size if count is None else count
         rng = np.random.default_rng(derive_seed(self.seed, self.name, "draw", self.draws))
         self.draws += 1
-        size = 1 if self.pooled and not self.config.mix_sources else count
+        size = 1 if self.config.one_source_per_batch else count
         chosen = np.broadcast_to(rng.choice(len(self.sources), size=size, p=self.probabilities), count)
         numbers = np.bincount(chosen, minlength=len(self.sources)).tolist()
         rows = [iter(cursor.take(number)) for cursor, number in zip(self.cursors, numbers, strict=True)]
@@ -117,7 +130,8 @@ class Stream:
         samples = self.format.samples(self.tables[source], row, group, rng)
         if not self.references:
             return samples
-        return [replace(sample, reference=float(self.references[source][row, sample.slot])) for sample in samples]
+        known = self.references[source][row]
+        return [_with_reference(sample, float(known[sample.slot])) for sample in samples]
 
     @property
     def num_rows(self) -> int:
@@ -174,9 +188,10 @@ class Stream:
     @property
     def fingerprint(self) -> str:
         """The hash of everything that decides which samples are drawn, but the seed."""
-        settings = {key: value for key, value in asdict(self.config).items() if key not in ("sources", "objective")}
-        if not settings["mix_sources"]:
-            del settings["mix_sources"]  # younger than the first checkpoints: without it they still resume
+        own = {key: value for key, value in asdict(self.config).items() if key not in ("sources", "objective")}
+        if not own.get("mix_sources"):
+            own.pop("mix_sources", None)  # younger than the first checkpoints: without it they still resume
+        settings = {**_OTHER_FORMATS, **own}
         return table_key(
             name=self.name, tables=self.table_keys(), settings=settings, probabilities=self.probabilities.round(9).tolist()
         )
@@ -244,8 +259,9 @@ def build_validation_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBa
         if name not in config.streams:
             raise ConfigError(f"validation.sources names the stream '{name}'.{did_you_mean(name, config.streams)}")
         held_out = replace(config.streams[name], sources=sources)
-        if config.validation.normalization is not None and not get_format(held_out.format).pooled:
-            objective = replace(held_out.objective, normalization=config.validation.normalization, micro_batch_size=None)
+        objective = held_out.objective
+        if config.validation.normalization is not None and isinstance(objective, TokenObjectiveConfig):
+            objective = replace(objective, normalization=config.validation.normalization, micro_batch_size=None)
             held_out = replace(held_out, objective=objective)
         stream = _open_stream(name, held_out, tokenizer, derive_seed(HELD_OUT_SEED, "validation"))
         stream.batch_size = min(stream.batch_size, stream.num_rows)
@@ -254,6 +270,11 @@ def build_validation_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBa
 
 
 def _open_stream(name: str, config: StreamConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Stream:
-    kind = get_format(config.format).kind
+    kind = config.record_kind
     opened = [(source, part.weight) for part in config.sources for source in open_sources(part, kind, seed)]
     return Stream(name, config, [source for source, _ in opened], tokenizer, seed, [weight for _, weight in opened])
+
+
+def _with_reference(sample: Sample, reference: float) -> Sample:
+    assert sample.sequence is not None, "only samples that are scored as wholes have a reference"
+    return replace(sample, sequence=replace(sample.sequence, reference=reference))

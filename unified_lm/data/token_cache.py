@@ -1,7 +1,7 @@
-"""Tokenized rows: made once per source, tokenizer, template and limits, then memory-mapped.
+"""Cache of tokenized rows: built once per source, tokenizer, template and limits, then memory-mapped.
 
 A table holds rows; a row holds items (a query and its documents, or one conversation or text); an item holds tokens and spans.
-All of it lies in flat arrays, so that a million rows cost no Python objects and several processes share one copy.
+All data is in flat arrays, so that a million rows need no Python objects and several processes use one copy.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from unified_lm.core.files import cache_dir, write_directory
 from unified_lm.data.prompts.encoding import Encoded
 
 BUILDER_VERSION = 1
-"""Part of every key: raise it when the same input would give other tokens."""
+"""Part of every key; increase when the same input yields different tokens."""
 
 _PROGRESS_ROWS = 20_000
-"""Rows from which tokenizing takes seconds, so that it is worth a progress bar."""
+"""Number of rows above which tokenizing takes seconds and shows a progress bar."""
 
 _ARRAYS = {
     "ids": np.int32,
@@ -48,7 +48,7 @@ _ARRAYS = {
 
 
 class Role(IntEnum):
-    """What an item is within its row."""
+    """The role of an item in its row."""
 
     QUERY = 0
     POSITIVE = 1
@@ -60,7 +60,7 @@ class Role(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One encoded text of a row, with its role and the hash of its text (0 where unused)."""
+    """One encoded text of a row, with its role and the hash of its text (0 if unused)."""
 
     encoded: Encoded
     role: Role = Role.QUERY
@@ -69,21 +69,21 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """What one record became: its number in the source, and at least one item."""
+    """The items of one record, at least one, with the record's index in the source."""
 
     record: int
     items: Sequence[Item]
 
 
 class TokenTable:
-    """Rows of one source as tokens.
+    """The tokenized rows of one source.
 
     Attributes:
-        rejected: records left out while tokenizing, by reason.
+        rejected: number of records rejected while tokenizing, by reason.
         roles: int8 `[items]`, the `Role` of every item.
-        row_starts: int64 `[rows + 1]`, the first item of every row.
-        records: int64 `[rows]`, each row's record in the source.
-        truncated: bool `[items]`.
+        row_starts: int64 `[rows + 1]`, index of the first item of every row.
+        records: int64 `[rows]`, index of each row's record in the source.
+        truncated: bool `[items]`, whether an item was truncated.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], rejected: Mapping[str, int]) -> None:
@@ -102,7 +102,7 @@ class TokenTable:
         return len(self.records)
 
     def items(self, row: int, role: Role | None = None) -> np.ndarray:
-        """The numbers of a row's items, int64, all or those of one role."""
+        """The indices of a row's items, int64: all of them or those with one role."""
         numbers = np.arange(self.row_starts[row], self.row_starts[row + 1])
         return numbers if role is None else numbers[self.roles[numbers] == role]
 
@@ -117,21 +117,21 @@ class TokenTable:
 
 
 def table_key(**parts: Any) -> str:
-    """The content hash of everything that decides a table's tokens."""
+    """Hash of everything that determines the tokens of a table."""
     text = json.dumps({"builder": BUILDER_VERSION, **parts}, sort_keys=True, default=repr)
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def cached_table(key: str, rows: Iterable[Row], rejected: Counter[str]) -> TokenTable:
-    """The table under `key`, built from `rows` if the cache does not have it whole.
+    """The table under `key`, built from `rows` if the cache lacks an intact one.
 
-    With several processes on a machine the first one builds and the others wait for its lock. A damaged table is built anew,
-    with a warning.
+    With several processes on a machine, the first one builds the table and the others wait for its lock. A damaged table is
+    rebuilt with a warning.
 
     Args:
         key: see `table_key`.
-        rows: gives the rows; consumed only where the table must be built.
-        rejected: filled by whoever gives the rows, read after they are consumed.
+        rows: the rows; consumed only if the table must be built.
+        rejected: counter that the producer of `rows` fills; read after the rows are consumed.
     """
     folder = cache_dir("tokens", key)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def cached_table(key: str, rows: Iterable[Row], rejected: Counter[str]) -> Token
 
 
 def _read(folder: Path) -> TokenTable | None:
-    """The stored table, or None where there is none or it is damaged (which is said)."""
+    """The stored table, or None if there is none or, with a warning, if it is damaged."""
     if not (folder / "table.json").exists():
         return None
     try:
@@ -156,7 +156,7 @@ def _read(folder: Path) -> TokenTable | None:
         arrays = {name: _map(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
         return TokenTable(arrays, meta["rejected"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"tokenized data in {folder} is damaged ({error}); it is built anew", stacklevel=2)
+        warnings.warn(f"tokenized data in {folder} is damaged ({error}); it is rebuilt", stacklevel=2)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
@@ -174,7 +174,7 @@ def _checksum(path: Path) -> int:
 
 
 def _write(folder: Path, rows: Iterable[Row], rejected: Counter[str]) -> None:
-    """Stream rows into one flat file per array; the description comes last."""
+    """Stream rows into one flat file per array; the description is written last, so that its existence implies completeness."""
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in _ARRAYS}
         tokens = spans = items = 0
@@ -193,7 +193,7 @@ def _write(folder: Path, rows: Iterable[Row], rejected: Counter[str]) -> None:
 
 
 def chunks(source: Sequence[Any], size: int = 512) -> Iterator[list[tuple[int, Any]]]:
-    """The records of a source with their numbers, `size` at a time; a source that takes long shows a progress bar."""
+    """Yield the records of a source with their indices, `size` at a time; a long source shows a progress bar."""
     quiet = len(source) < _PROGRESS_ROWS or not distributed.is_rank0()
     with Progress(console=Console(stderr=True), transient=True, disable=quiet) as progress:
         task = progress.add_task(f"tokenizing {getattr(source, 'name', 'rows')}", total=len(source))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from unified_lm.batch import Batch
 from unified_lm.checkpoint.state import Identity, RunState, load_rng, load_state, open_tensors, save_state
-from unified_lm.checkpoint.store import CheckpointCopier, prune, sweep
+from unified_lm.checkpoint.store import CheckpointCopier, prune, remove_unfinished
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import run_on_rank0
@@ -36,6 +36,9 @@ class Loader(Protocol):
     def next_batch(self) -> Batch:
         """This rank's share of the next step."""
 
+    def reset(self) -> None:
+        """Go back to the first step."""
+
     def state_dict(self) -> dict[str, Any]:
         """Cursors, as JSON values."""
 
@@ -45,7 +48,7 @@ class Loader(Protocol):
 
 @dataclass
 class TrainingState:
-    """Everything `fit` works with; the composition root (`build`) makes it.
+    """Everything `fit` works with; the composition root (`assembly.build`) makes it.
 
     Attributes:
         config: the resolved configuration.
@@ -229,7 +232,7 @@ class _Saver:
 
     def _sweep(self) -> None:
         for folder in (self.folder, *([Path(self.settings.copy_to)] if self.settings.copy_to else [])):
-            self._say(f"removed {path.name}, left by a run that was killed" for path in sweep(folder))
+            self._say(f"removed {path.name}, left by a run that was killed" for path in remove_unfinished(folder))
 
     def _settle(self, path: Path) -> None:
         """What follows a complete checkpoint."""

@@ -19,6 +19,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Notes a signal instead of dying of it; use it as a context manager around a run, from its first step to its export.
 
+    It may be entered again inside itself: only the outermost block changes handlers, so whoever holds it over several blocks
+    leaves no moment between them in which a signal would end the process.
+
     The first signal is noted, a later one does what it would have done before. A scheduler that signals every process of a job
     reaches a rank twice, because torchrun passes on what it gets: repetitions within a few seconds are the same request.
     Python allows handlers in the main thread only: in another one nothing is noted.
@@ -34,16 +37,20 @@ class StopRequest:
         self.repeat_seconds = repeat_seconds
         self.number = 0
         self._received = 0.0
+        self._depth = 0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        self._depth += 1
+        if self._depth == 1 and threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._put_back()
+        self._depth -= 1
+        if self._depth == 0:
+            self._put_back()
 
     def agree(self) -> str | None:
         """The name of the signal that a rank has noted, the same on all of them; None where none has. Collective."""

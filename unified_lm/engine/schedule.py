@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from unified_lm.config.schedules import SCHEDULES
 from unified_lm.config.schema import OptimConfig
 
 
@@ -28,10 +29,5 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         return config.learning_rate * (step + 1) / warmup
     horizon = config.horizon_steps or total_steps
     progress = min(1.0, (step - warmup) / max(1, horizon - warmup))
-    if config.schedule == "constant":
-        shape = 1.0
-    elif config.schedule == "linear":
-        shape = 1.0 - progress
-    else:
-        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+    shape = SCHEDULES[config.schedule].shape(progress)
     return config.learning_rate * (config.final_ratio + (1.0 - config.final_ratio) * shape)

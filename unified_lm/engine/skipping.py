@@ -122,6 +122,6 @@ def _is_finite(pack: Pack, forward: Callable[[Pack], PackOutput]) -> bool:
         output = forward(pack)
     finally:
         state.restore()
-    values = [output.embeddings, *(term.sum for term in output.terms.values()), *output.scores.values()]
-    values += [routing.probability for routing in output.routing.values()]
+    values = [output.embeddings, *(term.sum for term in output.terms.values())]
+    values += [tensor for tensors in output.readouts.values() for tensor in tensors.values()]
     return all(bool(value.isfinite().all()) for value in values)

@@ -6,7 +6,7 @@ every use of every parameter.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -15,12 +15,11 @@ from torch import nn
 
 from unified_lm.batch import LossTerm, Pack
 from unified_lm.core.random import RngState
+from unified_lm.engine.readout import PackStates, Readout
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.lora import without_adapters
 from unified_lm.models.pooling import Projection, pool
-from unified_lm.objectives import TokenObjective
-from unified_lm.objectives.balance import Routing, route
-from unified_lm.objectives.cross_entropy import token_losses
+from unified_lm.objectives.protocol import TokenObjective
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,18 @@ class PackOutput:
         terms: per stream the token loss of this pack.
         anchor: a zero that depends on every trained parameter, whatever the pack holds, or None. Every backward must include
             it where the backend gives one.
-        scores: per stream with a sequence objective, float32 `[S]`: the log-probability of each of its labeled samples, in
-            nats, in the order of `Pack.labeled`.
-        routing: per balanced stream what the routers did with its tokens in this pack, of which there may be none.
+        readouts: by name of a readout its tensors of this pack, by its own keys.
     """
 
     embeddings: torch.Tensor
     terms: Mapping[str, LossTerm]
     anchor: torch.Tensor | None = None
-    scores: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    routing: Mapping[str, Routing] = field(default_factory=dict)
+    readouts: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+
+    def detached(self) -> PackOutput:
+        """Embeddings and readouts without their graph, and nothing else."""
+        readouts = {name: {key: tensor.detach() for key, tensor in tensors.items()} for name, tensors in self.readouts.items()}
+        return PackOutput(self.embeddings.detach(), {}, readouts=readouts)
 
 
 class TrainingModule(nn.Module):
@@ -50,15 +51,14 @@ class TrainingModule(nn.Module):
     Args:
         backbone: hidden states of a pack.
         pooling: how states of a pool span become one vector.
-        token_objectives: per stream its token objective; streams without one yield embeddings or scores only.
+        token_objectives: per stream its token objective; streams without one yield embeddings or readouts only.
         projection: a head applied to pooled vectors, or None.
         autocast: dtype to compute the backbone in under autocast, or None to use the weights' own.
-        sequence_streams: streams whose samples are scored as wholes (`PackOutput.scores`).
-        balanced_streams: streams whose tokens' routers are watched (`PackOutput.routing`), in every forward, so that all
-            forwards have the same graph.
+        readouts: what coupled terms take from a forward, each under a name of its own. Those that read no labels are part of
+            every forward, so that all forwards have the same graph.
 
     Raises:
-        ModelError: there are balanced streams, and the model has no routers that can be balanced.
+        ModelError: a readout reads routers, and the model has none that can be balanced.
     """
 
     def __init__(
@@ -68,8 +68,7 @@ class TrainingModule(nn.Module):
         token_objectives: Mapping[str, TokenObjective],
         projection: Projection | None = None,
         autocast: torch.dtype | None = None,
-        sequence_streams: Collection[str] = (),
-        balanced_streams: Collection[str] = (),
+        readouts: Sequence[Readout] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -77,54 +76,66 @@ class TrainingModule(nn.Module):
         self.projection = projection
         self.token_objectives = dict(token_objectives)
         self.autocast = autocast
-        self.sequence_streams = frozenset(sequence_streams)
-        self.balanced_streams = tuple(balanced_streams)
-        self._top_k = backbone.experts()[1] if self.balanced_streams else 0
+        self.readouts = {readout.name: readout for readout in readouts}
+        assert len(self.readouts) == len(readouts), f"two readouts of one name: {[readout.name for readout in readouts]}"
+        self._read_as_wholes = {stream for readout in readouts for stream in readout.labeled_streams}
+        self._reads_routers = any(readout.reads_routers for readout in readouts)
+        if self._reads_routers:
+            backbone.experts()  # refuses models without routers before anything is trained
 
     def forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
         """Run one pack.
 
         Args:
             pack: on the module's device.
-            tokens: whether to compute token losses and scores; GradCache's graph-free forwards need embeddings and routing.
+            tokens: whether to read labels: token losses, and readouts of whole samples. GradCache's graph-free forwards do not.
         """
-        hidden, routing = self.routed_states(pack)
-        if not tokens:
-            return PackOutput(self.pool(hidden, pack), {}, routing=routing)
-        terms, scores = self.token_terms(hidden, pack), self.sequence_scores(hidden, pack)
-        return PackOutput(self.pool(hidden, pack), terms, scores=scores, routing=routing)
+        states = self.states(pack, tokens=tokens)
+        # Autograd starts from the latest operation and adds the gradients of hidden states up in that order: another order of
+        # these three calls would change the last bits of a run.
+        terms, readouts = self.token_terms(states, pack), self.read(states, pack)
+        return PackOutput(self.pool(states.hidden, pack), terms, readouts=readouts)
 
-    def token_terms(self, hidden: torch.Tensor, pack: Pack) -> dict[str, LossTerm]:
-        """The token losses of a pack, per stream with supervised positions.
+    def states(self, pack: Pack, *, tokens: bool = True) -> PackStates:
+        """Run the backbone; without a readout of routers no router logits are kept.
 
         Args:
-            hidden: `[T, D]`.
+            pack: on the module's device.
+            tokens: as in `forward`.
+        """
+        router_logits: tuple[torch.Tensor, ...] = ()
+        with self._computing(pack):
+            if self._reads_routers:
+                hidden, router_logits = self.backbone.router_logits(pack)
+            else:
+                hidden = self.backbone(pack)
+        return PackStates(hidden, router_logits, self.backbone.output_head() if tokens and pack.supervised else None)
+
+    def token_terms(self, states: PackStates, pack: Pack) -> dict[str, LossTerm]:
+        """The token losses of a pack, per stream with supervised positions; none where labels are not read.
+
+        Args:
+            states: what the backbone computed.
             pack: where the supervised positions are.
         """
-        parts = {name: part for name, part in pack.supervised.items() if name not in self.sequence_streams}
-        if not parts:
+        if states.head is None:
             return {}
-        head = self.backbone.output_head()
+        parts = {name: part for name, part in pack.supervised.items() if name not in self._read_as_wholes}
         with self._computing(pack):
-            return {name: self.token_objectives[name](hidden, head, part) for name, part in parts.items()}
+            return {name: self.token_objectives[name](states.hidden, states.head, part) for name, part in parts.items()}
 
-    def sequence_scores(self, hidden: torch.Tensor, pack: Pack) -> dict[str, torch.Tensor]:
-        """`PackOutput.scores` of a pack; logits are never whole (`objectives/cross_entropy.py`).
+    def read(self, states: PackStates, pack: Pack) -> dict[str, Mapping[str, torch.Tensor]]:
+        """`PackOutput.readouts` of a pack.
 
         Args:
-            hidden: `[T, D]`.
-            pack: where the labeled samples are.
+            states: what the backbone computed.
+            pack: whose they are.
         """
-        parts = {name: part for name, part in pack.supervised.items() if name in self.sequence_streams}
-        if not parts:
-            return {}
-        head = self.backbone.output_head()
-        scores = {}
         with self._computing(pack):
-            for name, part in parts.items():
-                losses = token_losses(hidden.index_select(0, part.positions), head, part.targets).losses
-                scores[name] = -torch.stack([losses_of_sample.sum() for losses_of_sample in losses.split(part.lengths)])
-        return scores
+            return {
+                name: {} if states.head is None and readout.labeled_streams else readout(states, pack)
+                for name, readout in self.readouts.items()
+            }
 
     @contextmanager
     def scoring(self, *, reference: bool = False) -> Iterator[None]:
@@ -151,16 +162,6 @@ class TrainingModule(nn.Module):
         with self._computing(pack):
             hidden: torch.Tensor = self.backbone(pack)
         return hidden
-
-    def routed_states(self, pack: Pack) -> tuple[torch.Tensor, dict[str, Routing]]:
-        """`hidden_states`, and `PackOutput.routing`; without balanced streams no router logits are kept."""
-        if not self.balanced_streams:
-            return self.hidden_states(pack), {}
-        with self._computing(pack):
-            hidden, router_logits = self.backbone.router_logits(pack)
-        with torch.autocast(pack.input_ids.device.type, enabled=False):
-            routing = {name: route(router_logits, self._top_k, pack.positions_of(name)) for name in self.balanced_streams}
-        return hidden, routing
 
     def _computing(self, pack: Pack) -> torch.autocast:
         """The precision that matrix products run in; objectives turn it off for what must be float32."""

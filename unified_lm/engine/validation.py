@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from unified_lm.batch import Batch, SequenceScores
+from unified_lm.batch import Batch
 from unified_lm.core import distributed
 from unified_lm.core.random import RngState
 from unified_lm.data.retrieval import RetrievalSet
-from unified_lm.engine.step import GradCacheStep
+from unified_lm.engine.step import GradCacheStep, StepLosses
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.engine.validation_items import ItemScores
 from unified_lm.models.embedding import embed_samples
@@ -86,8 +86,8 @@ class Validator:
                 is the mask.
 
         Returns:
-            "heldout/STREAM" losses by batch (of streams with a sequence objective also what it measures, by sample, as
-            "heldout/STREAM/NAME"), and "retrieval/ndcg@10", "retrieval/recall@1" by query.
+            "heldout/STREAM" losses by batch, what coupled terms measure by sample as "heldout/STREAM/NAME", and
+            "retrieval/ndcg@10", "retrieval/recall@1" by query.
         """
         with evaluating(self.trainable):
             items = {f"heldout/{name}": losses for name, losses in self._losses().items()}
@@ -102,23 +102,15 @@ class Validator:
         device = distributed.local_device()
         losses: dict[str, list[float]] = {}
         counts: dict[str, list[float]] = {}
-        sequences: dict[str, list[SequenceScores]] = {}
+        steps: list[StepLosses] = []
         for batch in self.batches():
             measured = self.step.losses_only(batch.to(device))
             for name, loss in measured.by_stream.items():
                 losses.setdefault(name, []).append(loss)
                 counts.setdefault(name, []).append(batch.counts.get(name, 1.0))  # contrastive batches are of one size
-            for name, scores in measured.scores.items():
-                sequences.setdefault(name, []).append(scores)
+            steps.append(measured)
         items = {name: ItemScores("batch", losses[name], counts[name]) for name in losses if sum(counts[name])}
-        for name, parts in sequences.items():
-            items |= self._sequence_items(name, SequenceScores.cat(parts))
-        return items
-
-    def _sequence_items(self, stream: str, scores: SequenceScores) -> dict[str, ItemScores]:
-        assert self.step.sequences is not None, "scores come from sequence objectives"
-        measured = self.step.sequences.objectives[stream].measure(scores)
-        return {f"{stream}/{name}": ItemScores("sample", v.tolist()) for name, v in measured.items() if len(v)}
+        return items | {name: ItemScores("sample", values.tolist()) for name, values in self.step.items(steps).items()}
 
     def search(self, task: RetrievalSet) -> dict[str, ItemScores]:
         """nDCG@10 and recall@1 of cosine similarity between pooled vectors, by query."""

@@ -1,1 +1,1 @@
-"""Offline evaluation, analyses, reports and comparisons of finished models."""
+"""Evaluation of finished models: embedding tasks, word-level tasks, generation, and analyses of hidden states."""

@@ -1,4 +1,4 @@
-"""Confidence intervals of scores by the bootstrap: how far a number would move with other test items."""
+"""Bootstrap confidence intervals of scores: how much a score varies with the choice of test items."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Interval:
     """A score with its confidence interval.
 
     Attributes:
-        value: the statistic on the items as they are.
-        low: lower end.
-        high: upper end.
-        level: coverage aimed at, in (0, 1).
+        value: the statistic on the original items.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        level: nominal coverage, in (0, 1).
     """
 
     value: float
@@ -37,24 +37,24 @@ def bootstrap_interval(
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap (Efron and Tibshirani 1993, chapter 13): items are drawn with replacement, together across samples.
+    """Percentile bootstrap (Efron and Tibshirani 1993, chapter 13): items are resampled jointly across samples.
 
-    For the difference of two models on the same items pass both models' scores and a statistic that subtracts: the drawing
-    is paired, so what the items have in common cancels.
+    For the difference between two models on the same items, pass both models' scores and a statistic that subtracts: the
+    resampling is paired, so the variation that the models have in common cancels.
 
     Args:
         statistic: called with one array per sample, each `[N]` or `[N, ...]`, returns the score.
-        samples: arrays that agree in their first dimension, the items (>= 2).
-        level: coverage, in (0, 1).
-        num_resamples: draws (>= 100).
-        seed: of the drawing.
+        samples: arrays with the same first dimension, the items (>= 2).
+        level: nominal coverage, in (0, 1).
+        num_resamples: number of resamples (>= 100).
+        seed: seed of the resampling.
 
     Returns:
-        The score with its interval. Draws on which the statistic is not defined (NaN, a constant sample) are left out.
+        The score with its interval. Resamples on which the statistic is undefined (NaN, for a constant sample) are excluded.
 
     Raises:
-        ConfigError: fewer than two items, unequal lengths, an impossible level or number of draws, or a statistic that is
-            not finite on the items themselves or on half of the draws.
+        ConfigError: fewer than two items, unequal lengths, an invalid level or number of resamples, or a statistic that is
+            not finite on the original items or on more than half of the resamples.
     """
     lengths = {len(sample) for sample in samples}
     if len(lengths) != 1 or min(lengths, default=0) < 2:
@@ -67,8 +67,10 @@ def bootstrap_interval(
     size = lengths.pop()
     draws = np.empty(num_resamples)
     for index in range(num_resamples):
+        # One draw of indices serves all samples: this is what pairs them.
         chosen = generator.integers(0, size, size)
         draws[index] = statistic(*(array[chosen] for array in arrays))
+    # A correlation is undefined on a resample of one repeated item; such resamples say nothing about the spread of the score.
     kept = draws[np.isfinite(draws)]
     if not np.isfinite(value) or len(kept) < num_resamples / 2:
         raise ConfigError(f"the statistic is {value} on the items and finite on {len(kept)} of {num_resamples} draws.")

@@ -1,7 +1,7 @@
-"""A result as a table, with a figure or without: what evaluations leave beside a run for its report.
+"""Result tables with an optional figure, which evaluations save in a run's folder for its report.
 
 `RUN/evaluation/NAME.json` holds `{"title", "columns", "rows"}`, and may hold "note" (a sentence or two) and "figure" (the name
-of a PNG file beside it). Whoever writes one appears in `unified-lm report RUN`; what mteb leaves is read in its own layout.
+of a PNG file beside it). Every such table appears in `unified-lm report RUN`; mteb's results are read in mteb's layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.core.files import write_json
 
 FOLDER = "evaluation"
-"""Folder of a run where its tables lie."""
+"""Subfolder of a run that holds its tables."""
 
 Cell = str | int | float | bool | None
 
@@ -28,15 +28,15 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True, kw_only=True)
 class ResultTable:
-    """One table.
+    """One result table.
 
     Attributes:
         title: what was measured.
-        columns: headings.
-        rows: one cell per column each; numbers as numbers, None where there is none.
-        note: what a reader must know to judge the numbers.
+        columns: column headings.
+        rows: one cell per column; numbers as numbers, None for a missing value.
+        note: what a reader must know to interpret the numbers.
         figure: file name of a PNG beside the table's file.
-        folder: where the file lies; not written.
+        folder: folder of the table's file; not saved.
     """
 
     title: str
@@ -47,7 +47,7 @@ class ResultTable:
     folder: Path = field(default=Path(), compare=False)
 
     def save(self, path: Path) -> Path:
-        """Write the table; a number that is not finite becomes null. Returns the path."""
+        """Write the table and return its path. A number that is not finite becomes null."""
         rows = [[None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in self.rows]
         content = {name: value for name, value in {**asdict(self), "rows": rows}.items() if name in _KNOWN and value}
         write_json(path, {name: content.get(name, []) for name in _REQUIRED} | content)
@@ -58,7 +58,7 @@ class ResultTable:
         """The content of the figure's file, or None.
 
         Raises:
-            DataError: there is no such file beside the table, or it is no PNG.
+            DataError: there is no such file beside the table, or it is not a PNG.
         """
         if self.figure is None:
             return None
@@ -67,20 +67,20 @@ class ResultTable:
             raise DataError(f"{self.folder}: figure '{self.figure}' of '{self.title}' is not a file beside its table.")
         content = path.read_bytes()
         if not content.startswith(_PNG):
-            raise DataError(f"{path} is no PNG file. Make the evaluation again, or remove 'figure' from its table.")
+            raise DataError(f"{path} is not a PNG file. Run the evaluation again, or remove 'figure' from its table.")
         return content
 
 
 def read_result_table(path: Path) -> ResultTable:
-    """Read a table's file.
+    """Read the file of a table.
 
     Raises:
-        DataError: not JSON, a key that is missing, unknown or of the wrong type, or a row of another length.
+        DataError: not JSON; a missing or unknown key or one of the wrong type; or a row of the wrong length.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise DataError(f"{path} is not JSON ({error}). Make it again, or remove it.") from error
+        raise DataError(f"{path} is not JSON ({error}). Run the evaluation again, or remove the file.") from error
     problem = _problem(content)
     if problem:
         raise DataError(f"{path}: {problem} Expected {{title, columns, rows, note?, figure?}}; see docs/report.md.")
@@ -88,7 +88,7 @@ def read_result_table(path: Path) -> ResultTable:
 
 
 def _problem(content: Any) -> str | None:
-    """What is wrong with the content of a file; None where it is sound."""
+    """What is wrong with the content of a file; None if it is valid."""
     if not isinstance(content, Mapping):
         return f"holds {type(content).__name__}."
     for key in content:
@@ -102,9 +102,9 @@ def _problem(content: Any) -> str | None:
             return f"{key} is {content[key]!r}, not text."
     columns, rows = content["columns"], content["rows"]
     if not isinstance(columns, list) or not columns or not all(isinstance(column, str) for column in columns):
-        return "columns is no list of texts."
+        return "columns is not a list of strings."
     if not isinstance(rows, list):
-        return "rows is no list."
+        return "rows is not a list."
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, list) or len(row) != len(columns):
             return f"row {number} does not have one cell for each of the {len(columns)} columns."
@@ -114,10 +114,10 @@ def _problem(content: Any) -> str | None:
 
 
 def find_result_tables(run_dir: Path) -> list[ResultTable]:
-    """The tables beside a run: those of `evaluation/`, by file name, then one per model that mteb has results of.
+    """The tables of a run: those in `evaluation/`, by file name, then one per model with mteb results.
 
     Raises:
-        DataError: a file that is damaged.
+        DataError: a damaged file.
     """
     tables = [read_result_table(path) for path in sorted((run_dir / FOLDER).glob("*.json"))]
     revisions = sorted({path.parent for path in run_dir.glob("mteb/results/*/*/*.json")})
@@ -138,11 +138,11 @@ def _mteb_table(folder: Path) -> ResultTable:
                 for score in scores
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is no result of mteb ({error!r}). Run the task again with --overwrite.") from error
+            raise DataError(f"{path} is not an mteb result ({error!r}). Run the task again with --overwrite.") from error
     return ResultTable(
         title=f"mteb: {folder.parent.name.replace('__', '/')}",
         columns=("task", "split", "subset", "main score"),
         rows=rows,
-        note=f"Revision {folder.name}. mteb's main score of each task; no interval: mteb keeps no scores by item.",
+        note=f"Revision {folder.name}. mteb's main score of each task; no interval, since mteb stores no scores by item.",
         folder=folder,
     )

@@ -2,7 +2,9 @@
 
 `AutoModelForCausalLM` reads the root config.json (`"is_causal": true`); sentence-transformers overlays it with the
 `config_kwargs` of sentence_bert_config.json (`{"is_causal": false}`). The overlay only applies to keys that the root has:
-without the root key it would be ignored in silence, and the embeddings would be causal ones.
+without the root key it is silently ignored, and the embeddings are causal.
+
+This module writes what transformers reads; `sentence_transformers_files` writes the rest.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unified_lm.core.errors import CheckpointError, did_you_mean
@@ -26,17 +27,15 @@ from unified_lm.data.prompts.templates import Template, Turn
 from unified_lm.export.manifest import Manifest, hash_weights, library_versions
 from unified_lm.export.merge import has_adapters
 from unified_lm.export.model_card import model_card
-from unified_lm.export.standardizer_files import standardizer_folder
-from unified_lm.export.verify import PROJECTION_FOLDER, Verification, quiet_transformers, verify_export
+from unified_lm.export.sentence_transformers_files import POOLING_MODES, write_projection, write_sentence_transformers
+from unified_lm.export.verify import Verification, quiet_transformers, verify_export
 from unified_lm.models.pooling import Projection
 
-POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last_token": "lasttoken", "cls": "cls"}
-"""Our name of a pooling -> that of sentence-transformers."""
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Storage types of exported weights, by name."""
+"""Storage dtypes of exported weights, by name."""
 
 _TOKENIZER_PROBES = ("What is it?", "the (__second) _text_ 12", "Zwölf – 十二", "  two  spaces\n\nlines")
+"""Texts with the cases that conversions of tokenizers get wrong: punctuation, digits, non-ASCII and white space."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,9 +52,9 @@ def export_model(
     sentence_transformers: bool = True,
     max_shard_size: str = "5GB",
 ) -> Manifest:
-    """Write the export folder; on any failure what was at `target` before stays as it was.
+    """Write the export folder; on any failure a previous `target` is unchanged.
 
-    Call it in one process, with whole weights. The model is not changed, whatever attention kernel it runs.
+    Call it in one process, with whole weights. The model is not changed, whatever its attention kernel.
 
     Args:
         causal_lm: a stock causal language model without adapters (`merge_lora` first).
@@ -63,18 +62,18 @@ def export_model(
         target: the folder to create or replace.
         manifest: what to record. `embedding_dim`, `versions`, `weights_hash` and the template's fields are filled in here.
         template: the prompt template that training used.
-        projection: linear head `[D] -> [P]` on the pooled vector, where there is one.
-        verify: what to prove before the folder appears, see `Verification`: "none", "weights" or "stock".
-        sentence_transformers: whether sentence-transformers must be able to load it. False exports what it cannot express
-            (see `sentence_transformers_obstacle`) for transformers and `UnifiedLM` only.
+        projection: linear head `[D] -> [P]` on the pooled vector, or None.
+        verify: what to verify before the folder appears, see `Verification`: "none", "weights" or "stock".
+        sentence_transformers: whether sentence-transformers must be able to load it. False exports models that it cannot
+            express (see `sentence_transformers_obstacle`) for transformers and `UnifiedLM` only.
         max_shard_size: largest weight file.
 
     Returns:
         The manifest as written.
 
     Raises:
-        CheckpointError: the model still has adapters, an unknown setting, something that cannot be expressed, a check that
-            failed, or a disk that would not take it.
+        CheckpointError: the model still has adapters, a setting is unknown, sentence-transformers cannot express the model, a
+            check fails, or the folder cannot be written.
     """
     check = Verification.parse(verify)
     _check_request(causal_lm, manifest, projection)
@@ -104,9 +103,10 @@ def export_model(
         overlay = _write_config(building, complete)
         _write_generation_config(causal_lm, saved_tokenizer, template, complete, building)
         if projection is not None:
-            _write_projection(projection, complete.dtype, building)
+            write_projection(projection, DTYPES[complete.dtype], building)
         if complete.can_embed and sentence_transformers:
-            _write_sentence_transformers(complete, prompts(complete, template, saved_tokenizer), hidden_size, overlay, building)
+            strings = prompts(complete, template, saved_tokenizer)
+            write_sentence_transformers(complete, strings, hidden_size, overlay, building)
         final = replace(complete, weights_hash=hash_weights(building))
         final.save(building)
         write_text(building / "README.md", model_card(final, prompts(final, template, saved_tokenizer), sentence_transformers))
@@ -125,7 +125,7 @@ def export_model(
 
 
 def _is_write_failure(error: Exception) -> bool:
-    """Whether a writer in Rust (safetensors, tokenizers) reports, in errors of its own, what Python raises as OSError."""
+    """Whether an error of a Rust library (safetensors, tokenizers) stands for what Python raises as OSError."""
     return isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error))
 
 
@@ -136,9 +136,9 @@ def prompts(manifest: Manifest, template: Template, tokenizer: PreTrainedTokeniz
 
 
 def sentence_transformers_obstacle(manifest: Manifest, template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Why sentence-transformers cannot embed as this model does, or None where it can.
+    """Why sentence-transformers cannot embed like this model, or None if it can.
 
-    Known before training: a run whose export cannot work should not start.
+    It is known before training, so that a run whose export cannot work is refused at once.
     """
     if manifest.pooling == "weighted_mean" and any(prompts(manifest, template, tokenizer).values()):
         return (
@@ -167,7 +167,13 @@ def template_of(manifest: Manifest) -> Template:
 def stop_token_ids(
     template: Template, tokenizer: PreTrainedTokenizerBase, known: int | Sequence[int] | None = None
 ) -> list[int]:
-    """What ends an answer: the tokens already known, the template's own if it is one token, the tokenizer's end of text."""
+    """Tokens that end an answer: those in `known`, the template's own if it is a single token, and the tokenizer's end of text.
+
+    Args:
+        template: the prompt template.
+        tokenizer: of the model.
+        known: the model's own end tokens, as a generation config has them.
+    """
     stop_ids = [] if known is None else [known] if isinstance(known, int) else list(known)
     closing = (
         tokenizer(template.closing("assistant", tokenizer), add_special_tokens=False)["input_ids"] if template.turns else []
@@ -180,9 +186,7 @@ def stop_token_ids(
 
 def _check_request(causal_lm: PreTrainedModel, manifest: Manifest, projection: Projection | None) -> None:
     if has_adapters(causal_lm):
-        raise CheckpointError(
-            "the model still carries adapters, which stock tools would not find. Merge first: merge_lora(model)."
-        )
+        raise CheckpointError("the model still has adapters, which stock tools would not find. Merge first: merge_lora(model).")
     if manifest.pooling not in POOLING_MODES:
         raise CheckpointError(f"unknown pooling '{manifest.pooling}'.{did_you_mean(manifest.pooling, POOLING_MODES)}")
     if manifest.dtype not in DTYPES:
@@ -200,14 +204,15 @@ def _check_request(causal_lm: PreTrainedModel, manifest: Manifest, projection: P
 
 
 def _write_model(causal_lm: PreTrainedModel, building: Path, dtype: str, max_shard_size: str) -> None:
-    """Weights and a first config.json, through transformers' own writer (it splits, unties and reverses renamings)."""
+    """Write weights and a first config.json with transformers' own writer, which handles shards, ties and renamed weights."""
+    # `save_pretrained` writes its findings into the model's configs; the caller's model must not change.
     config = causal_lm.config
     before = {name: getattr(config, name, None) for name in ("dtype", "architectures")}
     generation_config = causal_lm.generation_config
     try:
         if generation_config is not None:
             causal_lm.generation_config = copy.deepcopy(generation_config)
-            _relax(causal_lm.generation_config)
+            _drop_sampling_options(causal_lm.generation_config)
         causal_lm.save_pretrained(building, state_dict=_cast_state(causal_lm, DTYPES[dtype]), max_shard_size=max_shard_size)
     finally:
         causal_lm.generation_config = generation_config
@@ -215,8 +220,8 @@ def _write_model(causal_lm: PreTrainedModel, building: Path, dtype: str, max_sha
             setattr(config, name, value)
 
 
-def _relax(generation_config: Any) -> None:
-    """Make sampling settings consistent: transformers refuses to save a temperature beside `do_sample=False`."""
+def _drop_sampling_options(generation_config: Any) -> None:
+    """Remove sampling options of a greedy config: transformers refuses to save a temperature with `do_sample=False`."""
     if not generation_config.do_sample:
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             if getattr(generation_config, name, None) is not None:
@@ -224,7 +229,8 @@ def _relax(generation_config: Any) -> None:
 
 
 def _cast_state(causal_lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state on the CPU in `dtype`; tensors that share storage still do, so that tied weights are written once."""
+    """The state on the CPU in `dtype`. Tensors that share storage still share it, so that tied weights are written once."""
+    # Routers of some families lose accuracy in half precision; transformers lists them.
     keep = tuple(getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ())
     done: dict[tuple[int, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
     state = {}
@@ -238,10 +244,11 @@ def _cast_state(causal_lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, tor
 
 
 def _write_config(building: Path, manifest: Manifest) -> dict[str, Any]:
-    """Finish config.json; returns the overlay that turns it into the embedding model's config."""
+    """Complete config.json; returns the overlay that turns it into the embedding model's config."""
     path = building / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = manifest.dtype
+    # The name of our attention function means nothing to stock tools, which choose their own.
     for name in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
         config.pop(name, None)
     text = _text_section(config)
@@ -254,7 +261,7 @@ def _write_config(building: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _text_section(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that the language model reads (models with several towers nest it)."""
+    """The part of a config.json that the language model reads; multimodal models nest it."""
     nested = config.get("text_config")
     return cast("dict[str, Any]", nested) if isinstance(nested, dict) else config
 
@@ -262,6 +269,7 @@ def _text_section(config: dict[str, Any]) -> dict[str, Any]:
 def _write_tokenizer(
     tokenizer: PreTrainedTokenizerBase, template: Template, manifest: Manifest, building: Path
 ) -> PreTrainedTokenizerBase:
+    """Save a copy of the tokenizer with pad token and chat template, and check that it reloads unchanged; returns the copy."""
     saved = copy.deepcopy(tokenizer)
     saved.padding_side = "right"
     if saved.pad_token is None:
@@ -272,17 +280,17 @@ def _write_tokenizer(
     made_special = [token for token in saved.all_special_tokens if token not in own]
     if made_special:
         raise CheckpointError(
-            f"the tokenizer calls ordinary tokens special: {', '.join(map(repr, made_special))}. Once saved it would split "
-            "texts at them. Take them out, for a mask token with tokenizer.mask_token = None."
+            f"the tokenizer declares ordinary tokens as special: {', '.join(map(repr, made_special))}. Once saved it would "
+            "split texts at them. Remove them; for a mask token set tokenizer.mask_token = None."
         )
     saved.save_pretrained(building)
     back = AutoTokenizer.from_pretrained(building, local_files_only=True)
     for text in (*_TOKENIZER_PROBES, template.embedding_prompt(saved, "Find it.") + "the text"):
         if back(text)["input_ids"] != tokenizer(text)["input_ids"]:
             raise CheckpointError(
-                f"the tokenizer reads {text!r} differently once saved and loaded: AutoTokenizer makes it a "
-                f"{type(back).__name__} with special tokens {back.all_special_tokens}. A tokenizer of another kind than "
-                f"transformers expects for family '{manifest.family}' does this."
+                f"the tokenizer encodes {text!r} differently once saved and loaded: AutoTokenizer loads it as a "
+                f"{type(back).__name__} with special tokens {back.all_special_tokens}. This happens with a tokenizer of "
+                f"another kind than transformers expects for family '{manifest.family}'."
             )
     return saved
 
@@ -296,7 +304,7 @@ def _write_generation_config(
         path.unlink(missing_ok=True)
         return
     value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    value.pop("_from_model_config", None)  # it says that all of it repeats config.json
+    value.pop("_from_model_config", None)  # it would mark all values as copies of config.json
     stop_ids = stop_token_ids(template, tokenizer, value.get("eos_token_id"))
     if stop_ids:
         value["eos_token_id"] = stop_ids[0] if len(stop_ids) == 1 else stop_ids
@@ -305,63 +313,3 @@ def _write_generation_config(
             value[name] = getattr(tokenizer, name)
     value["use_cache"] = True
     write_json(path, value)
-
-
-def _write_projection(projection: Projection, dtype: str, building: Path) -> None:
-    folder = building / PROJECTION_FOLDER
-    folder.mkdir()
-    tensors = {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in projection.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
-    write_json(
-        folder / "config.json",
-        {
-            "in_features": projection.linear.in_features,
-            "out_features": projection.linear.out_features,
-            "bias": projection.linear.bias is not None,
-            "activation_function": "torch.nn.modules.linear.Identity",
-        },
-    )
-
-
-def sentence_transformers_modules(manifest: Manifest) -> list[dict[str, Any]]:
-    """What modules.json lists: the stock modules that a text goes through, in order."""
-    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    if manifest.projection_dim is not None:
-        modules.append(("Dense", PROJECTION_FOLDER))
-    if manifest.standardizer is not None:
-        modules.append(("Dense", standardizer_folder(manifest)))
-    if manifest.normalize:
-        modules.append(("Normalize", f"{len(modules)}_Normalize"))
-    return [
-        {"idx": index, "name": str(index), "path": folder, "type": f"sentence_transformers.models.{kind}"}
-        for index, (kind, folder) in enumerate(modules)
-    ]
-
-
-def _write_sentence_transformers(
-    manifest: Manifest, prompt_strings: dict[str, str], hidden_size: int, overlay: dict[str, Any], building: Path
-) -> None:
-    write_json(building / "modules.json", sentence_transformers_modules(manifest))
-    write_json(
-        building / "sentence_bert_config.json",
-        {"max_seq_length": manifest.max_tokens, "do_lower_case": False, "config_kwargs": overlay},
-    )
-    write_json(
-        building / "1_Pooling" / "config.json",
-        {"embedding_dimension": hidden_size, "pooling_mode": POOLING_MODES[manifest.pooling], "include_prompt": False},
-    )
-    versions = {
-        "sentence_transformers": manifest.versions.get("sentence-transformers", ""),
-        "transformers": manifest.versions.get("transformers", ""),
-        "pytorch": manifest.versions.get("torch", ""),
-    }
-    write_json(
-        building / "config_sentence_transformers.json",
-        {
-            "model_type": "SentenceTransformer",
-            "__version__": {name: value for name, value in versions.items() if value},
-            "prompts": prompt_strings,
-            "default_prompt_name": "document",
-            "similarity_fn_name": "cosine",
-        },
-    )

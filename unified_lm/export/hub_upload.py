@@ -1,4 +1,4 @@
-"""Upload of an export to a Hugging Face Hub (or whatever `HF_ENDPOINT` names)."""
+"""Upload of an export to the Hugging Face Hub, or to the server that `HF_ENDPOINT` names."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _log = logging.getLogger(__name__)
 def push_to_hub(
     directory: Path, repo_id: str, private: bool = True, token: str | None = None, commit_message: str = "Upload model"
 ) -> str:
-    """Create the repository if need be and upload an export folder in one commit.
+    """Create the repository if necessary, and upload an export folder in one commit.
 
     Args:
         directory: an export (it has a manifest).
         repo_id: "organization/name".
-        private: whether a repository made here is private; an existing one keeps its visibility.
+        private: whether a new repository is private; an existing one keeps its visibility.
         token: access token with write permission; None takes `HF_TOKEN` or the stored login.
         commit_message: message of the commit.
 
@@ -30,8 +30,8 @@ def push_to_hub(
         The address of the repository.
 
     Raises:
-        CheckpointError: no export there, a malformed name, no or too weak a token, no network, or a server that failed. The
-            text never holds the token.
+        CheckpointError: the directory is not an export, the name is malformed, the token is missing or lacks permission, there
+            is no network, or the server failed. The text never contains the token.
     """
     manifest = Manifest.load(directory)
     api = HfApi(token=token)
@@ -45,20 +45,21 @@ def push_to_hub(
             commit_description=f"recipe {manifest.recipe}, weights {manifest.weights_hash} ({FILE_NAME} has the rest)",
         )
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        # "from None": the chained error could print the token in a request's headers
         raise CheckpointError(_explain(error, repo_id, api.endpoint, directory, token)) from None
     _log.info("pushed %s to %s", directory, address)
     return address
 
 
 def _explain(error: Exception, repo_id: str, endpoint: str, directory: Path, token: str | None) -> str:
-    """What went wrong and how to mend it, in one text without the token."""
-    again = f"The export in {directory} is complete; push it again with push_to_hub once mended."
+    """What went wrong and how to fix it, without the token."""
+    again = f"The export in {directory} is complete; push it again with push_to_hub once this is fixed."
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if isinstance(error, HFValidationError):
-        return f"'{repo_id}' is no repository name: {error}. Expected organization/name."
+        return f"'{repo_id}' is not a repository name: {error}. Expected organization/name."
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
         return (
-            f"{endpoint} wants an access token with write permission to push to '{repo_id}'; got none, or one it refuses. "
+            f"{endpoint} requires an access token with write permission to push to '{repo_id}'; got none, or an invalid one. "
             f"Set HF_TOKEN or run `hf auth login`. {again}"
         )
     if status == 403:

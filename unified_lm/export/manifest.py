@@ -1,7 +1,7 @@
 """`unified_lm.json`: what an export is, how it was made, and how to read it.
 
-The stock files beside it (config.json, sentence_bert_config.json, ...) say how to *run* the model; the manifest keeps what
-they have no place for: the history of adapters, the template, the data, the numbers.
+The stock files beside it (config.json, sentence_bert_config.json, ...) say how to *run* the model. The manifest records what
+they have no field for: the history of adapters, the template, the data, the metrics.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from unified_lm.config.streams import MODES
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_json
 
@@ -21,13 +22,11 @@ FILE_NAME = "unified_lm.json"
 """Name of the manifest inside an export."""
 
 FORMAT_VERSION = 1
-"""Grows when an older reader would misread a newer manifest."""
+"""Incremented when an older reader would misread a newer manifest."""
 
 ATTENTIONS = ("bidirectional", "causal")
-"""How the texts of an export are embedded."""
+"""Attention with which an export embeds texts."""
 
-MODES = ("embed", "generate")
-"""What an export can be asked for."""
 
 _VERSIONED = ("unified_lm", "torch", "transformers", "peft", "sentence-transformers")
 
@@ -36,13 +35,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRecord:
-    """The low-rank adapter of one stage, merged into the weights since.
+    """The low-rank adapter of one stage, since merged into the weights.
 
     Attributes:
         r: rank.
         alpha: scaling numerator; the update was multiplied by alpha / r.
         target_modules: suffixes of the adapted modules.
-        dropout: dropout of the adapter's input while training.
+        dropout: probability of dropping an element of the adapter's input while training.
     """
 
     r: int
@@ -59,8 +58,8 @@ class StageRecord:
         recipe: name of the recipe.
         steps: optimizer steps taken.
         run_id: name of the run, for finding its logs; "" if unknown.
-        adapter: its adapter, or None where every weight was trained.
-        settings: settings worth telling (learning rate, batch sizes, objectives), plain JSON values.
+        adapter: its adapter, or None if every weight was trained.
+        settings: the main settings (learning rate, batch sizes, objectives), plain JSON values.
     """
 
     recipe: str
@@ -79,7 +78,7 @@ class DataRecord:
         name: path, Hub name or built-in name.
         fingerprint: hash of its content; "" if unknown.
         num_rows: rows in use, or None if unknown.
-        license: licence of the data; "" if unknown.
+        license: license of the data; "" if unknown.
     """
 
     stream: str
@@ -96,9 +95,9 @@ class StandardizerRecord:
     Attributes:
         corpus: name of the corpus.
         corpus_hash: hash of its texts, in any order.
-        num_texts: texts that the statistics were fitted on.
-        num_floored: dimensions whose standard deviation was raised to the least one allowed.
-        relative_eps: least standard deviation, as a share of the median one.
+        num_texts: number of texts that the statistics were fitted on.
+        num_floored: number of dimensions whose standard deviation was raised to the minimum.
+        relative_eps: minimum standard deviation, relative to the median one.
         instruction: instruction that the texts were embedded with, "" for none (as documents).
     """
 
@@ -119,25 +118,24 @@ class Manifest:
         base_model: Hub name or description of the model that training started from.
         family: `model_type` of the model.
         template: name of the prompt template.
-        template_fields: the template's own strings, enough to build it again.
+        template_fields: the template's own strings, sufficient to rebuild it.
         attention: how texts are embedded: "bidirectional" or "causal".
         modes: "embed", "generate" or both.
         pooling: "mean", "weighted_mean", "last_token" or "cls".
         normalize: whether vectors are L2-normalized by default.
         embedding_dim: size of an embedding; 0 before the export is written.
         projection_dim: output size of the linear head on the pooled vector, or None.
-        standardizer: the reference corpus whose statistics standardize the vectors, or None where they are as the model gives
-            them.
-        instructions: prompt name -> instruction; "query" is what queries are embedded with by default, "document" (absent: no
-            instruction) documents.
+        standardizer: the reference corpus whose statistics standardize the vectors, or None if they are not standardized.
+        instructions: prompt name -> instruction; "query" is the default for queries, "document" (absent: no instruction) for
+            documents.
         max_tokens: limit of an embedded text with its prompt, in tokens.
         dtype: storage type of the weights.
         base_revision: Hub revision of the base model; "" if unknown.
-        base_license: licence of the base model; "" if unknown.
+        base_license: license of the base model; "" if unknown.
         stages: training stages, oldest first, those of earlier runs included.
         data: sources of training data.
         metrics: name -> {"before": value, "after": value, ...}.
-        versions: library -> version that wrote the export.
+        versions: library -> its version when the export was written.
         weights_hash: hash of the weight files (`hash_weights`); "" before the export is written.
         format_version: version of this file's format.
     """
@@ -199,7 +197,7 @@ class Manifest:
         path = Path(directory) / FILE_NAME
         if not path.is_file():
             raise CheckpointError(
-                f"{directory} has no {FILE_NAME}: it is no export of unified_lm. Give the 'export' folder of a run."
+                f"{directory} has no {FILE_NAME}: it is not an export of unified_lm. Give the 'export' folder of a run."
             )
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -242,7 +240,7 @@ def _stage(value: Any, path: Path) -> StageRecord:
 
 
 def _build(cls: type[T], value: Any, where: str) -> T:
-    """Make a dataclass of a JSON object; every missing and unknown key is named at once."""
+    """Create a dataclass from a JSON object; an error names every missing and unknown key."""
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{where} holds {type(value).__name__}, expected an object. Export the run again.")
     known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
@@ -257,7 +255,7 @@ def _build(cls: type[T], value: Any, where: str) -> T:
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries that shape an export; those not installed are absent."""
+    """Installed versions of the libraries that affect an export; those not installed are absent."""
     versions = {}
     for name in _VERSIONED:
         try:
@@ -268,7 +266,7 @@ def library_versions() -> dict[str, str]:
 
 
 def hash_weights(directory: Path) -> str:
-    """BLAKE2b (128 bit, hex) of names and contents of a folder's `*.safetensors` files, sub-folders included."""
+    """BLAKE2b (128 bits, hexadecimal) of names and contents of a folder's `*.safetensors` files, subfolders included."""
     digest = blake2b(digest_size=16)
     for path in sorted(directory.rglob("*.safetensors")):
         digest.update(f"{path.relative_to(directory).as_posix()}\x1f{path.stat().st_size}\x1e".encode())

@@ -1,7 +1,7 @@
-"""Fold low-rank adapters into the base weights, exactly, and prove it before anyone relies on it.
+"""Merging low-rank adapters into the base weights, with a check that the result computes the same.
 
-W' = W + (alpha / r) B A (LoRA, arXiv:2106.09685, section 4.1), computed in float32 and rounded once to the type that W had.
-Merging in bfloat16 rounds the small update away and shifts the outputs.
+W' = W + (alpha / r) B A (LoRA, arXiv:2106.09685, section 4.1), computed in float32 and rounded once to the dtype of W. Merging
+in bfloat16 would round most of the small update away and change the outputs.
 """
 
 from __future__ import annotations
@@ -20,41 +20,42 @@ from unified_lm.core.errors import CheckpointError
 from unified_lm.models.lora import lora_deltas, remove_lora
 
 TOLERANCE = 1e-5
-"""Largest difference of an adapted layer's outputs for the same inputs, merged against adapter, in float32 and relative to its
-largest output. The two add in another order, which makes 1e-6 or less; merging in bfloat16 makes 1e-3. Layers are compared one
-by one because depth amplifies rounding: SmolLM2's 30 layers turn it into 1.2e-5 or 1.5e-4, depending on the adapter."""
+"""Largest allowed difference between an adapted layer's outputs before and after merging, for the same inputs, in float32 and
+relative to its largest output. A different order of additions makes 1e-6 or less; merging in bfloat16 makes 1e-3. Layers are
+compared one by one because depth amplifies rounding: over SmolLM2's 30 layers it grows to 1.2e-5 or 1.5e-4, depending on the
+adapter."""
 
 _PROBE_SHAPE = (2, 24)
 
 
 def has_adapters(causal_lm: nn.Module) -> bool:
-    """Whether any layer carries a peft adapter."""
+    """Whether any layer has a peft adapter."""
     return any(isinstance(module, BaseTunerLayer) for module in causal_lm.modules())
 
 
 @torch.no_grad()
 def merge_lora(causal_lm: PreTrainedModel, *, verify: bool = True) -> PreTrainedModel:
-    """Return a plain copy of the model with its adapters folded into the base weights.
+    """Return a plain copy of the model with its adapters merged into the base weights.
 
-    The model given is left as it is. The copy lives on the CPU; while merging it takes 4 bytes per parameter.
+    The given model is not changed. The copy is on the CPU and takes 4 bytes per parameter while merging.
 
     Args:
-        causal_lm: a causal language model with the adapters of `models.lora.apply_lora`. One without any is only copied.
-        verify: compare the outputs of every adapted layer before and after merging, for the inputs that it gets in a forward
-            of fixed tokens, in float32 and in eval mode.
+        causal_lm: a causal language model with the adapters of `models.lora.apply_lora`. A model without adapters is copied.
+        verify: compare the outputs of every adapted layer before and after merging, for its inputs in a forward of fixed
+            tokens, in float32 and in evaluation mode.
 
     Returns:
-        A stock model on the CPU: no peft module left, eval mode, stock attention, each weight in the type that its base
-        weight had (4-bit weights: dequantized, in the model's compute type).
+        A stock model on the CPU, without peft modules, in evaluation mode, with stock attention. Each weight has the dtype of
+        its base weight (4-bit weights: dequantized, in the model's compute dtype).
 
     Raises:
-        CheckpointError: merged and adapter disagree.
+        CheckpointError: the merged layers compute something else than the adapted ones.
     """
     dtypes = _storage_types(causal_lm)
     model = _float32_copy(causal_lm)
     calls = _record_calls(model) if verify else {}
     for update in lora_deltas(model):
-        update.base.add_(update.delta)
+        update.base.add_(update.delta)  # in float32: `base` is the copy's weight itself
     remove_lora(model)
     _drop_peft_traces(model)
     _check_equal(model, calls)
@@ -64,7 +65,7 @@ def merge_lora(causal_lm: PreTrainedModel, *, verify: bool = True) -> PreTrained
 
 
 def _storage_types(source: PreTrainedModel) -> dict[str, torch.dtype]:
-    """Name of each parameter after merging -> the type it is stored in."""
+    """Name of each parameter after merging -> its dtype in the merged model."""
     compute = next((p.dtype for p in source.parameters() if p.is_floating_point()), torch.float32)
     types = {}
     for name, parameter in source.named_parameters():
@@ -74,7 +75,8 @@ def _storage_types(source: PreTrainedModel) -> dict[str, torch.dtype]:
 
 
 def _float32_copy(source: PreTrainedModel) -> PreTrainedModel:
-    """A structural copy with every weight as float32 on the CPU, quantized layers as linear ones, and stock attention."""
+    """A copy on the CPU with float32 weights, linear layers in place of quantized ones, and stock attention."""
+    # deepcopy takes replacements from `memo`, so weights are converted one by one and never copied on the accelerator.
     memo: dict[int, object] = {}
     for module in source.modules():
         weight = getattr(module, "weight", None)
@@ -90,6 +92,7 @@ def _float32_copy(source: PreTrainedModel) -> PreTrainedModel:
 
 
 def _dequantized(module: nn.Module) -> nn.Linear:
+    """A float32 linear layer with the values of a quantized one."""
     weight = dequantize_module_weight(module).detach().to("cpu", torch.float32)
     bias = getattr(module, "bias", None)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
@@ -100,6 +103,7 @@ def _dequantized(module: nn.Module) -> nn.Linear:
 
 
 def _drop_peft_traces(model: PreTrainedModel) -> None:
+    """Remove the attributes by which transformers recognizes an adapted or quantized model, and would save it as such."""
     for attribute in ("peft_config", "hf_quantizer", "quantization_method"):
         if attribute in model.__dict__:
             delattr(model, attribute)
@@ -116,7 +120,7 @@ def _drop_peft_traces(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True)
 class _Call:
-    """What an adapted layer was given and what it gave."""
+    """Arguments and output of one call of an adapted layer."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -124,14 +128,14 @@ class _Call:
 
 
 def _record_calls(model: PreTrainedModel) -> dict[str, _Call]:
-    """The calls of every adapted layer, by the layer's name, in one forward of fixed pseudo-random tokens."""
+    """The call of every adapted layer, by the layer's name, in one forward of fixed pseudo-random tokens."""
     calls: dict[str, _Call] = {}
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and "base_layer" not in name.split("."):
 
             def record(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor, name: str = name) -> None:
-                """A forward hook: keep what the layer was called with and what it gave."""
+                """A forward hook that stores a layer's arguments and output."""
                 calls[name] = _Call(args, kwargs, output)
 
             handles.append(model.get_submodule(name).register_forward_hook(record, with_kwargs=True))
@@ -144,11 +148,16 @@ def _record_calls(model: PreTrainedModel) -> dict[str, _Call]:
 
 
 def _check_equal(merged: PreTrainedModel, calls: dict[str, _Call]) -> None:
+    """Repeat the recorded calls with the merged layers and compare the outputs.
+
+    Raises:
+        CheckpointError: they differ by more than `TOLERANCE`.
+    """
     worst, difference = "", 0.0
     for name, call in calls.items():
         output = merged.get_submodule(name)(*call.args, **call.kwargs)
         found = float((output - call.output).abs().max() / call.output.abs().max().clamp(min=1e-12))
-        if not found <= difference:  # also where it is not a number
+        if not found <= difference:  # written so that NaN counts as a difference
             worst, difference = name, found
     if not difference <= TOLERANCE:
         raise CheckpointError(

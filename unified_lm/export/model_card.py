@@ -1,4 +1,4 @@
-"""README.md of an export: what it is, how it was made, how to use it. Says nothing that the manifest does not know."""
+"""README.md of an export: what it is, how it was made, how to use it. All facts in it come from the manifest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TEMPLATE = "model_card.md.jinja"
 
 
 def model_card(manifest: Manifest, prompts: Mapping[str, str], sentence_transformers: bool) -> str:
-    """The text of README.md.
+    """Render the text of README.md.
 
     Args:
         manifest: the export's manifest, complete.
@@ -103,7 +103,7 @@ def _standardized(manifest: Manifest) -> list[tuple[str, object]]:
 
 
 def _instruction_prompt(manifest: Manifest, prompts: Mapping[str, str]) -> str:
-    """The template's prompt with `{instruction}` left open, begin of text included where the prompts have it."""
+    """The template's prompt with `{instruction}` left open, including the begin-of-text token if the prompts have it."""
     form = str(manifest.template_fields.get("instruction_prompt", ""))
     bare = str(manifest.template_fields.get("bare_prompt", ""))
     if "{instruction}" not in form:

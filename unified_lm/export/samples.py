@@ -1,4 +1,4 @@
-"""Texts as samples, the way an export embeds them."""
+"""Encoded texts as samples, as an export embeds them: shared by verification and inference, which must not differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from unified_lm.data.prompts.encoding import Encoded
 
 
 def embedding_sample(encoded: Encoded, attention: str) -> Sample:
-    """A sample of an encoded text: all tokens attend, those of its one span are pooled.
+    """A sample of an encoded text: all tokens attend, and those of its only span are pooled.
 
     Args:
         encoded: prompt and text as tokens, from `PromptEncoder.embed`.

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import write_directory, write_json, write_text
-from unified_lm.export.directory import sentence_transformers_modules, template_of
+from unified_lm.export.directory import template_of
 from unified_lm.export.manifest import FILE_NAME, Manifest, StandardizerRecord, hash_weights
 from unified_lm.export.model_card import model_card
+from unified_lm.export.sentence_transformers_files import sentence_transformers_modules
 from unified_lm.export.standardizer_files import save_standardizer, standardizer_folder
 from unified_lm.export.verify import quiet_transformers, verify_stock_vectors
 from unified_lm.models.standardizer import Standardizer
@@ -25,22 +26,23 @@ _PROMPTS = "config_sentence_transformers.json"
 def write_standardized(
     source: Path, target: Path, standardizer: Standardizer, record: StandardizerRecord, *, verify: bool = True
 ) -> Manifest:
-    """Copy an export and add a standardizer, in place of the one that it may have.
+    """Copy an export and add a standardizer; it replaces one that the export already has.
 
-    The folder appears only when it is complete and stock sentence-transformers gives our vectors with it.
+    The folder appears only once it is complete and stock sentence-transformers computes our vectors with it.
 
     Args:
         source: the export.
         target: the folder to create or replace; not `source` or a folder in it.
-        standardizer: fitted on the vectors of this export before any standardization.
-        record: where its statistics come from.
+        standardizer: fitted on vectors of this export that are not standardized.
+        record: origin of its statistics.
         verify: whether to check with sentence-transformers, in float32.
 
     Returns:
         The manifest of the copy.
 
     Raises:
-        CheckpointError: no export, one that does not embed, an impossible target, a failed check, or a full disk.
+        CheckpointError: `source` is not an export or does not embed, `target` lies inside it, a check fails, or the folder
+            cannot be written.
     """
     manifest = Manifest.load(source)
     if not manifest.can_embed:
@@ -54,7 +56,7 @@ def write_standardized(
     written: list[Manifest] = []
 
     def fill(building: Path) -> None:
-        """Copy the export into `building`, with the statistics and all that names them."""
+        """Copy the export into `building`, add the statistics, and update the files that list them."""
         skipped = shutil.ignore_patterns(*([old] if old else []))
         shutil.copytree(source, building, dirs_exist_ok=True, ignore=skipped)
         save_standardizer(standardizer, building / standardizer_folder(complete))

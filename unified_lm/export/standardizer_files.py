@@ -1,8 +1,8 @@
 """A standardizer inside an export, as a stock sentence-transformers module.
 
-sentence-transformers 6.2 has no module for per-dimension statistics. Its `LayerNorm` normalizes every vector over its own
-dimensions, which is something else; `Dense` with a diagonal weight, a bias and no activation is exactly `x * scale + shift`:
-the products with the zeros add nothing. The price is a file of D x D float32 numbers (1.3 MB for D = 576, 64 MB for 4,096).
+sentence-transformers 6.2 has no module for per-dimension statistics. Its `LayerNorm` normalizes each vector over its own
+dimensions, which is different. `Dense` with a diagonal weight, a bias and no activation is exactly `x * scale + shift`, because
+products with the zeros add nothing. The price is a file of D x D float32 numbers (1.3 MB for D = 576, 64 MB for 4,096).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _WEIGHT, _BIAS = "linear.weight", "linear.bias"
 
 
 def standardizer_folder(manifest: Manifest) -> str:
-    """Name of the module's folder: modules of sentence-transformers are numbered in their order."""
+    """Name of the module's folder; sentence-transformers numbers modules in their order."""
     return f"{2 if manifest.projection_dim is None else 3}_Standardizer"
 
 
 def save_standardizer(standardizer: Standardizer, folder: Path) -> None:
-    """Write it as a `Dense` module, in float32 whatever the type of the weights: rounding would change its large shifts."""
+    """Write it as a `Dense` module, always in float32, because rounding would change its large shifts."""
     folder.mkdir(parents=True)
     tensors = {_WEIGHT: torch.diag(standardizer.scale.cpu()), _BIAS: standardizer.shift.cpu().contiguous()}
     save_file(tensors, folder / "model.safetensors")
@@ -43,10 +43,10 @@ def save_standardizer(standardizer: Standardizer, folder: Path) -> None:
 
 
 def load_standardizer(folder: Path, manifest: Manifest) -> Standardizer | None:
-    """The standardizer of an export, None where it has none.
+    """The standardizer of an export, or None if it has none.
 
     Raises:
-        CheckpointError: the manifest names one and its file is missing, damaged or no diagonal.
+        CheckpointError: the manifest lists one, and its file is missing, damaged, or not diagonal.
     """
     if manifest.standardizer is None:
         return None
@@ -60,5 +60,7 @@ def load_standardizer(folder: Path, manifest: Manifest) -> Standardizer | None:
         ) from error
     scale = weight.diagonal()
     if int(weight.count_nonzero()) != int(scale.count_nonzero()):
-        raise CheckpointError(f"{path} is no diagonal: it does more than standardize. Run unified-lm standardize again.")
+        raise CheckpointError(
+            f"{path} is not a diagonal matrix: it does more than standardize. Run unified-lm standardize again."
+        )
     return Standardizer(scale, bias)

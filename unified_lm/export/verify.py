@@ -1,6 +1,6 @@
-"""Does a freshly written export do, in stock tools, what it was trained to do?
+"""Verification that a new export does in stock tools what it was trained to do.
 
-Runs on the folder before it is renamed into place: an export that fails never replaces one that works.
+It runs on the folder before it is renamed to its final name, so that an export that fails never replaces one that works.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from unified_lm.models.pooling import Projection
 from unified_lm.models.standardizer import embedding_head
 
 TOLERANCE = 1e-4
-"""Largest difference between our vectors (of length 1) and those of sentence-transformers, both computed in float32.
+"""Largest allowed difference between our vectors (of length 1) and those of sentence-transformers, both computed in float32.
 
-Float32 itself differs by 1e-7 to 1e-5 between packed and padded attention, most in models whose states have massive
-activations. Another prompt or pool span moves vectors by 1e-2 and more.
+Rounding alone makes 1e-7 to 1e-5 between packed and padded attention, most in models whose states have massive activations. A
+wrong prompt or pool span makes 1e-2 and more.
 """
 
 LEAK = 1e-5
-"""Relative change of a state from which on it counts as having seen a changed token; one that has not is equal to the bit."""
+"""Relative change of a state above which it counts as having seen a changed token. Without a leak it is bit for bit equal."""
 
 PROJECTION_FOLDER = "2_Dense"
-"""Where the linear head on the pooled vector is kept, in the form that sentence-transformers reads."""
+"""Folder of the linear head on the pooled vector, a `Dense` module of sentence-transformers."""
 
 _TEXTS = ("a short text", "A longer text, so that the two are padded when they share a batch.", "Zwölf – 十二")
 _log = logging.getLogger(__name__)
 
 
 class Verification(Enum):
-    """How much to prove about an export.
+    """How much of an export to verify.
 
     Attributes:
         NONE: nothing.
-        WEIGHTS: every tensor that transformers loads from the folder equals the model's, rounded to the export's type.
-        STOCK: also, with stock tools and in float32: the language model is causal (a leak probe), the embedding model has the
-            attention it was trained with (another), and sentence-transformers gives our vectors for every prompt. What
-            needs sentence-transformers is left out, with a warning, where it is not installed.
+        WEIGHTS: every tensor that transformers loads from the folder equals the model's, rounded to the export's dtype.
+        STOCK: in addition, with stock tools and in float32: the language model is causal and the embedding model has the
+            attention that it was trained with (two leak probes), and sentence-transformers computes our vectors for every
+            prompt. If sentence-transformers is not installed, its checks are skipped with a warning.
     """
 
     NONE = "none"
@@ -65,10 +65,10 @@ class Verification(Enum):
 
     @classmethod
     def parse(cls, name: str) -> Verification:
-        """The verification of that name.
+        """The verification with this name.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is no such verification.
         """
         return choose(cls, name, "verification", CheckpointError)
 
@@ -82,18 +82,18 @@ def verify_export(
     verification: Verification,
     sentence_transformers: bool,
 ) -> None:
-    """Check a written folder.
+    """Verify an export.
 
     Args:
-        folder: the export, complete.
-        source: the model it was written from.
+        folder: the complete export.
+        source: the model that was exported.
         manifest: its manifest.
         template: its prompt template.
-        verification: how much to check.
-        sentence_transformers: whether the folder is meant to load there.
+        verification: how much to verify.
+        sentence_transformers: whether sentence-transformers must be able to load the folder.
 
     Raises:
-        CheckpointError: something differs. The text says what.
+        CheckpointError: something differs; the text says what.
     """
     if verification is Verification.NONE:
         return
@@ -109,11 +109,11 @@ def verify_export(
 
 @torch.no_grad()
 def verify_stock_vectors(folder: Path, loaded: PreTrainedModel, manifest: Manifest, template: Template) -> None:
-    """Check that sentence-transformers embeds with a folder as we do; warn where it is not installed.
+    """Check that sentence-transformers computes the same vectors as we do; warn if it is not installed.
 
     Args:
-        folder: the export, complete.
-        loaded: the language model in it, in evaluation mode. It is turned to float32.
+        folder: the complete export.
+        loaded: the language model in it, in evaluation mode. It is converted to float32.
         manifest: its manifest.
         template: its prompt template.
 
@@ -131,7 +131,7 @@ def verify_stock_vectors(folder: Path, loaded: PreTrainedModel, manifest: Manife
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' loading bars off the terminal, and its reports that an embedding model leaves the head unused."""
+    """Hide transformers' progress bars of loading, and its reports that an embedding model does not use the head."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -166,12 +166,12 @@ def _check_weights(loaded: PreTrainedModel, source: PreTrainedModel, folder: Pat
         expected = own[name].detach().cpu().to(tensor.dtype)
         if not torch.equal(expected, tensor.cpu()):
             raise CheckpointError(
-                f"tensor '{name}' changed on its way through {folder}: the family's files are not written faithfully."
+                f"tensor '{name}' differs after saving to and loading from {folder}: the family is not saved faithfully."
             )
 
 
 def _sees_future(run: Any, vocabulary: int) -> bool:
-    """Whether an earlier position notices that the last of 12 tokens changed; `run` maps `[1, 12]` to `[1, 12, ...]`."""
+    """Whether changing the last of 12 tokens changes an earlier position; `run` maps `[1, 12]` to `[1, 12, ...]`."""
     tokens = 3 + torch.arange(12)[None] * 7
     changed = tokens.clone()
     changed[0, -1] += vocabulary // 2
@@ -181,7 +181,7 @@ def _sees_future(run: Any, vocabulary: int) -> bool:
 
 
 def _our_vectors(folder: Path, loaded: PreTrainedModel, manifest: Manifest, template: Template) -> dict[str, torch.Tensor]:
-    """Prompt name -> unit vectors `[3, D]` of the probe texts, through our own packed attention."""
+    """Prompt name -> unit vectors `[3, D]` of the probe texts, computed with our own packed attention."""
     encoder = PromptEncoder(template, AutoTokenizer.from_pretrained(folder, local_files_only=True))
     hidden_size = loaded.config.get_text_config().hidden_size
     head = embedding_head(load_projection(folder, manifest, hidden_size), load_standardizer(folder, manifest))
@@ -202,7 +202,7 @@ def _our_vectors(folder: Path, loaded: PreTrainedModel, manifest: Manifest, temp
 
 
 def load_projection(folder: Path, manifest: Manifest, hidden_size: int) -> Projection | None:
-    """The linear head that an export keeps beside its weights, in float32; None where it has none."""
+    """The linear head of an export, in float32, or None if it has none."""
     if manifest.projection_dim is None:
         return None
     projection = Projection(hidden_size, manifest.projection_dim)
@@ -213,6 +213,7 @@ def load_projection(folder: Path, manifest: Manifest, hidden_size: int) -> Proje
 def _check_sentence_transformers(folder: Path, manifest: Manifest, template: Template, ours: dict[str, torch.Tensor]) -> None:
     from sentence_transformers import SentenceTransformer
 
+    # Exactly what a user's first call does: no remote code, no other files.
     model = SentenceTransformer(
         str(folder), device="cpu", local_files_only=True, trust_remote_code=False, model_kwargs={"dtype": torch.float32}
     )
@@ -226,13 +227,13 @@ def _check_sentence_transformers(folder: Path, manifest: Manifest, template: Tem
     if bidirectional != (manifest.attention == "bidirectional"):
         raise CheckpointError(
             f"the export would embed with the wrong attention: in sentence-transformers a token sees "
-            f"{'its' if bidirectional else 'no'} future, and the model was trained with {manifest.attention} attention."
+            f"{'its' if bidirectional else 'no'} future, but the model was trained with {manifest.attention} attention."
         )
     for name, expected in ours.items():
         vectors = model.encode(list(_TEXTS), prompt_name=name, convert_to_tensor=True, show_progress_bar=False)
         difference = float((F.normalize(vectors.float().cpu(), dim=-1) - expected).abs().max())
         if not difference <= TOLERANCE:
             raise CheckpointError(
-                f"sentence-transformers gives other vectors for prompt '{name}' of template '{template.name}': they differ by "
-                f"{difference:.1e}, allowed {TOLERANCE:.0e}."
+                f"sentence-transformers computes other vectors for prompt '{name}' of template '{template.name}': they differ "
+                f"by {difference:.1e}, allowed {TOLERANCE:.0e}."
             )

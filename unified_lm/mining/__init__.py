@@ -1,1 +1,1 @@
-"""Hard negatives, near duplicates and overlaps: what embeddings and text match find in data."""
+"""Mining of hard negatives, near-duplicates and overlaps, by embeddings and by text matching."""

@@ -1,4 +1,4 @@
-"""Any model that embeds, behind one face: our exports, and sentence-transformers folders (teachers)."""
+"""One interface to embedding models: exports of this package, and sentence-transformers folders (teachers)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Embedder(Protocol):
 
     @property
     def key(self) -> str:
-        """Changes whenever vectors may: content of the model, prompts, limits."""
+        """Identifies everything that affects the vectors: content of the model, prompts, limits."""
         ...
 
     def queries(self, texts: Sequence[Text]) -> np.ndarray:
@@ -46,30 +46,31 @@ def load_embedder(
     document_prompt: str | None = None,
     batch_size: int = 32,
 ) -> Embedder:
-    """Load a model that embeds.
+    """Load an embedding model.
 
     Args:
-        name_or_path: an export of ours or its run, a sentence-transformers folder, or the Hub name of either.
-        device: None takes the accelerator if there is one.
-        dtype: type of the weights in memory; None takes the stored one.
-        max_tokens: limit of a text with its prompt; None takes the model's own.
-        query_prompt: what sentence-transformers models put before a query; ``{instruction}`` stands for the row's instruction.
-            None takes the prompt that the model itself names for queries, and leaves the rows' instructions unread.
+        name_or_path: an export of this package or its run, a sentence-transformers folder, or the Hub name of either.
+        device: None selects the accelerator if there is one.
+        dtype: dtype of the weights in memory; None keeps the stored one.
+        max_tokens: limit in tokens of a text with its prompt; None uses the model's own.
+        query_prompt: prefix of queries for sentence-transformers models; ``{instruction}`` is replaced by the row's
+            instruction. None uses the model's own query prompt and ignores the rows' instructions.
         document_prompt: the same for documents.
-        batch_size: texts per forward (sentence-transformers only; our exports pack by tokens).
+        batch_size: texts per forward (sentence-transformers only; exports of this package pack by tokens).
 
     Raises:
-        CheckpointError: nothing there, or not loadable.
-        ConfigError: prompts for an export of ours, which knows its own.
+        CheckpointError: no such model, or one that cannot be loaded.
+        ConfigError: prompts for an export of this package, which has its own template.
     """
     folder = model_folder(name_or_path, None)
     content = folder_hash(folder)
     if (folder / FILE_NAME).is_file():
         if query_prompt is not None or document_prompt is not None:
-            raise ConfigError(f"{name_or_path} is an export with a template of its own: leave out the prompts.")
+            raise ConfigError(f"{name_or_path} is an export with its own template: leave out the prompts.")
         return _Unified(
             UnifiedLM.from_pretrained(folder, device=device, dtype=dtype), f"{content}:{dtype}:{max_tokens}", max_tokens
         )
+    # A malformed prompt fails here, before the model loads for minutes.
     for name, prompt in (("query", query_prompt), ("document", document_prompt)):
         _fill(prompt or "", "x", name)
     model = _sentence_transformer(folder, device, dtype)
@@ -80,7 +81,7 @@ def load_embedder(
 
 
 def folder_hash(folder: Path) -> str:
-    """Hash of the names and bytes of all files of a folder, hidden ones left out."""
+    """Hash of the names and contents of all files of a folder, except hidden ones."""
     digest = blake2b(digest_size=16)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder)
@@ -98,13 +99,13 @@ def _sentence_transformer(folder: Path, device: str | None, dtype: str | None) -
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise CheckpointError(
-            f"{folder} is no export of ours, and sentence-transformers, which might load it, is not installed: "
+            f"{folder} is not an export of this package, and sentence-transformers, which might load it, is not installed: "
             "pip install 'unified_lm[sentence-transformers]'."
         ) from error
     if not (folder / "modules.json").is_file():
         raise CheckpointError(
-            f"{folder} has neither {FILE_NAME} (an export of ours) nor modules.json (sentence-transformers), so nothing says "
-            "how it embeds. Give the 'export' folder of a run, or a sentence-transformers folder."
+            f"{folder} has neither {FILE_NAME} (an export of this package) nor modules.json (sentence-transformers), so how it "
+            "embeds is unknown. Give the 'export' folder of a run, or a sentence-transformers folder."
         )
     try:
         return SentenceTransformer(str(folder), device=device, model_kwargs={} if dtype is None else {"dtype": dtype})
@@ -114,7 +115,7 @@ def _sentence_transformer(folder: Path, device: str | None, dtype: str | None) -
 
 @dataclass(frozen=True)
 class _Unified:
-    """An export of ours: rows' instructions go where its template puts them; a query without one gets the export's own."""
+    """An export of this package: its template places the rows' instructions; a query without one gets the export's own."""
 
     model: UnifiedLM
     key: str
@@ -131,7 +132,7 @@ class _Unified:
 
     def _encode(self, texts: Sequence[Text]) -> np.ndarray:
         def encode(several: list[str], instruction: str) -> np.ndarray:
-            """Embed texts of one instruction."""
+            """Embed texts that share an instruction."""
             return self.model.encode(several, instruction, normalize=True, max_tokens=self.max_tokens)
 
         return _by_instruction(texts, encode)
@@ -161,17 +162,17 @@ class _SentenceTransformers:
             return own([text.text for text in texts], **settings)
 
         def encode(several: list[str], instruction: str) -> np.ndarray:
-            """Embed texts of one instruction, with the prompt that was chosen."""
+            """Embed texts that share an instruction, with the chosen prompt."""
             return self.model.encode(several, prompt=_fill(prompt, instruction, role), **settings)
 
         return _by_instruction(texts, encode)
 
 
 def _fill(prompt: str, instruction: str, role: str) -> str:
-    """A prompt with its instruction.
+    """Insert the instruction into a prompt.
 
     Raises:
-        ConfigError: it has another field.
+        ConfigError: the prompt has another field.
     """
     try:
         return prompt.format(instruction=instruction)
@@ -180,7 +181,7 @@ def _fill(prompt: str, instruction: str, role: str) -> str:
 
 
 def _by_instruction(texts: Sequence[Text], encode: Callable[[list[str], str], np.ndarray]) -> np.ndarray:
-    """Encode groups that share an instruction; the result is in the order of `texts`."""
+    """Encode texts in groups that share an instruction; the result is in the order of `texts`."""
     groups: dict[str, list[int]] = {}
     for index, text in enumerate(texts):
         groups.setdefault(text.instruction, []).append(index)

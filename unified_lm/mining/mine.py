@@ -1,8 +1,8 @@
-"""Hard-negative mining: embed, search exactly, filter, write rows that train. Sharded and resumable.
+"""Hard-negative mining: embed, search exactly, filter, write training rows. Sharded and resumable.
 
-Rows are mined in blocks. A finished block is a file, and so is a finished chunk of embeddings; what exists is not made again.
-Any number of processes, one after the other or side by side, can work on one output: whoever finds all blocks done joins them.
-The output does not depend on how many there were.
+Rows are mined in blocks. Every finished block and every finished chunk of embeddings is a file, and existing files are reused.
+Any number of processes, sequential or concurrent, can work on one output; the one that finds all blocks finished joins them.
+The output does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ from unified_lm.mining.negatives import (
 from unified_lm.mining.vector_cache import CHUNK, VectorCache
 
 BLOCK_ROWS = 1024
-"""Rows that are mined, and written, together."""
-# Raise it when anything changes what a block holds.
+"""Number of rows that are mined and written together."""
+# Increase when a change alters the content of a block.
 _VERSION = 1
 _RANDOM_PER_ROW = 4
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+"""Called with (name of the work, units done, units in total)."""
 
 
 @dataclass(frozen=True)
-class WorkShare:
-    """Which part of the blocks a process takes: number `index` (from 0) of `count`."""
+class WorkShard:
+    """The part of the blocks that a process mines: shard `index` (from 0) of `count`."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> WorkShare:
-        """From "i/n", i from 1 to n.
+    def parse(cls, text: str) -> WorkShard:
+        """Parse "i/n", with i from 1 to n.
 
         Raises:
-            ConfigError: anything else.
+            ConfigError: the text has another form.
         """
         number, _, count = text.partition("/")
         if number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count):
@@ -73,13 +73,13 @@ class Mining:
     """One mining job: a source, a model, settings, an output.
 
     Args:
-        source: pair rows.
-        embedder: what finds documents similar.
+        source: source of pair rows.
+        embedder: the model that scores documents.
         config: how negatives are chosen.
-        out: the .jsonl file to write; its report is `NAME.report.yaml` beside it.
+        out: the .jsonl file to write; its report is `NAME.report.yaml` in the same folder.
         cache: folder for embeddings.
-        corpus: further documents, a source of texts.
-        device: where similarities are computed.
+        corpus: source of texts that serve as further documents.
+        device: device on which similarities are computed.
         block_rows: rows per block; part of the job's identity.
         chunk: texts per file of embeddings.
 
@@ -115,28 +115,28 @@ class Mining:
 
     @property
     def is_complete(self) -> bool:
-        """Whether this very job has written its output."""
+        """Whether the output of exactly this job exists."""
         return self.out.exists() and self._reported_key() == self.key
 
-    def run(self, share: WorkShare | None = None, progress: Progress | None = None) -> dict[str, Any] | None:
-        """Mine this process's share of the blocks that are not done; join all blocks if that was the last of them.
+    def run(self, shard: WorkShard | None = None, progress: Progress | None = None) -> dict[str, Any] | None:
+        """Mine the unfinished blocks of a shard; join all blocks if none is missing then.
 
         Args:
-            share: which part to take; None for all.
-            progress: told how far it is.
+            shard: the shard to mine; None for all blocks.
+            progress: receives the progress of the work.
 
         Returns:
-            The report, or None while blocks of other shares are missing.
+            The report, or None while blocks of other shards are missing.
 
         Raises:
-            DataError: the disk refused, or the model gave something that is no vector.
+            DataError: the cache cannot be written, or the model returned invalid vectors.
         """
         if self.is_complete:
             return self._report()
-        share = share or WorkShare()
+        shard = shard or WorkShard()
         blocks = self._blocks()
-        own = [block for block in blocks if block % share.count == share.index and not self._part(block).exists()]
-        if self.is_complete:  # joined by another process since we asked, which is why blocks are missing
+        own = [block for block in blocks if block % shard.count == shard.index and not self._part(block).exists()]
+        if self.is_complete:  # another process has joined and removed the blocks since the first check
             return self._report()
         if own:
             self._parts.mkdir(parents=True, exist_ok=True)
@@ -144,12 +144,12 @@ class Mining:
             done = [0]
 
             def embedded(count: int) -> None:
-                """Report `count` more documents as embedded."""
+                """Report that `count` further documents are embedded."""
                 done[0] += count
                 if progress is not None:
                     progress("embedding documents", done[0], len(pool))
 
-            documents = self._documents.chunks(pool, start=share.index / share.count, progress=embedded)
+            documents = self._documents.chunks(pool, start=shard.index / shard.count, progress=embedded)
             for number, block in enumerate(own, 1):
                 self._mine(block, pool, documents)
                 if progress is not None:
@@ -163,7 +163,7 @@ class Mining:
         return self._parts / f"{block:08d}.jsonl"
 
     def _mine(self, block: int, pool: DocumentPool, documents: Sequence[np.ndarray]) -> None:
-        """Mine a block and write its rows, after its statistics: that the rows exist says that both do."""
+        """Mine a block and write its statistics, then its rows: an existing file of rows implies that both are complete."""
         rows = range(block * self._block_rows, min((block + 1) * self._block_rows, len(self.source)))
         records = [record for row in rows if isinstance(record := self.source[row], PairRecord)]
         queries = self._query_vectors(records)
@@ -184,6 +184,7 @@ class Mining:
             )
             negatives = [pool[int(ranked[i, position])] for position in chosen]
             mined.append(PairRecord(record.query, record.positives, (*kept[i], *negatives)))
+            # Similarity of random documents: the scale on which the mined similarities are to be read.
             blind = vectors(_random_documents(len(pool), forbidden[i], derive_seed(self.config.seed, "random", rows[i])))
             statistics += MiningStatistics(
                 rows=1,
@@ -198,16 +199,16 @@ class Mining:
         write_rows(self._part(block), map(record_row, mined))
 
     def _query_vectors(self, records: Sequence[PairRecord]) -> np.ndarray:
-        """Vectors of the records' queries; a query that occurs twice is embedded once."""
+        """Vectors of the records' queries; a repeated query is embedded once."""
         distinct = list(dict.fromkeys(record.query for record in records))
-        place = {query: index for index, query in enumerate(distinct)}
+        index_of = {query: index for index, query in enumerate(distinct)}
         vectors = self._queries.chunk_of(distinct)
-        return np.asarray(vectors)[[place[record.query] for record in records]]
+        return np.asarray(vectors)[[index_of[record.query] for record in records]]
 
     def _join(self) -> dict[str, Any]:
-        """Lay all blocks end to end, write the report, remove the parts."""
+        """Concatenate all blocks, write the report, remove the parts."""
         with FileLock(self.out.with_name(f".{self.out.name}.lock")):
-            if self.is_complete:  # another process was faster
+            if self.is_complete:  # another process joined them while this one waited for the lock
                 return self._report()
             statistics = MiningStatistics()
             building = self.out.with_name(f".{self.out.name}.joining")
@@ -218,6 +219,7 @@ class Mining:
                     with open(self._part(block), "rb") as part:
                         shutil.copyfileobj(part, whole)
             report = self._as_report(statistics)
+            # Report first: `is_complete` needs both files, and an output without its report would be refused as foreign.
             write_report(self.report_path, report)
             building.replace(self.out)
             shutil.rmtree(self._parts)
@@ -253,11 +255,11 @@ class Mining:
 
     def _refuse_other_output(self) -> None:
         if self.out.exists() and not self.is_complete:
-            raise DataError(f"{self.out} exists and comes from something else: remove it, or choose another --out.")
+            raise DataError(f"{self.out} exists and belongs to another job: remove it, or choose another --out.")
 
 
 class _Gather:
-    """Rows of vectors that lie in pieces of equal length (the last may be shorter)."""
+    """Access to rows of vectors stored in pieces of equal length (the last may be shorter)."""
 
     def __init__(self, pieces: Sequence[np.ndarray], length: int) -> None:
         self._pieces, self._length = pieces, length
@@ -270,7 +272,7 @@ class _Gather:
 
 
 def _count_same(filtered: Counter[str], query: np.ndarray, vectors: _Gather, forbidden: np.ndarray, scores: np.ndarray) -> None:
-    """Count the documents that were left out for their text and would have been among the ranked ones."""
+    """Count the documents that were excluded for their text and would otherwise have been ranked."""
     if len(forbidden):
         least = scores[-1] if len(scores) else -np.inf
         filtered[Filter.SAME_TEXT.value] += int((vectors(forbidden) @ query >= least).sum())

@@ -1,6 +1,6 @@
-"""Exact nearest neighbors by cosine similarity, in pieces that fit in memory. No index library is needed.
+"""Exact nearest neighbors by cosine similarity, in pieces that fit in memory, without an index library.
 
-float32 throughout: a thousand queries among a million documents of 4,096 dimensions are 8 TFLOP.
+All arithmetic is float32. A thousand queries against a million documents of 4,096 dimensions take 8 TFLOP.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 DOCUMENTS_PER_PIECE = 32768
-"""Documents that are compared with a block of queries at once."""
+"""Number of documents compared with a block of queries at once."""
 
 
 def nearest(
@@ -23,18 +23,18 @@ def nearest(
     excluded: Sequence[np.ndarray] | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The most similar documents of every query, exactly.
+    """Find the most similar documents of every query by exact search.
 
     Args:
         queries: float32 `[Q, D]`, of length 1.
         documents: float32 `[N, D]`, of length 1, or its pieces in order (memory-maps are read piece by piece).
-        k: documents per query, at most.
-        excluded: per query the documents (ascending int64) that do not count.
-        device: where to multiply.
+        k: maximum number of documents per query.
+        excluded: per query, the indices of the documents to ignore (int64, ascending).
+        device: device of the matrix products.
 
     Returns:
-        Indices int64 `[Q, k']` and similarities float32 `[Q, k']`, most similar first, equal ones by index. Where fewer than k'
-        documents count, the rest has similarity -inf.
+        Indices int64 `[Q, k']` and similarities float32 `[Q, k']`, most similar first, ties by index. If fewer than k'
+        documents remain after exclusion, the rest have similarity -inf.
     """
     asked = torch.from_numpy(np.ascontiguousarray(queries, np.float32)).to(device)
     best_scores = torch.empty(len(queries), 0, device=device)
@@ -52,7 +52,7 @@ def nearest(
 
 
 def _pieces(documents: np.ndarray | Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """Cut, or join, arrays to pieces of about `DOCUMENTS_PER_PIECE` rows, in their order."""
+    """Split or join arrays into pieces of about `DOCUMENTS_PER_PIECE` rows, in order."""
     gathered: list[np.ndarray] = []
     for whole in [documents] if isinstance(documents, np.ndarray) else documents:
         for first in range(0, len(whole), DOCUMENTS_PER_PIECE):
@@ -74,7 +74,8 @@ def _exclude(scores: torch.Tensor, excluded: Sequence[np.ndarray], start: int, s
 def _merge(
     best_scores: torch.Tensor, best: torch.Tensor, scores: torch.Tensor, start: int, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best k of those so far and of a new piece; a stable sort keeps equal ones in the order of their indices."""
+    """Merge the best k so far with a new piece; a stable sort keeps ties in the order of their indices."""
+    # topk does not promise an order of ties; sorting its positions by index first makes the stable sort below decide them.
     top, positions = scores.topk(min(k, scores.shape[1]), dim=1)
     order = positions.argsort(dim=1)
     all_scores = torch.cat([best_scores, top.gather(1, order)], dim=1)
@@ -85,7 +86,7 @@ def _merge(
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Multiply matrices in float32, not in TensorFloat32, whatever was set before."""
+    """Multiply matrices in float32, not in TensorFloat32, whatever the current setting."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

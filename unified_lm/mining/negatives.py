@@ -1,6 +1,6 @@
-"""Hard negatives: which documents a query may be contrasted with, given how similar a model finds them.
+"""Hard negatives: which documents may serve as negatives of a query, given their similarities under a model.
 
-Everything here works on numbers and texts; embedding is in `unified_lm.mining.mine`.
+This module works on scores and texts; embedding and search are in `unified_lm.mining.mine`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from unified_lm.mining.text_match import jaccard, normalized, normalized_words, 
 
 
 class Sampling(Enum):
-    """How negatives are taken from the candidates that pass every filter."""
+    """How negatives are selected from the candidates that pass every filter."""
 
     TOP = "top"
     RANDOM = "random"
 
 
 class Given(Enum):
-    """What becomes of the negatives that a row already has."""
+    """What happens to negatives that a row already has."""
 
     KEEP = "keep"
     REPLACE = "replace"
 
 
 class Filter(Enum):
-    """Why a document is no negative of a query."""
+    """Why a candidate is rejected as a negative."""
 
     SAME_TEXT = "same text as the query, a positive or a kept negative"
     NEAR_DUPLICATE = "near-duplicate of a positive"
@@ -52,35 +52,35 @@ class MiningConfig:
     """How hard negatives are chosen."""
 
     num_negatives: int = 7
-    """Mined negatives per row."""
+    """Negatives to mine per row."""
     skip: int = 0
-    """Best-ranked candidates that are passed over, in documents."""
+    """Number of best-ranked candidates to skip."""
     depth: int = 100
-    """Candidates that are looked at, `skip` included, in documents."""
+    """Number of candidates to consider, including the skipped ones."""
     max_fraction: float | None = 0.95
-    """A negative scores at most this share of the positive's similarity (TopK-PercPos of NV-Retriever,
+    """Maximum similarity of a negative as a fraction of the positive's (TopK-PercPos of NV-Retriever,
     https://arxiv.org/abs/2407.15831); None for no such limit."""
     margin: float | None = None
-    """A negative scores at least this much less than the positive (TopK-MarginPos), in cosine similarity."""
+    """Minimum difference between the positive's similarity and a negative's (TopK-MarginPos)."""
     max_score: float | None = None
-    """Greatest similarity of a negative (TopK-Abs)."""
+    """Maximum similarity of a negative (TopK-Abs)."""
     min_score: float | None = None
-    """Least similarity of a negative."""
+    """Minimum similarity of a negative."""
     near_duplicate: float | None = 0.8
-    """Candidates whose words overlap that much with a positive (Jaccard similarity of word triples) are false negatives;
-    None compares whole texts only."""
+    """Candidates with at least this Jaccard similarity of word triples to a positive count as false negatives; None compares
+    whole texts only."""
     sampling: Sampling = Sampling.TOP
-    """Take the hardest, or draw among the candidates."""
+    """Take the hardest candidates, or sample among them."""
     given: Given = Given.KEEP
-    """Keep the negatives that a row has and add to them, or replace them."""
+    """Keep a row's own negatives and add to them, or replace them."""
     seed: int = 42
-    """Draws, together with the row's position."""
+    """Seed of the sampling, combined with the index of the row."""
 
     def __post_init__(self) -> None:
-        """Check all values.
+        """Validate all values.
 
         Raises:
-            ConfigError: with every problem.
+            ConfigError: lists every problem.
         """
         problems = []
         if self.num_negatives < 1:
@@ -105,25 +105,25 @@ class MiningConfig:
 
 
 def text_key(text: str) -> int:
-    """A 63-bit key of a normalized text; two texts share one when they differ in case, punctuation or white space alone."""
+    """A 63-bit key of a normalized text: equal for texts that differ only in case, punctuation or white space."""
     return int.from_bytes(blake2b(normalized(text).encode(), digest_size=8).digest(), "little") >> 1
 
 
 class DocumentPool:
-    """The documents that negatives are mined from: every distinct positive and negative of a source, and of a corpus.
+    """The documents to mine from: all distinct positives and negatives of a source, and the texts of a corpus.
 
-    Texts stay in the memory-mapped sources; a document costs a few dozen bytes here. Documents whose texts agree but whose
-    instructions differ are embedded apart.
+    Texts stay in the memory-mapped sources; a document takes a few dozen bytes here. Documents with equal texts but different
+    instructions are embedded separately.
 
     Attributes:
         keys: int64 `[documents]`, `text_key` of each.
-        same: key -> indices of the documents with it.
+        same: key -> indices of the documents with this key.
     """
 
     def __init__(self, source: RecordSource, corpus: RecordSource | None = None) -> None:
-        """Read through the source once, and through the corpus (a source of texts)."""
+        """Read the source, and the corpus (a source of texts), once."""
         self._source, self._corpus = source, corpus
-        self._places: list[tuple[int, int]] = []
+        self._locations: list[tuple[int, int]] = []
         self._index: dict[bytes, int] = {}
         keys: list[int] = []
         self.same: dict[int, list[int]] = {}
@@ -139,20 +139,20 @@ class DocumentPool:
             self._add(Text(record.text), (row, -1), keys)
         self.keys = np.array(keys, np.int64)
 
-    def _add(self, text: Text, place: tuple[int, int], keys: list[int]) -> None:
+    def _add(self, text: Text, location: tuple[int, int], keys: list[int]) -> None:
         digest = _digest(text)
         if digest in self._index:
             return
-        number = self._index[digest] = len(self._places)
-        self._places.append(place)
+        number = self._index[digest] = len(self._locations)
+        self._locations.append(location)
         keys.append(text_key(text.text))
         self.same.setdefault(keys[-1], []).append(number)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     def __getitem__(self, index: int) -> Text:
-        row, slot = self._places[index]
+        row, slot = self._locations[index]
         if slot < 0:
             assert self._corpus is not None
             record = self._corpus[row]
@@ -166,15 +166,17 @@ class DocumentPool:
         return (self[i] for i in range(len(self)))
 
     def indices(self, texts: Sequence[Text]) -> list[int]:
-        """The documents that texts of the source are."""
+        """The indices of the documents with these texts."""
         return [self._index[_digest(text)] for text in texts]
 
     def forbidden(self, record: PairRecord, kept: Sequence[Text]) -> np.ndarray:
-        """Documents that say what the query, a positive of any row with this query, or a kept negative says.
+        """The documents with the text of the query, of a positive of any row with this query, or of a kept negative.
 
         Returns:
-            int64, ascending.
+            Indices int64, ascending.
         """
+        # Positives of *any* row with this query: data sets repeat a query once per positive, and each would otherwise be mined
+        # as a negative of the others.
         query = text_key(record.query.text)
         keys = {query, *self._query_positives[query], *(text_key(text.text) for text in kept)}
         return np.array(sorted(index for key in keys for index in self.same.get(key, ())), np.int64)
@@ -188,16 +190,16 @@ def _digest(text: Text) -> bytes:
 
 @dataclass
 class MiningStatistics:
-    """Sums over rows; parts add up to the whole.
+    """Sums over rows, which can be added across blocks.
 
     Attributes:
         rows: rows mined.
         mined: negatives found.
-        short: rows with fewer than asked for; they are kept.
-        none: rows without any.
-        filtered: candidates turned down, by reason. Top sampling stops looking when it has enough.
-        positive, hard, random: (number, sum of cosine similarities to the query) of positives, mined negatives, and documents
-            drawn blindly.
+        short: rows with fewer negatives than requested; they are kept.
+        none: rows without any negative.
+        filtered: rejected candidates by reason. Top sampling stops when it has enough, so it does not count the rest.
+        positive, hard, random: (number, sum of cosine similarities to the query) of positives, mined negatives, and random
+            documents.
     """
 
     rows: int = 0
@@ -211,7 +213,7 @@ class MiningStatistics:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MiningStatistics:
-        """From `vars` of statistics, through JSON."""
+        """Restore statistics from `vars` of them after a round trip through JSON."""
         sums = {name: _sum((0, 0.0), values[name]) for name in ("positive", "hard", "random")}
         return cls(values["rows"], values["mined"], values["short"], values["none"], Counter(values["filtered"]), **sums)
 
@@ -233,7 +235,7 @@ def _sum(left: tuple[int, float], right: Sequence[float]) -> tuple[int, float]:
 
 
 def mean(counted: Sequence[float]) -> float | None:
-    """The mean of (number, sum); None of nothing."""
+    """The mean from (number, sum); None if the number is 0."""
     return counted[1] / counted[0] if counted[0] else None
 
 
@@ -256,11 +258,11 @@ def choose_negatives(
         ranked: int64 `[K]`, candidate documents, most similar first, without `pool.forbidden`.
         scores: float32 `[K]`, their cosine similarities.
         config: the filters.
-        row: position of the row in its source; with the seed, it decides what is drawn.
-        filtered: counts what is turned down.
+        row: index of the row in its source; with the seed, it determines the sampling.
+        filtered: counter of rejected candidates, updated in place.
 
     Returns:
-        Positions in `ranked` of at most `config.num_negatives` candidates.
+        Indices into `ranked` of at most `config.num_negatives` candidates.
     """
     window = np.arange(config.skip, min(config.depth, len(ranked)))
     passing = _by_score(window, scores, min(positive_scores), config, filtered)
@@ -291,10 +293,10 @@ def choose_negatives(
 def _by_score(
     window: np.ndarray, scores: np.ndarray, positive: float, config: MiningConfig, filtered: Counter[str]
 ) -> np.ndarray:
-    """The positions whose score passes every limit; of several positives the least similar one sets it."""
+    """The indices whose score passes every limit. With several positives, the least similar one sets the limits."""
     passing = window
     limits: list[tuple[Filter, float | None]] = [
-        # not `positive * fraction`: below zero that would lie above the positive
+        # not `positive * fraction`, which for a negative similarity would be above the positive
         (Filter.FRACTION, None if config.max_fraction is None else positive - abs(positive) * (1 - config.max_fraction)),
         (Filter.MARGIN, None if config.margin is None else positive - config.margin),
         (Filter.MAX_SCORE, config.max_score),

@@ -1,12 +1,12 @@
-"""Overlap between training rows and evaluation texts: what a model may have seen of its test.
+"""Overlap between training rows and evaluation texts, which reveals contamination of a test set.
 
-Four tests, from the strictest to the loosest; a training row counts under the first that it meets:
+There are four tests, from the strictest to the loosest; a training row counts under the first one that matches:
 
-- ``exact``: a text of the row is a text of the evaluation set;
-- ``normalized``: so it is without case, punctuation and white space;
-- ``ngram``: both share a run of 13 words (GPT-3, https://arxiv.org/abs/2005.14165, appendix C);
+- ``exact``: a text of the row equals a text of the evaluation set;
+- ``normalized``: the texts are equal up to case, punctuation and white space;
+- ``ngram``: the texts share a run of 13 words (GPT-3, https://arxiv.org/abs/2005.14165, appendix C);
 - ``near``: their word shingles have a Jaccard similarity above a threshold. Candidates come from MinHash (Broder 1997) with
-  locality-sensitive hashing, and every candidate is checked with its true similarity, so `near` never counts too much.
+  locality-sensitive hashing, and every candidate is verified with its exact similarity, so `near` has no false positives.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHOWN = 300
 
 
 class OverlapKind(Enum):
-    """How a training row meets an evaluation text, strictest first."""
+    """How a training row matches an evaluation text, strictest first."""
 
     EXACT = "exact"
     NORMALIZED = "normalized"
@@ -41,25 +41,25 @@ class OverlapConfig:
     """What counts as overlap."""
 
     ngram_words: int = 13
-    """Words of a shared run."""
+    """Length of a shared run, in words."""
     near_threshold: float = 0.8
-    """Least Jaccard similarity of word shingles, in (0, 1]."""
+    """Minimum Jaccard similarity of word shingles, in (0, 1]."""
     shingle_words: int = SHINGLE_WORDS
-    """Words of a shingle."""
+    """Length of a shingle, in words."""
     min_words: int = 4
     """Texts with fewer words (labels, names, "yes") are not compared."""
     kinds: tuple[OverlapKind, ...] = tuple(OverlapKind)
-    """The tests to make."""
+    """The tests to run."""
     columns: tuple[str, ...] = ()
-    """Columns of the evaluation sets to compare; () for all that hold texts."""
+    """Columns of the evaluation sets to compare; () for all columns with texts."""
     num_examples: int = 5
-    """Examples kept per kind."""
+    """Number of examples to keep per kind."""
 
     def __post_init__(self) -> None:
-        """Check all values.
+        """Validate all values.
 
         Raises:
-            ConfigError: with every problem.
+            ConfigError: lists every problem.
         """
         problems = []
         for name in ("ngram_words", "shingle_words", "min_words"):
@@ -77,12 +77,12 @@ class OverlapConfig:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A training text that meets an evaluation text.
+    """A match between a training text and an evaluation text.
 
     Attributes:
-        kind: how.
+        kind: kind of the match.
         evaluation: index of the evaluation text in `EvaluationIndex.texts`.
-        field: where the text stands in the training row (``pos[0]``).
+        field: path of the text in the training row (``pos[0]``).
         shared: what is shared: the run of words, or the similarity, as text.
     """
 
@@ -94,10 +94,10 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationText:
-    """A text of an evaluation set, and where it stands."""
+    """A text of an evaluation set with its location (file, line, field)."""
 
     set_name: str
-    place: str
+    location: str
     text: str
 
 
@@ -105,8 +105,8 @@ class EvaluationIndex:
     """The texts of evaluation sets, indexed for all tests.
 
     Attributes:
-        texts: every text that is compared.
-        num_short: texts left out because they have too few words.
+        texts: all texts that are compared.
+        num_short: number of texts excluded because they have too few words.
     """
 
     def __init__(self, config: OverlapConfig) -> None:
@@ -120,7 +120,7 @@ class EvaluationIndex:
         self._near = _NearIndex(config.near_threshold) if OverlapKind.NEAR in config.kinds else None
 
     def add(self, text: EvaluationText) -> None:
-        """Index one text; a repetition of an earlier one adds nothing."""
+        """Index one text; a repeated text adds nothing."""
         words = normalized_words(text.text)
         if len(words) < self.config.min_words:
             self.num_short += 1
@@ -131,7 +131,7 @@ class EvaluationIndex:
         self.texts.append(text)
         self._exact[text.text] = number
         if self._normalized.setdefault(" ".join(words), number) != number:
-            self._shingles.append(frozenset())  # an equal text is indexed already
+            self._shingles.append(frozenset())  # parallel to `texts`; an equal text is indexed already
             return
         if OverlapKind.NGRAM in self.config.kinds:
             for run in runs(words, self.config.ngram_words):
@@ -141,58 +141,64 @@ class EvaluationIndex:
         if self._near is not None:
             self._near.add(number, own)
 
-    def find(self, text: str, place: str) -> Match | None:
-        """The strictest match of a training text, or None."""
+    def find(self, text: str, field: str) -> Match | None:
+        """The strictest match of a training text, or None.
+
+        Args:
+            text: the training text.
+            field: its path in the training row, for the match.
+        """
         words = normalized_words(text)
         if len(words) < self.config.min_words:
             return None
         kinds = self.config.kinds
         if OverlapKind.EXACT in kinds and (number := self._exact.get(text)) is not None:
-            return Match(OverlapKind.EXACT, number, place, "the whole text")
+            return Match(OverlapKind.EXACT, number, field, "the whole text")
         if OverlapKind.NORMALIZED in kinds and (number := self._normalized.get(" ".join(words))) is not None:
-            return Match(OverlapKind.NORMALIZED, number, place, "the whole text")
+            return Match(OverlapKind.NORMALIZED, number, field, "the whole text")
         if OverlapKind.NGRAM in kinds:
             for run in runs(words, self.config.ngram_words):
                 if (number := self._runs.get(run)) is not None:
-                    return Match(OverlapKind.NGRAM, number, place, run)
-        return self._nearest(words, place) if self._near is not None else None
+                    return Match(OverlapKind.NGRAM, number, field, run)
+        return self._nearest(words, field) if self._near is not None else None
 
-    def _nearest(self, words: Sequence[str], place: str) -> Match | None:
+    def _nearest(self, words: Sequence[str], field: str) -> Match | None:
         assert self._near is not None
         own = shingles(words, self.config.shingle_words)
+        # The negated number makes `max` prefer the earliest of equally similar texts.
         scored = [(jaccard(own, self._shingles[number]), -number) for number in self._near.candidates(own)]
         similarity, number = max(scored, default=(0.0, 0))
         if similarity < self.config.near_threshold:
             return None
-        return Match(OverlapKind.NEAR, -number, place, f"Jaccard similarity {similarity:.2f}")
+        return Match(OverlapKind.NEAR, -number, field, f"Jaccard similarity {similarity:.2f}")
 
 
 class _NearIndex:
-    """Candidates of high Jaccard similarity, by MinHash and locality-sensitive hashing (`datasketch`)."""
+    """Finds candidates of high Jaccard similarity by MinHash and locality-sensitive hashing (`datasketch`)."""
 
     def __init__(self, threshold: float) -> None:
         try:
             import datasketch
         except ImportError as error:
             raise DataError(
-                "near-duplicates are found with the package datasketch, which is not installed: pip install "
+                "finding near-duplicates needs the package datasketch, which is not installed: pip install "
                 "'unified_lm[data]', or leave them out with --kinds exact,normalized,ngram."
             ) from error
         self._empty = datasketch.MinHash(num_perm=_PERMUTATIONS, seed=1)
-        # Bands for a lower threshold, weighted for recall: a false candidate only costs a check, a missed one is never seen.
+        # Bands for a lower threshold, weighted for recall: a false candidate only costs a check, a missed one is never found.
         self._lsh = datasketch.MinHashLSH(threshold=0.9 * threshold, num_perm=_PERMUTATIONS, weights=(0.1, 0.9))
 
     def _sketch(self, members: frozenset[str]) -> Any:
-        sketch = self._empty.copy()  # drawing its permutations anew would cost more than the rest
+        sketch = self._empty.copy()  # a copy: drawing the permutations again would cost more than the rest
         sketch.update_batch([member.encode() for member in members])
         return sketch
 
     def add(self, number: int, members: frozenset[str]) -> None:
-        """Add a text by its number and its set of word runs."""
+        """Add a text, given its number and its shingles."""
         self._lsh.insert(number, self._sketch(members))
 
     def candidates(self, members: frozenset[str]) -> list[int]:
-        """Numbers of the texts that may be similar; some are not."""
+        """Numbers of the texts that may be similar, false positives included."""
         return list(self._lsh.query(self._sketch(members)))
 
 
@@ -201,19 +207,19 @@ def build_index(evaluation: Iterable[tuple[str, RowFile]], config: OverlapConfig
 
     Args:
         evaluation: (name of the set, rows) of every file.
-        config: what counts.
+        config: what counts as overlap.
 
     Raises:
-        DataError: no text is long enough, or a column that no row of a set has.
+        DataError: no text is long enough, or no row of a set has any of the columns.
     """
     index = EvaluationIndex(config)
     for set_name, file in evaluation:
         columns: set[str] = set()
-        for place, row in file.rows():
+        for location, row in file.rows():
             chosen = {key: value for key, value in row.items() if not config.columns or key in config.columns}
             columns |= chosen.keys()
             for field_name, text in row_texts(chosen):
-                index.add(EvaluationText(set_name, f"{file.name}, {place}, {field_name}", text))
+                index.add(EvaluationText(set_name, f"{file.name}, {location}, {field_name}", text))
         if config.columns and not columns:
             raise DataError(f"{file.name} of {set_name} has none of the columns {', '.join(config.columns)}.")
     if not index.texts:
@@ -226,15 +232,15 @@ def build_index(evaluation: Iterable[tuple[str, RowFile]], config: OverlapConfig
 
 @dataclass
 class OverlapReport:
-    """What `find_overlap` counted.
+    """Counts of `find_overlap`.
 
     Attributes:
         num_rows: training rows.
         counts: rows by kind.
         by_set: rows by evaluation set and kind.
-        by_field: rows by the field of the training row that matched first ("pos", without index).
+        by_field: rows by the field of their strictest match ("pos", without index).
         examples: the first matches of each kind.
-        num_evaluation_texts, num_short_texts: texts compared, and texts too short for it.
+        num_evaluation_texts, num_short_texts: number of texts compared, and of texts too short for comparison.
     """
 
     num_evaluation_texts: int
@@ -247,11 +253,11 @@ class OverlapReport:
 
     @property
     def num_overlapping(self) -> int:
-        """Rows that meet an evaluation text in any way."""
+        """Number of rows with a match of any kind."""
         return self.counts.total()
 
-    def add(self, match: Match, text: EvaluationText, place: str, train_text: str, limit: int) -> None:
-        """Count a match of a row."""
+    def add(self, match: Match, text: EvaluationText, location: str, train_text: str, limit: int) -> None:
+        """Count the match of a row, and keep it as an example while there are fewer than `limit`."""
         kind = match.kind.value
         self.counts[kind] += 1
         self.by_set.setdefault(text.set_name, Counter())[kind] += 1
@@ -260,16 +266,16 @@ class OverlapReport:
         if len(shown) < limit:
             shown.append(
                 {
-                    "train": f"{place}, {match.field}",
+                    "train": f"{location}, {match.field}",
                     "train_text": train_text[:_SHOWN],
-                    "evaluation": f"{text.set_name}: {text.place}",
+                    "evaluation": f"{text.set_name}: {text.location}",
                     "evaluation_text": text.text[:_SHOWN],
                     "shared": match.shared,
                 }
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for a file."""
+        """The counts as plain values, for a file."""
         return {
             "rows": self.num_rows,
             "overlapping": self.num_overlapping,
@@ -294,8 +300,8 @@ def find_overlap(
     Args:
         train: the training files.
         index: from `build_index`.
-        write: a file for the rows without any match, as they are; a folder where there are several training files.
-        progress: called with the number of rows done since the last call.
+        write: file for the rows without any match, unchanged; a folder if there are several training files.
+        progress: called with the number of rows compared since the last call.
 
     Raises:
         DataError: a file cannot be read or written, or no row is left to write.
@@ -318,16 +324,16 @@ def find_overlap(
 def _clean_rows(
     file: RowFile, index: EvaluationIndex, report: OverlapReport, progress: Callable[[int], None] | None
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows without a match; the others are counted."""
+    """Yield the rows without a match; count the others."""
     order = list(OverlapKind)
-    for place, row in file.rows():
+    for location, row in file.rows():
         if not isinstance(row, Mapping):
-            raise DataError(f"{file.name}, {place}: expected an object with named columns, got {type(row).__name__}.")
+            raise DataError(f"{file.name}, {location}: expected an object with named columns, got {type(row).__name__}.")
         report.num_rows += 1
         found = [(match, text) for name, text in row_texts(row) if (match := index.find(text, name)) is not None]
         if found:
             match, text = min(found, key=lambda item: order.index(item[0].kind))
-            report.add(match, index.texts[match.evaluation], f"{file.name}, {place}", text, index.config.num_examples)
+            report.add(match, index.texts[match.evaluation], f"{file.name}, {location}", text, index.config.num_examples)
         else:
             yield row
         if progress is not None:

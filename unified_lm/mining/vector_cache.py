@@ -1,6 +1,6 @@
-"""Embeddings on disk, in chunks named by what they hold.
+"""Embeddings on disk, in chunks addressed by their content.
 
-A killed run goes on where it stopped, and processes that share a disk share the work.
+A killed run resumes where it stopped, and processes with a common disk divide the work.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from unified_lm.core.files import write_array
 from unified_lm.data.rows.records import Text
 
 CHUNK = 1024
-"""Texts per file."""
+"""Default number of texts per file."""
 
 Encode = Callable[[Sequence[Text]], np.ndarray]
-"""Texts -> float32 `[texts, D]`, of length 1."""
+"""Texts -> unit vectors, float32 `[texts, D]`."""
 
 
 class Texts(Protocol):
-    """Random access to texts, which may lie on disk."""
+    """Random access to texts, possibly on disk."""
 
     def __len__(self) -> int: ...
 
@@ -33,13 +33,13 @@ class Texts(Protocol):
 
 
 class VectorCache:
-    """Files of embeddings, each under a hash of the model, the prompts and the texts in it.
+    """Files of embeddings, each named by a hash of the model, the prompts and its texts.
 
-    A chunk is always embedded as a whole and in one call, so that its numbers do not depend on who asks for it.
+    A chunk is always embedded as a whole and in one call, so that its numbers do not depend on the caller.
 
     Args:
-        folder: where the files go; made when needed.
-        tag: whatever changes vectors besides the texts: model, role, prompts.
+        folder: folder of the files, created if needed.
+        tag: identifies everything else that affects the vectors: model, role, prompts.
         encode: embeds the texts of one chunk.
         chunk: texts per file.
     """
@@ -51,10 +51,10 @@ class VectorCache:
         self.chunk = chunk
 
     def chunk_of(self, texts: Sequence[Text]) -> np.ndarray:
-        """The vectors of one chunk, as a memory-map, embedded first if they are not there.
+        """The vectors of one chunk as a memory-map, computed first if the cache lacks them.
 
         Raises:
-            DataError: the disk refused, or the encoder returned something else than a finite vector per text.
+            DataError: the cache cannot be written, or the encoder did not return a finite vector per text.
         """
         path = self._path(texts)
         if not path.exists():
@@ -68,13 +68,15 @@ class VectorCache:
 
         Args:
             texts: in the order of the result.
-            start: where to begin, as a share of the chunks in [0, 1): processes that begin apart rarely wait for each other.
-            progress: called with the number of texts that are done.
+            start: chunk to begin with, as a fraction of all chunks in [0, 1): processes that begin at different chunks
+                rarely wait for each other.
+            progress: called with the number of texts done since the last call.
 
         Returns:
             Memory-maps, float32 `[up to chunk, D]`.
         """
         starts = list(range(0, len(texts), self.chunk))
+        # First pass: skip chunks that another process is computing. Second pass: wait for them.
         turn = int(start * len(starts))
         waiting = starts[turn:] + starts[:turn]
         found: dict[int, np.ndarray] = {}
@@ -93,7 +95,7 @@ class VectorCache:
         return [found[first] for first in starts]
 
     def _is_busy(self, texts: Sequence[Text]) -> bool:
-        """Whether another process is embedding a chunk right now."""
+        """Whether another process is embedding this chunk now."""
         path = self._path(texts)
         if path.exists():
             return False

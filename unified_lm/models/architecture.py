@@ -1,4 +1,4 @@
-"""Which configurations a recipe may train: text decoders of the family it expects, with the dropout it asks for."""
+"""Checks and changes of a model's configuration: text decoders only, of the expected family, with the recipe's dropout."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ _ENCODERS = frozenset(
         "xmod",
     }
 )
+"""`model_type`s of encoders; transformers can load some of them as causal language models, which they were not trained as."""
+
 _DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def check_architecture(hf_config: PreTrainedConfig, family: str, name: str) -> None:
-    """Refuse what is not a text decoder, and what is not of the expected family.
+    """Refuse models that are not text decoders, or not of the expected family.
 
     Args:
         hf_config: the configuration as loaded.
@@ -79,7 +81,7 @@ def override_dropout(hf_config: PreTrainedConfig, probability: float | None) -> 
         probability: of dropping an attention weight; None changes nothing.
 
     Returns:
-        What was changed, in words.
+        What was changed, in words; empty if nothing.
 
     Raises:
         ModelError: the family has no attention dropout.

@@ -1,7 +1,7 @@
 """The decoder as the rest of the package sees it: a pack in, hidden states out.
 
-A stock transformers model is wrapped, not changed: its attention goes through our registered function while it is wrapped, and
-through transformers' own inside `stock_attention()`. Legend: `batch/__init__.py`.
+A stock transformers model is wrapped, not changed: its attention goes through our registered function, and through
+transformers' own inside `stock_attention()`. Legend: `batch/__init__.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unified_lm.models.attention.padded import pad
 logger = logging.getLogger(__name__)
 
 PADDED = "padded"
-"""The way to run families without the attention interface: rows with a 4-D mask."""
+"""Name of the way to run families without the attention interface: padded rows with a 4-D mask."""
 
 
 class Backbone(nn.Module):
@@ -42,11 +42,11 @@ class Backbone(nn.Module):
         """Wrap a model and route its attention through a kernel.
 
         Args:
-            causal_lm: a transformers causal language model, on its device or still on the CPU.
+            causal_lm: a transformers causal language model; it may be moved to its device later.
             kernel: "auto", "sdpa", "flash", "flex", "reference", "padded", or a kernel object.
 
         Raises:
-            ModelError: the kernel is unknown or unavailable, or the family cannot run it.
+            ModelError: the kernel is unknown or unavailable, or does not support the family.
         """
         super().__init__()
         self.causal_lm = causal_lm
@@ -56,6 +56,7 @@ class Backbone(nn.Module):
         if kernel == PADDED:
             families.check_padded(causal_lm)
             logger.warning("attention kernel 'padded': every pack is padded to its longest sample, which costs time and memory")
+            # Families without the interface choose their attention classes when they are built.
             self._packed = "eager" if families.has_interface(causal_lm) else self._stock
         else:
             families.check_packed(causal_lm)
@@ -79,7 +80,7 @@ class Backbone(nn.Module):
         return self._run(pack).last_hidden_state[0]
 
     def layer_states(self, pack: Pack) -> torch.Tensor:
-        """Run the decoder over a pack and keep what every layer said.
+        """Run the decoder over a pack and return the output of every layer.
 
         Args:
             pack: on the model's device.
@@ -88,19 +89,19 @@ class Backbone(nn.Module):
             `[T, L + 1, D]`: the token embeddings, then the output of each of the L layers, the last one after the final norm.
 
         Raises:
-            ModelError: the family does not hand out its layers' outputs.
+            ModelError: the family does not return its layers' outputs.
         """
         states = getattr(self._run(pack, output_hidden_states=True), "hidden_states", None)
         expected = int(self._config.num_hidden_layers) + 1
         if not states or len(states) != expected:
             raise ModelError(
-                f"family '{self._config.model_type}' gives the outputs of {len(states or ())} layers, expected {expected}: its "
-                "layers cannot be compared."
+                f"family '{self._config.model_type}' returns the outputs of {len(states or ())} layers, expected {expected}: "
+                "its layers cannot be compared."
             )
         return torch.stack([layer[0] for layer in states], dim=1)
 
     def router_logits(self, pack: Pack) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Run the decoder of a mixture of experts and keep what its routers said.
+        """Run the decoder of a mixture of experts and return its router logits.
 
         Args:
             pack: on the model's device.
@@ -115,11 +116,11 @@ class Backbone(nn.Module):
         outputs = self._run(pack, output_router_logits=True)
         logits = getattr(outputs, "router_logits", None)
         if not logits:
-            raise ModelError(f"family '{self._config.model_type}' gives no router logits: it has no mixture of experts.")
+            raise ModelError(f"family '{self._config.model_type}' returns no router logits: it has no mixture of experts.")
         return outputs.last_hidden_state[0], tuple(logits)
 
     def experts(self) -> tuple[int, int]:
-        """Experts of a layer, and how many of them a token visits; for the balance of routers.
+        """Number of experts of a layer, and number of experts per token; for the router balance loss.
 
         Raises:
             ModelError: the family has no router balance loss, or runs padded.
@@ -128,7 +129,7 @@ class Backbone(nn.Module):
         return families.experts(self.causal_lm)
 
     def output_head(self) -> OutputHead:
-        """The language-model head as data.
+        """The language-model head, as weights that a loss can use without calling the module.
 
         Raises:
             ModelError: the model has no plain linear head (none at all, or an adapter wraps it).
@@ -148,9 +149,9 @@ class Backbone(nn.Module):
 
     @contextmanager
     def stock_attention(self) -> Iterator[PreTrainedModel]:
-        """Lend the model out with transformers' own attention, for `generate` and for its own logits.
+        """Context in which the model uses transformers' own attention, for `generate` and for its own logits.
 
-        The switch is in the model's configuration, so no pack may run meanwhile: threads must take turns.
+        The switch is in the model's configuration, so no pack may run at the same time: threads need a lock.
 
         Yields:
             The wrapped model.
@@ -162,8 +163,8 @@ class Backbone(nn.Module):
             _set_attention(self.causal_lm, self._packed)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute each layer in the backward instead of keeping its activations. Works in training mode only."""
-        # Re-entrant checkpointing would cut the gradient of router logits and of frozen embeddings.
+        """Recompute each layer in the backward instead of storing its activations. Takes effect in training mode only."""
+        # Reentrant checkpointing would lose the gradients of router logits, and those of layers above frozen embeddings.
         options = {"use_reentrant": False}
         if hasattr(self.causal_lm, "activation_checkpointing_enable"):
             self.causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -171,7 +172,7 @@ class Backbone(nn.Module):
             self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def disable_gradient_checkpointing(self) -> None:
-        """Keep activations again."""
+        """Store activations again."""
         if hasattr(self.causal_lm, "activation_checkpointing_disable"):
             self.causal_lm.activation_checkpointing_disable()
         else:
@@ -208,7 +209,7 @@ class Backbone(nn.Module):
             input_ids=pack.input_ids[None],
             attention_mask=None,
             position_ids=pack.position_ids[None],
-            use_cache=False,  # with a cache transformers would take the pack for one growing sequence
+            use_cache=False,  # with a cache transformers treats the pack as one growing sequence
             plan=pack.plan,
             attention_kernel=self._attention,
             **options,
@@ -224,7 +225,7 @@ def _make_kernel(kernel: str | AttentionKernel) -> AttentionKernel:
 
 
 def _stock_implementation(causal_lm: PreTrainedModel) -> str:
-    """The attention of transformers that the model came with, or its default if it came wrapped already."""
+    """The transformers attention that the model was loaded with, or its default if it has been wrapped before."""
     current = causal_lm.config._attn_implementation
     if current not in (None, ATTENTION_NAME):
         return str(current)
@@ -232,7 +233,7 @@ def _stock_implementation(causal_lm: PreTrainedModel) -> str:
 
 
 def _set_attention(causal_lm: PreTrainedModel, name: str) -> None:
-    """Switch every attention layer, and see that it took effect: transformers only warns where it does not.
+    """Switch every attention layer, and check that it took effect: transformers only warns if it did not.
 
     Raises:
         ModelError: a layer's configuration still names another implementation.
@@ -240,11 +241,11 @@ def _set_attention(causal_lm: PreTrainedModel, name: str) -> None:
     found: list[Any] = [getattr(module, "config", None) for module in causal_lm.modules()]
     configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
     if not families.has_interface(causal_lm) and name == causal_lm.config._attn_implementation:
-        return  # these families choose their attention classes when they are built; there is nothing to switch
+        return  # nothing to switch: these families choose their attention classes when they are built
     causal_lm.set_attn_implementation(name)
-    stubborn = {config._attn_implementation for config in configs.values()} - {name}
-    if stubborn:
+    unchanged = {config._attn_implementation for config in configs.values()} - {name}
+    if unchanged:
         raise ModelError(
-            f"family '{causal_lm.config.model_type}' keeps attention {sorted(map(str, stubborn))} instead of '{name}'. "
+            f"family '{causal_lm.config.model_type}' keeps attention {sorted(map(str, unchanged))} instead of '{name}'. "
             "Set model.attention_kernel=padded."
         )

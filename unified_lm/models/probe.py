@@ -1,13 +1,11 @@
-"""A leak probe for the model at hand, run once at start-up: who really sees whom?
+"""A leak probe of the loaded model, run once at start-up: which tokens really see which?
 
-Nothing is assumed about the family: three short samples are packed, the last token of one is changed, and the hidden states
-tell whether its past, its future and its neighbors noticed. Costs four forwards of eighteen tokens.
+It assumes nothing about the family. Three short samples are packed, one token of a sample is changed, and the hidden states
+show whether earlier tokens, later tokens and other samples are affected. It costs four forwards of eighteen tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -18,35 +16,29 @@ from unified_lm.batch import AttentionMode, Pack, Sample, make_pack
 from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
 from unified_lm.models.backbone import Backbone
-
-Whole = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
-"""Parameters -> a context in which they hold their whole values."""
+from unified_lm.models.sharded import GatherParameters, no_gathering
 
 _LENGTH = 6
 _SPAN = (1, 4)
 
 _ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""By dtype: a relative change of a state up to this may be rounding (experts get other numbers of tokens, say)."""
-
-
-def _as_they_are(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-    return nullcontext()
+"""By dtype: relative change of a state that rounding may cause, for example because experts get other numbers of tokens."""
 
 
 @torch.no_grad()
-def probe_attention(backbone: Backbone, *, partial_spans: bool = True, whole: Whole = _as_they_are) -> None:
-    """Check on the loaded model that the mask of every kind of sample is what its plan says, and that logits are as described.
+def probe_attention(backbone: Backbone, *, partial_spans: bool = True, whole: GatherParameters = no_gathering) -> None:
+    """Check that the loaded model applies the mask of every kind of sample, and that its logits are those of its output head.
 
-    Training mode and random state are left as they were.
+    Training mode and random state are restored.
 
     Args:
-        backbone: the model, on the device that it will run on.
-        partial_spans: whether to probe partial spans too; turn off for kernels that refuse them.
-        whole: parameters -> a context in which they hold their whole values, where ranks hold parts.
+        backbone: the model, on the device that it runs on.
+        partial_spans: whether to probe partial spans too; False for kernels that refuse them.
+        whole: gathers parameters that are partitioned (ZeRO-3).
 
     Raises:
-        ModelError: a causal token sees its future, a bidirectional one does not, a neighbor leaks, or the output head is not
-            what `Backbone.output_head` says.
+        ModelError: a causal token sees its future, a bidirectional one does not, a token sees another sample, or the output
+            head differs from what `Backbone.output_head` describes.
     """
     rng, training = RngState.capture(), backbone.training
     backbone.eval()
@@ -72,26 +64,41 @@ def _probe_masks(backbone: Backbone, samples: list[Sample]) -> None:
     before = backbone(pack)
     rounding = _ROUNDING.get(before.dtype, 1e-5)
     for index, (start, length) in enumerate(zip(pack.plan.offsets, pack.plan.lengths, strict=False)):
-        # For a partial span the token to change is the span's last: what follows it is causal.
+        # The last token, which a causal mask hides from all others. For a partial span the span's last token, because the
+        # tokens behind the span are causal and see it in any case.
         changed = pack.plan.spans[index][1] - 1 if pack.plan.mode(index) is AttentionMode.SPAN else length - 1
         after = backbone(_flip(pack, start + changed, backbone.vocab_size))
         change_T = (after - before).float().norm(dim=-1) / before.float().norm(dim=-1).clamp_min(1e-12)
-        _judge(backbone, pack, index, change_T.cpu(), changed, rounding)
+        _check_changes(backbone, pack, index, change_T.cpu(), changed, rounding)
 
 
 def _flip(pack: Pack, position: int, vocab_size: int) -> Pack:
+    """The pack with another token at one position."""
     input_ids = pack.input_ids.clone()
     input_ids[position] = (input_ids[position] + vocab_size // 2) % vocab_size
     return replace(pack, input_ids=input_ids)
 
 
-def _judge(backbone: Backbone, pack: Pack, index: int, change_T: torch.Tensor, changed: int, rounding: float) -> None:
+def _check_changes(backbone: Backbone, pack: Pack, index: int, change_T: torch.Tensor, changed: int, rounding: float) -> None:
+    """Compare the changes of all states with what the plan lets through.
+
+    Args:
+        backbone: for the error text.
+        pack: before the change.
+        index: of the sample with the changed token.
+        change_T: relative change of each state.
+        changed: position of the changed token in its sample.
+        rounding: largest relative change that rounding may cause.
+
+    Raises:
+        ModelError: a token that must not see the changed one does, or the reverse.
+    """
     plan = pack.plan
     start, stop = plan.offsets[index], plan.offsets[index + 1]
     mode = plan.mode(index)
     model = f"{type(backbone.causal_lm).__name__} with attention kernel '{backbone.kernel}'"
     if not torch.isfinite(change_T).all():
-        raise ModelError(f"{model} gives states that are not finite for a pack of {plan.num_tokens} tokens.")
+        raise ModelError(f"{model} computes states that are not finite for a pack of {plan.num_tokens} tokens.")
     if change_T[start + changed] == 0:
         raise ModelError(f"{model} ignores its input: changing a token changed nothing.")
     elsewhere = torch.cat([change_T[:start], change_T[stop:]])
@@ -103,11 +110,13 @@ def _judge(backbone: Backbone, pack: Pack, index: int, change_T: torch.Tensor, c
         before_span = past if mode is AttentionMode.CAUSAL else past[:span_start]
         if before_span.max() > rounding:
             raise ModelError(f"{model} leaks: a causal token saw its future (changed by {before_span.max():.1e}).")
+    # Compared with 0, not with the tolerance: what one token contributes to another may be small.
     if mode is not AttentionMode.CAUSAL and past[span_start] == 0:
         raise ModelError(f"{model} is not bidirectional where it was asked to be: the first token did not see the last.")
 
 
-def _probe_head(backbone: Backbone, whole: Whole) -> None:
+def _probe_head(backbone: Backbone, whole: GatherParameters) -> None:
+    """Check that logits are the linear map, scale and cap that losses compute from `Backbone.output_head`."""
     head = backbone.output_head()
     with backbone.stock_attention() as causal_lm:
         tokens = torch.arange(3, 3 + _LENGTH, device=causal_lm.device)[None] % backbone.vocab_size

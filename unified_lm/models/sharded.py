@@ -1,13 +1,14 @@
-"""Loading a model of which every rank keeps a part (ZeRO-3): no rank's accelerator ever holds the whole.
+"""Parameters that are partitioned across ranks (ZeRO-3): how to load them, and how to see them whole.
 
-Rank 0 reads the checkpoint on the CPU as any run does, with the same checks of missing, unexpected and misshapen weights. The
-other ranks hear of its errors. Then every rank builds the model in parts, without values, and receives its part of each weight.
+No rank's accelerator ever holds the whole model. Rank 0 reads the checkpoint on the CPU as in any other run, with the same
+checks of missing, unexpected and misshapen weights, and its errors are raised on every rank. Then every rank builds the
+partitioned model without values, and receives its part of each weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -21,31 +22,39 @@ from unified_lm.core.agreement import broadcast_object, run_on_rank0
 from unified_lm.core.errors import ModelError
 from unified_lm.models.loading import DTYPES, LoadedModel, load_model
 
+GatherParameters = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
+"""Parameters -> a context in which they hold their whole values on every rank. Collective."""
+
+
+def no_gathering(_: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """The `GatherParameters` of ranks that hold whole parameters."""
+    return nullcontext()
+
 
 class Sharding(Protocol):
-    """How ranks split parameters."""
+    """How parameters are partitioned across ranks."""
 
     def initializing(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Parameters made within it are split as soon as their module is complete."""
+        """Context in which each new module's parameters are partitioned as soon as the module is complete."""
 
     def filling(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """Within it parameters are whole; what rank 0 writes to them is split among all on leaving."""
+        """Context in which parameters are whole; what rank 0 writes to them is partitioned again on leaving."""
 
 
 def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
-    """Load what a recipe names, as `load_model` does, in parts. Collective.
+    """Load the model that a recipe names, like `load_model`, but partitioned. Collective.
 
     Args:
         config: the model part of a recipe.
-        sharding: how ranks split parameters.
+        sharding: how parameters are partitioned.
 
     Raises:
-        ModelError: see `load_model`; also where a model built in parts has other weights than one that was loaded whole.
+        ModelError: see `load_model`; also if the partitioned model has other weights than the one that was loaded whole.
     """
-    read: list[LoadedModel] = []
+    read: list[LoadedModel] = []  # stays empty except on rank 0
 
     def read_whole() -> dict[str, Any]:
-        """Load the whole model on this rank; returns what the other ranks need to build it empty."""
+        """Load the whole model on this rank; returns what the other ranks need to build it without weights."""
         loaded = load_model(config)
         read.append(loaded)
         causal_lm = loaded.causal_lm
@@ -63,6 +72,7 @@ def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
     whole = dict(read[0].causal_lm.named_parameters()) if read else {}
     _check_names(causal_lm, whole)
     for name, parameter in causal_lm.named_parameters():
+        # one parameter at a time, so that an accelerator holds at most one whole parameter
         with sharding.filling([parameter]), torch.no_grad():
             if whole:
                 parameter.copy_(whole[name])
@@ -71,7 +81,7 @@ def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
 
 
 def _build(config: ModelConfig, known: dict[str, Any], sharding: Sharding) -> PreTrainedModel:
-    """The model in parts, its weights not yet filled."""
+    """The partitioned model, its weights not yet filled."""
     dtype = DTYPES[config.dtype]
     with no_init_weights(), sharding.initializing(dtype):
         causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -89,7 +99,7 @@ def _build(config: ModelConfig, known: dict[str, Any], sharding: Sharding) -> Pr
 
 
 def _check_names(causal_lm: PreTrainedModel, whole: dict[str, nn.Parameter]) -> None:
-    """See that parts and whole are the same weights, of one shape and dtype; a missing one would stay empty without a word."""
+    """Check that the partitioned model has the loaded one's weights, shapes and dtypes; a missing one would stay unfilled."""
     found = {name: (distributed.full_shape(p), p.dtype) for name, p in causal_lm.named_parameters()}
     expected = broadcast_object({name: (tuple(p.shape), p.dtype) for name, p in whole.items()})
     if found != expected:
@@ -101,7 +111,7 @@ def _check_names(causal_lm: PreTrainedModel, whole: dict[str, nn.Parameter]) -> 
 
 
 def _copy_buffers(causal_lm: PreTrainedModel, buffers: dict[str, torch.Tensor]) -> None:
-    """Buffers (rotary frequencies, ...) as loaded: one made while parameters are split takes their dtype."""
+    """Copy buffers (rotary frequencies, ...) as loaded: those created while parameters are partitioned take their dtype."""
     for name, _ in list(causal_lm.named_buffers()):
         owner, _, attribute = name.rpartition(".")
         causal_lm.get_submodule(owner)._buffers[attribute] = buffers[name].to(distributed.local_device())

@@ -1,8 +1,8 @@
 """Per-dimension standardization of embeddings with statistics that are fitted once, on a reference corpus.
 
-A few dimensions of a language model's states are far larger than the others and decide every cosine (Timkey and van Schijndel
-2021, arXiv:2109.04404, who standardize as here). Statistics of the texts that happen to be encoded together would make a vector
-depend on its neighbors; these are numbers of the model, saved with it.
+A few dimensions of a language model's states are far larger than the others and dominate every cosine (Timkey and van Schijndel
+2021, arXiv:2109.04404, who standardize in the same way). Statistics of the texts that are encoded together would make a vector
+depend on its batch. These are part of the model and saved with it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch import nn
 from unified_lm.core.errors import DataError
 
 MIN_TEXTS = 100
-"""Fewest texts that statistics may be fitted on: below, a standard deviation is off by more than 7% (1 / sqrt(2 N))."""
+"""Fewest texts to fit statistics on: with fewer, a standard deviation is off by more than 7% (1 / sqrt(2 N))."""
 
 RELATIVE_EPS = 1e-3
-"""A standard deviation below this share of the median one is raised to it: a (nearly) constant dimension stays small."""
+"""Smallest standard deviation relative to the median one. Smaller ones are raised to it, so that a nearly constant dimension is
+not amplified."""
 
 
 class RunningMoments:
@@ -33,13 +34,13 @@ class RunningMoments:
         self._squares = np.zeros(0)
 
     def update(self, vectors: np.ndarray | torch.Tensor) -> None:
-        """Take in a block.
+        """Add a block of vectors.
 
         Args:
             vectors: `[N, D]`, any floating type; N may be 0.
 
         Raises:
-            DataError: another number of dimensions than before, or a value that is not finite.
+            DataError: a different number of dimensions than before, or a value that is not finite.
         """
         block = np.asarray(vectors, dtype=np.float64)
         if not len(block):
@@ -64,7 +65,7 @@ class RunningMoments:
 
     @property
     def variance(self) -> np.ndarray:
-        """float64 `[D]`, of the population (divided by N); 0 before the first vector."""
+        """float64 `[D]`, population variance (divided by N); empty before the first vector."""
         return self._squares / max(self.count, 1)
 
 
@@ -72,7 +73,7 @@ class Standardizer(nn.Module):
     """`(x - mean) / std` per dimension, computed in float32 as `x * scale + shift`.
 
     Args:
-        scale: `[D]`, 1 / std, all above 0 and finite.
+        scale: `[D]`, 1 / std, all positive and finite.
         shift: `[D]`, -mean / std.
     """
 
@@ -88,17 +89,16 @@ class Standardizer(nn.Module):
 
     @classmethod
     def fit(cls, moments: RunningMoments, min_texts: int = MIN_TEXTS) -> Standardizer:
-        """Standardize by these moments.
+        """Create a standardizer from moments.
 
-        Standard deviations below `RELATIVE_EPS` times their median are raised to that.
+        Standard deviations below `RELATIVE_EPS` times their median are raised to that value.
 
         Args:
             moments: of the reference vectors, not normalized.
             min_texts: fewest vectors accepted.
 
         Raises:
-            DataError: too few vectors, or dimensions that do not vary at all (more than half of them: the same text over and
-                over).
+            DataError: too few vectors, or more than half of the dimensions do not vary at all, as with copies of one text.
         """
         if moments.count < max(min_texts, 2):
             raise DataError(
@@ -106,7 +106,7 @@ class Standardizer(nn.Module):
                 "thousand are better. Give a larger corpus."
             )
         std = np.sqrt(moments.variance)
-        # Rounding of float32 vectors leaves a deviation of this size where there is none.
+        # Rounding of float32 vectors gives a constant dimension a deviation of up to this size.
         constant = std <= 1e-6 * np.abs(moments.mean)
         floor = RELATIVE_EPS * float(np.median(std))
         if constant.mean() > 0.5 or floor == 0:
@@ -130,6 +130,6 @@ class Standardizer(nn.Module):
 
 
 def embedding_head(projection: nn.Module | None, standardizer: nn.Module | None) -> nn.Module | None:
-    """What is applied to a pooled vector, in order: the linear head, then standardization. None for neither."""
+    """The modules that are applied to a pooled vector: the linear head, then standardization. None if there are none."""
     parts = [part for part in (projection, standardizer) if part is not None]
     return nn.Sequential(*parts) if parts else None

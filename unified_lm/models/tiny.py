@@ -12,7 +12,7 @@ from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.core.random import derive_seed
 
 _SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
-# merges make token boundaries depend on the context, as in real tokenizers; "Ġ" is the byte-level image of the space
+# merges make token boundaries depend on the context, as in real tokenizers; "Ġ" is how byte-level BPE writes a space
 _MERGES: list[tuple[str, str]] = [
     *(("i", "n"), ("e", "r"), ("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n"), ("an", "d"), ("Ġ", "and"), ("o", "n")),
     *(("r", "e"), ("Ġ", "a"), ("in", "g"), ("Ġ", "s"), ("Ġ", "w"), ("e", "s"), ("Ġ", "o"), ("Ġo", "f"), ("Ċ", "Ċ"), ("Ġ", "Ġ")),
@@ -20,7 +20,7 @@ _MERGES: list[tuple[str, str]] = [
 
 
 def tiny_tokenizer(add_bos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer made in code: pad 0, bos 1, eos 2, the 256 bytes and a few merges. Always the same.
+    """A byte-level BPE tokenizer built in code: pad 0, bos 1, eos 2, the 256 bytes and a few merges. Always the same.
 
     Args:
         add_bos: whether encoding with special tokens puts ``<s>`` first (as Llama and Mistral do; SmolLM2 and GPT-2 do not).
@@ -50,8 +50,8 @@ def tiny_tokenizer(add_bos: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-# Heads of 16 and grouped queries where the family allows. Weights are drawn wide enough (standard deviation 0.1) that
-# attention is far from uniform and a wrong mask shows.
+# Heads of size 16, with grouped queries if the family supports them. The standard deviation of the weights, 0.1, is large
+# enough that attention is far from uniform and a wrong mask changes the output visibly.
 _COMMON: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -129,7 +129,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
 
     Args:
         family: a `model_type`, one of `TINY_FAMILIES`.
-        seed: of the weights; the global generators are left as they were.
+        seed: for drawing the weights; the global generators are restored.
         dtype: of the weights.
         overrides: config values that replace the tiny ones.
 

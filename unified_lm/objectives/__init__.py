@@ -1,55 +1,59 @@
 """Losses. An objective sees hidden states, embeddings or log-probabilities, never a model.
 
 To add one, write a class with the shape of `TokenObjective`, `EmbeddingObjective` or `SequenceObjective`
-(`objectives/protocol.py`) and name it by its dotted path in a recipe (`objective.name: my_package.MyObjective`), or add it to
-a table below.
+(`objectives/protocol.py`) whose attribute `Config` holds its settings, and name it by its dotted path in a recipe
+(`objective: {name: my_package.MarginLoss, margin: 0.2}`), or add its description to the table below. This package can be
+imported without torch: the descriptions stand in `*_config.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from unified_lm.config.schema import ObjectiveConfig
-from unified_lm.core.errors import ConfigError
-from unified_lm.core.tables import resolve
-from unified_lm.objectives.contrastive import Contrastive
-from unified_lm.objectives.kto import KTO
-from unified_lm.objectives.protocol import EmbeddingObjective, ObjectiveKind, SequenceObjective, TokenObjective
-from unified_lm.objectives.token import MaskedNextToken, NextToken
+from unified_lm.config.objectives import (
+    EmbeddingObjectiveConfig,
+    ObjectiveConfig,
+    ObjectiveKind,
+    SequenceObjectiveConfig,
+    TokenObjectiveConfig,
+)
+from unified_lm.config.parts import find_implementation
+from unified_lm.objectives.contrastive_config import ContrastiveConfig
+from unified_lm.objectives.kto_config import KTOConfig
+from unified_lm.objectives.token_config import MaskedNextTokenConfig, NextTokenConfig
 
-TOKEN_OBJECTIVES: dict[str, Any] = {"next_token": NextToken, "masked_next_token": MaskedNextToken}
-"""Objectives over supervised positions, by the name a recipe uses."""
-
-EMBEDDING_OBJECTIVES: dict[str, Any] = {"contrastive": Contrastive}
-"""Objectives over pooled vectors, by the name a recipe uses."""
-
-SEQUENCE_OBJECTIVES: dict[str, Any] = {"kto": KTO}
-"""Objectives over log-probabilities of whole samples, by the name a recipe uses."""
+if TYPE_CHECKING:
+    from unified_lm.objectives.protocol import EmbeddingObjective, SequenceObjective, TokenObjective
 
 __all__ = [
-    "EMBEDDING_OBJECTIVES",
-    "SEQUENCE_OBJECTIVES",
-    "TOKEN_OBJECTIVES",
-    "EmbeddingObjective",
+    "OBJECTIVES",
+    "ContrastiveConfig",
+    "EmbeddingObjectiveConfig",
+    "KTOConfig",
+    "MaskedNextTokenConfig",
+    "NextTokenConfig",
+    "ObjectiveConfig",
     "ObjectiveKind",
-    "SequenceObjective",
-    "TokenObjective",
+    "SequenceObjectiveConfig",
+    "TokenObjectiveConfig",
     "build_objective",
 ]
 
+OBJECTIVES: Mapping[str, type[ObjectiveConfig]] = {
+    "contrastive": ContrastiveConfig,
+    "next_token": NextTokenConfig,
+    "masked_next_token": MaskedNextTokenConfig,
+    "kto": KTOConfig,
+}
+"""Objectives by name: the description of each."""
+
 
 def build_objective(config: ObjectiveConfig) -> TokenObjective | EmbeddingObjective | SequenceObjective:
-    """The objective that a stream asks for; its `kind` says which of the three protocols it follows.
+    """The objective that a stream asks for; `config.kind` says which of the three protocols it follows.
 
     Raises:
-        ConfigError: unknown name, dotted path that cannot be imported, or a class that is no objective.
+        ConfigError: unknown name, or a dotted path that cannot be imported.
     """
-    known = {**TOKEN_OBJECTIVES, **EMBEDDING_OBJECTIVES, **SEQUENCE_OBJECTIVES}
-    made_by = resolve(config.name, known, "objective")
-    if not isinstance(getattr(made_by, "kind", None), ObjectiveKind):
-        raise ConfigError(
-            f"'{config.name}' is no objective: it has no class attribute `kind`. "
-            "Give it kind = ObjectiveKind.TOKEN, EMBEDDING or SEQUENCE (unified_lm/objectives/protocol.py)."
-        )
-    objective: TokenObjective | EmbeddingObjective | SequenceObjective = made_by(config)
+    objective: TokenObjective | EmbeddingObjective | SequenceObjective = find_implementation(config, OBJECTIVES)(config)
     return objective

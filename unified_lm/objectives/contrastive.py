@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unified_lm.batch import LossTerm
-from unified_lm.config.schema import ObjectiveConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
 from unified_lm.core.tables import choose
-from unified_lm.objectives.protocol import ObjectiveKind
+from unified_lm.objectives.contrastive_config import ContrastiveConfig
 
 SCORE_BYTES = 2**20
 """Scores larger than this are computed in chunks of rows, each of which is computed again in the backward.
@@ -87,9 +86,9 @@ class Contrastive:
             scale by world size without a world size.
     """
 
-    kind = ObjectiveKind.EMBEDDING
+    Config = ContrastiveConfig
 
-    def __init__(self, config: ObjectiveConfig, *, score_bytes: int | None = None) -> None:
+    def __init__(self, config: ContrastiveConfig, *, score_bytes: int | None = None) -> None:
         if not config.temperature > 0:
             raise ConfigError(f"temperature: got {config.temperature}, expected a number above 0, such as 0.02.")
         if any(dim < 1 for dim in config.matryoshka_dims):
@@ -246,7 +245,7 @@ def _similarity_dtype(name: str) -> torch.dtype | None:
     return torch.bfloat16 if name == "bfloat16" else None
 
 
-def _gradient_factor(config: ObjectiveConfig) -> float:
+def _gradient_factor(config: ContrastiveConfig) -> float:
     if GradientScale.parse(config.gradient_scale) is GradientScale.EXACT:
         return 1.0
     if config.reference_world_size is None or config.reference_world_size < 1:

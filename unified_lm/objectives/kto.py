@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 
 from unified_lm.batch import LossTerm, SequenceScores
-from unified_lm.config.schema import ObjectiveConfig
-from unified_lm.objectives.protocol import ObjectiveKind
+from unified_lm.objectives.kto_config import KTOConfig
 
 
 class KTO:
@@ -29,9 +28,9 @@ class KTO:
         config: `beta`, `desirable_weight` and `undesirable_weight` are used.
     """
 
-    kind = ObjectiveKind.SEQUENCE
+    Config = KTOConfig
 
-    def __init__(self, config: ObjectiveConfig) -> None:
+    def __init__(self, config: KTOConfig) -> None:
         self.beta = config.beta
         self.desirable_weight = config.desirable_weight
         self.undesirable_weight = config.undesirable_weight

@@ -1,13 +1,13 @@
 """What an objective is: the three protocols that the engine knows.
 
-A new objective is a class with one of these shapes, named in a recipe by a dotted path or added to the tables of
-`objectives/__init__.py`. It never touches a model: it sees hidden states or embeddings, and returns a `LossTerm`.
+A new objective is a class with one of these shapes and an attribute `Config` (its settings and facts), named in a recipe by a
+dotted path, or listed in the table of `objectives/__init__.py`. It never touches a model: it sees hidden states or embeddings,
+and returns a `LossTerm`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,25 +15,9 @@ import torch
 from unified_lm.batch import LossTerm, OutputHead, SequenceScores, Supervision
 
 
-class ObjectiveKind(Enum):
-    """What an objective is computed from.
-
-    Attributes:
-        TOKEN: hidden states at supervised positions, pack by pack.
-        EMBEDDING: pooled vectors of the whole global batch.
-        SEQUENCE: log-probabilities of whole samples under the model and under a reference model.
-    """
-
-    TOKEN = "token"
-    EMBEDDING = "embedding"
-    SEQUENCE = "sequence"
-
-
 @runtime_checkable
 class TokenObjective(Protocol):
-    """A sum over supervised positions. Made from an `ObjectiveConfig`; has the class attribute `kind = ObjectiveKind.TOKEN`."""
-
-    kind: ObjectiveKind
+    """A sum over supervised positions. Made from its `Config`, a `TokenObjectiveConfig`."""
 
     def __call__(self, hidden: torch.Tensor, head: OutputHead, supervision: Supervision) -> LossTerm:
         """One pack's share.
@@ -52,13 +36,11 @@ class TokenObjective(Protocol):
 
 @runtime_checkable
 class EmbeddingObjective(Protocol):
-    """A loss over the embeddings of the global batch. Made from an `ObjectiveConfig`; `kind = ObjectiveKind.EMBEDDING`.
+    """A loss over the embeddings of the global batch. Made from its `Config`, an `EmbeddingObjectiveConfig`.
 
     Attributes:
         metrics: numbers of the last call, by name, for the log: means over its queries.
     """
-
-    kind: ObjectiveKind
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -81,13 +63,11 @@ class EmbeddingObjective(Protocol):
 
 @runtime_checkable
 class SequenceObjective(Protocol):
-    """A loss over log-probabilities of whole samples. Made from an `ObjectiveConfig`; `kind = ObjectiveKind.SEQUENCE`.
+    """A loss over log-probabilities of whole samples. Made from its `Config`, a `SequenceObjectiveConfig`.
 
-    A step asks for it in two phases. First samples that are only scored (`Sample.control`) give the baseline, one number for
+    A step asks for it in two phases. First samples that are only scored (`Sample.is_control`) give the baseline, one number for
     all ranks; then every other sample's loss follows from its own scores and the baseline, pack by pack.
     """
-
-    kind: ObjectiveKind
 
     def baseline(self, log_ratios: torch.Tensor) -> torch.Tensor:
         """What samples are compared with in this step.

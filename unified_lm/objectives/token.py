@@ -10,11 +10,10 @@ from enum import Enum
 import torch
 
 from unified_lm.batch import LossTerm, OutputHead, Supervision
-from unified_lm.config.schema import ObjectiveConfig
 from unified_lm.core.tables import choose
 from unified_lm.objectives.cross_entropy import linear_cross_entropy
 from unified_lm.objectives.liger import liger_cross_entropy, load_liger
-from unified_lm.objectives.protocol import ObjectiveKind
+from unified_lm.objectives.token_config import MaskedNextTokenConfig, NextTokenConfig
 
 
 class CrossEntropy(Enum):
@@ -52,9 +51,9 @@ class NextToken:
         ModelError: Liger was asked for and is not available.
     """
 
-    kind = ObjectiveKind.TOKEN
+    Config: type[NextTokenConfig] = NextTokenConfig
 
-    def __init__(self, config: ObjectiveConfig) -> None:
+    def __init__(self, config: NextTokenConfig) -> None:
         self._liger = load_liger() if CrossEntropy.parse(config.cross_entropy) is CrossEntropy.LIGER else None
 
     def __call__(self, hidden: torch.Tensor, head: OutputHead, supervision: Supervision) -> LossTerm:
@@ -74,3 +73,5 @@ class MaskedNextToken(NextToken):
     that the state has seen both sides. The samples say which positions those are and what the model reads there, and
     supervision already points one position back, so the maths is `NextToken`'s.
     """
+
+    Config: type[NextTokenConfig] = MaskedNextTokenConfig

@@ -1,1 +1,1 @@
-"""What people look at: reports, comparisons of runs, curves."""
+"""Output for people: reports, comparisons of runs, training curves."""

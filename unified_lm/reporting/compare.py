@@ -1,4 +1,4 @@
-"""Runs side by side: what differs in their configurations, and what that did to their held-out numbers."""
+"""Comparison of runs: how their configurations differ, and how their held-out metrics differ."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from unified_lm.engine.metrics import held_out, held_out_lines
 from unified_lm.engine.validation_items import ItemScores, read_items
 from unified_lm.evaluation.bootstrap import Interval, bootstrap_interval
 from unified_lm.reporting.curves import load_runs, run_folders
+from unified_lm.reporting.report_numbers import FEWEST_ITEMS
 
 SWEEP_FILE = "sweep.json"
-"""In the folder of an ablation: its recipe, its base, and the names of its arms in order."""
-FEWEST_ITEMS = 8
-"""Below so many items no interval is given."""
+"""File in the folder of an ablation: its recipe, its base, and the names of its arms in order."""
 _IGNORED = ("run_dir", "resume", "dry_run", "description", "notices", "logging", "checkpoint", "export", "parallel")
-"""Parts of a configuration that say where and how a run took place, not what it trained."""
+"""Parts of a configuration that decide where and how a run is executed, not what it trains."""
 _SEED = "seed"
 _SEED_SUFFIX = re.compile(r"-seed\d+$")
 _CHANGES_LOSS = {
@@ -35,9 +34,9 @@ _CHANGES_LOSS = {
     *("objective.temperature", "objective.matryoshka_dims", "objective.symmetric", "objective.mask_same_text"),
     *("objective.similarity_dtype", "objective.name"),
 }
-"""Settings of a stream that change what its held-out loss measures."""
+"""Settings of a stream that change the meaning of its held-out loss."""
 _RETRIEVAL = "validation.retrieval"
-"""Settings that decide which queries are asked."""
+"""Prefix of the settings that decide the retrieval queries."""
 _AVERAGING = {"objective.normalization", "objective.micro_batch_size"}
 
 
@@ -46,15 +45,15 @@ class ComparedRun:
     """One run.
 
     Attributes:
-        name: told apart from the other runs'.
-        folder: of the run.
-        settings: dotted key -> value of what it trained.
-        seed: of the run.
-        step: of its last held-out measurement.
-        finished: whether that is its last step.
-        before: held-out metrics before the first step; empty where they are not known.
-        after: those of the last measurement.
-        items: the scores behind `after`, by metric.
+        name: unique name among the compared runs.
+        folder: folder of the run.
+        settings: dotted key -> value, for the settings that affect training.
+        seed: seed of the run.
+        step: step of its last held-out measurement.
+        finished: whether that is the last step of the run.
+        before: held-out metrics before the first step; empty if unknown.
+        after: held-out metrics of the last measurement.
+        items: metric -> scores by item, of which `after` holds the means.
     """
 
     name: str
@@ -70,45 +69,45 @@ class ComparedRun:
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ only in their seeds."""
 
     name: str
     runs: Sequence[ComparedRun]
 
     def values(self, metric: str) -> list[float]:
-        """The metric of every run that has it, by seed."""
+        """The values of the metric, ordered by seed; runs without it are skipped."""
         return [run.after[metric] for run in self.runs if metric in run.after]
 
     def mean(self, metric: str) -> float | None:
-        """Over seeds; None where no run has the metric."""
+        """Mean over seeds; None if no run has the metric."""
         values = self.values(metric)
         return fmean(values) if values else None
 
     def deviation(self, metric: str) -> float | None:
-        """Standard deviation over seeds (n - 1); None below two runs."""
+        """Sample standard deviation over seeds (divisor n - 1); None with fewer than two runs."""
         values = self.values(metric)
         return stdev(values) if len(values) > 1 else None
 
     def before(self, metric: str) -> float | None:
-        """The metric before training, mean over seeds; None where no run has it."""
+        """Mean of the metric before training, over seeds; None if no run has it."""
         values = [run.before[metric] for run in self.runs if metric in run.before]
         return fmean(values) if values else None
 
     def setting(self, key: str) -> Any:
-        """The arm's value of a setting; None where it has no such key."""
+        """The arm's value of a setting; None if it has no such key."""
         return self.runs[0].settings.get(key)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms side by side.
+    """A comparison of arms.
 
     Attributes:
         arms: in the order of the folders.
-        differing: dotted keys in which the arms differ.
+        differing: dotted keys of the settings in which the arms differ.
         metrics: held-out metrics that at least one run has, retrieval first.
-        reference: the arm that others are compared with.
-        notes: what a reader must know to judge the numbers.
+        reference: the arm with which the others are compared.
+        notes: what a reader must know to interpret the numbers.
     """
 
     arms: Sequence[Arm]
@@ -120,9 +119,9 @@ class Comparison:
     def difference(self, arm: Arm, metric: str) -> Interval | None:
         """The arm minus the reference with a 95 % interval: a bootstrap over items, paired within each seed.
 
-        It says how far the difference would move with other held-out queries, not with other seeds of training: an item's
-        differences are averaged over seeds first, since one query that is measured three times is not three queries. None
-        where the runs have not kept their scores, or their items are not the same.
+        The interval covers variation of the held-out queries, not of the training seed: the differences of an item are
+        averaged over seeds first, since one query measured three times is not three queries. None if the runs have not
+        stored scores by item, or their items differ.
         """
         if arm is self.reference or (metric.startswith("retrieval") and self._asks_others(arm)):
             return None
@@ -136,29 +135,29 @@ class Comparison:
         return bootstrap_interval(lambda items: float(items.mean()), np.mean(differences, axis=0))
 
     def _asks_others(self, arm: Arm) -> bool:
-        """Whether the arm's queries are not the reference's."""
+        """Whether the arm's queries differ from the reference's."""
         keys = [key for key in self.differing if key.startswith(_RETRIEVAL)]
         return any(arm.setting(key) != self.reference.setting(key) for key in keys)
 
 
 def _paired(ours: ItemScores, theirs: ItemScores) -> tuple[np.ndarray, np.ndarray] | None:
-    """Scores of the same items; None where they cannot be (batches of a loss hold what the arm's settings say)."""
+    """Scores of the same items; None if the items are not comparable (batches of a loss depend on the arm's settings)."""
     if ours.unit == "batch" or ours.unit != theirs.unit or len(ours.scores) != len(theirs.scores):
         return None
     return np.asarray(ours.scores), np.asarray(theirs.scores)
 
 
 def compare(folders: Sequence[Path], reference: str | None = None) -> Comparison:
-    """Read runs and put them side by side.
+    """Read runs and compare them.
 
-    Runs that are not finished are left out (and named) as soon as one is: their numbers are of other steps.
+    If any run is finished, unfinished ones are excluded (and named in a note), since their numbers are of other steps.
 
     Args:
-        folders: of runs, or of ablations (or chains), which stand for the runs inside.
-        reference: name of the arm that others are compared with; None takes the first.
+        folders: folders of runs, or of ablations or chains, which contain runs.
+        reference: name of the arm with which the others are compared; None selects the first.
 
     Raises:
-        DataError: a folder is missing, holds no run, or no held-out number was measured; or no such arm.
+        DataError: a folder is missing or contains no run, nothing was measured on held-out data, or there is no such arm.
     """
     found = _load(folders)
     runs = [run for run in found if run.finished] or found
@@ -184,10 +183,10 @@ def _load(folders: Sequence[Path]) -> list[ComparedRun]:
         if not lines:
             continue
         if not (path / RESOLVED_NAME).is_file():
-            raise DataError(f"{path} has no {RESOLVED_NAME}, so nothing says what it trained.")
+            raise DataError(f"{path} has no {RESOLVED_NAME}, so its settings are unknown.")
         config = from_yaml(path / RESOLVED_NAME)
         if isinstance(config, ChainConfig):
-            raise DataError(f"{path / RESOLVED_NAME} is that of a chain; give the folders of its stages.")
+            raise DataError(f"{path / RESOLVED_NAME} belongs to a chain; give the folders of its stages.")
         before, after = held_out(path)
         after = after or _metrics(lines[-1])
         step = int(lines[-1]["step"])
@@ -200,10 +199,10 @@ def _load(folders: Sequence[Path]) -> list[ComparedRun]:
 
 
 def _in_order(folder: Path) -> list[Path]:
-    """The runs of a folder; those of an ablation in the order of its arms.
+    """The runs of a folder; for an ablation, in the order of its arms.
 
     Raises:
-        DataError: there are none, or the order is damaged.
+        DataError: there are no runs, or the file with the order is damaged.
     """
     found = run_folders(folder)
     if not (folder / SWEEP_FILE).is_file():
@@ -227,7 +226,7 @@ def _is_ignored(key: str) -> bool:
 
 
 def _group(runs: Sequence[ComparedRun]) -> list[Arm]:
-    """Runs that differ in the seed alone belong to one arm, named after its folder."""
+    """Group runs that differ only in the seed into arms, named after their folders."""
     groups: dict[str, list[ComparedRun]] = {}
     for run in runs:
         key = repr(sorted((k, repr(v)) for k, v in run.settings.items() if k != _SEED))
@@ -239,11 +238,11 @@ def _group(runs: Sequence[ComparedRun]) -> list[Arm]:
 
 
 def _order(metrics: Iterable[str]) -> list[str]:
-    """nDCG first, then the other retrieval metrics, then losses."""
+    """Sort metrics: nDCG first, then the other retrieval metrics, then losses."""
     ranks = ("retrieval/ndcg", "retrieval_causal/ndcg", "retrieval/", "retrieval_causal/")
 
     def rank(metric: str) -> tuple[int, str]:
-        """A sort key: the first prefix that the metric begins with, then its name."""
+        """Sort key: the index of the first prefix that the metric begins with, then its name."""
         return next((i for i, prefix in enumerate(ranks) if metric.startswith(prefix)), len(ranks)), metric
 
     return sorted(metrics, key=rank)
@@ -274,7 +273,7 @@ def _notes(
 
 
 def title_of(metric: str) -> str:
-    """A metric's name for people."""
+    """The display name of a metric."""
     group, _, rest = metric.partition("/")
     name = {"ndcg@10": "nDCG@10"}.get(rest, rest)
     if group == "retrieval":
@@ -282,8 +281,3 @@ def title_of(metric: str) -> str:
     if group == "retrieval_causal":
         return f"{name}, read causally"
     return f"held-out {rest} loss" if group == "heldout" and "/" not in rest else f"held-out {rest}"
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a loss."""
-    return metric.startswith("heldout/") and metric.count("/") == 1

@@ -1,4 +1,4 @@
-"""A comparison of runs as a table on the terminal, as CSV, JSON and Markdown, and as a figure."""
+"""A comparison of runs as a terminal table, CSV, JSON, Markdown and a figure."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from rich.table import Table
 
 from unified_lm.core.files import write_json, write_text
 from unified_lm.evaluation.bootstrap import Interval
-from unified_lm.reporting.compare import Arm, Comparison, lower_is_better, title_of
+from unified_lm.reporting.compare import Arm, Comparison, title_of
 from unified_lm.reporting.curves import PALETTE
+from unified_lm.reporting.report_numbers import lower_is_better
 
 _NAME = "compare"
 _SHOWN_KEYS = 4
-"""More differing settings than this stay in the files: they make the table unreadable."""
+"""Maximum number of settings in the table; more of them make it unreadable and are written to the files only."""
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write compare.csv (one row a run), compare.json, compare.md and compare.png; returns the files."""
+    """Write compare.csv (one row per run), compare.json, compare.md and compare.png, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{_NAME}.{ending}" for ending in ("csv", "json", "md", "png")]
     write_text(files[0], _csv(comparison))
@@ -34,12 +35,12 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def main_metrics(comparison: Comparison) -> list[str]:
-    """The metrics that the table shows: nDCG under both masks, and losses."""
+    """The metrics in the table: nDCG under both masks, and losses."""
     return [metric for metric in comparison.metrics if "/recall" not in metric]
 
 
 def to_table(comparison: Comparison) -> Table:
-    """One row an arm: its metrics as mean and standard deviation over seeds; `settings_of` says what it is."""
+    """One row per arm: its metrics as mean and standard deviation over seeds. `settings_of` describes the arms."""
     headings, rows = _rows(comparison, ())
     table = Table(title=f"difference to {comparison.reference.name} in brackets: 95 % paired bootstrap", title_justify="left")
     for index, heading in enumerate(headings):
@@ -50,7 +51,7 @@ def to_table(comparison: Comparison) -> Table:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The same table with the settings in it, and the notes below."""
+    """The same table including the settings, followed by the notes."""
     headings, rows = _rows(comparison, comparison.differing if len(comparison.differing) <= _SHOWN_KEYS else ())
     lines = [_row(headings), _row(["---", *["---:"] * (len(headings) - 1)]), *map(_row, rows), ""]
     lines.append(
@@ -66,7 +67,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def settings_of(comparison: Comparison, arm: Arm) -> str:
-    """What is particular about an arm: the settings in which arms differ."""
+    """Describe an arm by the settings in which the arms differ."""
     return " ".join(f"{key}={_cell(arm.setting(key))}" for key in comparison.differing)
 
 
@@ -128,7 +129,7 @@ def _csv(comparison: Comparison) -> str:
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Everything: settings that differ, every run's values, means, deviations and differences."""
+    """The whole comparison as JSON values: differing settings, values of every run, means, deviations and differences."""
     return {
         "differing": list(comparison.differing),
         "metrics": list(comparison.metrics),
@@ -156,7 +157,7 @@ def _json_arm(comparison: Comparison, arm: Arm) -> dict[str, Any]:
 
 
 def draw(comparison: Comparison, target: Path) -> Path:
-    """Draw a panel per metric: an arm a row, a small point a seed, a large one their mean, a ring the value before training."""
+    """Draw a panel per metric: one row per arm, small points for seeds, a large point for their mean, a ring for before."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Curves of one or several runs, from their metrics.jsonl: which panels there are, and the PNG. The page is `curves_page`."""
+"""Training curves of runs from their metrics.jsonl: the panels, and their PNG. `curves_page` draws the HTML page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.engine.metrics import read_metrics
 
 PALETTE = ("#2a6fdb", "#e8590c", "#2b8a3e", "#9c36b5", "#c2255c", "#0b8a99", "#a07800", "#5c677d")
-"""One color a run, told apart on a white ground."""
+"""One color per run, distinguishable on a white background."""
 
 TRAINING = "training"
 HELD_OUT = "held-out"
@@ -29,18 +29,18 @@ _SPEED_PANELS = (
     ("imbalance_compute", "imbalance over ranks", "slowest / mean", 1.0, True, False),
 )
 LONG_CURVE = 40
-"""Points from which on a noisy curve is smoothed."""
+"""Minimum number of points of a noisy curve that is smoothed."""
 _RETRIEVAL = re.compile(r"retrieval(?:_(?P<mask>\w+))?/(?P<metric>.+)")
 _METRIC_TITLES = {"ndcg@10": "nDCG@10"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """The numbers of one run.
+    """The metrics of one run.
 
     Attributes:
-        name: shown in legends; told apart from the other runs'.
-        lines: of its metrics.jsonl, oldest first.
+        name: name in legends, unique among the runs.
+        lines: lines of its metrics.jsonl, oldest first.
     """
 
     name: str
@@ -53,9 +53,9 @@ class Curve:
 
     Attributes:
         run: index of the run.
-        kind: what tells curves of one run apart: "training", "held-out", "bidirectional", "causal".
-        steps: optimizer steps, growing.
-        values: as many; NaN where the run had no finite one.
+        kind: distinguishes curves of one run in a panel: "training", "held-out", "bidirectional", "causal".
+        steps: optimizer steps, ascending.
+        values: one value per step; NaN if it was not finite.
     """
 
     run: int
@@ -66,14 +66,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One diagram.
+    """One plot.
 
     Attributes:
         title: what it shows.
-        unit: of the y axis.
-        curves: of all runs that have it.
-        noisy: whether smoothing helps to read it.
-        log_scale: whether a logarithmic axis makes sense.
+        unit: unit of the y axis.
+        curves: curves of all runs with this metric.
+        noisy: whether smoothing makes it easier to read.
+        log_scale: whether a logarithmic y axis makes sense.
     """
 
     title: str
@@ -84,10 +84,10 @@ class Panel:
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the metrics of runs; a chain's folder stands for its stages.
+    """Read the metrics of runs; the folder of a chain is replaced by its stages.
 
     Raises:
-        DataError: a folder is missing or holds no metrics.
+        DataError: a folder is missing or contains no metrics.
     """
     found: list[Path] = []
     for folder in folders:
@@ -96,7 +96,7 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def build_panels(runs: Sequence[Run]) -> list[Panel]:
-    """Losses by objective (training and held-out together), other held-out values, then learning rate and speed."""
+    """Build the panels: losses by objective (training with held-out), other held-out values, learning rate and speed."""
     losses = _streams(runs)
     panels = [_loss_panel(runs, name) for name in losses]
     if len(losses) > 1:
@@ -113,13 +113,13 @@ def build_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def plot_run(run_dir: Path) -> Path:
-    """Draw one run as `curves.png` in its folder and return that file's path."""
+    """Draw one run as `curves.png` in its folder and return the path."""
     runs = load_runs([run_dir])
     return draw_png(build_panels(runs), runs, run_dir / "curves.png")
 
 
 def draw_png(panels: Sequence[Panel], runs: Sequence[Run], target: Path) -> Path:
-    """Draw panels in a grid and return the file's path."""
+    """Draw panels in a grid and return the path of the file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,16 +141,16 @@ def draw_png(panels: Sequence[Panel], runs: Sequence[Run], target: Path) -> Path
 
 
 def is_smoothed(panel: Panel, curve: Curve) -> bool:
-    """Whether smoothing applies to a curve: what was measured on held-out data and short curves stay as they are."""
+    """Whether a curve is smoothed: held-out and short curves are not."""
     return panel.noisy and curve.kind == TRAINING and len(curve.steps) >= LONG_CURVE
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential moving average with the bias of its start removed (Kingma & Ba, 2015, section 3); NaN stays NaN.
+    """Exponential moving average with bias correction (Kingma & Ba, 2015, section 3); NaN stays NaN.
 
     Args:
-        values: in order.
-        weight: share of the past in each average; 0 changes nothing.
+        values: the values in order.
+        weight: weight of the previous average, in [0, 1); 0 changes nothing.
     """
     result, average, mass = [], 0.0, 0.0
     for value in values:
@@ -167,10 +167,10 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The folder of a run itself, or those of a chain's stages, in order.
+    """The folder of a run itself, or the folders of a chain's stages in order.
 
     Raises:
-        DataError: there is no such folder, or it holds no metrics.
+        DataError: there is no such folder, or it contains no metrics.
     """
     if (folder / _METRICS).is_file():
         return [folder]
@@ -185,7 +185,7 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart; stages of a chain keep the chain's name."""
+    """The shortest path suffixes that distinguish the runs; stages of a chain keep the name of the chain."""
     resolved = [folder.resolve() for folder in folders]
     for parts in range(1, max((len(path.parts) for path in resolved), default=1) + 1):
         names = ["/".join(path.parts[-parts:]) for path in resolved]
@@ -212,8 +212,8 @@ def _loss_panel(runs: Sequence[Run], stream: str) -> Panel:
 
 
 def _further_panels(runs: Sequence[Run]) -> list[Panel]:
-    """What is measured besides losses: the balance of routers, and what an objective says of held-out rows
-    ("heldout/STREAM/NAME"), with the same of training steps."""
+    """Panels besides losses: router balance, and further values of an objective on held-out rows ("heldout/STREAM/NAME") with
+    the same values of training steps."""
     keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
     names = [key for key in keys if key.endswith("/router_balance")]
     names += [key.partition("/")[2] for key in keys if key.startswith("heldout/") and not _is_loss(key)]
@@ -242,7 +242,7 @@ def _retrieval_panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _curves(runs: Sequence[Run], kinds: dict[str, str]) -> list[Curve]:
-    """Per run and metric one curve; of a step that was taken twice the later value counts."""
+    """One curve per run and metric. If a resumed run repeats a step, its later value counts."""
     found = []
     for index, run in enumerate(runs):
         for key, kind in kinds.items():

@@ -1,4 +1,4 @@
-"""Curves of runs as one HTML file that needs no network: the data as JSON inside, drawn by the script inside."""
+"""Curves of runs as a self-contained HTML file: embedded JSON data, drawn by an embedded script."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unified_lm.reporting.curves import Curve, Panel, Run, is_smoothed
 from unified_lm.reporting.pages import made_by, page, page_data
 
 _MAX_POINTS = 2000
-"""Of a curve on the page; a longer one keeps the lowest and the highest value of each stretch, so that no spike is lost."""
+"""Maximum points per curve on the page; a longer curve keeps the minimum and maximum of every interval, so no spike is lost."""
 
 
 def write_page(panels: Sequence[Panel], runs: Sequence[Run], target: Path) -> Path:
@@ -23,7 +23,7 @@ def write_page(panels: Sequence[Panel], runs: Sequence[Run], target: Path) -> Pa
 
 
 def chart_data(panels: Sequence[Panel], runs: Sequence[Run]) -> dict[str, Any]:
-    """What `pages/charts.js` draws, as JSON values."""
+    """The input of `pages/charts.js`, as JSON values."""
     return {"runs": [run.name for run in runs], "panels": [_panel(panel) for panel in panels]}
 
 
@@ -49,7 +49,7 @@ def _curve(curve: Curve, *, smooth: bool) -> dict[str, Any]:
 
 
 def thin(steps: Sequence[int], values: Sequence[float], most: int) -> tuple[list[int], list[float]]:
-    """At most `most` points of a curve: the lowest and the highest of each of `most / 2` equal stretches, in order."""
+    """At most `most` points of a curve: the minimum and maximum of each of `most / 2` equal intervals, in order."""
     if len(steps) <= most:
         return list(steps), list(values)
     kept: list[int] = []

@@ -1,7 +1,7 @@
-"""What is known about a finished, stopped or running run, read from its folder: the content of `unified-lm report RUN`.
+"""The content of `unified-lm report RUN`: everything known about a finished, stopped or running run, read from its folder.
 
-Everything shown was written by the run or by an evaluation of it; nothing is computed again but intervals, sums and the hash of
-the exported weights. What a run has not recorded is named in `RunReport.missing`, never guessed.
+All content was written by the run or by an evaluation of it; only intervals, sums and the hash of the exported weights are
+computed here. Whatever a run has not recorded is listed in `RunReport.missing`, never guessed.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from unified_lm.export.manifest import FILE_NAME, Manifest, hash_weights
 from unified_lm.reporting.report_numbers import Cost, HeldOutTable, held_out_table, run_cost
 
 RECORD_NAME = "run.json"
-"""Written by every start of a run: data, model, machine."""
+"""File that every start of a run writes: data, model, machine."""
 
 _OF_THE_RUN = frozenset({"run_dir", "resume", "dry_run", "notices", "description", "recipe", "logging"})
-"""Settings that differ in every run and say nothing about what was trained."""
+"""Settings that differ between all runs and do not affect training."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is not the recipe's own.
+    """A setting that differs from the recipe.
 
     Attributes:
-        key: dotted.
-        default: value in the recipe; None where the recipe has no such key.
-        value: value in the run; None where the run has no such key.
+        key: dotted key.
+        default: value in the recipe; None if the recipe has no such key.
+        value: value in the run; None if the run has no such key.
     """
 
     key: str
@@ -50,9 +50,9 @@ class Settings:
     """The resolved configuration of a run.
 
     Attributes:
-        values: dotted key -> value, all of them.
-        changes: what differs from the recipe as it is installed now; None where that could not be composed.
-        obstacle: why it could not; "" otherwise.
+        values: dotted key -> value, for all settings.
+        changes: differences from the currently installed recipe; None if the recipe could not be composed.
+        obstacle: why it could not be composed; "" otherwise.
     """
 
     values: Mapping[str, str]
@@ -66,8 +66,8 @@ class Export:
 
     Attributes:
         manifest: its manifest.
-        hash_holds: whether the weights still have the hash that the manifest records.
-        checks: what was proved before the folder was put in place.
+        hash_holds: whether the weights have the hash recorded in the manifest.
+        checks: the checks that passed before the folder was published.
     """
 
     manifest: Manifest
@@ -77,19 +77,19 @@ class Export:
 
 @dataclass(frozen=True)
 class RunReport:
-    """One run.
+    """The report of one run.
 
     Attributes:
-        name: of its folder.
+        name: name of its folder.
         recipe: name of the recipe.
         description: what the recipe does.
         num_steps: optimizer steps taken.
-        max_steps: steps asked for.
+        max_steps: configured number of steps.
         settings: its configuration.
         held_out: held-out results, or None.
-        tables: results of evaluations found beside the run.
-        cost: of its steps, or None where none was measured.
-        record: content of run.json; None for a run that has none.
+        tables: results of evaluations found in the run's folder.
+        cost: cost of its steps, or None if none was measured.
+        record: content of run.json; None for a run without one.
         export: the export, or None.
         missing: what is not shown, and why.
     """
@@ -154,9 +154,9 @@ def _read_record(path: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         absent = [name for name in ("model", "data", "starts") if name not in record]
     except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}). Remove it: what it tells is then left out.") from error
+        raise DataError(f"{path} is damaged ({error}). Remove it: the report then omits its content.") from error
     if absent or not record["starts"]:
-        raise DataError(f"{path} is damaged (no {', '.join(absent) or 'start'}). Remove it: what it tells is then left out.")
+        raise DataError(f"{path} is damaged (no {', '.join(absent) or 'start'}). Remove it: the report then omits its content.")
     return dict(record)
 
 
@@ -173,7 +173,7 @@ def _settings(config: Mapping[str, Any]) -> Settings:
 
 
 def differences(default: Any, value: Any, key: str = "") -> Iterator[Change]:
-    """What differs between two nested configurations; a block that one of them lacks is one entry.
+    """The differences between two nested configurations; a block that only one of them has is a single entry.
 
     Args:
         default: values of the recipe.
@@ -200,7 +200,7 @@ def differences(default: Any, value: Any, key: str = "") -> Iterator[Change]:
 
 
 def _flatten(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; a list of scalars, and what is empty, is one value."""
+    """Yield dotted keys and their values; a list of scalars and an empty container count as values."""
     if _is_blocks(value):
         value = _by_index(value)
     if not (isinstance(value, Mapping) and value):
@@ -233,7 +233,7 @@ def _read_export(folder: Path) -> Export | None:
 
 
 def _checks(manifest: Manifest) -> list[str]:
-    """What `export.verify` and `export.merge` had proved when the folder appeared; a failure leaves no folder."""
+    """The checks of `export.verify` and `export.merge`. They must have passed, since a failure leaves no folder."""
     checks = ["every tensor that transformers loads equals the trained one, rounded to the export's type"]
     if any(stage.adapter for stage in manifest.stages):
         checks.insert(0, "merged and adapter layers agree to 1e-5 of their largest output, in float32")

@@ -16,14 +16,14 @@ from unified_lm.engine.validation_items import ItemScores, items_path, read_item
 from unified_lm.evaluation.bootstrap import Interval, bootstrap_interval
 
 FEWEST_ITEMS = 8
-"""Below so many items a bootstrap has too few different draws for an interval of 95%, and none is shown."""
+"""With fewer items a bootstrap has too few distinct resamples for a 95 % interval, and none is shown."""
 
 _TITLES = {"ndcg@10": "nDCG@10", "recall@1": "recall@1"}
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number, with its interval where there is one."""
+    """A number, with its confidence interval if there is one."""
 
     value: float
     interval: Interval | None = None
@@ -36,11 +36,11 @@ class HeldOutResult:
     Attributes:
         name: as in metrics.jsonl.
         title: in words.
-        lower_is_better: true for losses; None for what is neither good nor bad in itself (a log-probability).
-        before: at the first validation; None where the run has only one.
-        after: at the last one.
-        change: after minus before, paired item by item; None with `before`.
-        num_items: how many items it is the mean of; None where the run has not kept them.
+        lower_is_better: true for losses; None for a metric without a preferred direction (a log-probability).
+        before: score at the first validation; None if the run has only one.
+        after: score at the last validation.
+        change: after minus before, paired by item; None if `before` is None.
+        num_items: number of items averaged; None if the run has not stored them.
         unit: what an item is.
     """
 
@@ -55,7 +55,7 @@ class HeldOutResult:
 
     @property
     def verdict(self) -> str:
-        """What the change is where its interval excludes 0 (better, worse, or only changed), else "unclear"; "" without one."""
+        """ "better", "worse" or "changed" if the interval of the change excludes 0, else "unclear"; "" without an interval."""
         if self.change is None or self.change.interval is None:
             return ""
         if self.change.interval.low <= 0 <= self.change.interval.high:
@@ -70,10 +70,10 @@ class HeldOutTable:
     """Held-out results of a run.
 
     Attributes:
-        first_step: of the first validation.
-        last_step: of the last one.
-        results: by metric, in the order of metrics.jsonl.
-        has_items: whether both validations kept their scores by item.
+        first_step: step of the first validation.
+        last_step: step of the last validation.
+        results: one result per metric, in the order of metrics.jsonl.
+        has_items: whether both validations stored scores by item.
     """
 
     first_step: int
@@ -83,19 +83,19 @@ class HeldOutTable:
 
 
 def held_out_table(run_dir: Path, *, level: float = 0.95, num_resamples: int = 1000) -> HeldOutTable | None:
-    """First against last validation of a run; None where it has none.
+    """Compare the first and the last validation of a run; None if it has no validation.
 
     Intervals are percentile bootstraps over the items of a metric (queries; batches for losses); the change is resampled in
-    pairs, so what the items have in common cancels. They tell how far the numbers would move with other held-out items, not
-    with another training seed.
+    pairs, so the variation common to both validations cancels. They cover variation of the held-out items, not of the
+    training seed.
 
     Args:
         run_dir: the folder of the run.
-        level: coverage of the intervals.
-        num_resamples: draws of each bootstrap.
+        level: nominal coverage of the intervals.
+        num_resamples: number of resamples per bootstrap.
 
     Raises:
-        DataError: the scores of a validation are damaged, or are not those that metrics.jsonl tells of.
+        DataError: the scores of a validation are damaged or do not agree with metrics.jsonl.
     """
     lines = held_out_lines(run_dir)
     if not lines:
@@ -114,11 +114,11 @@ def _checked_items(run_dir: Path, line: Mapping[str, Any]) -> dict[str, ItemScor
     step = int(line["step"])
     items = read_items(run_dir, step)
     for name, scores in items.items():
-        told = line.get(name)
-        if told is not None and not _agree(scores.mean, told):
+        reported = line.get(name)
+        if reported is not None and not _agree(scores.mean, reported):
             raise DataError(
-                f"{items_path(run_dir, step)}: the mean of {name} is {scores.mean:.6g}, metrics.jsonl says {told:.6g}. "
-                "The file is of another run; remove it."
+                f"{items_path(run_dir, step)}: the mean of {name} is {scores.mean:.6g}, metrics.jsonl says {reported:.6g}. "
+                "The file belongs to another run; remove it."
             )
     return items
 
@@ -137,14 +137,14 @@ def _result(
     num_resamples: int,
 ) -> HeldOutResult:
     def interval(*items: ItemScores | None) -> Interval | None:
-        """The interval of one validation, or of the difference of two; see `_interval`."""
+        """The interval of one validation, or of the difference between two; see `_interval`."""
         return _interval(items, level, num_resamples)
 
     kept = items_after or items_before
     return HeldOutResult(
         name=name,
         title=metric_title(name),
-        lower_is_better=_lower_is_better(name),
+        lower_is_better=lower_is_better(name),
         before=None if before is None else Score(before, interval(items_before)),
         after=Score(after, interval(items_after)),
         change=None if before is None else Score(after - before, interval(items_before, items_after)),
@@ -153,14 +153,15 @@ def _result(
     )
 
 
-def _lower_is_better(name: str) -> bool | None:
+def lower_is_better(name: str) -> bool | None:
+    """True for a loss, False for a metric to maximize, None for one without a preferred direction."""
     if name.startswith("heldout/") and name.count("/") == 1:
         return True
     return False if name.startswith("retrieval") or name.endswith("/accuracy") else None
 
 
 def metric_title(name: str) -> str:
-    """A held-out metric of metrics.jsonl in words."""
+    """The display name of a held-out metric of metrics.jsonl."""
     kind, _, rest = name.partition("/")
     if kind == "heldout":
         return rest.replace("/", " ").replace("_", " ") if "/" in rest else f"{rest} loss"
@@ -169,17 +170,17 @@ def metric_title(name: str) -> str:
 
 
 def _interval(items: Sequence[ItemScores | None], level: float, num_resamples: int) -> Interval | None:
-    """Of a weighted mean, or of the difference (second minus first) of two on the same items."""
+    """Interval of a weighted mean, or of the difference (second minus first) between two on the same items."""
     found = [scores for scores in items if scores is not None]
     sizes = {len(scores.scores) for scores in found}
     if len(found) < len(items) or len(sizes) != 1 or min(sizes) < FEWEST_ITEMS:
         return None
     arrays = [np.stack([scores.scores, scores.weights or np.ones(len(scores.scores))], axis=1) for scores in found]
-    if not all(np.isfinite(array).all() for array in arrays):
+    if not all(np.isfinite(array).all() for array in arrays):  # a diverged run: an interval would mean nothing
         return None
 
     def statistic(*drawn: np.ndarray) -> float:
-        """The weighted mean of the last of arrays `[items, (score, weight)]`, less that of the first if there are two."""
+        """Weighted mean of the last array `[items, (score, weight)]`, minus that of the first if there are two."""
         means = [float(array[:, 0] @ array[:, 1] / array[:, 1].sum()) for array in drawn]
         return means[-1] - (means[0] if len(means) > 1 else 0.0)
 
@@ -188,19 +189,19 @@ def _interval(items: Sequence[ItemScores | None], level: float, num_resamples: i
 
 @dataclass(frozen=True)
 class Cost:
-    """What the steps of a run took; validation, saving and loading are not in it.
+    """The cost of the steps of a run, without validation, saving and loading.
 
     Attributes:
         num_steps: optimizer steps taken.
-        num_measured: of them those in metrics.jsonl (`logging.every`); where fewer, sums are scaled up to all steps.
-        seconds: of the steps.
-        tokens: real tokens, over all ranks.
-        samples: over all ranks.
-        device_hours: seconds times ranks; None where the run has not recorded how many there were.
-        device_type: "cuda", "cpu"; "" where not recorded.
-        model_flops: operations that the steps needed, over all ranks; None where not measured.
-        mfu: of the steps, weighted by their time; None where not measured.
-        memory_peak_gib: of the fullest rank; None where not measured.
+        num_measured: number of steps in metrics.jsonl (`logging.every`); if smaller, sums are scaled up to all steps.
+        seconds: duration of all steps.
+        tokens: non-padding tokens over all ranks.
+        samples: samples over all ranks.
+        device_hours: hours times ranks; None if the run has not recorded the number of ranks.
+        device_type: "cuda", "cpu"; "" if not recorded.
+        model_flops: floating-point operations of the steps over all ranks; None if not measured.
+        mfu: model FLOPs utilization, weighted by step time; None if not measured.
+        memory_peak_gib: peak memory of the fullest rank, in GiB; None if not measured.
     """
 
     num_steps: int
@@ -216,18 +217,18 @@ class Cost:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all steps and ranks."""
+        """Tokens per second over all steps and ranks."""
         return self.tokens / self.seconds
 
 
 def run_cost(lines: Iterable[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]) -> Cost | None:
-    """Add up the steps of metrics.jsonl; None where no step was measured.
+    """Sum the steps of metrics.jsonl; None if no step was measured.
 
     Args:
-        lines: of metrics.jsonl.
-        starts: of run.json, each with "from_step", "num_ranks" and "device_type", in order.
+        lines: lines of metrics.jsonl.
+        starts: the starts recorded in run.json, each with "from_step", "num_ranks" and "device_type", in order.
     """
-    steps = {int(line["step"]): line for line in lines if "step_seconds" in line}  # of a step taken twice the later counts
+    steps = {int(line["step"]): line for line in lines if "step_seconds" in line}  # the later line of a repeated step wins
     if not steps:
         return None
     taken = max(steps)
@@ -236,11 +237,11 @@ def run_cost(lines: Iterable[Mapping[str, Any]], starts: Sequence[Mapping[str, A
     seconds = [float(line["step_seconds"]) for line in measured]
 
     def total(name: str) -> float:
-        """Sum over all steps taken, those without a measurement counted as the average one."""
+        """Sum over all steps; steps without a measurement count as an average one."""
         return math.fsum(float(line.get(name, 0.0)) for line in measured) * scale
 
     def weighted(name: str) -> float | None:
-        """Sum over the measured steps of value times seconds; None where a step lacks the value."""
+        """Sum of value times seconds over the measured steps; None if a step lacks the value."""
         if not all(name in line for line in measured):
             return None
         return math.fsum(float(line[name]) * time for line, time in zip(measured, seconds, strict=True))
@@ -262,5 +263,5 @@ def run_cost(lines: Iterable[Mapping[str, Any]], starts: Sequence[Mapping[str, A
 
 
 def _ranks(step: int, starts: Sequence[Mapping[str, Any]]) -> int:
-    """Processes that took a step; 0 where nothing tells."""
+    """Number of processes that took a step; 0 if unknown."""
     return int(next((start["num_ranks"] for start in reversed(starts) if start["from_step"] < step), 0))

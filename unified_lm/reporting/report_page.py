@@ -1,4 +1,4 @@
-"""A run, or a chain of runs, as one HTML page that needs nothing but a browser; what it shows is read by `report`."""
+"""A run, or a chain of runs, as a self-contained HTML page; `report` reads its content."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from unified_lm.reporting.report_numbers import HeldOutResult, Score
 
 
 def write_report(run_dir: Path, target: Path | None = None) -> Path:
-    """Write the report of a run, or of a chain with a section for each of its stages.
+    """Write the report of a run, or of a chain with one section per stage.
 
     Args:
         run_dir: folder of the run, or of the chain.
-        target: the file; `run_dir/report.html` if left out.
+        target: the file to write; by default `run_dir/report.html`.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         DataError: no such run, or a damaged file in it.
@@ -52,11 +52,11 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
     return target
 
 
-# --- what the top of a run shows -----------------------------------------------------------------------------------------
+# --- summary at the top of a run ------------------------------------------------------------------------------------------
 
 
 def _tiles(report: RunReport) -> list[tuple[str, str, str]]:
-    """(label, number, remark) of the few numbers that say most."""
+    """(label, number, remark) of the most important numbers."""
     tiles = []
     for result in _headline(report):
         before = "" if result.before is None else f"{_number(result.before.value)} → "
@@ -82,7 +82,7 @@ def _headline(report: RunReport) -> Sequence[HeldOutResult]:
 
 
 def _whiskers(result: HeldOutResult) -> list[dict[str, Any]]:
-    """Where before and after lie on an axis of their own, in percent; none without intervals, which give the axis its scale."""
+    """Positions of before and after on a separate axis, in percent; none without intervals, which define the scale."""
     scores = [score for score in (result.before, result.after) if score is not None and score.interval is not None]
     if len(scores) < 2:
         return []
@@ -92,7 +92,7 @@ def _whiskers(result: HeldOutResult) -> list[dict[str, Any]]:
     low, high = low - room, high + room
 
     def position(value: float) -> float:
-        """Position on the axis, in per cent of its width."""
+        """Position on the axis, in percent of its width."""
         return round(100 * (value - low) / (high - low), 2)
 
     return [{"low": position(_ends(s)[0]), "high": position(_ends(s)[1]), "value": position(s.value)} for s in scores]
@@ -139,13 +139,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _numeric_columns(table: ResultTable) -> list[bool]:
-    """Per column whether it is set flush right: not the first, and all that it holds are numbers."""
+    """Per column, whether it is right-aligned: every column of numbers except the first one."""
     columns = [[row[index] for row in table.rows if row[index] is not None] for index in range(len(table.columns))]
     return [index > 0 and bool(cells) and all(map(_is_number, cells)) for index, cells in enumerate(columns)]
 
 
 def _scaled(value: float) -> str:
-    """A large count with its prefix: 12.3 P."""
+    """A large count with its SI prefix: 12.3 P."""
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
         if abs(value) >= 10**power:
             return f"{value / 10**power:.3g} {prefix}"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tests.assembly.ablation.run_arms import run_sweep
 from tests.engine.processes import Group
-from unified_lm.assembly import train
+from unified_lm.assembly import stages, train
 from unified_lm.assembly.ablation import failures as sweep_failures
 from unified_lm.assembly.ablation.folder import FAILED, FINISHED
-from unified_lm.assembly.ablation.sweep import run_sweep
-from unified_lm.assembly.run_result import RunResult
+from unified_lm.assembly.build import Run, RunResult
 from unified_lm.cli.main import main
 from unified_lm.composition.compose import compose
 from unified_lm.config.schema import RunConfig, SweepConfig
@@ -147,17 +147,16 @@ def test_real_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def fail_differently(rank: int) -> None:
     """Called in each process of the group: the first arm fails on all ranks, the second one on rank 1 alone."""
-    real = train.__globals__["_run_stage"]
+    real = stages.build_run
 
-    def run_stage(config: RunConfig) -> RunResult:
+    def build_run(config: RunConfig) -> Run:
         if "/none-" in config.run_dir:
             raise DataError("no row")
         if "/projection_64-" in config.run_dir and rank == 1:
             raise DataError("this node lacks a file")
-        ended: RunResult = real(config)
-        return ended
+        return real(config)
 
-    train.__globals__["_run_stage"] = run_stage
+    stages.build_run = build_run
     original = sweep_failures.fail_alike
     sweep_failures.fail_alike = lambda error, name: original(error, name, seconds=1.0)
 

@@ -6,9 +6,11 @@ import pytest
 from tests.data.fake_source import FakeSource, chats, pairs, stream_config, texts
 from tests.data.prompts.tokenizers_for_tests import metaspace
 from unified_lm.batch import IGNORE, Sample
-from unified_lm.config.schema import MaskingConfig
+from unified_lm.config.parts import find_description
+from unified_lm.config.streams import StreamConfig
 from unified_lm.core.errors import ConfigError, DataError
-from unified_lm.data.formats import hash_text
+from unified_lm.data.formats import FORMATS, MaskingConfig
+from unified_lm.data.formats.base import hash_text
 from unified_lm.data.rows.records import ChatRecord, PairRecord, Record, Text, TextRecord
 from unified_lm.data.streams import Stream
 from unified_lm.models.tiny import tiny_tokenizer
@@ -192,8 +194,8 @@ def test_masks_that_would_leak_or_mean_nothing_are_refused(format, attention):
 
 def test_unknown_names_are_refused_with_a_proposal():
     with pytest.raises(ConfigError, match=r"unknown format 'pair'. Did you mean 'pairs'"):
-        make_stream(pairs(1), "pair")
-    with pytest.raises(ConfigError, match=r"unknown attention 'casual'. Did you mean 'causal'"):
+        find_description("pair", FORMATS, StreamConfig)
+    with pytest.raises(ConfigError, match=r"cannot use attention 'casual'.*Possible: causal, bidirectional\."):
         make_stream(pairs(1), "pairs", attention="casual")
     with pytest.raises(ConfigError, match=r"unknown chunking 'records'. Did you mean 'record'"):
         make_stream(texts(1), "text", chunking="records")

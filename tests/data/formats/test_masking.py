@@ -5,8 +5,8 @@ import pytest
 
 from tests.data.prompts.tokenizers_for_tests import chat_byte_level, metaspace
 from unified_lm.batch import IGNORE
-from unified_lm.config.schema import MaskingConfig
 from unified_lm.core.errors import ConfigError
+from unified_lm.data.formats import MaskingConfig
 from unified_lm.data.formats.masking import Corruptor, mask_token_id
 from unified_lm.models.tiny import tiny_tokenizer
 

@@ -12,7 +12,7 @@ import pytest
 from tests.data.fake_source import FakeSource, stream_config
 from unified_lm.batch import IGNORE
 from unified_lm.composition.compose import compose
-from unified_lm.config.schema import ObjectiveConfig, RunConfig, SourceConfig
+from unified_lm.config.schema import RunConfig, SourceConfig
 from unified_lm.core.errors import DataError
 from unified_lm.data.formats.mismatch import mismatched_partners
 from unified_lm.data.loader import StepLoader
@@ -21,9 +21,10 @@ from unified_lm.data.rows.prepare import prepare
 from unified_lm.data.rows.records import PreferenceRecord
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
 from unified_lm.models.tiny import tiny_tokenizer
+from unified_lm.objectives import KTOConfig
 
 TOKENIZER = tiny_tokenizer()
-KTO = ObjectiveConfig(name="kto")
+KTO = KTOConfig()
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +57,8 @@ def test_a_row_is_a_sample_and_its_control():
     assert (stream.scored, stream.pooled) == (True, False)
     for row, record in enumerate(rows):
         sample, control = stream.format.samples(stream.tables[0], row, 3, np.random.default_rng(0))
-        assert (sample.desirable, sample.control, sample.slot, sample.group) == (record.desirable, False, 0, 3)
-        assert (control.desirable, control.control, control.slot, control.group) == (None, True, 1, 3)
+        assert (sample.sequence.desirable, sample.is_control, sample.slot, sample.group) == (record.desirable, False, 0, 3)
+        assert (control.sequence.desirable, control.is_control, control.slot, control.group) == (None, True, 1, 3)
         assert sample.bidirectional == control.bidirectional == (0, 0)
         assert answer(sample) == record.completion.strip() + TOKENIZER.eos_token
         assert prompt(sample) == prompt(control)
@@ -92,8 +93,8 @@ def test_one_kind_of_row_is_an_error():
 
 def test_each_kind_may_have_a_source_of_its_own():
     stream = make_stream(of_one_kind(True), of_one_kind(False))
-    drawn = [sample for _ in range(4) for sample in stream.draw() if not sample.control]
-    assert {(sample.desirable, "good" in answer(sample)) for sample in drawn} == {(True, True), (False, False)}
+    drawn = [sample for _ in range(4) for sample in stream.draw() if not sample.is_control]
+    assert {(sample.sequence.desirable, "good" in answer(sample)) for sample in drawn} == {(True, True), (False, False)}
     with pytest.raises(DataError, match=r"all 4 rows are desirable \(good\)"):
         make_stream(of_one_kind(True), of_one_kind(False), weights=[1.0, 0.0])  # the second one is never drawn from
 
@@ -124,9 +125,9 @@ def test_the_count_of_a_step_is_that_of_its_rows_on_any_number_of_ranks():
     assert whole.counts == shares[0].counts == shares[1].counts == {"preference": 4.0}
     assert whole.num_samples == sum(share.num_samples for share in shares) == 4
     for share in shares:
-        controls = sorted(s.group for pack in share.control_packs for s in pack.samples)
+        controls = sorted(s.group for pack in share.sequences.controls for s in pack.samples)
         assert controls == sorted(s.group for pack in share.packs for s in pack.samples), "a control stays with its row"
-        assert sum(len(p.samples) for p in share.reference_packs) == share.num_samples
+        assert sum(len(p.samples) for p in share.sequences.unknown) == share.num_samples
 
 
 def test_stored_references_travel_with_their_samples():
@@ -135,13 +136,13 @@ def test_stored_references_travel_with_their_samples():
     stream.reset()
     stream.references = [np.arange(20, dtype=np.float32).reshape(10, 2)]
     after = stream.draw()
-    assert all(sample.reference is None for sample in before)
+    assert all(sample.sequence.reference is None for sample in before)
     for plain, sample in zip(before, after, strict=True):
         assert plain.input_ids.tolist() == sample.input_ids.tolist()
-        assert sample.reference % 2 == sample.slot
+        assert sample.sequence.reference % 2 == sample.slot
         if not sample.slot:
             row = int(answer(sample).removesuffix(TOKENIZER.eos_token).split()[1])
-            assert sample.reference == 2 * row
+            assert sample.sequence.reference == 2 * row
 
 
 def test_built_in_answers_fail_in_three_ways():

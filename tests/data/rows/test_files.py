@@ -1,4 +1,4 @@
-"""Files of rows come whole or not at all, and give back the records that went in; normalized texts."""
+"""Files of rows come whole or not at all, and give back the records that went in."""
 
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from unified_lm.core.errors import DataError
 from unified_lm.data.rows.files import RowWriter, record_row, write_report, write_rows
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
 from unified_lm.data.sources import open_source
-from unified_lm.mining.text_match import jaccard, normalized, normalized_words, shingles
 
 RECORDS: dict[RecordKind, Record] = {
     RecordKind.PAIR: PairRecord(Text("q", "Find it"), (Text("a"), Text("b", "i")), (Text("n\nm"),)),
@@ -42,19 +41,3 @@ def test_other_endings_are_refused(tmp_path: Path) -> None:
         RowWriter(tmp_path / "rows.csv")
     with pytest.raises(DataError, match=r"ends in \.yaml"):
         write_report(tmp_path / "report.json", {})
-
-
-def test_normalized_texts() -> None:
-    assert normalized("  Hello,\tWORLD!\n") == normalized("hello world") == "hello world"
-    assert normalized("ﬁne “text”") == "fine text"
-    assert normalized("???") == "???"
-    assert normalized_words("東京 tower 2") == ["東", "京", "tower", "2"]
-    assert normalized("snake_case") == "snake case"
-
-
-def test_jaccard() -> None:
-    left, right = shingles(list("abcd")), shingles(list("bcde"))
-    assert left == {"a b c", "b c d"}
-    assert jaccard(left, right) == pytest.approx(1 / 3)
-    assert shingles(["a"]) == {"a"}
-    assert jaccard(shingles(["a", "b"]), shingles(["a", "b"])) == 1.0

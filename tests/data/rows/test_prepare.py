@@ -112,7 +112,7 @@ def test_the_recipe_reads_what_is_written(name: str, local: Path, tmp_path: Path
 def test_manifest(name: str, local: Path, tmp_path: Path) -> None:
     done = prepare(name, tmp_path / "data", local=local / name)
     manifest = yaml.safe_load(done.manifest.read_text())
-    assert manifest["licence"]
+    assert manifest["license"]
     assert manifest["rows"] == done.num_rows == sum(file["rows"] for file in manifest["files"])
     assert manifest["dropped"] == dict(done.dropped)
     for path, entry in zip(done.files, manifest["files"], strict=True):

@@ -14,7 +14,7 @@ from unified_lm.composition.locate import list_recipes
 from unified_lm.config.schema import LoraConfig, ModelConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.engine.accounting.dry_run import print_dry_run, training_teraflop
-from unified_lm.engine.accounting.estimate import activation_bytes, estimate, model_configuration, tokens_per_step
+from unified_lm.engine.accounting.estimate import activation_bytes, estimate, model_configuration
 from unified_lm.models.lora import apply_lora
 from unified_lm.models.tiny import tiny_model
 
@@ -80,12 +80,12 @@ def test_logits_appear_only_where_tokens_are_predicted() -> None:
 
 def test_tokens_per_step_is_the_bound_of_the_limits() -> None:
     run = compose_run(["recipe=grit_mistral7b"])
-    assert tokens_per_step(run.streams["embedding"]) == 2048 * (256 + 2 * 2048)
+    assert run.streams["embedding"].tokens_per_step == 2048 * (256 + 2 * 2048)
     found = estimate(run, world_size=8)
     assert found.tokens_per_step == 2048 * (256 + 2 * 2048) + 256 * 2048
     assert found.packs_per_rank == -(-found.tokens_per_step // 8 // 8192)
     views = compose_run(["recipe=llm2vec_simcse"]).streams["simcse"]
-    assert tokens_per_step(views) == 128 * 128 * 2
+    assert views.tokens_per_step == 128 * 128 * 2
 
 
 def kept_bytes(model: torch.nn.Module, run: Any) -> int:

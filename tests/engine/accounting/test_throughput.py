@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,23 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.engine.tiny import WEIGHTS, embedding_objectives, make_samples, make_trainable
+from tests.engine.tiny import WEIGHTS, embedding_terms, make_samples, make_trainable
 from unified_lm.batch import Sample, make_batch
 from unified_lm.batch.pack import padded_tokens
 from unified_lm.core import distributed
 from unified_lm.engine.accounting.peaks import Peak
 from unified_lm.engine.accounting.throughput import ComputeClock, StepMeter
+from unified_lm.engine.coupled import CoupledTerm
+from unified_lm.engine.router_balance import RouterBalance
 from unified_lm.engine.step import GradCacheStep
 
 
-def make_meter(num_retained: int = 1, **options: bool) -> StepMeter:
-    meter = StepMeter(make_trainable(), num_retained, ComputeClock(), **options)
+def make_meter(
+    num_retained: int = 1, terms: Sequence[CoupledTerm] = (), clock: ComputeClock | None = None, **options: bool
+) -> StepMeter:
+    trainable = make_trainable()
+    step = GradCacheStep(trainable, torch.Tensor.backward, WEIGHTS, [*embedding_terms(), *terms], num_retained)
+    meter = StepMeter(trainable, step, clock or ComputeClock(), **options)
     meter._peak = Peak(1e12, "measured")
     return meter
 
@@ -58,8 +65,7 @@ def test_work_that_is_done_twice_counts_for_the_hardware_only() -> None:
 def test_balanced_routers_forward_every_pack_twice_but_one() -> None:
     batch = make_batch(make_samples(num_chats=8)[0], 40, {"generation": 10.0})
     assert any(not len(pack.pool_rows) for pack in batch.packs)
-    balanced = make_meter()
-    balanced._balanced = True
+    balanced = make_meter(terms=[RouterBalance({"generation": 1.0}, num_experts=4, top_k=2)])
     again = sum(balanced.flops.forward(pack, tokens=False) for pack in batch.packs[:-1])
     values = balanced(batch, 1.0, 0.0)
     assert values["hfu"] - values["mfu"] == pytest.approx(again / 1e12)
@@ -98,8 +104,7 @@ def _two_ranks(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.initialize(1.0)
     clock = ComputeClock()
-    meter = StepMeter(make_trainable(), 1, clock)
-    meter._peak = Peak(1e12, "measured")
+    meter = make_meter(clock=clock)
     batch = make_batch(make_samples(num_groups=2 + 2 * rank, num_chats=2)[0], 64, {"generation": 10.0})
     slow = clock.timed(lambda: time.sleep(0.1 + 0.2 * rank))
     slow()
@@ -125,7 +130,7 @@ def test_a_real_step_runs_on_the_clock() -> None:
     clock = ComputeClock()
     trainable = make_trainable()
     samples, counts = make_samples()
-    step = GradCacheStep(clock.timed(trainable), clock.timed(torch.Tensor.backward), embedding_objectives(), WEIGHTS)
+    step = GradCacheStep(clock.timed(trainable), clock.timed(torch.Tensor.backward), WEIGHTS, embedding_terms())
     started = time.perf_counter()
     step(make_batch(samples, 64, counts))
     assert 0.3 * (time.perf_counter() - started) < clock.read() <= time.perf_counter() - started

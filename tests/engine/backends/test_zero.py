@@ -219,5 +219,5 @@ def test_the_estimator_knows_what_deepspeed_holds(together, case):
 
 def test_stage_0_refuses_bfloat16():
     pytest.importorskip("deepspeed")
-    with pytest.raises(ConfigError, match="adds bfloat16 gradients up in bfloat16"):
+    with pytest.raises(ConfigError, match="accumulates bfloat16 gradients in bfloat16"):
         start(Case("zero0", dtype="bfloat16"))

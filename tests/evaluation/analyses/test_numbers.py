@@ -200,9 +200,9 @@ def test_a_planted_rogue_dimension_is_found() -> None:
     numbers = describe(vectors)
     assert [dimension["dimension"] for dimension in numbers["rogue"]] == [5, 17]
     assert numbers["mean_cosine"] > 0.9
-    assert numbers["rogue_share"] > 0.99
+    assert numbers["rogue_fraction"] > 0.99
     assert numbers["top"][0]["dimension"] == 5
-    for key in ("mean_cosine_without_rogue", "mean_cosine_centred", "mean_cosine_standardized"):
+    for key in ("mean_cosine_without_rogue", "mean_cosine_centered", "mean_cosine_standardized"):
         assert abs(numbers[key]) < 0.02, key
 
 

@@ -49,7 +49,7 @@ def test_columns_by_position_and_comments(tmp_path: Path) -> None:
     [
         ("EU NNP B-NP B-ORG\nrejects VBZ\n", None, r"a\.txt, line 2: field 'chunk' is column 2, but the line has 2 columns"),
         ("EU NNP B-NP ORG\n", None, r"a\.txt, line 1: field 'ner': got 'ORG', expected O, B-TYPE or I-TYPE"),
-        ("EU NNP\n", None, r"a\.txt has 2 columns, so what stands where is not known"),
+        ("EU NNP\n", None, r"a\.txt has 2 columns, so their meaning is not known"),
         ("\n\n", None, r"a\.txt holds no sentence"),
         ("EU NNP\n", {"word": 0, "pos": 5}, r"line 1: field 'pos' is column 5"),
     ],

@@ -29,7 +29,7 @@ class Failures:
 
     A user's error that is one of all arms (data that are not there, say) shows itself in the first two alike. Where nothing has
     ever finished, the ablation then ends with it, instead of loading a model for every arm to hear the same again. Should the
-    other arms be free of it, the same command tries them first (`sweep_folder.Begun.order`).
+    other arms be free of it, the same command tries them first (`ablation.folder.Begun.order`).
 
     Args:
         num_runs: of the ablation.

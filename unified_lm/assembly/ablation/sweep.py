@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from unified_lm.assembly.ablation.failures import Failures
 from unified_lm.assembly.ablation.folder import begin, mark_finished
-from unified_lm.assembly.run_result import RunResult
+from unified_lm.assembly.build import RunResult
+from unified_lm.assembly.job import Job, free_memory
+from unified_lm.assembly.stages import rank0_console
 from unified_lm.config.schema import ArmConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import run_on_rank0
@@ -21,26 +21,24 @@ from unified_lm.engine.accounting.dry_run import print_sweep
 from unified_lm.engine.interruption import stop_message
 
 
-def run_sweep(sweep: SweepConfig, run_one: Callable[[RunConfig], RunResult], console: Console | None = None) -> Path:
-    """Run the arms in order, until a signal stops one or comes at its end. An arm that fails does not keep others from running.
+def arms(sweep: SweepConfig, console: Console | None = None) -> Iterator[Job]:
+    """The arms to run, in order, until a signal stops one or comes at its end. One that fails does not keep the others back.
 
     Args:
-        sweep: the ablation.
-        run_one: runs one configuration.
+        sweep: the ablation; a dry run is printed, and has no arm to run.
         console: where to say which arm runs; None takes stderr, on rank 0.
 
-    Returns:
-        The folder of the ablation.
+    Yields:
+        A job per arm that is not finished. What becomes of its folder follows from how the job ends.
 
     Raises:
         CheckpointError: the folder holds an arm with other settings; nothing is run.
         UserError: arms have failed. All others are finished, unless the error is one of all arms (see `Failures`).
     """
-    run_dir = Path(sweep.run_dir)
-    console = console or Console(stderr=True, quiet=not distributed.is_rank0())
+    console = console or rank0_console()
     if sweep.arms[0].run.dry_run:
         print_sweep(sweep, Console(quiet=not distributed.is_rank0()))
-        return run_dir
+        return
     begun = run_on_rank0(lambda: begin(sweep))
     failures = Failures(len(sweep.arms), any_finished=bool(begun.finished), console=console)
     said: set[str] = set()
@@ -54,21 +52,19 @@ def run_sweep(sweep: SweepConfig, run_one: Callable[[RunConfig], RunResult], con
         run = _placed(arm, sweep)
         run = replace(run, notices=tuple(notice for notice in run.notices if notice not in said))
         said.update(run.notices)
-        try:
-            ended = run_one(run)
-        except Exception as error:
-            failures.note(arm, error)
-        else:
+        job = Job(run, on_failure=partial(failures.note, arm))
+        yield job
+        ended = job.outcome()
+        if ended is not None:
             if ended.is_finished:
                 run_on_rank0(partial(mark_finished, ended.run_dir, arm, keep=sweep.keep_checkpoints))
                 failures.any_finished = True
             if _ends_here(ended, arm, place + 1 == len(order), console):
                 failures.tell()
-                return run_dir
-        _free_memory()
+                return
+        free_memory()
     failures.tell_and_raise()
-    console.print(f"compare the arms: unified-lm compare {run_dir}", highlight=False, soft_wrap=True)
-    return run_dir
+    console.print(f"compare the arms: unified-lm compare {sweep.run_dir}", highlight=False, soft_wrap=True)
 
 
 def _placed(arm: ArmConfig, sweep: SweepConfig) -> RunConfig:
@@ -91,10 +87,3 @@ def _ends_here(ended: RunResult, arm: ArmConfig, is_last: bool, console: Console
     after = f"arm {arm.name}, seed {arm.run.seed}, which is finished"
     console.print(stop_message(ended.stopped_by, after), highlight=False, soft_wrap=True)
     return True
-
-
-def _free_memory() -> None:
-    """Let go of an arm's model before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,47 +1,60 @@
 """From records to token rows, and from a row to the samples of one draw.
 
 A format has two halves: `rows` runs once per source (its result is cached), `samples` runs at every draw and makes the random
-choices (which positive, which negatives, what to mask).
+choices (which positive, which negatives, what to mask). Its settings and facts are a `StreamConfig` beside it
+(`*_config.py`), which the table below lists; this package can be imported without torch.
 """
 
 from __future__ import annotations
 
-from unified_lm.core.tables import resolve
-from unified_lm.data.formats.answered import Chat, Preference
-from unified_lm.data.formats.base import ATTENTIONS, Format, hash_text
-from unified_lm.data.formats.embedded import Pairs, Views
-from unified_lm.data.formats.running_text import CHUNKINGS, MaskedText, Text
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from unified_lm.config.parts import find_implementation
+from unified_lm.config.streams import StreamConfig
+from unified_lm.core.errors import ConfigError
+from unified_lm.data.formats.answered_config import ChatStream, PreferenceStream
+from unified_lm.data.formats.embedded_config import PairsStream, ViewsStream
+from unified_lm.data.formats.running_text_config import MaskedTextStream, MaskingConfig, TextStream
+
+if TYPE_CHECKING:
+    from unified_lm.data.formats.base import Format
 
 __all__ = [
-    "ATTENTIONS",
-    "CHUNKINGS",
     "FORMATS",
-    "Chat",
-    "Format",
-    "MaskedText",
-    "Pairs",
-    "Preference",
-    "Text",
-    "Views",
+    "ChatStream",
+    "MaskedTextStream",
+    "MaskingConfig",
+    "PairsStream",
+    "PreferenceStream",
+    "TextStream",
+    "ViewsStream",
     "get_format",
-    "hash_text",
 ]
 
-FORMATS: dict[str, type[Format]] = {
-    "pairs": Pairs,
-    "chat": Chat,
-    "preference": Preference,
-    "text": Text,
-    "masked_text": MaskedText,
-    "views": Views,
+FORMATS: Mapping[str, type[StreamConfig]] = {
+    "pairs": PairsStream,
+    "chat": ChatStream,
+    "preference": PreferenceStream,
+    "text": TextStream,
+    "masked_text": MaskedTextStream,
+    "views": ViewsStream,
 }
-"""Formats by name."""
+"""Formats by name: the description of each."""
 
 
-def get_format(name: str) -> type[Format]:
-    """The format class of that name or at that dotted path.
+def get_format(config: StreamConfig) -> type[Format]:
+    """The class that reads and writes a stream's format.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it cannot be imported, or is no `Format`.
     """
-    return resolve(name, FORMATS, "format")
+    from unified_lm.data.formats.base import Format  # here: the table above must not need torch
+
+    found = find_implementation(config, FORMATS)
+    if not (isinstance(found, type) and issubclass(found, Format)):
+        raise ConfigError(
+            f"format '{config.format}': got {found!r}, expected a subclass of unified_lm.data.formats.base.Format. "
+            "Extend it, or one of the built-in formats."
+        )
+    return found

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from unified_lm.batch.sample import IGNORE, Sample
+from unified_lm.batch.sample import IGNORE, Sample, SequenceLabel
+from unified_lm.config.streams import StreamConfig
 from unified_lm.core.errors import DataError
+from unified_lm.data.formats.answered_config import ChatStream, PreferenceStream
 from unified_lm.data.formats.base import Format, hash_text
 from unified_lm.data.formats.mismatch import mismatched_partners
 from unified_lm.data.prompts.encoding import Encoded, Rejection
-from unified_lm.data.rows.records import ChatRecord, PreferenceRecord, RecordKind
+from unified_lm.data.rows.records import ChatRecord, PreferenceRecord
 from unified_lm.data.token_cache import Item, Role, Row, TokenTable, chunks
 
 
 class Chat(Format):
     """Conversations; every answer and its end token is learned, nothing else."""
 
-    kind = RecordKind.CHAT
-    attentions = ("causal", "bidirectional_prompt")
+    Config: ClassVar[type[StreamConfig]] = ChatStream
+    config: ChatStream
 
     def limits(self) -> dict[str, Any]:
         """See `Format.limits`."""
@@ -58,8 +60,7 @@ class Preference(Chat):
     (`data/formats/mismatch.py`), so that what is known about a sample can be stored.
     """
 
-    kind = RecordKind.PREFERENCE
-    scored = True
+    Config: ClassVar[type[StreamConfig]] = PreferenceStream
 
     def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
         """See `Format.rows`."""
@@ -99,4 +100,5 @@ class Preference(Chat):
         item = int(table.row_starts[row])
         sample, control = (self._answer_sample(table.encoded(number), group) for number in (item, item + 1))
         desirable = bool(table.roles[item] == Role.DESIRABLE)
-        return [replace(sample, desirable=desirable), replace(control, slot=1, control=True)]
+        label = SequenceLabel(desirable=desirable)
+        return [replace(sample, sequence=label), replace(control, slot=1, sequence=SequenceLabel())]

@@ -11,13 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from unified_lm.batch.sample import Sample
-from unified_lm.config.schema import StreamConfig
-from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.config.streams import StreamConfig
+from unified_lm.core.errors import ConfigError
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder
-from unified_lm.data.rows.records import RecordKind
 from unified_lm.data.token_cache import Row, TokenTable
-
-ATTENTIONS = ("causal", "bidirectional", "bidirectional_prompt")
 
 
 class Format(ABC):
@@ -25,30 +22,20 @@ class Format(ABC):
 
     Args:
         name: the stream's name, written into its samples.
-        config: the stream's settings.
+        config: the stream's settings, of the class `Config`.
         encoder: template and tokenizer.
 
     Attributes:
-        kind: the records it reads.
-        pooled: whether its samples come in groups that are embedded (else they carry labels).
-        scored: whether a sample's labels count as a whole, with a control beside each (`Sample.control`).
-        attentions: the attention modes that make sense for it.
+        Config: the description: settings, and what others ask a format about (`StreamConfig`). A subclass inherits it.
     """
 
-    kind: ClassVar[RecordKind]
-    pooled: ClassVar[bool] = False
-    scored: ClassVar[bool] = False
-    attentions: ClassVar[tuple[str, ...]] = ATTENTIONS
+    Config: ClassVar[type[StreamConfig]]
 
     def __init__(self, name: str, config: StreamConfig, encoder: PromptEncoder) -> None:
-        if config.attention not in ATTENTIONS:
-            raise ConfigError(
-                f"streams.{name}: unknown attention '{config.attention}'.{did_you_mean(config.attention, ATTENTIONS)}"
-            )
-        if config.attention not in self.attentions:
+        if config.attention not in config.attentions:
             raise ConfigError(
                 f"streams.{name}: format '{config.format}' cannot use attention '{config.attention}': its tokens would "
-                f"see what they must predict, or it has no prompt of its own. Possible: {', '.join(self.attentions)}."
+                f"see what they must predict, or it has no prompt of its own. Possible: {', '.join(config.attentions)}."
             )
         self.name = name
         self.config = config

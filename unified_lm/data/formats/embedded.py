@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from unified_lm.batch.sample import Sample
+from unified_lm.config.streams import StreamConfig
 from unified_lm.core.errors import DataError
 from unified_lm.data.formats.base import Format, hash_text
+from unified_lm.data.formats.embedded_config import PairsStream, ViewsStream
 from unified_lm.data.prompts.encoding import Encoded, Rejection
-from unified_lm.data.rows.records import PairRecord, RecordKind
+from unified_lm.data.rows.records import PairRecord
 from unified_lm.data.token_cache import Item, Role, Row, TokenTable, chunks
 
 
 class Pairs(Format):
     """Query in slot 0, one of its positives in slot 1, hard negatives from slot 2 on."""
 
-    kind = RecordKind.PAIR
-    pooled = True
-    attentions = ("causal", "bidirectional")
+    Config: ClassVar[type[StreamConfig]] = PairsStream
+    config: PairsStream
 
     def limits(self) -> dict[str, Any]:
         """See `Format.limits`."""
@@ -81,9 +82,8 @@ class Pairs(Format):
 class Views(Format):
     """The same text twice, slots 0 and 1: only dropout tells the two apart (SimCSE)."""
 
-    kind = RecordKind.TEXT
-    pooled = True
-    attentions = ("causal", "bidirectional")
+    Config: ClassVar[type[StreamConfig]] = ViewsStream
+    config: ViewsStream
 
     def limits(self) -> dict[str, Any]:
         """See `Format.limits`."""

@@ -13,8 +13,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from unified_lm.batch.sample import IGNORE
-from unified_lm.config.schema import MaskingConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.data.formats.running_text_config import MaskingConfig
 
 SCHEMES = ("bert", "all_mask")
 _MASKED, _RANDOM = 0.8, 0.1

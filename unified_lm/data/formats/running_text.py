@@ -9,24 +9,23 @@ from typing import Any, ClassVar
 import numpy as np
 
 from unified_lm.batch.sample import IGNORE, Sample
-from unified_lm.config.schema import MaskingConfig, StreamConfig
+from unified_lm.config.streams import StreamConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
 from unified_lm.data.formats.base import Format
 from unified_lm.data.formats.masking import Corruptor
+from unified_lm.data.formats.running_text_config import CHUNKINGS, MaskedTextStream, MaskingConfig, TextStream
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder, Rejection
-from unified_lm.data.rows.records import RecordKind, TextRecord
+from unified_lm.data.rows.records import TextRecord
 from unified_lm.data.token_cache import Item, Row, TokenTable, chunks
-
-CHUNKINGS = ("record", "concatenate")
 
 
 class Text(Format):
     """Running text: every token but the first is learned."""
 
-    kind = RecordKind.TEXT
-    attentions: ClassVar[tuple[str, ...]] = ("causal",)
+    Config: ClassVar[type[StreamConfig]] = TextStream
+    config: TextStream
 
-    def __init__(self, name: str, config: StreamConfig, encoder: PromptEncoder) -> None:
+    def __init__(self, name: str, config: TextStream, encoder: PromptEncoder) -> None:
         super().__init__(name, config, encoder)
         if config.chunking not in CHUNKINGS:
             raise ConfigError(
@@ -103,9 +102,10 @@ class Text(Format):
 class MaskedText(Text):
     """Text with hidden tokens, predicted from the position before them (MNTP)."""
 
-    attentions = ("causal", "bidirectional")
+    Config: ClassVar[type[StreamConfig]] = MaskedTextStream
+    config: MaskedTextStream
 
-    def __init__(self, name: str, config: StreamConfig, encoder: PromptEncoder) -> None:
+    def __init__(self, name: str, config: MaskedTextStream, encoder: PromptEncoder) -> None:
         super().__init__(name, config, encoder)
         self.corruptor = Corruptor(config.masking or MaskingConfig(), encoder.tokenizer, encoder.special_ids)
 

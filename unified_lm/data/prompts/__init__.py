@@ -1,1 +1,1 @@
-"""Templates and their encoding at token level, with exact spans."""
+"""Prompt templates and their token-level encoding with exact spans."""

@@ -1,9 +1,9 @@
-"""Echo embeddings: a text stands twice in its prompt, and only the second copy is pooled.
+"""Echo embeddings: a prompt contains its text twice, and only the second copy is pooled.
 
 Springer et al. 2024, "Repetition improves language model embeddings" (arXiv:2402.15449): under a causal mask the tokens of
-the second copy have read the whole text, so that a model embeds it without bidirectional attention and without training.
+the second copy attend to the whole text, so that a model embeds it without bidirectional attention and without training.
 
-A text beyond the limit is cut once, at a token of the first copy, and what is left stands in both places.
+A text beyond the limit is truncated once, at a token of the first copy, and both copies contain the truncated text.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from unified_lm.core.errors import DataError
 
 @dataclass(frozen=True)
 class EchoPrompt:
-    """What stands around the two copies: `before` TEXT `between` TEXT."""
+    """The text around the two copies: `before` TEXT `between` TEXT."""
 
     before: str
     between: str
 
     def string(self, text: str) -> str:
-        """The whole prompt of a text."""
+        """The complete prompt of a text."""
         return f"{self.before}{text}{self.between}{text}"
 
     def second_copy(self, text: str) -> int:
-        """Where the second copy starts, in characters."""
+        """Start of the second copy, in characters."""
         return len(self.before) + len(text) + len(self.between)
 
 
 @dataclass(frozen=True, eq=False)
 class EchoTokens:
-    """A prompt that became tokens.
+    """A tokenized prompt.
 
     Attributes:
-        ids: int32 `[T]`, without what the tokenizer adds around every text.
-        start: the second copy's first token; it ends with the last one. None where a token straddles that border.
-        truncated: whether the text was cut.
+        ids: int32 `[T]`, without the tokens that the tokenizer adds around every text.
+        start: index of the first token of the second copy, which ends with the last token. None if a token straddles the
+            boundary.
+        truncated: whether the text was truncated.
     """
 
     ids: np.ndarray
@@ -52,16 +53,17 @@ def encode_echo(prompt: EchoPrompt, text: str, limit: int, encode: Callable[[Seq
     """Encode one text twice within `limit` tokens.
 
     Args:
-        prompt: what stands around the copies.
+        prompt: the text around the copies.
         text: stripped, not empty.
-        limit: the most tokens of the whole prompt.
+        limit: maximum number of tokens of the complete prompt.
         encode: tokenizes whole strings, with offsets that leave no character out.
 
     Raises:
-        DataError: not a single token of the text fits.
+        DataError: no token of the text fits.
     """
     (encoding,) = encode([prompt.string(text)])
     kept = text
+    # A loop, since the shortened string may tokenize differently; every round removes at least one character.
     while len(encoding.ids) > limit:
         kept = _shorter(prompt, kept, len(encoding.ids) - limit, encoding)
         if not kept:
@@ -73,16 +75,16 @@ def encode_echo(prompt: EchoPrompt, text: str, limit: int, encode: Callable[[Seq
 
 
 def _shorter(prompt: EchoPrompt, text: str, excess: int, encoding: Encoding) -> str:
-    """The text without the tokens of its end that are too many; each costs two, one in either copy."""
+    """The text without its last tokens that exceed the limit; every token removed saves two, one in each copy."""
     first = len(prompt.before)
     ends = [min(stop, first + len(text)) - first for _, stop in encoding.offsets if first < stop <= first + len(text)]
     keep = max(0, len(ends) - (excess + 1) // 2)
-    # several tokens may end at one character (the bytes of an emoji): cut at least that one
+    # several tokens may end at one character (the bytes of an emoji): remove at least that character
     return text[: max((end for end in ends[:keep] if end < len(text)), default=0)].rstrip()
 
 
 def _start(prompt: EchoPrompt, text: str, encoding: Encoding) -> int | None:
-    """The first token with a character of the second copy; the space before the copy may belong to it, no more."""
+    """Index of the first token with a character of the second copy. It may also contain the space before, but nothing else."""
     border = prompt.second_copy(text)
     for index, (start, stop) in enumerate(encoding.offsets):
         if stop > border:

@@ -1,12 +1,12 @@
-"""Prompts at token level: ids with exact borders between prompt, text and answer.
+"""Token-level prompts: ids with exact boundaries between prompt, text and answer.
 
-The ids are those that the stock tokenizer gives for the whole string (sentence-transformers joins prompt and text before it
-tokenizes), with one deliberate difference: a special token spelled out *inside* a user's text ("<|im_end|>", "</s>") stays
+The ids equal those of the stock tokenizer on the whole string (sentence-transformers concatenates prompt and text before it
+tokenizes), with one deliberate exception: a special token spelled out *inside* a user's text ("<|im_end|>", "</s>") stays
 ordinary text, so that data can neither end a turn nor fake one. Stock tools parse it at inference; `PromptEncoder` never does.
 
-How: the special tokens of the template are atoms; the stretches between them are tokenized whole, each as the tokenizer would
-see it after a special token, and the borders inside a stretch are read off the offsets. A text whose border falls inside a
-token is rejected, never shifted.
+Method: the special tokens of a template are atoms. Each stretch of text between them is tokenized as a whole, in the way the
+tokenizer reads text after a special token, and boundaries inside a stretch are derived from the token offsets. A text whose
+boundary falls inside a token is rejected, never shifted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PROBE_TEXTS = ("What is it?", "the (second) text 12", "Zwölf – 十二", "_x"
 
 
 class Rejection(Enum):
-    """Why a text did not become a sample."""
+    """Why a text cannot become a sample."""
 
     EMPTY = "text empty after stripping"
     STRADDLES = "a token straddles the border between prompt and text"
@@ -44,13 +44,13 @@ class Rejection(Enum):
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """A text that became tokens.
+    """A tokenized text.
 
     Attributes:
         ids: int32 `[T]`.
-        spans: `[start, stop)` of what is pooled (an embedding: one), or of what is learned (a conversation: every answer
-            with its end token); empty for running text.
-        truncated: whether the text was cut.
+        spans: `[start, stop)` of the tokens that are pooled (one span for an embedding) or learned (one span per answer of a
+            conversation, including its end token); empty for running text.
+        truncated: whether the text was truncated.
     """
 
     ids: np.ndarray
@@ -60,7 +60,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Fragment:
-    """A bit of a conversation: `template` text may hold special tokens, other text may not; `answer` marks what is learned."""
+    """A piece of a prompt: special tokens are recognized in `template` text only; `answer` marks text that is learned."""
 
     text: str
     template: bool
@@ -75,7 +75,7 @@ class PromptEncoder:
         tokenizer: a fast tokenizer. It is copied, never changed.
 
     Raises:
-        ConfigError: the tokenizer is not a fast one, or does not read this template token by token (the text names where).
+        ConfigError: the tokenizer is not a fast one, or tokenizes this template differently (the message shows where).
     """
 
     def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -85,12 +85,14 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
         self._special = {token.content: index for index, token in added if token.special}
+        # Longest first: a special token may be a prefix of another. Without any, (?!) matches nothing.
         self._splitter = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r"(?!)")
         description = tokenizer.backend_tokenizer.to_str()
         self.fingerprint = blake2b(description.encode(), digest_size=16).hexdigest()
         self._at_start, self._after_special = plain_tokenizers(description)
         leading, trailing = added_ids(tokenizer)
         self._leading, self._trailing = leading, trailing
+        # Few distinct instructions precede many texts.
         self._prompt = lru_cache(maxsize=4096)(self._prompt_parts)
         self._check_end()
         self._verify()
@@ -100,11 +102,11 @@ class PromptEncoder:
 
         Args:
             texts: (text, instruction) pairs; both are stripped.
-            limit: the most tokens of prompt and text together. Only the text is cut.
+            limit: maximum number of tokens of prompt and text together. Only the text is truncated.
 
         Returns:
-            Per text its tokens, whose span is exactly what sentence-transformers pools behind the prompt (all of it where the
-            prompt is empty), or the second copy under a template that echoes; or why it has none.
+            Per text, its tokens or the reason for rejection. The span is exactly what sentence-transformers pools after the
+            prompt (all tokens if the prompt is empty); under an echo template, the second copy.
 
         Raises:
             DataError: an instruction leaves no room for any text.
@@ -131,10 +133,11 @@ class PromptEncoder:
 
         Args:
             conversations: their turns; contents are stripped.
-            limit: the most tokens. The answer that crosses it is cut and keeps its end token; turns after it are dropped.
+            limit: maximum number of tokens. An answer that crosses it is truncated but keeps its end token; later turns are
+                dropped.
 
         Returns:
-            Per conversation its tokens with one span per answer (its text and its end token), or why it has none.
+            Per conversation, its tokens with one span per answer (text and end token), or the reason for rejection.
         """
         self.template.require_chat()
         return [
@@ -142,7 +145,7 @@ class PromptEncoder:
         ]
 
     def generation_prompt(self, turns: Sequence[tuple[str, str]]) -> np.ndarray:
-        """The ids, int32 `[T]`, that a model continues with its answer to `turns`."""
+        """The prompt ids, int32 `[T]`, after which a model generates its answer to `turns`."""
         self.template.require_chat()
         opening = self.template.separator + self.template.turns["assistant"].opening
         (encoded,) = self._encode_fragments([[*self._fragments(turns), _Fragment(opening, template=True)]])
@@ -150,23 +153,23 @@ class PromptEncoder:
         return encoded.ids
 
     def running_text(self, texts: Sequence[str], *, continued: bool = False) -> list[np.ndarray]:
-        """The ids of each text alone, int32, without begin or end of text.
+        """The ids of each text, int32, without BOS or EOS token.
 
         Args:
-            texts: as they are, not stripped.
+            texts: the texts, which are not stripped.
             continued: whether the texts continue others, so that a Llama-like tokenizer adds no leading space.
         """
         return [np.asarray(e.ids, dtype=np.int32) for e in self._encode(list(texts), [continued] * len(texts))]
 
     @property
     def leading_ids(self) -> list[int]:
-        """What precedes running text: the begin of text, where the tokenizer adds it or the template wants it."""
+        """The ids before running text: the BOS token, if the tokenizer adds it or the template requires it."""
         bos = self.tokenizer.bos_token_id
         return list(self._leading) or ([bos] if self.template.literal_bos and bos is not None else [])
 
     @property
     def special_ids(self) -> list[int]:
-        """All ids of special tokens."""
+        """The ids of all special tokens, ascending."""
         return sorted({*self._special.values(), *self.tokenizer.all_special_ids})
 
     # -- embeddings ---------------------------------------------------------------------------------------------------
@@ -175,9 +178,12 @@ class PromptEncoder:
         bos = self.template.embedding_prompt(self.tokenizer, instruction)
         body = self.template.body(instruction)
         bos = bos[: len(bos) - len(body)]
+        # The instruction is a fragment of its own, so that a special token spelled out in it stays text.
         before, marker, after = self.template.instruction_prompt.partition("{instruction}") if instruction else ("", "", body)
         fragments = [_Fragment(bos + before, template=True), _Fragment(instruction if marker else "", template=False)]
         fragments.append(_Fragment(after, template=True))
+        # Everything up to the last special token is the same for every text. The tail is tokenized again with every
+        # text, since its last characters and the first ones of the text may merge into one token.
         atoms = self._atoms(fragments)
         tail = "".join(text for text, _ in atoms[-1])
         head_atoms: list[_Atom] = atoms[:-1]
@@ -208,14 +214,16 @@ class PromptEncoder:
         return EchoPrompt(template.body(instruction), template.instruction_echo if instruction else template.bare_echo)
 
     def _pool_start(self, prompt_ids: list[int], prompt: str) -> int:
-        """How many tokens sentence-transformers leaves out of the pool (its `_get_prompt_length`)."""
+        """Number of tokens that sentence-transformers excludes from pooling (its `_get_prompt_length`)."""
         if not prompt:
             return 0
+        # It tokenizes the prompt alone and drops a trailing special token, which it takes for the tokenizer's own EOS.
         alone = [*prompt_ids, *self._trailing]
         return len(alone) - (alone[-1] in self.tokenizer.all_special_ids)
 
     def _finish_embedding(self, prompt: _Prompt, encoding: Encoding, limit: int) -> Encoded | Rejection:
         ids, width = encoding.ids, len(prompt.tail_ids)
+        # Equal ids mean that the boundary between prompt and text is a token boundary.
         if tuple(ids[:width]) != prompt.tail_ids or len(ids) == width:
             return Rejection.STRADDLES
         room = limit - len(prompt.head) - len(self._trailing)
@@ -239,13 +247,17 @@ class PromptEncoder:
         stretches = [
             (c, index, atom) for c, row in enumerate(atoms) for index, atom in enumerate(row) if isinstance(atom, list)
         ]
+        # All stretches of all conversations go through one call, which the tokenizer runs in parallel.
         strings = ["".join(text for text, _ in atom) for _, _, atom in stretches]
         encodings = self._encode(strings, [index > 0 for _, index, _ in stretches])
-        by_place = {(c, index): encoding for (c, index, _), encoding in zip(stretches, encodings, strict=True)}
-        return [_assemble(row, lambda index, c=c: by_place[c, index]) for c, row in enumerate(atoms)]  # type: ignore[misc]
+        by_index = {(c, index): encoding for (c, index, _), encoding in zip(stretches, encodings, strict=True)}
+        return [_assemble(row, lambda index, c=c: by_index[c, index]) for c, row in enumerate(atoms)]  # type: ignore[misc]
 
     def _atoms(self, fragments: Sequence[_Fragment]) -> list[Any]:
-        """Special tokens as `(id, answer)`, and between them stretches: lists of `(text, answer)`; the last is a stretch."""
+        """Split fragments into special tokens `(id, answer)` and the stretches between them, lists of `(text, answer)`.
+
+        The first and the last atom are always stretches, possibly empty.
+        """
         atoms: list[Any] = [[]]
         for fragment in fragments:
             if not fragment.template:
@@ -262,7 +274,7 @@ class PromptEncoder:
     # -- tokenizer ----------------------------------------------------------------------------------------------------
 
     def _encode(self, strings: Sequence[str], after_special: Sequence[bool]) -> list[Encoding]:
-        """Tokenize stretches without special tokens, each in its place (at the start, or after a special token)."""
+        """Tokenize stretches, each as text at the start of a string or as text after a special token."""
         if self._after_special is self._at_start:
             return self._at_start.encode_batch(list(strings), add_special_tokens=False)
         parts: dict[int, Encoding] = {}
@@ -273,7 +285,7 @@ class PromptEncoder:
         return [parts[i] for i in range(len(strings))]
 
     def _check_end(self) -> None:
-        """An answer must end in a special token, or nothing would stop the model that has learned to write it."""
+        """Refuse a template whose answers end without a special token, since generation would then never stop."""
         if not self.template.turns:
             return
         closing = self.template.closing("assistant", self.tokenizer)
@@ -284,7 +296,7 @@ class PromptEncoder:
             )
 
     def _verify(self) -> None:
-        """Compare with the stock tokenizer on whole strings, once, before anything is trained on a wrong prompt."""
+        """Compare with the stock tokenizer on whole strings once, so that nothing is trained on a wrong prompt."""
         for instruction in ("", _PROBE_INSTRUCTION):
             for text, ours in zip(_PROBE_TEXTS, self.embed([(t, instruction) for t in _PROBE_TEXTS], 10_000), strict=True):
                 string = self._whole(text, instruction)
@@ -296,7 +308,7 @@ class PromptEncoder:
             self._compare(string, self.chat([turns], 10_000)[0], stock)
 
     def _whole(self, text: str, instruction: str) -> str:
-        """The string that a text is embedded as."""
+        """The complete string that is tokenized to embed a text."""
         if self.template.echoes:
             return self._echo_prompt(instruction).string(text)
         return self.template.embedding_prompt(self.tokenizer, instruction) + text
@@ -313,7 +325,7 @@ class PromptEncoder:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """An embedding prompt: ids up to its last special token, the text behind it, and that text's ids when it stands alone."""
+    """An embedding prompt: ids up to its last special token, the text after it, and the ids of that text alone."""
 
     head: tuple[int, ...]
     tail: str
@@ -323,7 +335,7 @@ class _Prompt:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The whole prompt."""
+        """The ids of the complete prompt."""
         return self.head + self.tail_ids
 
 
@@ -331,7 +343,7 @@ _Atom = Any
 
 
 def _assemble(atoms: Sequence[_Atom], encoding_of: Callable[[int], Encoding]) -> Encoded | Rejection:
-    """Join atoms to ids with a per-token answer flag, then read the answers' spans off the flag."""
+    """Concatenate atoms into ids with an answer flag per token; the spans of the answers follow from the flags."""
     ids: list[int] = []
     learned: list[bool] = []
     for index, atom in enumerate(atoms):
@@ -345,19 +357,20 @@ def _assemble(atoms: Sequence[_Atom], encoding_of: Callable[[int], Encoding]) ->
             return Rejection.STRADDLES
         ids += encoding.ids
         learned += flags
+    # The flags change at the starts and stops of spans, which therefore alternate.
     edges = np.flatnonzero(np.diff([0, *learned, 0]))
     spans = tuple((int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
     return Encoded(np.asarray(ids, dtype=np.int32), spans)
 
 
 def _token_flags(stretch: Sequence[tuple[str, bool]], encoding: Encoding) -> list[bool] | None:
-    """Per token whether it belongs to an answer; None where a token straddles the border of one."""
+    """Per token, whether it belongs to an answer; None if a token straddles the boundary of an answer."""
     flags = [False] * len(encoding.ids)
     borders = list(accumulate((len(text) for text, _ in stretch), initial=0))
     answers = [(a, b) for (a, b), (_, answer) in zip(pairwise(borders), stretch, strict=True) if answer and b > a]
     for start, stop in answers:
         for index, (first, last) in enumerate(encoding.offsets):
-            if first < stop and last > start:
+            if first < stop and last > start:  # the token overlaps the answer, so it must lie inside
                 if first < start or last > stop:
                     return None
                 flags[index] = True
@@ -365,7 +378,7 @@ def _token_flags(stretch: Sequence[tuple[str, bool]], encoding: Encoding) -> lis
 
 
 def _truncate_chat(encoded: Encoded | Rejection, limit: int) -> Encoded | Rejection:
-    """Cut at `limit` tokens: inside the answer that crosses it, keeping its end token; else behind the last whole answer."""
+    """Truncate to `limit` tokens: inside the answer that crosses it, keeping its end token, or after the last whole answer."""
     if isinstance(encoded, Rejection) or len(encoded.ids) <= limit:
         return encoded
     spans = []
@@ -373,7 +386,7 @@ def _truncate_chat(encoded: Encoded | Rejection, limit: int) -> Encoded | Reject
         if stop <= limit:
             spans.append((start, stop))
             continue
-        if start + 2 <= limit:
+        if start + 2 <= limit:  # room for one token of the answer and its end token
             ids = np.concatenate([encoded.ids[: limit - 1], encoded.ids[stop - 1 : stop]])
             return Encoded(ids, (*spans, (start, limit)), truncated=True)
         break

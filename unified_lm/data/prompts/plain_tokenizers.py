@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 
 @lru_cache(maxsize=2)
 def plain_tokenizers(description: str) -> tuple[Tokenizer, Tokenizer]:
-    """Two copies of a tokenizer that read special tokens as ordinary text: at the start of a string, and after a special token.
+    """Two copies of a tokenizer that read special tokens as ordinary text: for the start of a string and for its continuation.
 
-    They differ where the tokenizer marks only the very first word (sentencepiece's Metaspace, "first"). Offsets are exact:
-    white space is not trimmed from them. Callers share them; encoding changes nothing in them.
+    They differ if the tokenizer marks only the first word of a string (sentencepiece's Metaspace, "first"). Offsets are exact:
+    they include white space. The copies are cached and shared, which is safe because encoding does not change them.
 
     Args:
         description: the tokenizer as JSON (`backend_tokenizer.to_str()`).
@@ -40,7 +40,7 @@ def _plain_tokenizer(description: dict[str, Any]) -> Tokenizer:
 
 
 def _rewrite(node: Any, change: Callable[[dict[str, Any]], None]) -> None:
-    """Apply `change` to every component of a tokenizer description (not to its vocabulary)."""
+    """Apply `change` to every component of a tokenizer description, except its vocabulary."""
     if isinstance(node, dict):
         change(node)
         for key, child in node.items():

@@ -1,12 +1,12 @@
-"""Prompt templates: what surrounds a text that is embedded, and how the turns of a conversation are written.
+"""Prompt templates: the text around an embedded text, and the format of the turns of a conversation.
 
-A template is data. Its markers ("<|user|>", "<|embed|>") are ordinary text, never added tokens; only texts that a tokenizer
-already knows as special tokens (its begin and end of text, chatml's "<|im_start|>") become special ones. The same template
-gives the ids that training uses (`data.prompts.encoding`), the prompt string for sentence-transformers and the Jinja chat
-template for transformers, so an export repeats what was trained.
+A template is data. Its markers ("<|user|>", "<|embed|>") are ordinary text, never added tokens; only strings that a tokenizer
+already has as special tokens (its BOS and EOS tokens, chatml's "<|im_start|>") become special ones. The same template yields
+the ids for training (`data.prompts.encoding`), the prompt string for sentence-transformers and the Jinja chat template for
+transformers, so an export behaves as trained.
 
-Every prompt of an embedding ends in a newline: sentence-transformers measures a prompt by tokenizing it alone, which is right
-only where no token straddles its end, and it takes one token off a prompt whose last token is special.
+Every embedding prompt ends in a newline: sentence-transformers measures a prompt by tokenizing it alone, which is correct only
+if no token straddles its end, and it subtracts one token if the last token of the prompt is special.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unified_lm.core.tables import resolve
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """How a role's turn is written: `opening`, the stripped content, `closing` ("{eos}" is the tokenizer's end of text)."""
+    """Format of a role's turn: `opening`, the stripped content, `closing` ("{eos}" stands for the tokenizer's EOS token)."""
 
     opening: str
     closing: str = ""
@@ -34,14 +34,14 @@ class Template:
     """How texts become prompts.
 
     Attributes:
-        name: the name it is known by.
-        instruction_prompt: what precedes an embedded text that has an instruction; "{instruction}" stands for it.
-        bare_prompt: what precedes an embedded text without one.
-        turns: per role ("system", "user", "assistant") how a turn is written; empty where a template cannot chat. The
+        name: its name.
+        instruction_prompt: prefix of an embedded text with an instruction; "{instruction}" stands for the instruction.
+        bare_prompt: prefix of an embedded text without an instruction.
+        turns: role ("system", "user", "assistant") -> format of its turns; empty for a template without conversations. The
             closing of the assistant is what the model learns to stop with.
-        separator: what stands between two turns.
-        literal_bos: whether a tokenizer that has a begin-of-text token without adding it by itself gets it written out. One
-            that adds it by itself (Llama, Mistral) always has it.
+        separator: text between two turns.
+        literal_bos: whether to write out the BOS token for a tokenizer that has one without adding it. For a tokenizer that
+            adds it (Llama, Mistral) it is always present.
     """
 
     name: str
@@ -55,27 +55,27 @@ class Template:
 
     @property
     def signature(self) -> str:
-        """What the template says, for content hashes; fields younger than the first checkpoints only where they are set."""
+        """Content of the template, for hashes. Fields added after the first checkpoints are included only if set."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         said = [f"{name}={value!r}" for name, value in values.items() if value or name not in ("bare_echo", "instruction_echo")]
         return f"{type(self).__qualname__}({', '.join(said)})"
 
     @property
     def echoes(self) -> bool:
-        """Whether an embedded text stands twice in its prompt."""
+        """Whether the prompt contains an embedded text twice."""
         return bool(self.bare_echo or self.instruction_echo)
 
     def embedding_prompt(self, tokenizer: PreTrainedTokenizerBase, instruction: str = "") -> str:
-        """The string that precedes a text to embed, as sentence-transformers must be given it.
+        """The string before a text to embed, in the form that sentence-transformers needs.
 
-        The begin of text is written out only where the template wants it and the tokenizer has it but does not add it.
+        The BOS token is written out only if the template requires it and the tokenizer has it but does not add it.
 
         Args:
             tokenizer: the tokenizer that will read prompt + text as one string.
             instruction: the task, "" for none. Surrounding white space is removed.
 
         Raises:
-            ConfigError: the template repeats the text, which no string in front of it can do.
+            ConfigError: the template repeats the text, which no prefix can express.
         """
         if self.echoes:
             raise ConfigError(
@@ -86,19 +86,19 @@ class Template:
         return bos + self.body(instruction)
 
     def body(self, instruction: str) -> str:
-        """The embedding prompt without its begin of text."""
+        """The embedding prompt without its BOS token."""
         instruction = instruction.strip()
         return self.instruction_prompt.replace("{instruction}", instruction) if instruction else self.bare_prompt
 
     def chat_bos(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The begin of text of a conversation ("" for none): chat templates are tokenized without added special tokens."""
+        """The BOS token of a conversation ("" for none), since chat templates are tokenized without added special tokens."""
         return (tokenizer.bos_token or "") if self.literal_bos or adds_bos(tokenizer) else ""
 
     def closing(self, role: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        """What ends a turn of `role`, with the tokenizer's own end of text.
+        """The end of a turn of `role`, with the tokenizer's own EOS token.
 
         Raises:
-            ConfigError: the template ends turns with the end of text and the tokenizer has none.
+            ConfigError: the template ends turns with the EOS token and the tokenizer has none.
         """
         text = self.turns[role].closing
         if "{eos}" in text and not tokenizer.eos_token:
@@ -109,7 +109,7 @@ class Template:
         return text.replace("{eos}", tokenizer.eos_token or "")
 
     def require_chat(self) -> None:
-        """Raise ConfigError when the template has no form for conversations."""
+        """Raise ConfigError if the template has no form for conversations."""
         if not self.turns:
             chatty = sorted(name for name, template in TEMPLATES.items() if template.turns)
             raise ConfigError(f"template '{self.name}' cannot write conversations; those that can: {', '.join(chatty)}")
@@ -117,8 +117,8 @@ class Template:
     def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The Jinja chat template for `tokenizer.chat_template`.
 
-        Rendering a conversation with it and tokenizing the result gives the ids that training used, except that special tokens
-        spelled out inside a message become special there (training reads them as ordinary text).
+        Rendering a conversation with it and tokenizing the result yields the ids used in training, except that special tokens
+        spelled out inside a message are parsed as such (training reads them as ordinary text).
 
         Raises:
             ConfigError: the template has no form for conversations.
@@ -143,12 +143,12 @@ class Template:
 
 
 def _quote(text: str) -> str:
-    """A Jinja string literal."""
+    """Quote a text as a Jinja string literal."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and after every text by itself (begin of text, end of text)."""
+    """The ids that a tokenizer adds before and after every text (BOS and EOS tokens)."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -158,7 +158,7 @@ def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts its begin of text before every text by itself."""
+    """Whether the tokenizer adds its BOS token before every text."""
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in added_ids(tokenizer)[0]
 
 
@@ -197,25 +197,25 @@ TEMPLATES: dict[str, Template] = {
 }
 """Templates by name.
 
-- grit: GritLM's format (paper, figure 3). The system turn follows the Tulu format that its markers come from.
+- grit: GritLM's format (paper, figure 3). The system turn follows the Tulu format, from which its markers are taken.
 - chatml: SmolLM2-Instruct's and Qwen's own conversation format, without their default system message.
-- plain: what the tokenizer makes of the text alone (with the begin of text only where it adds one); an instruction stands on
-  a line of its own. For MNTP, SimCSE and running text.
-- plain_bos: plain behind the begin of text, for tokenizers that have one without adding it, such as SmolLM2's. LLM2Vec's own
-  families add theirs; bidirectional training did better with it here (docs/log.md).
+- plain: the text alone, as the tokenizer encodes it (with a BOS token only if the tokenizer adds one); an instruction is on
+  its own line. For MNTP, SimCSE and running text.
+- plain_bos: plain with a BOS token, for tokenizers that have one without adding it, such as SmolLM2's. The tokenizers of
+  LLM2Vec's own families add theirs; bidirectional training works better with it (docs/log.md).
 - llm2vec: "instruction;" before the text. The reference trains on "{instruction}; {text}" and infers with
-  "{instruction}: {text}"; here both are the same, and the newline (for its space) keeps the border between prompt and text on a
-  token border.
+  "{instruction}: {text}"; here both are the same, and a newline in place of the space makes the end of the prompt a token
+  boundary.
 - echo: echo embeddings (arXiv:2402.15449, `data.prompts.echo`): the paper's zero-shot prompt, and for texts with an
-  instruction the form of its released models. For causal attention; no export of stock tools can have it.
+  instruction the form of its released models. For causal attention; no export for stock tools can express it.
 """
 
 
 def get_template(name: str) -> Template:
-    """The template of that name or at that dotted path.
+    """The template with that name or at that dotted path.
 
     Raises:
-        ConfigError: there is none, or the path leads to something else.
+        ConfigError: there is no such template, or the path leads to something else.
     """
     template = resolve(name, TEMPLATES, "template")
     if not isinstance(template, Template):

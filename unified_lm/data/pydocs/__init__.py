@@ -1,1 +1,1 @@
-"""The built-in data set: docstrings of installed packages."""
+"""The built-in data set, made of docstrings of installed packages."""

@@ -1,16 +1,16 @@
-"""The built-in data set: docstrings of the Python packages installed here. Real text, no download, no licence trouble.
+"""The built-in data set: docstrings of the Python packages installed here. Real text, no download, no license trouble.
 
-Four parts are made from the same documented objects, and an object's name decides its split, so that what is held out
-for one part is held out for all:
+Four subsets are built from the same documented objects, and the name of an object decides its split, so that an object held
+out in one subset is held out in all of them:
 
 - ``pairs``: summary line -> name, signature and the rest of the docstring (the summary itself is not in it);
 - ``chats``: "What does X do?" -> summary and the first paragraph after it;
 - ``text``: whole docstrings as running text; ``sentences``: their sentences.
 
-Two more are derived from these: pairs with hard negatives (`data/pydocs/negatives.py`), and preferences
+Two further ones are derived from these: pairs with hard negatives (`data/pydocs/negatives.py`), and preferences
 (`data/pydocs/preferences.py`).
 
-What comes out depends only on the versions of the packages; source files are parsed, never imported.
+The result depends only on the versions of the packages; source files are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from unified_lm.data.rows.records import RecordKind
 
 logger = logging.getLogger(__name__)
 
-# Raise it when anything below changes what is built.
+# Increase when a change below alters the result.
 VERSION = 2
 PACKAGES = ("numpy", "torch", "transformers", "datasets", "huggingface_hub", "peft", "scipy", "pandas", "networkx")
-"""Packages read besides the standard library. Those not installed are noted in metadata.json and change the data set's key."""
+"""Packages to read besides the standard library. Missing ones are recorded in metadata.json and change the data set's key."""
 INSTRUCTION = "Given a description, retrieve the Python object that does it"
 QUESTION = "What does {name} do?"
 SPLITS = ("train", "test")
@@ -80,19 +80,19 @@ _SHINGLE_WORDS, _SKETCH_SIZE = 4, 24
 
 
 def pydocs_file(part: str | None, split: str, kind: RecordKind) -> tuple[str, Path]:
-    """Find one part of the data set; build the whole of it first if this machine has none.
+    """Find one subset of the data set, building the whole data set first if this machine lacks it.
 
     Args:
         part: "pairs", "chats", "text", "sentences", "preferences", "hard_pairs" (pairs with 7 hard negatives) or
-            "hard_pairs/PACKAGE" (those of one package; "python" is the standard library); None takes the one that fits `kind`.
+            "hard_pairs/PACKAGE" (those of one package; "python" is the standard library); None selects one by `kind`.
         split: "train", or "test" (about a tenth, held out by name).
-        kind: the kind of record wanted.
+        kind: the requested kind of record.
 
     Returns:
         A name for logs, and a jsonl file.
 
     Raises:
-        DataError: no such part or split, or the part holds records of another kind.
+        DataError: no such subset or split, or a subset with records of another kind.
     """
     if split not in SPLITS:
         raise DataError(f"pydocs has no split '{split}'.{did_you_mean(split, SPLITS)}")
@@ -121,10 +121,10 @@ def _file_name(part: str, split: str) -> str:
 
 
 def build() -> Path:
-    """Build the data set in the cache, or find it there.
+    """Find the data set in the cache, or build it there.
 
     Returns:
-        The folder: a jsonl file per part and split, and metadata.json (versions, counts, seconds).
+        Its folder, with a jsonl file per subset and split, and metadata.json (versions, counts, seconds).
     """
     versions = _versions()
     target = cache_dir("pydocs", _key(versions))
@@ -143,7 +143,7 @@ def _key(versions: dict[str, str]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Version of every package read; "" for those not installed."""
+    """Version of every package to read; "" if it is not installed."""
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in PACKAGES:
         try:
@@ -176,12 +176,12 @@ def _fill(folder: Path, versions: dict[str, str]) -> None:
 
 
 def _package(package: str, found: Counter[str]) -> Iterator[Docstring]:
-    """Docstrings of a package in the sorted order of its files."""
+    """Yield the docstrings of a package in the sorted order of its files."""
     root = _root(package)
     if root is None:
         return
     prefix = () if package == "python" else (package,)
-    # Sorted by parts, not by string: the order must not depend on how a system spells a path.
+    # Sorted by path components, not by string: the order must not depend on the path separator of the system.
     for file in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).parts):
         parts = file.relative_to(root).with_suffix("").parts
         if _SKIPPED_FOLDERS.intersection(parts):
@@ -202,16 +202,16 @@ def _root(package: str) -> Path | None:
 
 
 def split_of(name: str) -> str:
-    """The split of an object: by the hash of its qualified name, so that it does not move when others come or go."""
+    """The split of an object, from the hash of its qualified name, so that changes to other objects do not move it."""
     value = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little")
     return "test" if value < _TEST_SHARE * 2**64 else "train"
 
 
 def distinct(documents: Iterable[Docstring]) -> list[Docstring]:
-    """Leave out objects whose name, summary or text occurred before, nearly equal texts included.
+    """Remove objects whose name, summary or text repeats an earlier one, including near-duplicate texts.
 
-    Near-duplicates are found by bottom-k sketches of word 4-grams (Broder 1997, "On the resemblance and containment of
-    documents"): more than half of the sketch shared with an earlier text.
+    Near-duplicates are detected by bottom-k sketches of word 4-grams (Broder 1997, "On the resemblance and containment of
+    documents"): an earlier text shares more than half of the sketch.
     """
     kept: list[Docstring] = []
     names: set[str] = set()
@@ -244,7 +244,7 @@ def _sketch(text: str) -> list[int]:
 
 
 def _rows(document: Docstring, seen_sentences: set[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows that an object gives to the parts."""
+    """The rows of an object in every subset."""
     if (pair := _pair(document)) is not None:
         yield "pairs", pair
         answer = bounded(" ".join((document.summary, *document.prose[:1])), MAX_ANSWER_CHARACTERS)
@@ -260,7 +260,7 @@ def _rows(document: Docstring, seen_sentences: set[str]) -> Iterator[tuple[str, 
 
 
 def _pair(document: Docstring) -> dict[str, Any] | None:
-    """The retrieval row, or None where there is too little text or the summary stands in the document."""
+    """The retrieval row, or None if there is too little text or the document contains the summary."""
     body = "\n".join(document.paragraphs)
     if len(document.summary) > _MAX_SUMMARY_CHARACTERS or len(body) < _MIN_BODY_CHARACTERS:
         return None
@@ -271,7 +271,7 @@ def _pair(document: Docstring) -> dict[str, Any] | None:
 
 
 def bounded(text: str, limit: int) -> str:
-    """Cut a text to at most `limit` characters, after a sentence where one ends in the second half, else after a word."""
+    """Truncate a text to at most `limit` characters, after a sentence if one ends in the second half, else after a word."""
     if len(text) <= limit:
         return text
     head = text[:limit]

@@ -1,7 +1,7 @@
-"""Docstrings out of source files, without importing them, and cleaned of markup.
+"""Extraction of docstrings from source files, without importing them, and removal of their markup.
 
-What is read: functions, classes, methods and modules with public names, and the `add_docstr` / `add_newdoc` calls by which
-numpy and torch document what is written in C.
+Included are public functions, classes, methods and modules, and the `add_docstr` / `add_newdoc` calls by which numpy and torch
+document their C code.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _MAX_SIGNATURE = 200
-# Sections that hold code or links rather than prose.
+# Sections of code or links rather than prose.
 _DROPPED_SECTIONS = {"example", "examples", "references", "see also", "usage", "doctest", "reference", "benchmarks"}
 _SECTION = re.compile(r"^(?:#+\s*)?([A-Z][A-Za-z ]{2,30}):{0,2}$")
 _UNDERLINE = re.compile(r"^([-=~^*\"'`#+])\1{2,}$")
 _SIGNATURE = re.compile(r"^[\w.]+\s?\(.*\)(\s*->\s*.*)?$", re.DOTALL)
 _DIRECTIVE = re.compile(r"^\.\.\s")
-# Directives whose indented content is prose worth keeping.
+# Directives whose indented content is kept as prose.
 _ADMONITION = re.compile(r"^\.\.\s+(?:note|warning|tip|important|hint|attention|caution|admonition)::\s*", re.IGNORECASE)
-# Sphinx shows only the last part of a target that begins with a tilde.
+# Sphinx renders only the last component of a target that begins with a tilde.
 _ROLE = re.compile(r":(?:[a-z]+:)?[a-z]+:`(?:~[\w.]*\.)?~?([^`<]*?)(?:\s*<[^`>]*>)?`")
 _LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`_{0,2}")
 _MARKDOWN_LINK = re.compile(r"\[([^\]]+)\]\([^)]*\)")
@@ -41,10 +41,10 @@ class Docstring:
     """A cleaned docstring.
 
     Attributes:
-        name: qualified name with private parts left out: ``numpy.linalg.norm``.
-        signature: parameters in brackets, "" for modules and where there is none.
-        summary: first paragraph, one line.
-        paragraphs: the others, one line each.
+        name: qualified name without private components: ``numpy.linalg.norm``.
+        signature: parameters in parentheses; "" for a module or an unknown signature.
+        summary: first paragraph, as one line.
+        paragraphs: the other paragraphs, one line each.
     """
 
     name: str
@@ -54,15 +54,15 @@ class Docstring:
 
     @property
     def prose(self) -> tuple[str, ...]:
-        """The paragraphs that are sentences, not lists of parameters, results or errors."""
+        """The paragraphs of sentences, without lists of parameters, results or errors."""
         return tuple(text for text in self.paragraphs if not _LISTING.match(text) and text.endswith((".", "!", "?", ":")))
 
 
 def extract(source: bytes, module: str) -> Iterator[Docstring]:
-    """Yield the docstrings of a source file in the order they stand in it.
+    """Yield the docstrings of a source file in file order.
 
     Args:
-        source: Python source. What does not parse in this Python version (templates, old syntax) yields nothing.
+        source: Python source. A file that this Python version cannot parse (a template, old syntax) yields nothing.
         module: dotted name of the module.
     """
     try:
@@ -74,7 +74,7 @@ def extract(source: bytes, module: str) -> Iterator[Docstring]:
 
 
 def _members(node: ast.AST, prefix: str) -> Iterator[Docstring]:
-    """Public definitions in a body, looking through if/try but not into functions."""
+    """Yield the public definitions in a body, including those under if and try but not those in functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             if child.name.startswith("_"):
@@ -93,13 +93,13 @@ def _members(node: ast.AST, prefix: str) -> Iterator[Docstring]:
 
 
 def _attached(call: ast.Call) -> Iterator[Docstring]:
-    """``add_docstr(torch.abs, r"...".format(...))`` and ``add_newdoc("numpy", "ndarray", ("sum", "..."))``."""
+    """Yield that of ``add_docstr(torch.abs, r"...".format(...))`` or ``add_newdoc("numpy", "ndarray", ("sum", "..."))``."""
     function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if function == "add_docstr" and len(call.args) == 2:
         name = ast.unparse(call.args[0])
     elif function == "add_newdoc" and len(call.args) == 3:
-        place, target, last = call.args
-        parts = [place, target, *(last.elts[:1] if isinstance(last, ast.Tuple) else [])]
+        module, target, last = call.args
+        parts = [module, target, *(last.elts[:1] if isinstance(last, ast.Tuple) else [])]
         name = ".".join(part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str))
     else:
         return
@@ -110,7 +110,7 @@ def _attached(call: ast.Call) -> Iterator[Docstring]:
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """Parameters with their defaults, without annotations (they would double the length)."""
+    """Parameters with their defaults but without annotations, which would double the length."""
     arguments = node.args
     for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
         if argument is not None:
@@ -124,7 +124,7 @@ def _one(name: str, signature: str, text: str | None) -> Iterator[Docstring]:
         return
     public = ".".join(part for part in name.split(".") if not part.startswith("_"))
     paragraphs = clean(text)
-    # C functions carry their signature as the first line of the text.
+    # Docstrings of C functions begin with a line that holds the signature.
     if paragraphs and _SIGNATURE.match(paragraphs[0]):
         signature = "(" + paragraphs.pop(0).partition("(")[2].strip()
     if public and paragraphs:
@@ -132,13 +132,13 @@ def _one(name: str, signature: str, text: str | None) -> Iterator[Docstring]:
 
 
 def clean(text: str) -> list[str]:
-    """Paragraphs of a docstring, one line each, without doctests, code blocks, directives and inline markup."""
+    """The paragraphs of a docstring, one line each, without doctests, code blocks, directives and inline markup."""
     lines = inspect.cleandoc(text).expandtabs().splitlines()
     return [cleaned for block in _PARAGRAPH_BREAK.split("\n".join(_prose_lines(lines))) if (cleaned := _inline(block))]
 
 
 def _prose_lines(lines: list[str]) -> Iterator[str]:
-    """Leave out what is not prose. A block that is skipped lasts until the indentation returns to where it began."""
+    """Drop lines that are not prose. A skipped block lasts until the indentation returns to that of its first line."""
     skip_deeper_than: int | None = None
     in_dropped_section = in_doctest = in_fence = False
     for i, line in enumerate(lines):
@@ -177,7 +177,7 @@ def _prose_lines(lines: list[str]) -> Iterator[str]:
 
 
 def _inline(block: str) -> str:
-    """One paragraph: markup removed, whitespace collapsed."""
+    """Join a paragraph into one line, without markup and repeated white space."""
     text = " ".join(block.split())
     if _TABLE.search(text):
         return ""

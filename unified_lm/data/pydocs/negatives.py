@@ -1,9 +1,8 @@
-"""Hard negatives for the built-in pairs: other objects of the same module. Derived from the pairs file, on first use.
+"""Hard negatives for the built-in pairs: other objects of the same module, derived from the pairs file on first use.
 
-The negatives of a row are the documents of the objects whose qualified names share the most leading parts with its own
-(methods of the same class first, then the same module, then the same package), at equal distance in an order hashed from both
-names. They share vocabulary and style with the answer; objects whose texts nearly repeat each other were left out of pydocs,
-so hardly any of them answers the query.
+The negatives of a row are the documents of the objects whose qualified names have the longest common prefix with its own
+(methods of the same class first, then the same module, then the same package); ties are ordered by a hash of both names. They
+resemble the answer in vocabulary and style. Since pydocs has no near-duplicate texts, hardly any of them answers the query.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from unified_lm.core.errors import DataError
 from unified_lm.core.files import cache_dir, write_directory
 
 PART = "hard_pairs"
-"""The subset: all rows, and `hard_pairs/PACKAGE` those of one package ("python": the standard library)."""
+"""Name of the subset with all rows; `hard_pairs/PACKAGE` has those of one package ("python" is the standard library)."""
 NUM_NEGATIVES = 7
 VERSION = 1
-"""Raise it when anything below changes what is built."""
+"""Increase when a change below alters the result."""
 _NAME = re.compile(r"[\w.]+")
 _HUGE = 400
-"""The nearest names by order are looked at no further than this on either side."""
+"""Number of neighbors in sorted order that are considered on either side."""
 
 
 def hard_pairs_file(pairs: Path, package: str | None, packages: Sequence[str]) -> Path:
-    """The file of pairs with hard negatives, built beside the cache of `pairs` if this machine has none.
+    """The file of pairs with hard negatives, built beside the file of `pairs` if this machine lacks it.
 
     Args:
         pairs: a pydocs file of pairs (one split).
-        package: rows of this package alone; None takes all.
-        packages: those that pydocs reads besides the standard library.
+        package: only rows of this package; None for all rows.
+        packages: the packages that pydocs reads besides the standard library.
 
     Raises:
         DataError: no rows of that package.
@@ -67,20 +66,20 @@ def _fill(folder: Path, pairs: Path, packages: Sequence[str]) -> None:
 
 
 def object_name(row: dict[str, Any]) -> str:
-    """The qualified name of a row's object, with which its document begins."""
+    """The qualified name of a row's object, which begins its document."""
     match = _NAME.match(row["pos"][0][1])
     assert match is not None, "a pydocs document begins with its object's name"
     return match[0].rstrip(".")
 
 
 def with_negatives(rows: Sequence[dict[str, Any]], count: int = NUM_NEGATIVES) -> list[dict[str, Any]]:
-    """The rows, in order, each with `count` negatives (fewer only where there are not so many other rows)."""
+    """The rows, in order, each with `count` negatives (fewer only if there are fewer other rows)."""
     paths = [tuple(object_name(row).split(".")) for row in rows]
     order = sorted(range(len(rows)), key=lambda index: paths[index])
-    place = {index: position for position, index in enumerate(order)}
+    rank = {index: position for position, index in enumerate(order)}
     result = []
     for index, row in enumerate(rows):
-        window = order[max(0, place[index] - _HUGE) : place[index] + _HUGE + 1]
+        window = order[max(0, rank[index] - _HUGE) : rank[index] + _HUGE + 1]
         others = [other for other in window if other != index]
         others.sort(key=lambda other: (-_shared(paths[index], paths[other]), _tie(paths[index], paths[other])))
         result.append({**row, "neg": [rows[other]["pos"][0] for other in others[:count]]})
@@ -88,7 +87,7 @@ def with_negatives(rows: Sequence[dict[str, Any]], count: int = NUM_NEGATIVES) -
 
 
 def _shared(left: Sequence[str], right: Sequence[str]) -> int:
-    """The number of leading parts that two names share."""
+    """Length of the common prefix of two names, in components."""
     for number, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return number

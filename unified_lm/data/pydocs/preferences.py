@@ -1,7 +1,7 @@
-"""Preferences for the built-in questions, without annotators: every answer, and a bad one made from it. Derived from the chats.
+"""Preferences for the built-in questions without annotators: every answer, and a bad answer derived from the chats.
 
-A question "What does X do?" has two rows: its answer from the docstring (desirable) and an undesirable one, which fails in one
-of three ways that small models show (`Failure`); the object's name decides in which.
+A question "What does X do?" has two rows: its answer from the docstring (desirable) and an undesirable one, with one of three
+failures that are typical of small models (`Failure`); the name of the object decides which one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from unified_lm.core.files import cache_dir, write_directory
 from unified_lm.core.random import derive_seed
 
 PART = "preferences"
-"""The subset."""
+"""Name of the subset."""
 VERSION = 1
-"""Raise it when anything below changes what is built."""
+"""Increase when a change below alters the result."""
 _EVASIVE = (
     "It does what its name says.",
     "Please see the documentation of {name}.",
@@ -35,9 +35,9 @@ class Failure(Enum):
     """How an answer fails.
 
     Attributes:
-        WRONG: the answer to another question, about an object near by.
-        REPETITIVE: the first sentence of the right answer, said three times.
-        EVASIVE: a phrase that says nothing.
+        WRONG: the answer to another question, about a related object.
+        REPETITIVE: the first sentence of the correct answer, repeated three times.
+        EVASIVE: a phrase without content.
     """
 
     WRONG = "wrong"
@@ -46,12 +46,12 @@ class Failure(Enum):
 
 
 def failure_of(name: str) -> Failure:
-    """How the question about `name` is answered badly: each failure for a third of the names, by hash."""
+    """The failure of the bad answer about `name`; each one applies to a third of the names, by hash."""
     return list(Failure)[derive_seed("failure", name) % len(Failure)]
 
 
 def undesirable_answer(name: str, answer: str, other: str) -> str:
-    """A bad answer to what `name` does.
+    """Make a bad answer to the question about `name`.
 
     Args:
         name: a dotted name.
@@ -68,11 +68,11 @@ def undesirable_answer(name: str, answer: str, other: str) -> str:
 
 
 def preferences_file(chats: Path, question: str) -> Path:
-    """The file of preferences, built beside the cache of `chats` if this machine has none.
+    """The file of preferences, built beside the file of `chats` if this machine lacks it.
 
     Args:
-        chats: a pydocs file of chats (one split), at least two.
-        question: what its questions look like, with "{name}" for the object.
+        chats: a pydocs file of chats (one split) with at least two rows.
+        question: form of its questions, with "{name}" for the object.
     """
     target = cache_dir("pydocs_preferences", f"{chats.parent.name}-{chats.stem}-{VERSION}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def _fill(folder: Path, chats: Path, question: str) -> None:
 
 
 def preference_rows(pairs: Sequence[tuple[str, ...]], question: str) -> Iterator[dict[str, Any]]:
-    """Two rows for every (question, answer), the desirable one first; wrong answers are those to the question before."""
+    """Two rows for every (question, answer), the desirable one first; wrong answers are taken from the preceding question."""
     head, _, tail = question.partition("{name}")
     for index, (prompt, answer) in enumerate(pairs):
         name = prompt.removeprefix(head).removesuffix(tail)

@@ -1,1 +1,1 @@
-"""Rows of files and hubs, checked and turned into records."""
+"""Rows of files and Hub data sets, validated and parsed into records."""

@@ -1,4 +1,4 @@
-"""Files of rows that our readers read: written to a hidden sibling first, renamed when complete."""
+"""Writers of files in the formats that the readers accept; a file is written under a hidden name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _READ_BYTES = 1 << 20
 
 
 def record_row(record: Record) -> dict[str, Any]:
-    """The row that our readers turn back into an equal record; texts to embed are always ``[instruction, text]``."""
+    """The row that the readers parse back into an equal record; texts to embed are always ``[instruction, text]``."""
     if isinstance(record, PairRecord):
         return {
             "query": _pair(record.query),
@@ -43,13 +43,13 @@ def _pair(text: Text) -> list[str]:
 
 
 class RowWriter:
-    """Writes rows to a file; the file appears, whole, when the `with` block ends without an error.
+    """Writes rows to a file, which appears, complete, when the `with` block ends without an error.
 
     Args:
-        path: ends in .jsonl, .parquet or .txt (which takes the field "text" alone, one line each).
+        path: ends in .jsonl, .parquet or .txt (which stores only the field "text", one row per line).
 
     Raises:
-        DataError: another ending, a row that the format cannot hold, or the disk refused.
+        DataError: another extension, a row that the format cannot store, or a file that cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,10 +130,10 @@ def file_hash(path: Path) -> str:
 
 
 def write_report(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a report as YAML, an ending that the readers of data folders pass over.
+    """Write a report as YAML, an extension that the readers of data folders ignore.
 
     Raises:
-        DataError: the path ends otherwise.
+        DataError: the path has another extension.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise DataError(f"cannot write the report {path}: expected a name that ends in .yaml.")

@@ -1,4 +1,4 @@
-"""Rows of a Hub data set, through `datasets`."""
+"""Rows of Hub data sets, read through `datasets`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from unified_lm.data.rows.readers import Rows
 def hub_rows(config: SourceConfig) -> tuple[str, str, Any]:
     """Find a Hub data set (or a local folder in the Hub's layout).
 
-    A streamed data set is read once and kept in the cache under its request (name, subset, split, revision, limit), so
-    that a resumed run sees the same rows; pin `revision` to know which.
+    A streamed data set is read once and cached under its request (name, subset, split, revision, limit), so that a resumed
+    run sees the same rows; pin `revision` to fix their content.
 
     Args:
-        config: `hub` names it; `subset`, `split`, `revision`, `streaming` and `limit` say what to read.
+        config: `hub` names it; `subset`, `split`, `revision`, `streaming` and `limit` select the rows.
 
     Returns:
         Its name with subset and split, a string that changes with its content, and a function that starts reading.
@@ -37,13 +37,13 @@ def hub_rows(config: SourceConfig) -> tuple[str, str, Any]:
 
 
 def hub_label_names(config: SourceConfig) -> dict[str, list[str]]:
-    """What the numbers in a Hub data set's columns of class labels (or of lists of them) stand for.
+    """Names of the class labels in a Hub data set's columns of labels, or of lists of labels.
 
     Args:
         config: as in `hub_rows`.
 
     Returns:
-        Column -> names, in the order of the numbers; columns of another type are left out.
+        Column -> names, in the order of the label numbers; columns of other types are omitted.
 
     Raises:
         DataError: as in `hub_rows`.
@@ -55,7 +55,7 @@ def hub_label_names(config: SourceConfig) -> dict[str, list[str]]:
 
 
 def _load(config: SourceConfig, name: str) -> Any:
-    import datasets  # half a second, and only this kind of source needs it
+    import datasets  # imports in half a second, and only this kind of source needs it
 
     try:
         return datasets.load_dataset(

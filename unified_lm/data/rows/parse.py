@@ -1,7 +1,7 @@
-"""Row (a mapping of columns) -> record, with an error that names field, got and expected.
+"""Parsing of rows (mappings of columns) into records; errors name the field, what it holds and what is expected.
 
-Rows keep the shapes people have: GritLM/E5, Echo, sentence-transformers columns, chat messages, ShareGPT conversations,
-GritLM text rows, prompt and completion, preference rows. Columns that the format does not use are ignored.
+Rows may have the common public formats: GritLM/E5, Echo, sentence-transformers columns, chat messages, ShareGPT conversations,
+GritLM text rows, prompt and completion, preference rows. Unused columns are ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
 
-# Field of the format -> column names that it is known under.
+# Field of the format -> accepted column names.
 FIELDS: dict[RecordKind, dict[str, tuple[str, ...]]] = {
     RecordKind.PAIR: {
         "query": ("query", "anchor"),
@@ -46,19 +46,19 @@ ROLES = {
 
 TEXT_OR_PAIR = "a text or [instruction, text]"
 _NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
-# GritLM strips these from the instructions of its embedding rows, so "Represent the query:" and "Represent the query" agree.
+# GritLM strips these from the instructions of its embedding rows: "Represent the query:" equals "Represent the query".
 _INSTRUCTION_EDGES = "\t\n :"
 _MAX_SHOWN = 60
 
 
 class RowError(Exception):
-    """A row breaks its format. Readers add the file and the line and raise `DataError`.
+    """A row violates its format. Readers add the file and the line and raise `DataError`.
 
     Args:
-        field: path of the value inside the row, such as ``pos[0]`` or ``messages[2].content``.
-        got: what stands there, in words.
-        expected: what should.
-        hint: how to mend it ("" for nothing to add).
+        field: path of the value in the row, such as ``pos[0]`` or ``messages[2].content``.
+        got: the value, in words.
+        expected: the expected value, in words.
+        hint: how to fix it ("" for no hint).
     """
 
     def __init__(self, field: str, got: str, expected: str, hint: str = "") -> None:
@@ -68,7 +68,7 @@ class RowError(Exception):
 
 
 class EmptyTextError(RowError):
-    """A text with nothing in it after stripping. `on_empty=skip` turns it into a counted rejection."""
+    """A text that is empty after stripping. `on_empty=skip` turns it into a counted rejection."""
 
     def __init__(self, field: str, got: str) -> None:
         super().__init__(
@@ -81,11 +81,11 @@ class RowParser:
     """Parses the rows of one source.
 
     Args:
-        kind: what to make of them.
-        columns: column of the source for each field whose name differs: ``{"query": "question"}``.
+        kind: the kind of record to parse.
+        columns: field -> column of the source, for fields whose names differ: ``{"query": "question"}``.
 
     Raises:
-        DataError: `columns` names a field that the kind does not have.
+        DataError: `columns` names a field that this kind does not have.
     """
 
     def __init__(self, kind: RecordKind, columns: Mapping[str, str] | None = None) -> None:
@@ -99,11 +99,11 @@ class RowParser:
         self._parse = _PARSERS[kind]
 
     def __call__(self, row: object) -> Record:
-        """Turn one row into a record.
+        """Parse one row into a record.
 
         Raises:
             EmptyTextError: a text is empty after stripping.
-            RowError: anything else that breaks the format.
+            RowError: any other violation of the format.
         """
         if not isinstance(row, Mapping):
             raise RowError("(row)", describe(row), "an object with named columns")
@@ -111,7 +111,7 @@ class RowParser:
 
 
 class _Row:
-    """A row whose fields can be found under any of their names."""
+    """A row in which fields are found under any of their accepted names."""
 
     def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str], kind: RecordKind) -> None:
         self.values = values
@@ -124,7 +124,7 @@ class _Row:
         return (mapped,) if mapped is not None else FIELDS[self._kind][field]
 
     def find(self, field: str) -> tuple[str, Any] | None:
-        """Column and value of a field, or None where the row has no such column or null in it."""
+        """Column and value of a field, or None if the column is missing or null."""
         present = [name for name in self.names(field) if self.values.get(name) is not None]
         if len(present) > 1:
             both = " and ".join(f"'{name}'" for name in present)
@@ -132,21 +132,21 @@ class _Row:
         return (present[0], self.values[present[0]]) if present else None
 
     def require(self, field: str, expected: str) -> tuple[str, Any]:
-        """Column and value of a field that the row must have."""
+        """Column and value of a required field."""
         found = self.find(field)
         if found is None:
             raise self.missing(field, expected)
         return found
 
     def missing(self, field: str, expected: str) -> RowError:
-        """The error for a field that is not there."""
+        """The error for a missing field."""
         names = self.names(field)
         for name in names:
-            if name in self.values:  # with null in it: `find` passed it over
+            if name in self.values:  # the value is null, which `find` treats as missing
                 got = "null (or an empty cell)"
                 return RowError(name, got, expected) if field == "label" else EmptyTextError(name, got)
         known = ", ".join(map(str, self.values))
-        # Offer only a close name: the row's columns are listed already.
+        # Only a close name: the message lists all columns anyway.
         close = next((hint for name in names if "Did you" in (hint := did_you_mean(name, map(str, self.values)))), "")
         also = "".join(f" (nor '{name}')" for name in names[1:])
         hint = f"{close} If another column holds it, say so: columns={{{field}: NAME}}."
@@ -154,7 +154,7 @@ class _Row:
 
 
 def describe(value: object) -> str:
-    """A value in words short enough for an error message: its type and how it begins."""
+    """Describe a value briefly for an error message: its beginning and its type."""
     if value is None:
         return "null"
     shown = repr(value)
@@ -230,18 +230,18 @@ def _conversation(value: object, field: str, role_key: str, content_key: str) ->
         raise RowError(field, describe(value), f"a list of {{{role_key}, {content_key}}}")
     turns: list[tuple[str, str]] = []
     for i, turn in enumerate(value):
-        place = f"{field}[{i}]"
+        path = f"{field}[{i}]"
         if not isinstance(turn, Mapping):
-            raise RowError(place, describe(turn), f"{{{role_key}, {content_key}}}")
+            raise RowError(path, describe(turn), f"{{{role_key}, {content_key}}}")
         for key in (role_key, content_key):
             if key not in turn:
-                raise RowError(f"{place}.{key}", f"only {', '.join(turn) or 'nothing'}", "a text")
+                raise RowError(f"{path}.{key}", f"only {', '.join(turn) or 'nothing'}", "a text")
         role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
         if role is None:
-            raise RowError(f"{place}.{role_key}", describe(turn[role_key]), f"one of {', '.join(ROLES)}")
+            raise RowError(f"{path}.{role_key}", describe(turn[role_key]), f"one of {', '.join(ROLES)}")
         if role == "system" and turn[content_key] == "":
-            continue  # an empty system prompt says the same as none
-        turns.append((role, _string(turn[content_key], f"{place}.{content_key}")))
+            continue  # an empty system prompt is equivalent to none
+        turns.append((role, _string(turn[content_key], f"{path}.{content_key}")))
     return _answered(turns, field)
 
 

@@ -1,4 +1,4 @@
-"""Published data sets -> files that the recipes read, with the papers' filters and a manifest."""
+"""Conversion of published data sets to files that the recipes read, with the papers' filters and a manifest."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FORMATS = (".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` wrote.
+    """The output of `prepare`.
 
     Attributes:
         files: the data files.
-        manifest: the YAML file beside them.
-        num_rows: rows written.
-        dropped: rows left out, by reason.
+        manifest: the YAML file in the same folder.
+        num_rows: number of rows written.
+        dropped: number of rows left out, by reason.
         use: overrides that train on the result.
     """
 
@@ -43,7 +43,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class _Input:
-    """Rows that become one output file."""
+    """The rows of one output file."""
 
     origin: str
     stem: str
@@ -60,18 +60,18 @@ def prepare(
     suffix: str = ".jsonl",
     limit: int | None = None,
 ) -> Prepared:
-    """Write a published data set in our formats.
+    """Write a published data set in the formats of this package.
 
     Args:
         name: a key of `PUBLISHED`.
-        out_dir: folder for the files and `NAME.manifest.yaml`; existing files of these names are replaced when complete.
-        local: folder (or file) that holds the data already, in the schema of the published one; None fetches it from the Hub.
-        revision: Hub revision; None takes the newest. The manifest says which commit it was.
+        out_dir: folder for the files and `NAME.manifest.yaml`; existing files with these names are replaced on completion.
+        local: folder (or file) with a local copy in the schema of the published data; None fetches it from the Hub.
+        revision: Hub revision; None selects the newest. The manifest records the commit.
         suffix: ".jsonl" or ".parquet".
-        limit: at most this many rows are read from each file or split, the first ones; for a trial.
+        limit: maximum number of rows read from each file or split, the first ones; for a trial.
 
     Raises:
-        DataError: an unknown name, a data set that must be given with `local`, nothing to read, or rows of another schema.
+        DataError: an unknown name, a data set that needs `local`, nothing to read, or rows of another schema.
     """
     spec = published(name)
     if suffix not in FORMATS:
@@ -79,7 +79,7 @@ def prepare(
     if limit is not None and limit < 1:
         raise DataError(f"limit: got {limit}, expected at least 1 row.")
     if local is not None and revision is not None:
-        raise DataError("revision is for data from the Hub; --from says that they lie here already. Leave one of the two out.")
+        raise DataError("--revision is for data from the Hub, --from for a local copy. Give only one of the two.")
     commit = None if local is not None else _commit(name, spec, revision)
     inputs = _local_inputs(spec, local) if local is not None else _hub_inputs(spec, commit)
     ending = ".txt" if spec.text_lines else suffix
@@ -94,7 +94,7 @@ def prepare(
     content = {
         "name": name,
         "source": spec.source,
-        "licence": spec.licence,
+        "license": spec.license,
         "filters": spec.filters,
         "hub": spec.hub if local is None else None,
         "commit": commit,
@@ -123,7 +123,7 @@ def _write(spec: Published, item: _Input, path: Path, limit: int | None) -> dict
 
 def _converted(spec: Published, item: _Input, limit: int | None, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
     parser = RowParser(spec.kind)
-    for number, (place, row) in enumerate(item.rows()):
+    for number, (location, row) in enumerate(item.rows()):
         if limit is not None and number >= limit:
             return
         try:
@@ -135,7 +135,7 @@ def _converted(spec: Published, item: _Input, limit: int | None, dropped: Counte
         except EmptyTextError as error:
             dropped[error.reason] += 1
         except RowError as error:
-            raise DataError(f"{item.origin}, {place}, {error}") from error
+            raise DataError(f"{item.origin}, {location}, {error}") from error
 
 
 def _local_inputs(spec: Published, local: Path) -> list[_Input]:
@@ -146,7 +146,7 @@ def _local_inputs(spec: Published, local: Path) -> list[_Input]:
 
 
 def _of_split(part: Part, files: list[Path], spec: Published, local: Path) -> list[Path]:
-    """The files of a split: those whose names begin with it; all of them where the data set has one split only."""
+    """The files of a split: those whose names begin with its name; all files if the data set has only one split."""
     if len(spec.parts) == 1:
         return files
     own = [file for file in files if file.name.startswith(part.split)]
@@ -160,9 +160,9 @@ def _of_split(part: Part, files: list[Path], spec: Published, local: Path) -> li
 
 def _chained(files: list[Path]) -> Callable[[], Rows]:
     def rows() -> Rows:
-        """(file and place, row) of all files in order."""
+        """Yield (file and location, row) of all files in order."""
         for file in files:
-            yield from ((f"{file.name}, {place}", row) for place, row in read_rows(file))
+            yield from ((f"{file.name}, {location}", row) for location, row in read_rows(file))
 
     return rows
 
@@ -196,7 +196,7 @@ def _downloaded(spec: Published, commit: str | None) -> list[_Input]:
 
 
 def _commit(name: str, spec: Published, revision: str | None) -> str:
-    """The commit that a revision means now, so that the manifest can name it.
+    """Resolve a revision to its current commit, which the manifest records.
 
     Raises:
         DataError: the data set is not on the Hub, or the Hub does not answer.

@@ -1,6 +1,6 @@
-"""The published data sets that recipes name: where they are, which rows the papers leave out, what we write.
+"""The published data sets that recipes use: where they are, which rows the papers exclude, and how rows are converted.
 
-A new one is an entry of `PUBLISHED`. `unified_lm.data.rows.prepare` does the work.
+To add one, add an entry to `PUBLISHED`; `unified_lm.data.rows.prepare` reads it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unified_lm.data.rows.records import RecordKind
 
 
 class Dropped(Exception):
-    """A row that a paper's filter leaves out; the message is the reason under which it is counted."""
+    """A row is excluded by a paper's filter; the message is the reason under which it is counted."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Part:
     """One split of a Hub data set, read through `datasets`.
 
     Attributes:
-        split: its name.
-        output: the file that is written, without ending.
+        split: name of the split.
+        output: the output file, without extension.
         subset: configuration of the Hub data set.
     """
 
@@ -41,23 +41,24 @@ class Published:
     """A published data set.
 
     Attributes:
-        kind: what its rows are.
-        hub: Hub name; None where it is not on the Hub and `--from` must say where it lies.
-        licence: what its card says.
-        source: paper or page.
+        kind: kind of its rows.
+        hub: Hub name; None if it is not on the Hub and needs `--from`.
+        license: license according to its card.
+        source: paper or web page.
         use: the overrides that train on the result, quoted for a shell; ``{out}`` is the folder given to `--out`.
-        filters: what is left out, in words.
-        parts: splits read through `datasets`. Empty: `files` are fetched and read as they are, one output each.
-        files: patterns of the repository's files.
-        folder: where outputs of `files` go, under the output folder ("" for the folder itself).
-        text_lines: write .txt, one text a line.
-        convert: (row, name of its file, number of the row in it from 0) -> row in our format, or several; raises `Dropped`.
-        missing: for `hub` None: why, and what else there is.
+        filters: what is excluded, in words.
+        parts: splits to read through `datasets`. If empty, `files` are fetched and read directly, one output each.
+        files: patterns of files in the repository.
+        folder: subfolder of the output folder for the outputs of `files` ("" for the folder itself).
+        text_lines: write .txt, one text per line.
+        convert: (row, name of its file, number of the row in it from 0) -> one or several rows in a format of this package;
+            raises `Dropped`.
+        missing: if `hub` is None: the reason, and alternatives.
     """
 
     kind: RecordKind
     hub: str | None
-    licence: str
+    license: str
     source: str
     use: str
     filters: str = "rows with an empty text"
@@ -70,7 +71,7 @@ class Published:
 
 
 def _tulu2(row: Mapping[str, Any], name: str, number: int) -> Mapping[str, Any]:
-    """GritLM trains on Tulu 2 without its custom prompts, whose answers tell who made the model (https://arxiv.org/abs/2402.09906)."""
+    """GritLM trains on Tulu 2 without its custom prompts about the model's origin (https://arxiv.org/abs/2402.09906)."""
     if "messages" not in row:
         raise RowError("messages", f"no such column among [{', '.join(row)}]", "the turns of a chat of Tulu 2")
     if _is_hard_coded(row.get("dataset")) or _is_hard_coded(row.get("id")):
@@ -107,7 +108,7 @@ ECHO_INSTRUCTIONS: Mapping[str, tuple[str, ...]] = {
     "t2ranking": ("Given a Chinese search query, retrieve web passages that answer the question",),
     "trivia_qa": ("Retrieve Wikipedia passages that answer the question",),
 }
-"""Query instructions of E5's public data (https://arxiv.org/abs/2401.00368); rows take turns where there are two."""
+"""Query instructions of E5's public data (https://arxiv.org/abs/2401.00368); with two instructions, rows alternate."""
 
 _SYMMETRIC = {"allnli_split2", "quora_duplicates_split1", "quora_duplicates_split2"}
 
@@ -115,8 +116,9 @@ _SYMMETRIC = {"allnli_split2", "quora_duplicates_split1", "quora_duplicates_spli
 def _echo(row: Mapping[str, Any], name: str, number: int) -> Mapping[str, Any]:
     """Give a row of the Echo folder its instruction.
 
-    Files named ``..._split1`` and ``..._split2`` carry one of the two instructions each, and documents of symmetric tasks then
-    carry it too. Undivided files take turns row by row, and documents have none. LLM2Vec's released loader does so with either.
+    Files named ``..._split1`` and ``..._split2`` have one of the two instructions each, which documents of symmetric tasks then
+    have as well. In undivided files the instructions alternate by row, and documents have none. Both follow LLM2Vec's
+    released loader.
     """
     stem, _, split = name.partition("_split")
     if stem not in ECHO_INSTRUCTIONS:
@@ -141,10 +143,10 @@ def _echo(row: Mapping[str, Any], name: str, number: int) -> Mapping[str, Any]:
 
 
 def _instructed(instruction: str) -> Callable[[Mapping[str, Any], str, int], Mapping[str, Any]]:
-    """Rows of query, pos and neg (or anchor, positive, negative) without instructions get one for the query."""
+    """Make a converter that adds an instruction to queries of rows (query, pos, neg) or (anchor, positive, negative)."""
 
     def convert(row: Mapping[str, Any], name: str, number: int) -> Mapping[str, Any]:
-        """A row whose query, if it is a bare string, is [instruction, query]."""
+        """Replace a query that is a bare string by [instruction, query]."""
         query = row.get("query", row.get("anchor"))
         changed = {key: value for key, value in row.items() if key not in ("query", "anchor")}
         return {**changed, "query": [instruction, query] if isinstance(query, str) else query}
@@ -153,7 +155,7 @@ def _instructed(instruction: str) -> Callable[[Mapping[str, Any], str, int], Map
 
 
 def _ultrafeedback(row: Mapping[str, Any], name: str, number: int) -> Sequence[Mapping[str, Any]]:
-    """Two answers to a prompt, the better one desirable, the other not: what trl makes of paired preferences for KTO."""
+    """Convert a pair of answers to two rows, the better answer desirable and the other not, as trl does for KTO."""
     answers = {}
     for column in ("chosen", "rejected"):
         turns = row.get(column)
@@ -177,11 +179,11 @@ _MEDI_USE = "data=e5 data.e5_path={out}/"
 
 
 def _medi(hub: str, folder: str) -> Published:
-    """MEDI2, with the negatives of BGE or without: folders of jsonl files, one for each data set."""
+    """MEDI2 with or without BGE's negatives: folders of jsonl files, one per data set."""
     return Published(
         kind=RecordKind.PAIR,
         hub=hub,
-        licence="see its card: each data set has its own",
+        license="see its card: each data set has its own",
         source="https://arxiv.org/abs/2402.09906",
         use=_MEDI_USE + folder,
         files=("*.jsonl", "*.jsonl.gz"),
@@ -193,7 +195,7 @@ PUBLISHED: Mapping[str, Published] = {
     "tulu2": Published(
         kind=RecordKind.CHAT,
         hub="allenai/tulu-v2-sft-mixture",
-        licence="ODC-BY; parts have licences of their own, some non-commercial",
+        license="ODC-BY; parts have licenses of their own, some non-commercial",
         source="https://arxiv.org/abs/2311.10702; filtered as in https://arxiv.org/abs/2402.09906",
         filters="custom prompts (hard_coded), rows without an answer or with an empty turn",
         use="'data.tulu2=[{{path: {out}/tulu2.jsonl}}]'",
@@ -203,7 +205,7 @@ PUBLISHED: Mapping[str, Published] = {
     "gritlm_tulu2": Published(
         kind=RecordKind.CHAT,
         hub="GritLM/tulu2",
-        licence="that of Tulu 2: ODC-BY, parts non-commercial",
+        license="that of Tulu 2: ODC-BY, parts non-commercial",
         source="https://arxiv.org/abs/2402.09906 (the filtered copy that GritLM published)",
         filters="rows with an empty turn",
         use="'data.tulu2=[{{path: {out}/gritlm_tulu2}}]'",
@@ -213,7 +215,7 @@ PUBLISHED: Mapping[str, Published] = {
     "e5": Published(
         kind=RecordKind.PAIR,
         hub=None,
-        licence="several: each data set has its own",
+        license="several: each data set has its own",
         source="https://arxiv.org/abs/2402.09906 (E5S, 1.89 M rows)",
         use="data=e5 data.e5_path={out}/e5",
         folder="e5",
@@ -222,7 +224,7 @@ PUBLISHED: Mapping[str, Published] = {
     "echo": Published(
         kind=RecordKind.PAIR,
         hub=None,
-        licence="several: each data set has its own",
+        license="several: each data set has its own",
         source="https://arxiv.org/abs/2402.15449; LLM2Vec's supervised data",
         use="data=echo data.echo_path={out}/echo-data",
         folder="echo-data",
@@ -234,7 +236,7 @@ PUBLISHED: Mapping[str, Published] = {
     "wiki1m": Published(
         kind=RecordKind.TEXT,
         hub="princeton-nlp/datasets-for-simcse",
-        licence="CC BY-SA (Wikipedia)",
+        license="CC BY-SA (Wikipedia)",
         source="https://arxiv.org/abs/2104.08821",
         filters="blank lines",
         use="data=wiki1m data.wiki1m_path={out}/wiki1m_for_simcse.txt",
@@ -244,7 +246,7 @@ PUBLISHED: Mapping[str, Published] = {
     "wikitext": Published(
         kind=RecordKind.TEXT,
         hub="Salesforce/wikitext",
-        licence="CC BY-SA 3.0 and GFDL",
+        license="CC BY-SA 3.0 and GFDL",
         source="https://arxiv.org/abs/1609.07843 (WikiText-103, raw)",
         filters="blank lines",
         use="'data.text=[{{path: {out}/wikitext103/train.jsonl}}]' "
@@ -257,7 +259,7 @@ PUBLISHED: Mapping[str, Published] = {
     "msmarco": Published(
         kind=RecordKind.PAIR,
         hub="sentence-transformers/embedding-training-data",
-        licence="MS MARCO: non-commercial research",
+        license="MS MARCO: non-commercial research",
         source="https://arxiv.org/abs/1611.09268, triplets with mined negatives",
         use="data=files data.pairs_path={out}/msmarco-triplets.jsonl",
         files=("msmarco-triplets.jsonl.gz",),
@@ -266,7 +268,7 @@ PUBLISHED: Mapping[str, Published] = {
     "ultrafeedback": Published(
         kind=RecordKind.PREFERENCE,
         hub="HuggingFaceH4/ultrafeedback_binarized",
-        licence="MIT",
+        license="MIT",
         source="https://arxiv.org/abs/2310.01377, binarized as for Zephyr (https://arxiv.org/abs/2310.16944)",
         filters="rows with an empty text, with equal answers or with more than one turn",
         use="data=ultrafeedback data.ultrafeedback_path={out}/ultrafeedback",
@@ -276,7 +278,7 @@ PUBLISHED: Mapping[str, Published] = {
     "allnli": Published(
         kind=RecordKind.PAIR,
         hub="sentence-transformers/all-nli",
-        licence="that of SNLI (CC BY-SA 4.0) and MultiNLI",
+        license="that of SNLI (CC BY-SA 4.0) and MultiNLI",
         source="https://arxiv.org/abs/1508.05326, https://arxiv.org/abs/1704.05426",
         use="data=files data.pairs_path={out}/allnli.jsonl",
         parts=(Part("train", "allnli", "triplet"),),
@@ -286,10 +288,10 @@ PUBLISHED: Mapping[str, Published] = {
 
 
 def published(name: str) -> Published:
-    """The data set of a name.
+    """The data set with that name.
 
     Raises:
-        DataError: an unknown name.
+        DataError: there is no such data set.
     """
     if name not in PUBLISHED:
         raise DataError(f"unknown data set '{name}'.{did_you_mean(name, PUBLISHED)}")

@@ -1,7 +1,7 @@
-"""Files -> rows with their position, one reader per format. Errors name the file and the line.
+"""Readers of files, one per format, which yield rows with their locations. Errors name the file and the line.
 
-jsonl is parsed here and not by `datasets`: its loader guesses one type per column, so rows that mix texts with
-[instruction, text] fail with an error that names neither line nor field.
+jsonl is parsed here and not by `datasets`, whose loader infers one type per column: rows that mix texts with
+[instruction, text] would fail with an error that names neither line nor field.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from unified_lm.core.errors import DataError, did_you_mean
 
-# Where each row stands ("line 3", counted from 1), and its content.
+# Location of each row ("line 3", counted from 1), and its content.
 Rows = Iterator[tuple[str, Any]]
 
 
@@ -30,7 +30,7 @@ def _open(path: Path) -> BufferedIOBase:
 
 
 def _decoded(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines, decoded one by one so that a wrong byte has a line number."""
+    """Yield numbered lines, decoded one by one so that an invalid byte has a line number."""
     with _open(path) as handle:
         for number, raw in enumerate(handle, 1):
             try:
@@ -42,7 +42,7 @@ def _decoded(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, stripped."""
+    """Yield the numbered lines that are not blank, stripped."""
     return ((number, line) for number, raw in _decoded(path) if (line := raw.strip()))
 
 
@@ -67,7 +67,7 @@ def _read_jsonl(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    """A JSON array of objects, or one object per line under the name .json (as `datasets` writes them)."""
+    """Read a JSON array of objects, or one object per line in a .json file (as `datasets` writes them)."""
     first = next(_lines(path), (0, ""))[1]
     if not first.startswith("["):
         yield from _read_jsonl(path)
@@ -82,8 +82,8 @@ def _read_txt(path: Path) -> Rows:
 
 
 def _read_table(path: Path, delimiter: str) -> Rows:
-    """Rows under the header line. Empty cells are null: they are how a table says "no third negative"."""
-    csv.field_size_limit(sys.maxsize)  # the default refuses texts beyond 128 KiB
+    """Read the rows below the header line. Empty cells become null, since a table expresses "no third negative" in this way."""
+    csv.field_size_limit(sys.maxsize)  # the default limit refuses texts above 128 KiB
     reader = csv.DictReader((line for _, line in _decoded(path)), delimiter=delimiter, strict=True)
     while True:
         try:
@@ -91,7 +91,7 @@ def _read_table(path: Path, delimiter: str) -> Rows:
         except StopIteration:
             return
         except csv.Error as error:
-            # The inner reader knows the line that failed; DictReader's own count stands at the last good row.
+            # The inner reader knows the line that failed; DictReader's own counter still has the last valid row.
             raise DataError(f"{path}, line {reader.reader.line_num}: malformed table: {error}.") from error
         if None in row or None in row.values():
             got = len(row[None]) + len(row) - 1 if None in row else sum(cell is not None for cell in row.values())
@@ -132,7 +132,7 @@ _COMPRESSIBLE = (".jsonl", ".json", ".csv", ".tsv", ".txt")
 
 
 def extension(path: Path) -> str:
-    """The ending that tells the format: ".jsonl" for both rows.jsonl and rows.jsonl.gz; "" when it has none."""
+    """The extension that decides the format: ".jsonl" for both rows.jsonl and rows.jsonl.gz; "" if there is none."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         return suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in _COMPRESSIBLE else ".gz"
@@ -140,10 +140,10 @@ def extension(path: Path) -> str:
 
 
 def reader_of(path: Path) -> Callable[[Path], Rows]:
-    """The reader of a file, by its ending.
+    """The reader of a file, by its extension.
 
     Raises:
-        DataError: an ending that no reader knows.
+        DataError: an unknown extension.
     """
     ending = extension(path)
     if ending not in FORMATS:
@@ -155,10 +155,10 @@ def reader_of(path: Path) -> Callable[[Path], Rows]:
 
 
 def read_rows(path: Path) -> Rows:
-    """Yield the position and content of every row of a file.
+    """Yield the location and content of every row of a file.
 
     Raises:
-        DataError: not readable, or malformed (with the line).
+        DataError: the file is unreadable or malformed (the message names the line).
     """
     reader = reader_of(path)
     try:
@@ -170,10 +170,10 @@ def read_rows(path: Path) -> Rows:
 
 
 def data_files(path: Path) -> list[Path]:
-    """The data files that a path names: itself, or all those under a folder in sorted order (hidden ones left out).
+    """The data files of a path: the file itself, or all files under a folder in sorted order, except hidden ones.
 
     Raises:
-        DataError: nothing there, an unknown file type, or a folder without data files.
+        DataError: no such path, an unknown file type, or a folder without data files.
     """
     if path.is_file():
         reader_of(path)

@@ -1,7 +1,7 @@
-"""Validated rows on disk: parsed once, memory-mapped ever after.
+"""Cache of validated rows: parsed once, then memory-mapped.
 
-A shard holds the records of one file (or one Hub split) as an arrow file in the cache, under a key made of the content
-and of the settings that change what a row means. That it exists says that every row in it was checked.
+A shard holds the records of one file (or one Hub split) as an Arrow file in the cache. Its key is a hash of the content and of
+the settings that affect parsing. A shard exists only if every row in it is valid.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecor
 
 logger = logging.getLogger(__name__)
 
-# Raise it when a parser or the layout below changes, so that shards of older versions are not read.
-VERSION = 2
+# Increase when a parser or the layout below changes, so that shards of older versions are rebuilt.
+VERSION = 3
 _ROWS_PER_BATCH = 1024
 _ROWS_BETWEEN_MESSAGES = 500_000
 
 _TEXT = pa.struct([("text", pa.string()), ("instruction", pa.string())])
-# Where the row stood in its file, for messages about records that turn out to be unfit later.
-_PLACE = "place"
+# Location of the row in its file, for messages about records that a later stage rejects.
+_LOCATION = "location"
 _SCHEMAS: dict[RecordKind, pa.Schema] = {
     RecordKind.PAIR: pa.schema([("query", _TEXT), ("positives", pa.list_(_TEXT)), ("negatives", pa.list_(_TEXT))]),
     RecordKind.CHAT: pa.schema([("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))]),
@@ -76,8 +76,8 @@ class Shard:
     """Random access to the records of one shard folder.
 
     Attributes:
-        content: hash of all records, in order; it does not depend on the file format that they came in.
-        rejected: rows left out, by reason.
+        content: hash of all records in order; independent of their file format and of their locations.
+        rejected: number of rejected rows, by reason.
     """
 
     def __init__(self, directory: Path, kind: RecordKind, origin: str) -> None:
@@ -92,10 +92,11 @@ class Shard:
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
         reader = pa.ipc.open_file(pa.memory_map(str(self._path)))
+        # Views of the mapping: a row is read from disk only when it is indexed.
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the mapped rows: pickling arrow batches would copy them all."""
+        """The state without the memory-mapped batches, since pickling them would copy all rows."""
         return {name: value for name, value in vars(self).items() if name != "_batches"}
 
     def __len__(self) -> int:
@@ -103,39 +104,40 @@ class Shard:
 
     def __getitem__(self, index: int) -> Record:
         row = self._row(index).to_pylist()[0]
-        del row[_PLACE]
+        del row[_LOCATION]
         return _DECODERS[self._kind](row)
 
-    def place(self, index: int) -> str:
-        """Where a record came from: ``rows.jsonl, line 7``."""
-        return f"{self._origin}, {self._row(index)[_PLACE][0].as_py()}"
+    def location(self, index: int) -> str:
+        """Origin of a record: ``rows.jsonl, line 7``."""
+        return f"{self._origin}, {self._row(index)[_LOCATION][0].as_py()}"
 
     def _row(self, index: int) -> pa.RecordBatch:
+        # All batches but the last have the same size, so no search for the batch is needed.
         batch, row = divmod(index, _ROWS_PER_BATCH)
         return self._batches[batch].slice(row, 1)
 
 
-_Placed = tuple[str, dict[str, Any]]
+_Located = tuple[str, dict[str, Any]]
 
 
 def shard_key(content: str, parser: RowParser, skip_empty: bool) -> str:
-    """The name under which the parsed form of a content is cached."""
+    """The cache key of the parsed form of a content."""
     settings = [VERSION, content, parser.kind.value, sorted(parser.columns.items()), skip_empty]
     return blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 
 def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParser, skip_empty: bool) -> Shard:
-    """Open the shard of a key; parse and validate the rows first if it is not cached yet.
+    """Open the shard of a key, after parsing and validating the rows if it is not cached yet.
 
     Args:
         key: from `shard_key`.
         origin: the file or data set, for error messages.
         rows: starts reading.
-        parser: turns rows into records.
+        parser: parses rows into records.
         skip_empty: count rows with an empty text instead of raising.
 
     Raises:
-        DataError: a row breaks its format, or no row is left.
+        DataError: a row violates its format, or no row is left.
     """
     directory = cache_dir("records", key)
     try:
@@ -150,16 +152,19 @@ def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParse
 
 
 def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty: bool) -> None:
-    """Validate all rows and fill a shard folder."""
-    schema = _SCHEMAS[parser.kind].append(pa.field(_PLACE, pa.string()))
+    """Validate all rows and write them to the folder of a shard."""
+    schema = _SCHEMAS[parser.kind].append(pa.field(_LOCATION, pa.string()))
     digest = blake2b(parser.kind.value.encode(), digest_size=16)
     rejected: Counter[str] = Counter()
     num_rows = 0
     with pa.OSFile(str(target / "records.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in _batched(_valid_rows(origin, rows, parser, skip_empty, rejected)):
+            # The hash covers records only: the same records from another format or location continue a run unchanged.
             for _, row in batch:
                 digest.update(repr(row).encode())
-            writer.write_batch(pa.RecordBatch.from_pylist([{**row, _PLACE: place} for place, row in batch], schema=schema))
+            writer.write_batch(
+                pa.RecordBatch.from_pylist([{**row, _LOCATION: location} for location, row in batch], schema=schema)
+            )
             num_rows += len(batch)
     if num_rows == 0:
         why = ", ".join(f"{count} x {reason}" for reason, count in rejected.items())
@@ -169,22 +174,22 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty:
     write_json(target / "meta.json", {"rows": num_rows, "content": digest.hexdigest(), "rejected": rejected})
 
 
-def _valid_rows(origin: str, rows: Rows, parser: RowParser, skip_empty: bool, rejected: Counter[str]) -> Iterator[_Placed]:
-    for number, (place, row) in enumerate(rows, 1):
+def _valid_rows(origin: str, rows: Rows, parser: RowParser, skip_empty: bool, rejected: Counter[str]) -> Iterator[_Located]:
+    for number, (location, row) in enumerate(rows, 1):
         if number % _ROWS_BETWEEN_MESSAGES == 0:
             logger.info("checking %s: %d rows so far (only the first time; cached afterwards)", origin, number)
         try:
-            yield place, _encode(parser(row))
+            yield location, _encode(parser(row))
         except EmptyTextError as error:
             if not skip_empty:
-                raise DataError(f"{origin}, {place}, {error}") from error
+                raise DataError(f"{origin}, {location}, {error}") from error
             rejected[error.reason] += 1
         except RowError as error:
-            raise DataError(f"{origin}, {place}, {error}") from error
+            raise DataError(f"{origin}, {location}, {error}") from error
 
 
-def _batched(rows: Iterator[_Placed]) -> Iterator[list[_Placed]]:
-    batch: list[_Placed] = []
+def _batched(rows: Iterator[_Located]) -> Iterator[list[_Located]]:
+    batch: list[_Located] = []
     for row in rows:
         batch.append(row)
         if len(batch) == _ROWS_PER_BATCH:

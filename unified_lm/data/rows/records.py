@@ -1,18 +1,12 @@
-"""Validated rows. What a source yields and what formats turn into samples."""
+"""Validated rows, which sources yield and formats turn into samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
+from unified_lm.config.streams import RecordKind
 
-class RecordKind(Enum):
-    """The shapes a row can have."""
-
-    PAIR = "pair"
-    CHAT = "chat"
-    TEXT = "text"
-    PREFERENCE = "preference"
+__all__ = ["ChatRecord", "PairRecord", "PreferenceRecord", "Record", "RecordKind", "Text", "TextRecord"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +19,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class PairRecord:
-    """A query, the texts that answer it, and texts that do not (both may hold several)."""
+    """A query, one or more texts that answer it, and any number of texts that do not."""
 
     query: Text
     positives: tuple[Text, ...]

@@ -1,4 +1,4 @@
-"""Rows of any kind as the texts in them, read from files or the Hub without a schema."""
+"""The texts in rows of any kind, read from files or the Hub without a schema."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from unified_lm.data.rows.readers import Rows, data_files, read_rows
 from unified_lm.data.rows.records import RecordKind
 
 HUB_PREFIX = "hub:"
-"""How a command line names a Hub data set: ``hub:NAME[:SUBSET[:SPLIT]]``."""
+"""Prefix of a Hub data set on a command line: ``hub:NAME[:SUBSET[:SPLIT]]``."""
 
 _PAIR_COLUMNS = frozenset(name for names in FIELDS[RecordKind.PAIR].values() for name in names)
 
 
-def row_texts(row: object, place: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a row with its place (``pos[0]``, ``messages[1].content``).
+def row_texts(row: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every text in a row with its path (``pos[0]``, ``messages[1].content``).
 
-    The instructions of ``[instruction, text]`` and system turns are left out: many rows share them, on both sides.
+    The instructions in ``[instruction, text]`` and system turns are skipped, since many training and evaluation rows have the
+    same ones.
     """
     if isinstance(row, str):
-        yield place, row
+        yield path, row
     elif isinstance(row, Mapping):
         if row.get("role") == "system" or row.get("from") == "system":
             return
         for key, value in row.items():
-            inside = f"{place}.{key}" if place else str(key)
-            yield from _pair_texts(value, inside) if not place and key in _PAIR_COLUMNS else row_texts(value, inside)
+            inside = f"{path}.{key}" if path else str(key)
+            yield from _pair_texts(value, inside) if not path and key in _PAIR_COLUMNS else row_texts(value, inside)
     elif isinstance(row, Sequence):
         for i, value in enumerate(row):
-            yield from row_texts(value, f"{place}[{i}]")
+            yield from row_texts(value, f"{path}[{i}]")
 
 
-def _pair_texts(value: object, place: str) -> Iterator[tuple[str, str]]:
-    """The texts of a query, positive or negative column, whose items may be ``[instruction, text]``."""
-    if place in FIELDS[RecordKind.PAIR]["query"]:
-        yield from row_texts(value[1], place) if _is_instructed(value) else row_texts(value, place)
+def _pair_texts(value: object, path: str) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a query, positive or negative column, whose items may be ``[instruction, text]``."""
+    if path in FIELDS[RecordKind.PAIR]["query"]:
+        yield from row_texts(value[1], path) if _is_instructed(value) else row_texts(value, path)
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for i, item in enumerate(value):
-            yield from row_texts(item[1] if _is_instructed(item) else item, f"{place}[{i}]")
+            yield from row_texts(item[1] if _is_instructed(item) else item, f"{path}[{i}]")
     else:
-        yield from row_texts(value, place)
+        yield from row_texts(value, path)
 
 
 def _is_instructed(value: object) -> TypeGuard[Sequence[str]]:
@@ -59,17 +60,17 @@ def _is_instructed(value: object) -> TypeGuard[Sequence[str]]:
 
 @dataclass(frozen=True)
 class RowFile:
-    """Rows to compare: a file, or a Hub data set."""
+    """The rows of a file or of a Hub data set."""
 
     name: str
     rows: Callable[[], Rows]
 
 
 def open_rows(named: str) -> list[RowFile]:
-    """The rows that a command line names: a file, each file of a folder, or ``hub:NAME[:SUBSET[:SPLIT]]``.
+    """Open the rows that a command line names: a file, each file of a folder, or ``hub:NAME[:SUBSET[:SPLIT]]``.
 
     Raises:
-        DataError: nothing there, or not readable.
+        DataError: missing or unreadable data.
     """
     if named.startswith(HUB_PREFIX):
         hub, subset, split = [*named[len(HUB_PREFIX) :].split(":"), "", ""][:3]

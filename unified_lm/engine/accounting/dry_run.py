@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unified_lm.composition.convert import to_yaml
+from unified_lm.config.objectives import Recompute
 from unified_lm.config.schema import ArmConfig, ChainConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
 from unified_lm.engine.accounting.estimate import Estimate, estimate
@@ -114,8 +115,9 @@ def training_teraflop(config: RunConfig, found: Estimate) -> float:
         per_token += 2 * found.num_parameters
     work = per_token * found.tokens_per_step
     if found.packs_per_rank > 1:
-        balanced = any(stream.objective.router_aux_loss_coef for stream in config.streams.values())
-        again = [name for name, stream in config.streams.items() if balanced or stream.objective.name == "contrastive"]
+        recompute = {name: stream.objective.recompute for name, stream in config.streams.items()}
+        everything = Recompute.ALL in recompute.values()
+        again = [name for name, what in recompute.items() if everything or what is Recompute.OWN]
         work += 2 * found.num_parameters * sum(found.tokens_by_stream[name] for name in again)
     return work * found.optimizer_steps / 1e12
 
@@ -134,7 +136,7 @@ def _work_table(config: RunConfig, found: Estimate) -> Table:
     table.add_row("optimizer steps", f"{found.optimizer_steps:,}")
     for name, tokens in found.tokens_by_stream.items():
         batch = config.streams[name].batch_size
-        unit = "pairs" if config.streams[name].format == "pairs" else "samples"
+        unit = config.streams[name].unit
         table.add_row(f"stream {name}", f"{batch:,} {unit}, at most {tokens:,} tokens a step")
     table.add_row("tokens per step", f"at most {found.tokens_per_step:,}")
     table.add_row("tokens in all", f"at most {found.tokens_per_step * found.optimizer_steps:,}")

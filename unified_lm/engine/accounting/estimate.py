@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from unified_lm.composition.validate import longest_sample
-from unified_lm.config.schema import ModelConfig, RunConfig, StreamConfig
+from unified_lm.config.schema import ModelConfig, RunConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.engine.accounting.state_bytes import Sizes, state_bytes
 from unified_lm.models.lora import apply_lora, linear_module_names
@@ -85,7 +84,7 @@ def estimate(config: RunConfig, world_size: int = 1) -> Estimate:
     adapters = apply_lora(model, config.lora, config.seed).num_trainable if config.lora is not None else 0
     projection = _projection_parameters(config, model_config)
     trainable = projection + (base if config.lora is None else adapters)
-    tokens = {name: tokens_per_step(stream) for name, stream in config.streams.items()}
+    tokens = {name: stream.tokens_per_step for name, stream in config.streams.items()}
     pack = pack_tokens(config, world_size)
     state = state_bytes(
         config.parallel,
@@ -104,7 +103,7 @@ def estimate(config: RunConfig, world_size: int = 1) -> Estimate:
         **{part: state[part] for part in ("weights", "gradients", "optimizer")},
         "activations": activation_bytes(config, model_config, pack),
         "logits": _logit_bytes(config, model_config, pack),
-        "embeddings": sum(_contrastive_bytes(config, model_config, stream) for stream in config.streams.values()),
+        "embeddings": _batch_bytes(config, model_config),
         "communication": state["communication"],
     }
     assert tuple(parts) == _PARTS
@@ -229,34 +228,19 @@ def _layer_bytes(config: RunConfig, model_config: PretrainedConfig, b: int) -> i
 
 def _logit_bytes(config: RunConfig, model_config: PretrainedConfig, num_tokens: int) -> int:
     """Logits of one tile and their gradient, in float32; never those of a whole pack (`objectives/cross_entropy.py`)."""
-    if all(stream.objective.name == "contrastive" for stream in config.streams.values()):
+    if not any(stream.objective.uses_logits for stream in config.streams.values()):
         return 0
     return 2 * min(TILE_BYTES, num_tokens * model_config.vocab_size * _FLOAT32)
 
 
-def _contrastive_bytes(config: RunConfig, model_config: PretrainedConfig, stream: StreamConfig) -> int:
-    """The whole step's float32 vectors with their gradients, and the similarities with theirs (every rank has all)."""
-    if stream.objective.name != "contrastive":
-        return 0
+def _batch_bytes(config: RunConfig, model_config: PretrainedConfig) -> int:
+    """What objectives over the whole batch hold on every rank."""
     dim = config.model.projection_dim or model_config.hidden_size
-    vectors = stream.batch_size * (2 + stream.num_hard_negatives)
-    candidates = stream.batch_size * (1 + stream.num_hard_negatives)
-    return 2 * _FLOAT32 * (vectors * dim + stream.batch_size * candidates)
-
-
-# --- tokens ------------------------------------------------------------------------------------------------------------
-
-
-def tokens_per_step(stream: StreamConfig) -> int:
-    """Upper bound of a stream's tokens in one step over all ranks: every sample as long as its limit."""
-    if stream.format == "pairs":
-        documents = (1 + stream.num_hard_negatives) * stream.max_document_tokens
-        return stream.batch_size * (stream.max_query_tokens + documents)
-    return stream.batch_size * stream.max_tokens * (2 if stream.format == "views" else 1)
+    return sum(s.objective.batch_bytes(s.batch_size, s.group_size, dim) for s in config.streams.values())
 
 
 def pack_tokens(config: RunConfig, world_size: int) -> int:
     """Upper bound of the tokens of one pack: the budget, or less where a rank's whole step is smaller."""
-    longest = max(longest_sample(stream) for stream in config.streams.values())
-    step = math.ceil(sum(map(tokens_per_step, config.streams.values())) / world_size)
+    longest = max(stream.longest_sample for stream in config.streams.values())
+    step = math.ceil(sum(stream.tokens_per_step for stream in config.streams.values()) / world_size)
     return max(longest, min(config.packing.token_budget, step))

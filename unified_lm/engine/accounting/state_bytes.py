@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unified_lm.composition.validate import zero_stage
 from unified_lm.config.schema import ParallelConfig
 
 _FLOAT32 = 4
@@ -47,7 +46,7 @@ def state_bytes(parallel: ParallelConfig, ranks: int, sizes: Sizes) -> dict[str,
         ranks: W.
         sizes: of the model.
     """
-    stage = zero_stage(parallel.backend)
+    stage = parallel.zero_stage
     if stage is None:
         masters = _FLOAT32 if sizes.is_bfloat16 else 0
         return {

@@ -16,6 +16,7 @@ from unified_lm.batch.pack import padded_tokens
 from unified_lm.core import distributed
 from unified_lm.engine.accounting.flops import ModelFlops
 from unified_lm.engine.accounting.peaks import Peak, device_peak
+from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import PADDED
 
@@ -75,16 +76,17 @@ class StepMeter:
 
     Args:
         trainable: the module, for its sizes.
-        num_retained: packs per step that GradCache forwards once only (`GradCacheStep.num_retained`).
+        step: what is measured; it knows what is forwarded beside once per pack.
         clock: the clock around the step's forwards and backwards.
         recomputes: whether layers are forwarded again in the backward (gradient checkpointing).
     """
 
-    def __init__(self, trainable: TrainingModule, num_retained: int, clock: ComputeClock, *, recomputes: bool = False) -> None:
+    def __init__(
+        self, trainable: TrainingModule, step: GradCacheStep, clock: ComputeClock, *, recomputes: bool = False
+    ) -> None:
         backbone = trainable.backbone
         self.flops = ModelFlops.of(trainable)
-        self.num_retained = num_retained
-        self._balanced = bool(trainable.balanced_streams)
+        self.step = step
         self.clock = clock
         self._padded = backbone.kernel == PADDED
         self._recomputes = recomputes
@@ -132,19 +134,12 @@ class StepMeter:
     def _step_flops(self, batch: Batch) -> tuple[float, float]:
         """Operations that the step needs, and those it really does: GradCache's first forwards and recomputed layers too."""
         model = sum(self.flops.training(pack) for pack in batch.packs)
-        model += sum(self.flops.forward(pack) for pack in _scored(batch))
-        cached = [pack for pack in batch.packs if len(pack.pool_rows) or self._balanced]
-        again = cached[: max(0, len(cached) - self.num_retained)]
+        scored, again = self.step.extra_forwards(batch)
+        model += sum(self.flops.forward(pack) for pack in scored)
         extra = sum(self.flops.forward(pack, tokens=False) for pack in again)
         if self._recomputes:
             extra += sum(self.flops.forward(pack, tokens=False) for pack in batch.packs)
         return model, model + extra
-
-
-def _scored(batch: Batch) -> list[Pack]:
-    """The graph-free forwards of a step with a sequence objective (`engine.sequences`)."""
-    again = [pack for pack in batch.control_packs if any(sample.reference is None for sample in pack.samples)]
-    return [*batch.control_packs, *again, *batch.reference_packs]
 
 
 def _summarize(ranks: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""How gradients of several packs and ranks become one update. The engine knows a backend only by this protocol."""
+"""How gradients of several packs and ranks become one update. The engine knows backends only through the protocol `Backend`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from unified_lm.batch import Pack
-from unified_lm.composition.validate import zero_stage
 from unified_lm.config.schema import OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.core.errors import ConfigError
@@ -23,10 +22,10 @@ _BUCKET_ELEMENTS = 16 * 1024 * 1024  # 64 MiB of float32: few collectives, and n
 
 
 class Backend(Protocol):
-    """What training needs of the ranks: forward a pack, add a gradient, take the update, and say what it holds.
+    """What training needs from a group of ranks: forward, backward, update, and optimizer state.
 
-    What a backend says about its state is the same whatever the backend and the number of ranks, so that a checkpoint
-    written by one is read by any other.
+    The optimizer state has the same names and values for every backend and number of ranks, so a checkpoint written by one
+    can be read by any other.
 
     Attributes:
         name: as in `ParallelConfig.backend`.
@@ -40,21 +39,21 @@ class Backend(Protocol):
         """Run the module on one pack."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a scalar to those of the step."""
+        """Add the gradients of a scalar loss to those of the step."""
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         """Sum gradients over ranks, clip by the global norm, step, clear.
 
         Returns:
-            The global norm before clipping, over all ranks. Where it is not finite, weights and moments stay as they were
-            and the gradients are cleared.
+            The global norm before clipping, over all ranks. If it is not finite, weights and moments are left unchanged and
+            the gradients are cleared.
         """
 
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """All that a bit-exact resume needs, tensor by tensor.
+        """Everything that a bit-exact resume needs, tensor by tensor.
 
-        Collective: every rank takes all of them, in the same order. Each is whole, float32, and may be overwritten by the
-        next one.
+        Collective: every rank iterates over all of them, in the same order. Each is whole, float32, and may be overwritten by
+        the next one.
 
         Yields:
             "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME" (a scalar) for every trained parameter; before the
@@ -62,31 +61,32 @@ class Backend(Protocol):
         """
 
     def load_optimizer_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
-        """Put a saved state back. Collective.
+        """Restore a saved state. Collective.
 
         Args:
             read: name -> the whole tensor; called in the order of `optimizer_state`, once per name in `names`.
             names: what the saved state holds.
 
         Raises:
-            CheckpointError: a trained weight is missing or of another shape.
+            CheckpointError: a trained weight is missing or has another shape.
         """
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """Within it these parameters hold their whole values on every rank. Collective."""
+        """Context in which these parameters hold their whole values on every rank. Collective."""
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Within it every parameter of the module holds its whole value on rank 0. Collective."""
+        """Context in which every parameter of the module holds its whole value on rank 0. Collective."""
 
     def close(self) -> None:
-        """Let go of the module and of what was laid around it; the backend cannot be used after."""
+        """Release the module and remove the hooks around it; the backend cannot be used afterwards."""
 
 
 class TorchBackend:
     """One process, or several that each hold the whole model.
 
-    Ranks add up their gradients once per optimizer step, after the last pack: any number of packs per rank, no unused
-    parameters to declare, no averaging to undo. (What it does not do is overlap communication with the last backward.)
+    Gradients are summed over ranks once per optimizer step, after the last pack. Ranks may therefore have different numbers of
+    packs and parameters that they do not use, and there is no average to undo. The price is that communication does not overlap
+    with the last backward, as it does in torch's DistributedDataParallel.
 
     Args:
         trainable: on its device; every rank starts from rank 0's trained weights.
@@ -101,6 +101,7 @@ class TorchBackend:
         self.optimizer = MasterAdamW(trainable.named_parameters(), config)
         if distributed.world_size() > 1:
             for master in self.optimizer.masters.values():
+                # Adapters and heads are drawn per process; training must start from one draw.
                 torch.distributed.broadcast(master.detach(), src=0)
             self.optimizer.write_back()
 
@@ -110,14 +111,15 @@ class TorchBackend:
         return output
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a scalar."""
+        """Add the gradients of a scalar loss to those of the step."""
         loss.backward()
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Sum gradients over ranks, clip, step, clear. Returns the global gradient norm before clipping."""
+        """Sum gradients over ranks, clip, step, clear; returns the global gradient norm before clipping."""
         if distributed.world_size() > 1:
             self._sum_gradients()
         norm = self.optimizer.clip(max_grad_norm)
+        # The norm is of the summed gradients, so every rank takes the same decision.
         if math.isfinite(norm):
             self.optimizer.step(learning_rate)
         self.optimizer.zero_grad()
@@ -128,10 +130,10 @@ class TorchBackend:
         yield from self.optimizer.state_dict().items()
 
     def load_optimizer_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
-        """Put a saved state back; every rank reads all of it.
+        """Restore a saved state; every rank reads all of it.
 
         Raises:
-            CheckpointError: a trained weight is missing or of another shape.
+            CheckpointError: a trained weight is missing or has another shape.
         """
         self.optimizer.load_state(read, names)
 
@@ -144,7 +146,7 @@ class TorchBackend:
         return nullcontext()
 
     def close(self) -> None:
-        """Nothing to let go of: the optimizer goes with the backend."""
+        """Nothing to release: the optimizer is freed together with the backend."""
 
     def _sum_gradients(self) -> None:
         bucket: list[torch.Tensor] = []
@@ -167,27 +169,27 @@ def _sum_bucket(bucket: list[torch.Tensor]) -> None:
 
 
 def check_backend(parallel: ParallelConfig) -> None:
-    """See, before anything is loaded, that a backend fits this machine and the number of processes.
+    """Check, before anything is loaded, that a backend fits this machine and the number of processes.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not fit.
     """
     ranks = distributed.world_size()
     if parallel.backend == "single" and ranks > 1:
         raise ConfigError(f"parallel.backend is 'single' but torchrun started {ranks} processes. Use parallel.backend=ddp.")
     if parallel.backend == "ddp" and ranks == 1:
         raise ConfigError("parallel.backend is 'ddp' but there is one process. Start with torchrun, or use backend=auto.")
-    if zero_stage(parallel.backend) is not None:
+    if parallel.zero_stage is not None:
         check_available(parallel)
 
 
 def make_backend(trainable: TrainingModule, optim: OptimConfig, parallel: ParallelConfig) -> Backend:
-    """The backend a run asks for.
+    """Create the backend that a run asks for.
 
     Raises:
         ConfigError: see `check_backend`.
     """
     check_backend(parallel)
-    if zero_stage(parallel.backend) is not None:
+    if parallel.zero_stage is not None:
         return DeepSpeedBackend(trainable, optim, parallel)
     return TorchBackend(trainable, optim)

@@ -1,18 +1,18 @@
 """DeepSpeed ZeRO under our own step: the one file that imports deepspeed.
 
 ZeRO (Rajbhandari et al., 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", arXiv 1910.02054)
-splits among ranks the optimizer state (stage 1), also the gradients (stage 2), also the weights (stage 3). What we hand over
-and what we keep:
+partitions the optimizer state across ranks (stage 1), then also the gradients (stage 2), then also the weights (stage 3). What
+is left to DeepSpeed and what is not:
 
 - DeepSpeed owns storage and communication. The update is torch's AdamW on DeepSpeed's float32 partitions, with the settings of
   `MasterAdamW`; clipping and the test for non-finite gradients are DeepSpeed's, over the global norm.
 - Losses are already divided by counts of the whole step, so gradients are *summed* over ranks. Stages 0 to 2 can do that;
   stage 3 only averages, so its losses are multiplied by the number of ranks.
-- Gradients of packs are added, and reduced over ranks, in float32, whatever the dtype of the weights.
-- A step has as many backwards as it has packs. With `managed_gradient_accumulation` off, `engine.step` is the boundary and
-  nobody has to know which pack is the last.
+- Gradients of packs are accumulated, and reduced over ranks, in float32, whatever the dtype of the weights.
+- A step has as many backwards as it has packs. With `managed_gradient_accumulation` off, `engine.step` is the accumulation
+  boundary, so no caller needs to know which pack is the last.
 - In stages 2 and 3 every backward communicates, and in stage 3 every forward does. Ranks must therefore run the same
-  sequence of forwards (`GradCacheStep` sees to it), and every forward must use every trained parameter (`_Module` does).
+  sequence of forwards (`GradCacheStep` ensures it), and every forward must use every trained parameter (`FlatModule` does).
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from unified_lm.batch import LossTerm, Pack
-from unified_lm.composition.validate import zero_stage
+from unified_lm.batch import Pack
 from unified_lm.config.schema import OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.core.errors import ConfigError
 from unified_lm.engine.backends.extension_locks import remove_stale_locks
-from unified_lm.engine.backends.optimizer import MOMENTS, adamw_groups, check_names, read_shaped
+from unified_lm.engine.backends.flat_module import FlatModule
+from unified_lm.engine.backends.optimizer import adamw_groups
+from unified_lm.engine.backends.zero_state import ZeroState
+from unified_lm.engine.backends.zero_unpartition import unpartitioned
 from unified_lm.engine.training_module import PackOutput, TrainingModule
-from unified_lm.objectives.balance import Routing
 
 _OFFLOADED = "zero3_offload"
 
 
 def check_available(parallel: ParallelConfig) -> None:
-    """See before anything is loaded that DeepSpeed can do what is asked.
+    """Check, before anything is loaded, that DeepSpeed can do what the configuration asks for.
 
     Raises:
         ConfigError: DeepSpeed is not installed, or offloading lacks CUDA or the compiled optimizer.
@@ -78,59 +79,20 @@ def _import_deepspeed(backend: str) -> Any:
 
 
 def _start(parallel: ParallelConfig) -> Any:
-    """DeepSpeed, ready to make engines in this process."""
+    """Import DeepSpeed and make it ready to create engines in this process."""
     check_available(parallel)
     distributed.initialize_alone()
     os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed = _import_deepspeed(parallel.backend)
     remove_stale_locks()
-    # An all-reduce for inference on CPUs. Nothing here calls it, and compiling it takes a minute and a lock on the cache.
+    # This op is an all-reduce for inference on CPUs. Nothing here calls it, and compiling it takes a minute and a cache lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed
 
 
-class _Module(nn.Module):
-    """`TrainingModule` with one tensor for output.
-
-    ZeRO-3's hooks see tensors only, and fetch this module's parameters once for each that a backward reaches: with a tensor
-    per term, ranks whose packs hold other terms would communicate out of step. The forward of `TrainingModule` is not called:
-    it would have hooks of its own. So the output head, which is used outside its module, is fetched for this one.
-    """
-
-    def __init__(self, trainable: TrainingModule) -> None:
-        super().__init__()
-        self.trainable = trainable
-        self.shape = torch.Size()
-        self.counts: dict[str, float] = {}
-        self.sizes: dict[str, int] = {}
-        self.routed: list[int] = []
-
-    def forward(self, pack: Pack, tokens: bool) -> torch.Tensor:
-        """Embeddings, a loss sum for each of `counts`, scores, routing and the anchor (see `PackOutput`), laid end to end.
-
-        Gradients reach DeepSpeed in the order of autograd, latest operation first, and ranks fill their buckets in that
-        order. The head is therefore used before pooling whether the pack has labels or not.
-        """
-        hidden, routing = self.trainable.routed_states(pack)
-        head = self.trainable.backbone.output_head()  # ZeRO-3: fetched in every forward of every rank
-        terms = self.trainable.token_terms(hidden, pack) if tokens else {}
-        scores = self.trainable.sequence_scores(hidden, pack) if tokens else {}
-        anchor = hidden.new_zeros((), dtype=torch.float32)
-        for tensor in (head.weight, head.bias):
-            if not (terms or scores) and tensor is not None and tensor.requires_grad:
-                anchor = anchor + tensor.reshape(-1)[0] * 0.0
-        embeddings = self.trainable.pool(hidden, pack)
-        self.shape, self.counts = embeddings.shape, {name: term.count for name, term in terms.items()}
-        self.sizes = {name: len(values) for name, values in scores.items()}
-        sums = [term.sum[None] for term in terms.values()]
-        routed = [part for of_stream in routing.values() for part in (of_stream.load, of_stream.probability)]
-        self.routed = [len(part) for part in routed]
-        return torch.cat([embeddings.reshape(-1), *sums, *scores.values(), *routed, anchor[None]])
-
-
 class ZeroSharding:
-    """Splits parameters as ZeRO-3 does, while a model is being built (see `models.sharded`).
+    """Partitions parameters as ZeRO-3 does while a model is being built (see `models.sharded`).
 
     Args:
         parallel: a ZeRO-3 backend.
@@ -141,18 +103,18 @@ class ZeroSharding:
         self._parallel = parallel
 
     def initializing(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Parameters made within it are split as soon as their module is complete."""
+        """Context in which each new module's parameters are partitioned as soon as the module is complete."""
         offloaded = self._parallel.backend == _OFFLOADED and self._parallel.offload_parameters
         context: AbstractContextManager[None] = self._deepspeed.zero.Init(
-            # which says the dtype too; DeepSpeed 0.19 ignores one given beside it on devices without float16
+            # The config also carries the dtype: DeepSpeed 0.19 ignores the `dtype` argument on devices without float16.
             config_dict_or_path=settings(self._parallel, 3, dtype == torch.bfloat16),
             remote_device="cpu" if offloaded else None,
-            mem_efficient_linear=False,  # it would replace torch's own linear function for the whole process
+            mem_efficient_linear=False,  # True replaces torch's own linear function for the whole process
         )
         return context
 
     def filling(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """Within it parameters are whole; what rank 0 writes to them is split among all on leaving."""
+        """Context in which parameters are whole; what rank 0 writes to them is partitioned again on leaving."""
         context: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
         return context
 
@@ -161,7 +123,7 @@ class DeepSpeedBackend:
     """ZeRO stages 0 to 3.
 
     Args:
-        trainable: on its device (stage 3: made under `zero_init`, or whole; it is partitioned here).
+        trainable: on its device (stage 3: built by `models.sharded`, or whole; a whole one is partitioned here).
         optim: optimizer settings.
         parallel: stage, buckets and offloading.
 
@@ -172,21 +134,22 @@ class DeepSpeedBackend:
     def __init__(self, trainable: TrainingModule, optim: OptimConfig, parallel: ParallelConfig) -> None:
         self._deepspeed = _start(parallel)
         self.name = parallel.backend
-        stage = zero_stage(parallel.backend)
-        assert stage is not None, f"{parallel.backend} is no backend of DeepSpeed's"
+        stage = parallel.zero_stage
+        assert stage is not None, f"{parallel.backend} is not a DeepSpeed backend"
         self.stage = stage
-        self.equal_forwards = stage >= 2  # from there on every forward or backward communicates
+        self.equal_forwards = stage >= 2  # from stage 2 on, every forward or backward communicates
         self.trainable = trainable
         self.parameters = {name: p for name, p in trainable.named_parameters() if p.requires_grad}
         self._shapes = {name: distributed.full_shape(p) for name, p in self.parameters.items()}
         dtypes = {p.dtype for p in trainable.parameters() if p.is_floating_point()}
         self._bfloat16 = torch.bfloat16 in dtypes
         if self.stage == 0 and self._bfloat16:
+            # A pack's gradient below about 1/256 of the sum would be rounded away.
             raise ConfigError(
-                "parallel.backend is 'zero0', and DeepSpeed's stage 0 adds bfloat16 gradients up in bfloat16. "
-                "Use parallel=ddp or zero1, which add them up in float32, or model.dtype=float32."
+                "parallel.backend is 'zero0', and DeepSpeed's stage 0 accumulates bfloat16 gradients in bfloat16. "
+                "Use parallel=ddp or zero1, which accumulate them in float32, or model.dtype=float32."
             )
-        self._module = _Module(trainable)
+        self._module = FlatModule(trainable)
         if self.stage == 3:
             self._mark_experts()
         self._inner = self._make_optimizer(optim, parallel)
@@ -195,6 +158,15 @@ class DeepSpeedBackend:
             optimizer=self._inner,
             config=settings(parallel, stage, self._bfloat16),
             dist_init_required=False,
+        )
+        self._state = ZeroState(
+            self._deepspeed,
+            stage,
+            self.parameters,
+            self._shapes,
+            self._inner,
+            self._outer,
+            counts_on_host=parallel.backend == _OFFLOADED,
         )
 
     def _make_optimizer(self, optim: OptimConfig, parallel: ParallelConfig) -> torch.optim.Optimizer:
@@ -206,36 +178,30 @@ class DeepSpeedBackend:
         return torch.optim.AdamW(groups, fused=True, **options)
 
     def _mark_experts(self) -> None:
-        """Fetch a layer's experts together: which of them a pack needs differs between ranks."""
+        """Gather the experts of a layer together.
+
+        By default a submodule is gathered when its forward runs. Packs of different ranks visit different experts, so ranks
+        would wait for each other in different collectives.
+        """
         classes = {type(m) for m in self._module.modules() if isinstance(getattr(m, "experts", None), nn.Module)}
         if classes:
             self._deepspeed.utils.set_z3_leaf_modules(self._module, list(classes))
 
     def forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
         """Run the module on one pack."""
-        flat = self._engine(pack, tokens)
-        shape = self._module.shape
-        counts, sizes, routed = self._module.counts, self._module.sizes, self._module.routed
-        embeddings, sums, *parts, anchor = flat.split([shape.numel(), len(counts), *sizes.values(), *routed, 1])
-        scores, parts = parts[: len(sizes)], parts[len(sizes) :]
-        terms = {name: LossTerm(total, count) for (name, count), total in zip(counts.items(), sums, strict=True)}
-        loads, probabilities = (load.detach() for load in parts[::2]), parts[1::2]
-        routing = {
-            name: Routing(load, probability)
-            for name, load, probability in zip(self.trainable.balanced_streams, loads, probabilities, strict=True)
-        }
-        return PackOutput(embeddings.view(shape), terms, anchor[0], dict(zip(sizes, scores, strict=True)), routing)
+        return self._module.unpack(self._engine(pack, tokens))
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a scalar."""
+        """Add the gradients of a scalar to those of the step."""
         if self.stage == 0:
+            # Until `_update_whole` says otherwise, more packs follow: do not reduce over ranks yet.
             self._engine.set_gradient_accumulation_boundary(False)
         if self.stage == 3:
-            loss = loss * distributed.world_size()
+            loss = loss * distributed.world_size()  # undoes the average over ranks, see above
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
-        """Sum gradients over ranks, clip, step, clear. Returns the global gradient norm before clipping."""
+        """Sum gradients over ranks, clip, step, clear; returns the global gradient norm before clipping."""
         for group in self._inner.param_groups:
             group["lr"] = learning_rate
         if self.stage == 0:
@@ -247,7 +213,7 @@ class DeepSpeedBackend:
         return float(self._outer._global_grad_norm)
 
     def _update_whole(self, max_grad_norm: float) -> float:
-        """Stage 0 has no optimizer of DeepSpeed's, and its clipping does not know non-finite gradients."""
+        """The update of stage 0, where DeepSpeed has no own optimizer and clips without checking for non-finite norms."""
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.allreduce_gradients()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -261,121 +227,40 @@ class DeepSpeedBackend:
         return float(norm)
 
     def _fill_gradients(self) -> None:
-        """Stage 1 reduces what has a gradient; a parameter that only another rank used would shift the buckets."""
+        """Give every parameter a gradient, zero where the rank's packs did not use it.
+
+        Stage 1 fills its buckets with the gradients that exist, so a parameter that only some ranks used would shift the
+        buckets against each other. With bfloat16 weights DeepSpeed accumulates in an attribute of its own, not in `grad`.
+        """
         for parameter in self.parameters.values():
             if parameter.grad is None and not self._bfloat16:
                 parameter.grad = torch.zeros_like(parameter)
 
-    # --- state ---------------------------------------------------------------------------------------------------------
-
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Float32 weights and moments, each gathered to every rank in its turn."""
-        stepped = bool(self._inner.state)
-        if stepped:
-            self._link_state()
-        for name, parameter in self.parameters.items():
-            yield f"weight/{name}", self._get(parameter, None)
-            if stepped:
-                yield f"step/{name}", self._step_count()
-                for key in MOMENTS:
-                    yield f"{key}/{name}", self._get(parameter, key)
+        """Float32 weights and moments, each gathered to every rank in turn."""
+        return self._state.read()
 
-    def _step_count(self) -> torch.Tensor:
-        """The updates taken; the same for every parameter."""
-        state = next(iter(self._inner.state.values()))
-        return torch.as_tensor(state["step"], dtype=torch.float32).cpu().clone().reshape(())
-
-    def _get(self, parameter: nn.Parameter, key: str | None) -> torch.Tensor:
-        if self.stage == 0:
-            value = parameter if key is None else self._inner.state[parameter][key]
-            return value.detach()
-        if key is None:
-            found = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
-        else:
-            found = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
-        assert isinstance(found, torch.Tensor)
-        return found.detach()
-
-    @torch.no_grad()
     def load_optimizer_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
-        """Put a saved state back; every rank reads all of it and keeps its part.
+        """Restore a saved state; every rank reads all of it and keeps its part.
 
         Raises:
-            CheckpointError: a trained weight is missing or of another shape.
+            CheckpointError: a trained weight is missing or has another shape.
         """
-        check_names(names, self.parameters)
-        stepped = any(name.startswith("step/") for name in names)
-        self._inner.state.clear()
-        for name, parameter in self.parameters.items():
-            self._set(parameter, None, read_shaped(read, f"weight/{name}", self._shapes[name]))
-            if not stepped:
-                continue
-            if not self._inner.state:
-                self._make_state(read(f"step/{name}"))
-            for key in MOMENTS:
-                self._set(parameter, key, read_shaped(read, f"{key}/{name}", self._shapes[name]))
-        if self.stage in (1, 2):
-            self._outer.update_lp_params()
-
-    def _make_state(self, step: torch.Tensor) -> None:
-        """AdamW makes its state in its first step; a saved one needs it before."""
-        for flat in self._partitions():
-            count: Any = int(step) if self.name == _OFFLOADED else step.to(flat.device, torch.float32).clone().reshape(())
-            self._inner.state[flat] = {"step": count, **{key: torch.zeros_like(flat) for key in MOMENTS}}
-        self._link_state()
-
-    def _link_state(self) -> None:
-        """Tell parameters where their moments are. Stages 1 and 2 do that after the first group's first step, when the second
-        group has none yet."""
-        if self.stage in (1, 2):
-            self._outer._hp_optimizer_states_linked = False
-            self._outer._lazy_init_hp_params_optimizer_state()
-
-    def _partitions(self) -> Sequence[torch.Tensor]:
-        """What AdamW updates on this rank."""
-        if self.stage == 3:
-            partitions: Sequence[torch.Tensor] = self._outer.fp32_partitioned_groups_flat
-            return partitions
-        return [p for group in self._inner.param_groups for p in group["params"]]
-
-    def _set(self, parameter: nn.Parameter, key: str | None, value: torch.Tensor) -> None:
-        value = value.to(distributed.local_device())
-        if self.stage == 0:
-            (parameter if key is None else self._inner.state[parameter][key]).copy_(value)
-        elif self.stage == 3:
-            self._set_partition(parameter, key, value)
-        elif key is None:
-            self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
-        else:
-            self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
-
-    def _set_partition(self, parameter: Any, key: str | None, value: torch.Tensor) -> None:
-        """This rank's part of a value, padded as DeepSpeed pads it (its `safe_set_full_*` do not)."""
-        size = parameter.ds_tensor.numel()
-        padded = value.new_zeros(size * distributed.world_size())
-        padded[: value.numel()] = value.reshape(-1)
-        part = padded.narrow(0, size * distributed.rank(), size)
-        if key is None:
-            self._deepspeed.utils.safe_set_local_fp32_param(parameter, part)
-            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if distributed.is_rank0():
-                    parameter.data.copy_(value)
-        else:
-            self._deepspeed.utils.safe_set_local_optimizer_state(parameter, part, key)
+        self._state.write(read, names)
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-        """Within it these parameters hold their whole values on every rank."""
+        """Context in which these parameters hold their whole values on every rank."""
         if self.stage < 3:
             return nullcontext()
         context: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(list(parameters))
         return context
 
     def gathered(self) -> AbstractContextManager[None]:
-        """Within it every parameter holds its whole value on rank 0, on the CPU."""
-        return _gathered(self._deepspeed, self.trainable) if self.stage == 3 else nullcontext()
+        """Context in which every parameter holds its whole value on rank 0, on the CPU."""
+        return unpartitioned(self._deepspeed, self.trainable) if self.stage == 3 else nullcontext()
 
     def close(self) -> None:
-        """Take off DeepSpeed's hooks and forget its global references, which would keep the module alive."""
+        """Remove DeepSpeed's hooks, and its global references, which would keep the module in memory."""
         self._engine.destroy()
         stack = self._deepspeed.runtime.zero.parameter_offload.FWD_MODULE_STACK
         stack[:] = [module for module in stack if module is not self._module]
@@ -387,7 +272,7 @@ def settings(parallel: ParallelConfig, stage: int, bfloat16: bool) -> dict[str, 
     Args:
         parallel: buckets and offloading.
         stage: of ZeRO.
-        bfloat16: whether the weights are bfloat16 (then their masters are float32), or float32.
+        bfloat16: whether the weights are bfloat16, with float32 master copies; False means float32 weights.
     """
     zero: dict[str, Any] = {
         "stage": stage,
@@ -404,10 +289,10 @@ def settings(parallel: ParallelConfig, stage: int, bfloat16: bool) -> dict[str, 
         if parallel.offload_parameters:
             zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # never read: packs differ in size, and their losses are normalized by us
+        "train_micro_batch_size_per_gpu": 1,  # required but unused: packs differ in size, and losses come normalized
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": stage == 0,
-        "gradient_clipping": 0.0,
+        "gradient_clipping": 0.0,  # set per step in `update`
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
@@ -418,60 +303,3 @@ def settings(parallel: ParallelConfig, stage: int, bfloat16: bool) -> dict[str, 
     if bfloat16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
     return config
-
-
-@contextmanager
-def _gathered(deepspeed: Any, trainable: nn.Module) -> Iterator[None]:
-    """Collect partitioned parameters on rank 0, one at a time, and take DeepSpeed's hooks off so that modules can be copied."""
-    partitioned: dict[nn.Parameter, torch.Tensor] = {}
-    for parameter in trainable.parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if distributed.is_rank0():
-                partitioned[parameter] = parameter.data.detach().to("cpu", copy=True)
-    if not distributed.is_rank0():
-        yield
-        return
-    bare = [_without_hooks(module) for module in trainable.modules()]
-    for parameter, whole in partitioned.items():
-        partitioned[parameter], parameter.data = parameter.data, whole
-    try:
-        yield
-    finally:
-        for parameter, part in partitioned.items():
-            parameter.data = part
-        for restore in bare:
-            restore()
-
-
-_HOOKED = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_pre_hooks_with_kwargs",
-    "_parameters",
-)
-
-
-def _without_hooks(module: nn.Module) -> Callable[[], None]:
-    """Give a module plain dictionaries for its hooks and parameters; returns what undoes it."""
-    taken = {name: module.__dict__[name] for name in module.__dict__ if name in _HOOKED}
-    extra = {name: module.__dict__.pop(name) for name in _DEEPSPEED_ATTRIBUTES if name in module.__dict__}
-    for name, value in taken.items():
-        module.__dict__[name] = dict(value) if name == "_parameters" else type(value)()
-
-    def restore() -> None:
-        """Put back what was taken from the module."""
-        module.__dict__.update(taken)
-        module.__dict__.update(extra)
-
-    return restore
-
-
-_DEEPSPEED_ATTRIBUTES = (
-    "_original_parameters",
-    "_external_params",
-    "ds_inflight_param_registry",
-    "ds_recompute_parameters",
-    "pre_bwd_fn",
-    "post_bwd_fn",
-)

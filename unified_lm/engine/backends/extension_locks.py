@@ -1,8 +1,8 @@
-"""Locks that a killed process leaves in torch's folder of compiled extensions, where the next start would wait for ever.
+"""Removal of lock files that a killed process leaves in torch's folder of compiled extensions.
 
-`torch.utils.cpp_extension` marks a build (and every load of a finished one) by a file that only its maker removes; DeepSpeed
-goes through it at every start, on the CPU too. A process killed in that moment never removes it. Its maker keeps the file open,
-so Linux knows whether it still lives.
+`torch.utils.cpp_extension` marks a build, and every load of a finished one, with a lock file that only its creator removes.
+DeepSpeed goes through it at every start, on the CPU too. If a process is killed at that moment, the next start waits forever.
+The creator keeps the file open, so on Linux /proc shows whether it is still alive.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _OLD_SECONDS = 600.0
 
 
 def remove_stale_locks() -> list[Path]:
-    """Remove the locks that no living process holds; returns them.
+    """Remove the locks that no living process holds; returns their paths.
 
-    Processes of other nodes cannot be seen. In a run of several nodes, which may share the folder, only a lock that is older
-    than ten minutes is taken for stale.
+    Processes on other nodes are not visible. In a run on several nodes, which may share the folder, only a lock that is older
+    than ten minutes counts as stale.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     if not root.is_dir() or not Path("/proc/self/fd").is_dir():
         return []
     world_size = os.environ.get("WORLD_SIZE", "1")
     several_nodes = os.environ.get("LOCAL_WORLD_SIZE", world_size) != world_size
-    with FileLock(root / ".sweep.lock"):  # the kernel releases it: while it is held, nobody else judges
+    with FileLock(root / ".sweep.lock"):  # released by the kernel on exit, so it is never stale itself
         stale = [
             path
             for path in sorted(
@@ -43,12 +43,12 @@ def remove_stale_locks() -> list[Path]:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a process of this machine that we may look into has the file open."""
+    """Whether any process on this machine whose /proc entry is readable has the file open."""
     target = str(path.resolve())
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if any(os.readlink(descriptor) == target for descriptor in (process / "fd").iterdir()):
                 return True
-        except OSError:  # it has ended meanwhile, or belongs to someone else
+        except OSError:  # the process has ended meanwhile, or belongs to another user
             continue
     return False

@@ -1,8 +1,8 @@
 """AdamW with float32 master weights and float32 gradient accumulation, whatever the dtype of the model's weights.
 
-bfloat16 has 8 bits of mantissa: an update of 1e-5 on a weight of 1 is lost, and so is the sum of many small gradients.
-The model keeps and computes in bfloat16; a float32 copy of every trained weight takes the updates, and a float32 buffer
-takes the gradient of every pack as soon as autograd has it.
+bfloat16 has 8 bits of precision: an update of 1e-5 to a weight of 1 is rounded away, and so are small gradients added to a
+large sum. The model stores weights and computes in bfloat16; a float32 copy of every trained weight takes the updates, and a
+float32 buffer accumulates each pack's gradient as soon as autograd has computed it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MasterAdamW:
     Weight decay applies to matrices only (not to norms, biases and other vectors).
 
     Args:
-        named_parameters: the module's parameters; those without `requires_grad` are left alone.
+        named_parameters: the module's parameters; those without `requires_grad` are ignored.
         config: rates, moments and decay.
     """
 
@@ -34,6 +34,7 @@ class MasterAdamW:
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
         assert self.parameters, "nothing to train"
         self.masters = {name: self._master(p) for name, p in self.parameters.items()}
+        # A hook per parameter frees each low-precision gradient at once: only one of them exists at any time.
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._collector(self.masters[name]))
             for name, p in self.parameters.items()
@@ -58,7 +59,7 @@ class MasterAdamW:
     @staticmethod
     def _collector(master: torch.Tensor):  # type: ignore[no-untyped-def]
         def collect(parameter: torch.Tensor) -> None:
-            """Add a parameter's gradient, in any dtype, to its master's, and free it."""
+            """Add a parameter's gradient, of any dtype, to that of its master, and free it."""
             assert master.grad is not None
             assert parameter.grad is not None
             master.grad.add_(parameter.grad)
@@ -73,7 +74,7 @@ class MasterAdamW:
             yield master.grad
 
     def zero_grad(self) -> None:
-        """Set every accumulated gradient to zero (they always exist, so that ranks can add theirs up)."""
+        """Set every accumulated gradient to zero. They always exist, so that every rank sums the same tensors."""
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -81,7 +82,7 @@ class MasterAdamW:
                 master.grad.zero_()
 
     def clip(self, max_norm: float) -> float:
-        """Scale all gradients so that their global norm is at most `max_norm` (0: leave them); returns the norm before."""
+        """Scale all gradients to a global norm of at most `max_norm` (0: no clipping); returns the norm before."""
         norm = torch.nn.utils.get_total_norm(list(self.gradients()))
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.masters.values(), max_norm, norm)
@@ -89,7 +90,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Update the float32 weights, then write them to the model."""
+        """Update the float32 weights, then copy them to the model."""
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
         self.inner.step()
@@ -97,13 +98,13 @@ class MasterAdamW:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Round the float32 weights into the model's own."""
+        """Copy the float32 weights to the model's, rounded to their dtype."""
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything a bit-exact resume needs: "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME"."""
+        """Everything that a bit-exact resume needs: "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME"."""
         state: dict[str, torch.Tensor] = {}
         for name, master in self.masters.items():
             state[f"weight/{name}"] = master.detach()
@@ -113,14 +114,14 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
-        """Put a saved state back.
+        """Restore a saved state.
 
         Args:
             read: name -> tensor; called in the order of `state_dict`.
             names: what the saved state holds.
 
         Raises:
-            CheckpointError: it is not of the same trained parameters.
+            CheckpointError: it belongs to other trained parameters.
         """
         check_names(names, self.masters)
         for name, master in self.masters.items():
@@ -128,17 +129,17 @@ class MasterAdamW:
             self.inner.state.pop(master, None)
             if f"step/{name}" in names:
                 moments = {key: read_shaped(read, f"{key}/{name}", master.shape).to(master.device) for key in MOMENTS}
-                step = read(f"step/{name}").to(master.device, torch.float32, copy=True)  # fused: beside the weights
+                step = read(f"step/{name}").to(master.device, torch.float32, copy=True)  # fused AdamW keeps it on the device
                 self.inner.state[master] = {"step": step.reshape(()), **moments}
         self.write_back()
 
 
 def adamw_groups(parameters: Sequence[tuple[torch.Tensor, int]], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: weight decay for matrices only. None is empty.
+    """AdamW's parameter groups: weight decay for matrices only. Empty groups are left out.
 
     Args:
-        parameters: each with its number of dimensions (a partitioned parameter does not show its own).
-        weight_decay: of the matrices.
+        parameters: each with its number of dimensions (the tensor of a partitioned parameter is flat).
+        weight_decay: for matrices.
     """
     decayed = [p for p, dimensions in parameters if dimensions >= 2]
     others = [p for p, dimensions in parameters if dimensions < 2]
@@ -147,10 +148,10 @@ def adamw_groups(parameters: Sequence[tuple[torch.Tensor, int]], weight_decay: f
 
 
 def check_names(found: frozenset[str], trained: Iterable[str]) -> None:
-    """See that a saved state is of the same trained parameters, all with moments or all without.
+    """Check that a saved state belongs to the same trained parameters, all with moments or all without.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: it does not.
     """
     weights = {f"weight/{name}" for name in trained}
     state = {f"{key}/{name}" for name in trained for key in (*MOMENTS, "step")}
@@ -159,14 +160,14 @@ def check_names(found: frozenset[str], trained: Iterable[str]) -> None:
     expected = weights | state if found - weights else weights
     lacking, foreign = sorted(expected - found), sorted(found - expected)
     parts = [f"{len(lacking)} tensors are missing ({lacking[0]}, ...)"] if lacking else []
-    parts += [f"{len(foreign)} belong to nothing that is trained ({foreign[0]}, ...)"] if foreign else []
+    parts += [f"{len(foreign)} belong to no trained parameter ({foreign[0]}, ...)"] if foreign else []
     raise CheckpointError(
         f"the saved optimizer state is not of this model: {', '.join(parts)}. Resume with the recipe that wrote it."
     )
 
 
 def read_shaped(read: Callable[[str], torch.Tensor], name: str, shape: Sequence[int]) -> torch.Tensor:
-    """Read a tensor of a saved state as a float32 copy of its own.
+    """Read a tensor of a saved state as a new float32 tensor.
 
     Raises:
         CheckpointError: it has another shape.

@@ -1,4 +1,4 @@
-"""The papers' analyses on any model: numbers as JSON, one figure for all models compared."""
+"""Analyses from the papers, for any model: numbers as JSON, and one figure that compares all models."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from unified_lm.evaluation.analyses.standardize import STANDARDIZE
 from unified_lm.evaluation.analyses.uniformity import UNIFORMITY
 
 ANALYSES: Mapping[str, Analysis] = {a.name: a for a in (FUTURE, LAYERS, ANISOTROPY, UNIFORMITY, NORMS, STANDARDIZE)}
-"""Analyses by name."""
+"""Name -> analysis."""
 
 __all__ = ["ANALYSES", "Analysis", "AnalysisSettings"]

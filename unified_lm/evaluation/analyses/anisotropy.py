@@ -1,7 +1,7 @@
-"""Do a few dimensions decide every cosine? Timkey and van Schijndel (2021), arXiv:2109.04404.
+"""Do a few dimensions dominate every cosine? Timkey and van Schijndel (2021), arXiv:2109.04404.
 
 The cosine of two vectors is a sum over dimensions, `x_i y_i / (|x| |y|)`, so the mean cosine of random pairs (their estimate of
-anisotropy) splits exactly into one contribution per dimension. Without preferred directions it is about 0.
+anisotropy) splits exactly into one contribution per dimension. It is near 0 when no direction is preferred.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 ROGUE_RATIO = 10.0
-"""A dimension is rogue where its mean magnitude is that many times the median dimension's."""
+"""A dimension is rogue if its mean magnitude is at least this many times that of the median dimension."""
 
 _TOP = 12
 
 
 def cosine_contributions(vectors: np.ndarray) -> np.ndarray:
-    """Each dimension's part of the mean cosine over all pairs of different rows; the parts add up to it.
+    """The contribution of each dimension to the mean cosine over all pairs of distinct rows; contributions sum to the mean.
 
-    Over all pairs, not a sample of them: with unit rows u, the sum over pairs of u_i v_i is `((sum u_i)^2 - sum u_i^2) / 2`.
+    All pairs are covered without sampling: for unit rows u, the sum over pairs of u_i v_i is `((sum u_i)^2 - sum u_i^2) / 2`.
 
     Args:
-        vectors: `[N, D]`, N at least 2, no row zero.
+        vectors: `[N, D]`, N at least 2, no zero row.
 
     Returns:
         float64 `[D]`.
 
     Raises:
-        DataError: fewer than two rows, or a row of zeros.
+        DataError: fewer than two rows, or a zero row.
     """
     rows = np.asarray(vectors, np.float64)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -72,7 +72,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
 
 
 def describe(vectors: np.ndarray) -> Numbers:
-    """All numbers of the analysis for vectors `[N, D]` that are not normalized."""
+    """All numbers of the analysis, for unnormalized vectors `[N, D]`."""
     mean, std = vectors.mean(axis=0), vectors.std(axis=0)
     magnitude = np.abs(vectors).mean(axis=0)
     median = float(np.median(magnitude))
@@ -80,27 +80,27 @@ def describe(vectors: np.ndarray) -> Numbers:
     total = float(parts.sum())
     rogue = rogue_dimensions(vectors)
     order = np.argsort(-parts)[:_TOP]
-    centerd = vectors - mean
+    centered = vectors - mean
     rest = np.delete(vectors, rogue, axis=1)
     return {
         "num_texts": len(vectors),
         "dimensions": vectors.shape[1],
         "mean_cosine": rounded(total),
         "mean_cosine_without_rogue": rounded(float(cosine_contributions(rest).sum())),
-        "mean_cosine_centred": rounded(float(cosine_contributions(centerd).sum())),
-        "mean_cosine_standardized": rounded(float(cosine_contributions(centerd / np.where(std > 0, std, 1)).sum())),
+        "mean_cosine_centered": rounded(float(cosine_contributions(centered).sum())),
+        "mean_cosine_standardized": rounded(float(cosine_contributions(centered / np.where(std > 0, std, 1)).sum())),
         "median_magnitude": rounded(median),
         "magnitudes_sorted": rounded(-np.sort(-magnitude), 4),
         "rogue": [_dimension(i, mean, std, magnitude, median, parts, total) for i in rogue],
-        "rogue_share": rounded(float(parts[rogue].sum()) / total),
-        "rogue_magnitude_after_centring": rounded(_largest_ratio(centerd, rogue)),
+        "rogue_fraction": rounded(float(parts[rogue].sum()) / total),
+        "rogue_magnitude_after_centering": rounded(_largest_ratio(centered, rogue)),
         "top": [_dimension(int(i), mean, std, magnitude, median, parts, total) for i in order],
     }
 
 
-def _largest_ratio(centerd: np.ndarray, rogue: list[int]) -> float:
-    """Largest mean magnitude of the rogue dimensions after centring, against the median dimension's; 0 without any."""
-    magnitude = np.abs(centerd).mean(axis=0)
+def _largest_ratio(centered: np.ndarray, rogue: list[int]) -> float:
+    """Largest mean magnitude of a rogue dimension after centering, relative to the median dimension; 0 without any."""
+    magnitude = np.abs(centered).mean(axis=0)
     return float(magnitude[rogue].max() / np.median(magnitude)) if rogue else 0.0
 
 
@@ -113,14 +113,14 @@ def _dimension(
         "std": rounded(float(std[i])),
         "magnitude": rounded(float(magnitude[i])),
         "ratio_to_median": rounded(float(magnitude[i]) / median),
-        "share_of_mean_cosine": rounded(float(parts[i]) / total),
+        "fraction_of_mean_cosine": rounded(float(parts[i]) / total),
     }
 
 
 _BARS = (
     ("mean_cosine", "as they are"),
     ("mean_cosine_without_rogue", "rogue dimensions\nleft out"),
-    ("mean_cosine_centred", "centerd"),
+    ("mean_cosine_centered", "centered"),
     ("mean_cosine_standardized", "standardized"),
 )
 
@@ -136,19 +136,19 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
             axes[0][0].plot(rank, dimension["magnitude"], color=color, marker=marker, markersize=5)
             axes[0][0].annotate(str(dimension["dimension"]), (rank, dimension["magnitude"]), fontsize=7.5, color=color,
                                 xytext=(6, 4 - 9 * index), textcoords="offset points")  # fmt: skip
-        shares = [100 * dimension["share_of_mean_cosine"] for dimension in numbers["top"]]
-        axes[0][1].plot(range(1, len(shares) + 1), shares, color=color, marker=marker, markersize=4.5, linewidth=1)
-        places = np.arange(len(_BARS)) + (index - (len(arms) - 1) / 2) * width
+        percentages = [100 * dimension["fraction_of_mean_cosine"] for dimension in numbers["top"]]
+        axes[0][1].plot(range(1, len(percentages) + 1), percentages, color=color, marker=marker, markersize=4.5, linewidth=1)
+        positions = np.arange(len(_BARS)) + (index - (len(arms) - 1) / 2) * width
         cosines = [numbers[key] for key, _ in _BARS]
-        bars = axes[0][2].bar(places, cosines, width=width * 0.94, color=color)
-        named = [f"{round(cosine, 2) + 0.0:.2f}" for cosine in cosines]  # + 0.0: no negative zero
+        bars = axes[0][2].bar(positions, cosines, width=width * 0.94, color=color)
+        named = [f"{round(cosine, 2) + 0.0:.2f}" for cosine in cosines]  # + 0.0: prints no negative zero
         axes[0][2].bar_label(bars, labels=named, fontsize=7, padding=2)
     axes[0][0].set_xscale("log")
     axes[0][0].set_yscale("log")
     axes[0][2].axhline(0, color="#555555", linewidth=0.8)
     axes[0][2].set_xticks(range(len(_BARS)), [name for _, name in _BARS])
     finish(axes[0][0], "magnitudes (numbers: rogue dimensions)", "rank of the dimension (log)", "mean |value| (log)")
-    finish(axes[0][1], "share of the mean cosine", "rank of the dimension", "share (%)")
+    finish(axes[0][1], "fraction of the mean cosine", "rank of the dimension", "fraction (%)")
     finish(axes[0][2], "mean cosine of random pairs", "", "mean cosine")
     arm_legend(figure, list(arms))
     return save(figure, path)
@@ -158,24 +158,26 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
     rows = []
     for label, numbers in arms.items():
         rogue = ", ".join(str(dimension["dimension"]) for dimension in numbers["rogue"])
-        rows.append([label, numbers["attention"], *(numbers[key] for key, _ in _BARS), rogue or "none", numbers["rogue_share"]])
+        rows.append(
+            [label, numbers["attention"], *(numbers[key] for key, _ in _BARS), rogue or "none", numbers["rogue_fraction"]]
+        )
     return ResultTable(
         title="Anisotropy: mean cosine of random pairs",
         columns=(
             *("model", "attention", *(name.replace("\n", " ") for _, name in _BARS)),
-            *("rogue dimensions", "their share of the mean cosine"),
+            *("rogue dimensions", "their fraction of the mean cosine"),
         ),
         rows=rows,
-        note=f"All pairs of {material['num_texts']} texts of {material['texts']}. A dimension is rogue where its mean "
-        f"magnitude is at least {ROGUE_RATIO:g} times the median dimension's. Its share says "
+        note=f"All pairs of {material['num_texts']} texts of {material['texts']}. A dimension is rogue if its mean "
+        f"magnitude is at least {ROGUE_RATIO:g} times the median dimension's. Its fraction says "
         "little where the mean cosine is near 0.",
     )
 
 
 ANISOTROPY = Analysis(
     name="anisotropy",
-    summary="mean cosine of random pairs, the dimensions that make it, rogue dimensions",
-    version=1,
+    summary="mean cosine of random pairs, its largest contributions by dimension, rogue dimensions",
+    version=2,
     prepare=_prepare,
     measure=_measure,
     draw=_draw,

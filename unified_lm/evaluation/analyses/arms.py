@@ -1,4 +1,4 @@
-"""The models that are compared, called arms: what a user writes for one, and the loaded thing."""
+"""The models under comparison, called arms: how a user specifies one, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from unified_lm.mining.embedders import folder_hash
 from unified_lm.models.embedded import EMBEDDED_MODELS, embedded_directory
 
 EMBEDDED = "embedded"
-"""Stands for the default embedded model; its own name, smollm2-135m, does too."""
+"""Names the default embedded model, as its own name, smollm2-135m, does."""
 
 _SPEC = re.compile(r"(?:(?P<label>[^=/]+)=)?(?P<location>.+?)(?:@(?P<attention>\w+))?$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSettings:
-    """How models are read, in place of what their exports say; see `UnifiedLM.from_pretrained`.
+    """Overrides of what the exports themselves say about loading; see `UnifiedLM.from_pretrained`.
 
     Attributes:
-        device: None takes the accelerator if there is one.
+        device: None selects the accelerator if there is one.
         dtype: type of the weights in memory.
-        template: of models that are no export, and in place of the exports' own where it is given.
-        pooling: None takes the export's, "mean" for others.
-        attention: None takes the export's, "bidirectional" for others.
+        template: prompt template. None selects the export's own, "plain" for other models.
+        pooling: None selects the export's, "mean" for other models.
+        attention: None selects the export's, "bidirectional" for other models.
     """
 
     device: str | None = None
@@ -43,12 +43,12 @@ class ArmSettings:
 
 @dataclass(frozen=True)
 class Arm:
-    """One model of a comparison, not loaded yet.
+    """One model of a comparison, not yet loaded.
 
     Attributes:
         label: its name in figures.
-        folder: where its files lie.
-        settings: how it is read.
+        folder: folder of its files.
+        settings: how it is loaded.
     """
 
     label: str
@@ -56,7 +56,7 @@ class Arm:
     settings: ArmSettings
 
     def load(self) -> UnifiedLM:
-        """Load the model. A folder that is no export is embedded with template "plain" unless another one is given.
+        """Load the model. A folder that is not an export uses the template "plain" unless another one is given.
 
         Raises:
             CheckpointError, ConfigError, ModelError: see `UnifiedLM.from_pretrained`.
@@ -74,27 +74,27 @@ class Arm:
 
     @property
     def run_dir(self) -> Path | None:
-        """The run that exported it, whose report shows the tables that lie beside the export; None for other models."""
+        """The run that exported the model, whose report shows tables saved beside the export; None for other models."""
         folder = self.folder.resolve()
         return folder.parent if folder.name == "export" and (folder / FILE_NAME).is_file() else None
 
     def key(self) -> str:
-        """Changes whenever a number measured on the arm may: the bytes of its files, and how it is read."""
-        settings = replace(self.settings, device=None)
+        """Hash of everything that affects numbers measured on the arm: the bytes of its files, and how it is loaded."""
+        settings = replace(self.settings, device=None)  # the device changes numbers by rounding only
         return blake2b(f"{folder_hash(self.folder)}{settings}".encode(), digest_size=16).hexdigest()
 
 
 def parse_arms(specs: Sequence[str], settings: ArmSettings) -> list[Arm]:
-    """The arms that a user names.
+    """Parse the arms that a user names.
 
     Args:
-        specs: each `[LABEL=]MODEL[@causal|@bidirectional]`, where MODEL is an export, a run that has one, a folder or Hub name
-            of a causal language model, or "embedded".
-        settings: for all; an arm's own attention wins.
+        specs: each `[LABEL=]MODEL[@causal|@bidirectional]`, where MODEL is an export, a run with an export, a folder or Hub
+            name of a causal language model, or "embedded".
+        settings: for all arms; an attention in a spec takes precedence.
 
     Raises:
-        ConfigError: unknown attention, or two arms of one label.
-        CheckpointError: nothing there, or a run without an export.
+        ConfigError: unknown attention, or two arms with the same label.
+        CheckpointError: no such model, or a run without an export.
     """
     arms = []
     for spec in specs:
@@ -103,7 +103,7 @@ def parse_arms(specs: Sequence[str], settings: ArmSettings) -> list[Arm]:
         else:
             match = _SPEC.match(spec)
             if match is None:
-                raise ConfigError(f"'{spec}' is no model; expected [LABEL=]MODEL[@causal|@bidirectional].")
+                raise ConfigError(f"'{spec}' does not name a model; expected [LABEL=]MODEL[@causal|@bidirectional].")
             label, location, attention = match["label"], match["location"], match["attention"]
         if attention is not None and attention not in ATTENTIONS:
             raise ConfigError(f"'{spec}': unknown attention '{attention}'.{did_you_mean(attention, ATTENTIONS)}")
@@ -123,7 +123,7 @@ def _folder(location: str) -> Path:
 
 
 def _name(location: str, folder: Path) -> str:
-    """An export is called after its run."""
+    """The default label: the name of the run for an export, of the folder otherwise."""
     if not Path(location).expanduser().is_dir():
         return location
     resolved = folder.resolve()

@@ -1,4 +1,4 @@
-"""What an analysis is: material that is the same for all models, a measurement of one model, a figure of all of them."""
+"""The parts of an analysis: material shared by all models, a measurement of one model, a figure of all models."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 Numbers = dict[str, Any]
-"""What was measured on one arm, JSON values."""
+"""Measurements of one arm, as JSON values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisSettings:
-    """What to measure on.
+    """The data that analyses measure on.
 
     Attributes:
         texts: reference texts: "pydocs", a file or folder, or an offline STS task.
-        num_texts: texts of anisotropy.
-        num_windows: texts of the analyses by layer and position.
-        positions: tokens of each of those.
-        triples: file of prefixes with continuations for the future-token probe; None takes the package's own.
-        sts: offline STS task, or a file with sentence1, sentence2, score; None leaves out what needs one.
-        num_pairs: sentence pairs, and retrieval rows, at most.
-        positive_score: least score of a pair that counts as similar (alignment).
-        retrieval: retrieval pairs: "pydocs", a file or folder; None leaves them out.
-        corpora: label -> reference corpus of standardization, as `texts`.
-        corpus_texts: texts of each corpus, at most.
+        num_texts: number of texts for anisotropy.
+        num_windows: number of texts for the analyses by layer and position.
+        positions: tokens per text in those analyses.
+        triples: file of prefixes with continuations for the future-token probe; None selects the package's own.
+        sts: offline STS task, or a file with sentence1, sentence2, score; None skips what needs one.
+        num_pairs: maximum number of sentence pairs and of retrieval rows.
+        positive_score: minimum score of a pair that counts as similar (alignment).
+        retrieval: retrieval pairs: "pydocs", a file or folder; None skips them.
+        corpora: label -> reference corpus for standardization, in the form of `texts`.
+        corpus_texts: maximum number of texts per corpus.
     """
 
     texts: str = "pydocs"
@@ -47,12 +47,12 @@ class AnalysisSettings:
 
 @dataclass(frozen=True)
 class Material:
-    """What an analysis reads.
+    """The input of an analysis.
 
     Attributes:
-        description: for the JSON file: names and counts.
-        fingerprint: changes whenever a number may.
-        content: for `measure` alone.
+        description: names and counts, for the JSON file.
+        fingerprint: hash of everything that affects the numbers.
+        content: read by `measure` only.
     """
 
     description: Mapping[str, Any]
@@ -65,13 +65,13 @@ class Analysis:
     """One analysis.
 
     Attributes:
-        name: on the command line and of its files.
-        summary: one line for help.
-        version: grows when the same material gives other numbers.
+        name: its name on the command line and in file names.
+        summary: one line of help.
+        version: increased when the same material yields different numbers or keys, so that old results are not reused.
         prepare: reads the material.
         measure: (model, material, whether to show progress) -> numbers.
         draw: (label -> numbers, material's description, file to write) -> that file.
-        tabulate: (label -> numbers, material's description) -> the few numbers that a run's report shows.
+        tabulate: (label -> numbers, material's description) -> the table that a run's report shows.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Analysis:
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
-    """JSON values of arrays: floats with that many significant digits, in nested lists."""
+    """Convert an array to JSON values: nested lists of floats, rounded to that many significant digits."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, (list, tuple)):

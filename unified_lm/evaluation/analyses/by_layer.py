@@ -1,4 +1,4 @@
-"""What the analyses by layer and position share: windows of tokens, and heat maps of all models beside curves over layers."""
+"""Shared parts of the analyses by layer and position: windows of tokens, and heat maps beside curves over the layers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from unified_lm.evaluation.analyses.figure import HEAT, MARKERS, PALETTE, arm_le
 from unified_lm.evaluation.analyses.texts import fingerprint, read_texts
 
 MIN_POSITIONS = 3
-"""The first position and the last are shown apart; fewer leave none between them."""
+"""The first and the last position are plotted separately; fewer than three leave nothing between them."""
 MIN_WINDOWS = 2
 _LAYER_AXIS = "layer (0: embeddings)"
 
 
 def window_material(settings: AnalysisSettings) -> Material:
-    """Texts of which the first tokens are looked at: whole docstrings, or the user's.
+    """Texts whose first tokens are analyzed: whole docstrings, or the user's texts.
 
     Raises:
         ConfigError: too few positions or windows to measure anything.
@@ -30,7 +30,7 @@ def window_material(settings: AnalysisSettings) -> Material:
         )
     if settings.num_windows < MIN_WINDOWS:
         raise ConfigError(f"--num-windows {settings.num_windows}: a mean over texts needs at least {MIN_WINDOWS}.")
-    candidates = 8 * settings.num_windows  # most are long enough
+    candidates = 8 * settings.num_windows  # more texts than windows, since some are shorter than a window
     name, texts = read_texts(settings.texts, candidates, subset="text")
     description = {"texts": name, "num_windows": settings.num_windows, "positions": settings.positions}
     content = (texts, settings.num_windows, settings.positions)
@@ -39,13 +39,13 @@ def window_material(settings: AnalysisSettings) -> Material:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line over the layers, for every model; the first one of a diagram carries the models' markers.
+    """A line over the layers, drawn for every model; the first line of a plot carries the models' markers.
 
     Attributes:
-        key: of its values in the numbers, `[L + 1]`.
-        label: in the legend.
-        style: of the line, as matplotlib calls it.
-        width: of the line in points.
+        key: key of its values in the numbers, `[L + 1]`.
+        label: its label in the legend.
+        style: line style, in matplotlib's notation.
+        width: line width in points.
     """
 
     key: str
@@ -63,19 +63,19 @@ def draw_by_layer(
     curves: Sequence[Curve],
     legend: str = "best",
 ) -> tuple[Any, Any]:
-    """A heat map for every model on one scale, and a diagram of curves over the layers.
+    """Draw a heat map per model on a common scale, and a plot of curves over the layers.
 
     Args:
         arms: label -> numbers.
-        maps: key of the values of a heat map in the numbers, `[L + 1, positions]`.
-        titles: of the heat maps.
+        maps: key of the heat-map values in the numbers, `[L + 1, positions]`.
+        titles: titles of the heat maps.
         scale: matplotlib's `Normalize`, from values to the color map.
-        scale_label: of the colors.
-        curves: in the diagram.
-        legend: where the diagram's legend is.
+        scale_label: label of the color bar.
+        curves: curves of the plot.
+        legend: location of the plot's legend.
 
     Returns:
-        The figure, and the axis of the diagram, which is without title and label.
+        The figure, and the axis of the plot, still without title and labels.
     """
     figure, axes = subplots(1, len(arms) + 1, 4.0 * (len(arms) + 1) + 0.8, 4.2)
     for axis, title, numbers in zip(axes[0], titles, arms.values(), strict=False):
@@ -98,5 +98,5 @@ def draw_by_layer(
 
 
 def finish_curves(axis: Any, title: str, y: str) -> None:
-    """Title and labels of the diagram of `draw_by_layer`."""
+    """Set title and labels of the plot of `draw_by_layer`."""
     finish(axis, title, _LAYER_AXIS, y)

@@ -1,4 +1,4 @@
-"""How figures look: colors that are told apart by readers with any color vision, sober axes."""
+"""Style of figures: colors that readers with any color vision can distinguish, plain axes."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Any
 
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7a7a7a", "#000000")
-"""Okabe and Ito (2008), "Color Universal Design", without its yellow, which is faint on white."""
+"""Okabe and Ito (2008), "Color Universal Design", without yellow, which is faint on white."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""A second way to tell arms apart."""
+"""Markers distinguish arms where colors do not suffice."""
 
 HEAT = "viridis"
-"""Color map of heat maps: ordered in lightness, so that it survives grey printing."""
+"""Color map of heat maps: monotonic in lightness, so that it stays readable in grayscale."""
 
 
 def subplots(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """A figure and its axes `[rows][columns]`.
+    """Create a figure and its axes `[rows][columns]`.
 
     Args:
-        rows: of axes.
-        columns: of axes.
-        width: of the whole, in inches.
-        height: of the whole, in inches.
-        options: for matplotlib's `subplots`.
+        rows: rows of axes.
+        columns: columns of axes.
+        width: width of the figure, in inches.
+        height: height of the figure, in inches.
+        options: passed to matplotlib's `subplots`.
     """
     import matplotlib
 
@@ -35,7 +35,7 @@ def subplots(rows: int, columns: int, width: float, height: float, **options: An
 
 
 def finish(axis: Any, title: str, x: str, y: str) -> None:
-    """Title, labels and grid of one diagram."""
+    """Set title, labels and grid of one plot."""
     axis.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
@@ -46,7 +46,7 @@ def finish(axis: Any, title: str, x: str, y: str) -> None:
 
 
 def arm_legend(figure: Any, labels: list[str], columns: int = 4, extra: Sequence[Any] = ()) -> None:
-    """One legend for the arms, and for `extra` handles, above all diagrams."""
+    """Draw one legend for the arms and the `extra` handles above all plots."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -58,7 +58,7 @@ def arm_legend(figure: Any, labels: list[str], columns: int = 4, extra: Sequence
 
 
 def heat_legend(figure: Any, image: Any, axes: list[Any], label: str) -> None:
-    """The color scale beside heat maps that share it."""
+    """Draw the color bar of heat maps that share a scale."""
     bar = figure.colorbar(image, ax=axes, pad=0.02)
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)

@@ -1,8 +1,8 @@
-"""Does a token's state know what comes after it? LLM2Vec (arXiv:2404.05961), section 4.
+"""Does a token's state depend on the tokens after it? LLM2Vec (arXiv:2404.05961), section 4.
 
-Three sentences share a prefix A: A+B and A+C go on alike, A+D goes on otherwise. Only A's tokens are pooled. A causal model
-cannot have seen B, C or D, so the three vectors are equal: that is checked here, and a difference is an error. A bidirectional
-model that uses what follows gives A+B and A+C a higher cosine than A+B and A+D.
+Three sentences share a prefix A: the continuations of A+B and A+C are similar, that of A+D is different. Only A's tokens are
+pooled. A causal model cannot see B, C or D, so its three vectors are equal: this control is checked, and a difference is an
+error. A bidirectional model that uses the continuation gives A+B and A+C a higher cosine than A+B and A+D.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 OWN_TRIPLES = "future_triples.jsonl"
-"""The package's own sentences; most prefixes end in a word whose meaning the continuation decides."""
+"""The package's own sentences; most prefixes end in a word that the continuation disambiguates."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest relative difference of the causal vectors of one prefix that rounding explains, by the type of the weights."""
+"""Dtype of the weights -> largest relative difference between causal vectors of a prefix that rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ def encode_triples(model: UnifiedLM, triples: list[Triple]) -> tuple[list[np.nda
     """Token ids of A+B, A+C, A+D for every triple, without a template, and the span of A in them.
 
     Returns:
-        3 sequences per triple, and per triple `[start, stop)` of A's tokens (the begin of text is not among them).
+        3 sequences per triple, and per triple `[start, stop)` of A's tokens (without the beginning-of-text token).
 
     Raises:
-        DataError: the tokenizer joins the end of A with what follows, so that A is not the same tokens in all three.
+        DataError: the tokenizer merges the end of A with what follows, so that A's tokens differ between the three.
     """
     encoder = model.prompt_encoder
     leading = np.asarray(encoder.leading_ids, np.int32)
@@ -83,7 +83,7 @@ def encode_triples(model: UnifiedLM, triples: list[Triple]) -> tuple[list[np.nda
         prefix = prefixes[index // 3]
         if not np.array_equal(ids[: len(prefix)], prefix):
             raise DataError(
-                f"triple {index // 3 + 1}: in {texts[index]!r} the tokenizer joins the end of the prefix "
+                f"triple {index // 3 + 1}: in {texts[index]!r} the tokenizer merges the end of the prefix "
                 f"{triples[index // 3].prefix!r} with what follows. Let the prefix end with a word."
             )
         sequences.append(np.concatenate([leading, ids]))
@@ -95,7 +95,7 @@ def encode_triples(model: UnifiedLM, triples: list[Triple]) -> tuple[list[np.nda
 def prefix_vectors(
     model: UnifiedLM, sequences: list[np.ndarray], spans: list[tuple[int, int]], attention: str, show_progress: bool = False
 ) -> np.ndarray:
-    """Mean over A's tokens in every layer: float64 `[triples, 3, L + 1, D]`."""
+    """Mean over A's tokens at every layer: float64 `[triples, 3, L + 1, D]`."""
     pooled: dict[int, np.ndarray] = {}
     for index, states in layer_states(model, sequences, attention, show_progress=show_progress):
         start, stop = spans[index // 3]
@@ -119,7 +119,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
     """Cosines under both attentions.
 
     Raises:
-        ModelError: the causal control fails: a vector of A depends on what follows it.
+        ModelError: the causal control fails, because a vector of A depends on what follows it.
     """
     sequences, spans = encode_triples(model, material.content)
     result: Numbers = {}
@@ -136,12 +136,12 @@ def check_control(model: UnifiedLM, anchor: np.ndarray, *others: np.ndarray) -> 
     """The largest relative difference between causal vectors that must be equal.
 
     Raises:
-        ModelError: it is larger than rounding explains.
+        ModelError: the difference is larger than rounding explains.
     """
     deviation = max(float((np.linalg.norm(o - anchor, axis=-1) / np.linalg.norm(anchor, axis=-1)).max()) for o in others)
     with model.borrow_backbone() as backbone:
         dtype = next(backbone.causal_lm.parameters()).dtype
-    if not deviation <= TOLERANCE[dtype]:
+    if not deviation <= TOLERANCE[dtype]:  # written so that NaN fails too
         raise ModelError(
             f"the causal control failed: vectors of a prefix differ by {deviation:.1e} of their length with what follows it; "
             f"rounding in {dtype} explains at most {TOLERANCE[dtype]:.0e}. The attention of this model leaks from the future: "
@@ -151,7 +151,7 @@ def check_control(model: UnifiedLM, anchor: np.ndarray, *others: np.ndarray) -> 
 
 
 def _numbers(similar: np.ndarray, different: np.ndarray) -> Numbers:
-    """Of cosines `[triples, L + 1]`: those of the last layer with an interval of their gap, and the mean gap of every layer."""
+    """Summarize cosines `[triples, L + 1]`: the last layer with an interval of the gap, and the mean gap of every layer."""
     last_similar, last_different = similar[:, -1], different[:, -1]
     gap = bootstrap_interval(lambda a, b: float((a - b).mean()), last_similar, last_different)
     return {
@@ -160,7 +160,7 @@ def _numbers(similar: np.ndarray, different: np.ndarray) -> Numbers:
         "gap": rounded(gap.value),
         "gap_low": rounded(gap.low),
         "gap_high": rounded(gap.high),
-        "share_right": rounded(float((last_similar > last_different).mean())),
+        "fraction_right": rounded(float((last_similar > last_different).mean())),
         "gap_by_layer": rounded((similar - different).mean(axis=0)),
         "similar_by_layer": rounded(similar.mean(axis=0)),
         "different_by_layer": rounded(different.mean(axis=0)),
@@ -169,7 +169,7 @@ def _numbers(similar: np.ndarray, different: np.ndarray) -> Numbers:
     }
 
 
-_ALIKE, _OTHER = "#111111", "#9a9a9a"  # no arm has them
+_ALIKE, _OTHER = "#111111", "#9a9a9a"  # outside the palette, so that no arm has these colors
 
 
 def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) -> Path:
@@ -195,7 +195,7 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
 
 
 def _draw_cosines(axis: Any, arms: Mapping[str, Numbers], rows: list[tuple[str, str]]) -> None:
-    """Every triple as a dot, the means as bars across: similar continuation above, different one below."""
+    """Draw every triple as a dot and the means as vertical bars: similar continuation above, different one below."""
     for row, (label, attention) in enumerate(rows):
         numbers = arms[label][attention]
         for key, color, shift, marker in (("similar", _ALIKE, -0.16, "o"), ("different", _OTHER, 0.16, "s")):
@@ -225,13 +225,13 @@ def _name_rows(axis: Any, rows: list[tuple[str, str]]) -> None:
 
 
 def gap_change(first: Numbers, other: Numbers) -> Interval:
-    """How much wider a model's gap is than another's on the same triples, with a 95 % interval: a paired bootstrap.
+    """The difference between two models' gaps on the same triples, with a 95 % interval from a paired bootstrap.
 
-    Two gaps whose own intervals overlap can differ clearly all the same: a triple that is hard for one model is hard for the
-    other.
+    Two gaps can differ clearly although their own intervals overlap: a triple that is hard for one model is also hard for the
+    other, and pairing cancels this.
 
     Args:
-        first, other: what `FUTURE` measured under one attention.
+        first, other: measurements of `FUTURE` under one attention mode.
     """
     gaps = [np.subtract(numbers["similar_by_triple"], numbers["different_by_triple"]) for numbers in (first, other)]
     return bootstrap_interval(lambda change: float(change.mean()), gaps[1] - gaps[0])
@@ -261,7 +261,7 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
 FUTURE = Analysis(
     name="future",
     summary="whether tokens know what follows them: cosine of a prefix before similar and different ends",
-    version=1,
+    version=2,
     prepare=_prepare,
     measure=_measure,
     draw=_draw,

@@ -1,7 +1,7 @@
-"""How far do the same weights differ under causal and bidirectional attention? LLM2Vec (arXiv:2404.05961), section 5.
+"""How much do a model's states differ between causal and bidirectional attention? LLM2Vec (arXiv:2404.05961), section 5.
 
-The same tokens go through the model twice; the cosine of the two states is taken at every layer and position. The paper finds
-that Mistral-7B's states stay close where LLaMA's part ("why Mistral works" without training).
+The same tokens pass through the model twice, and the cosine between the two states is measured at every layer and position. The
+paper finds that Mistral-7B's states stay close while LLaMA's diverge ("why Mistral works" without training).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
     waiting: dict[int, torch.Tensor] = {}
     total = np.zeros(0)
     for index, states in layer_states(model, both, attentions, show_progress=show_progress):
-        other = waiting.pop(index ^ 1, None)  # 2 i and 2 i + 1 are the same window
+        other = waiting.pop(index ^ 1, None)  # sequences 2 i and 2 i + 1 hold the same window, causal and bidirectional
         if other is None:
             waiting[index] = states
             continue

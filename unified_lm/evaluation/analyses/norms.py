@@ -1,7 +1,7 @@
-"""Length of the hidden states by layer and position: where attention sinks and massive activations sit.
+"""Norm of the hidden states by layer and position, which shows attention sinks and massive activations.
 
-Decoders park attention on the first token, whose state grows far beyond the others' (Xiao et al. 2024, arXiv:2309.17453; Sun
-et al. 2024, arXiv:2402.17762). Such a token dominates a mean over tokens.
+Decoders put excess attention on the first token, whose state grows far larger than the others (Xiao et al. 2024,
+arXiv:2309.17453; Sun et al. 2024, arXiv:2402.17762). Such a token dominates a mean over tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 
 SINK_RATIO = 10.0
-"""A position is called a sink where its state is that many times as long as the layer's median."""
+"""A position is a sink if the norm of its state is at least this many times the layer's median."""
 
 
 def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbers:

@@ -1,4 +1,4 @@
-"""Running analyses over models, one model in memory at a time; what is measured already is not measured again."""
+"""Run analyses over models, with one model in memory at a time; existing measurements are reused."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from unified_lm.evaluation.result_table import FOLDER
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an analysis wrote.
+    """The output of an analysis.
 
     Attributes:
-        name: of the analysis.
+        name: name of the analysis.
         numbers: the JSON file.
         figure: the PNG file.
         arms: label -> numbers.
@@ -45,29 +45,29 @@ def run_analyses(
     show_progress: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[Outcome]:
-    """Measure, then draw.
+    """Measure every arm, then draw.
 
-    After every measurement `out/NAME.json` is written, so that a run that was stopped goes on with the next one. Beside the
-    export of a run, table and figure are also put where the run's report finds them: `RUN/evaluation/analysis-NAME`.
+    `out/NAME.json` is written after every measurement, so that an interrupted run resumes with the next one. For the export of
+    a run, table and figure are also written to where the run's report finds them: `RUN/evaluation/analysis-NAME`.
 
     Args:
         analyses: in the order of the results.
         arms: models, in the order of the figures.
-        settings: what to measure on.
+        settings: the data to measure on.
         out: folder for NAME.json and NAME.png.
-        overwrite: measure again what is there.
-        show_progress: draw bars on stderr.
+        overwrite: ignore existing measurements.
+        show_progress: draw progress bars on stderr.
         report: called with one line per measurement.
 
     Raises:
-        UserError: material that cannot be read, a model that cannot be loaded, a control that fails.
+        UserError: unreadable material, a model that cannot be loaded, or a failed control.
     """
     materials = {analysis.name: analysis.prepare(settings) for analysis in analyses}
     found = {a.name: {} if overwrite else _read(out / f"{a.name}.json") for a in analyses}
     results: dict[str, dict[str, Numbers]] = {analysis.name: {} for analysis in analyses}
     for arm in arms:
         content = arm.key()
-        model = None
+        model = None  # loaded only if some analysis lacks its numbers
         for analysis in analyses:
             material = materials[analysis.name]
             key = _key(analysis, material, content)
@@ -101,10 +101,10 @@ def _key(analysis: Analysis, material: Material, model: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Numbers]:
-    """Key -> numbers of an earlier run.
+    """Read the results of an earlier run: key -> numbers; empty without a file.
 
     Raises:
-        DataError: the file is there and damaged.
+        DataError: the file is damaged.
     """
     if not path.is_file():
         return {}
@@ -116,7 +116,7 @@ def _read(path: Path) -> dict[str, Numbers]:
 
 
 def _write(out: Path, analysis: Analysis, material: Material, arms: dict[str, Numbers], earlier: dict[str, Numbers]) -> Path:
-    """Write the numbers; those of an earlier run that are still to be taken over stay until the end."""
+    """Write the numbers; results of an earlier run stay in the file until they are reused or the run ends."""
     kept = {arm["key"] for arm in arms.values()}
     waiting = {f"(earlier) {key}": {"key": key, "model": "", **value} for key, value in earlier.items() if key not in kept}
     path = out / f"{analysis.name}.json"

@@ -1,7 +1,7 @@
-"""What does standardizing every dimension do to a model's scores, and how much does the reference corpus matter?
+"""How does standardizing every dimension change a model's scores, and how much does the reference corpus matter?
 
-Statistics are fitted on every corpus given, and, as a bound that no deployed model can have, on the evaluated texts themselves.
-The evaluated vectors are computed once, without any standardizer that the model has.
+Statistics are fitted on every given corpus and, as an upper bound that no deployed model can reach, on the evaluated texts
+themselves. The evaluated vectors are computed once, with the model's own standardizer disabled.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from unified_lm.objectives.ranking import ndcg_at_k
 
 NONE = "none"
 ITSELF = "the evaluated texts"
-"""Labels of the two rows that are always measured."""
+"""Labels of the two conditions that are always measured."""
 
 MIN_TEXTS = 20
-"""Fewest texts of a corpus here; an export wants more."""
+"""Minimum texts per corpus in this analysis; an export requires more."""
 
 _RANKS = 10
 
@@ -82,7 +82,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
     try:
 
         def encode(texts: list[Text]) -> np.ndarray:
-            """float32 `[N, D]`, as pooled."""
+            """Embed texts: float32 `[N, D]`, pooled and not normalized."""
             return pooled_vectors(model, texts, show_progress)
 
         fitted = {label: _fit(encode([Text(text) for text in texts])) for label, texts in content.corpora.items()}
@@ -107,11 +107,11 @@ def _fit(vectors: np.ndarray) -> Standardizer:
 
 
 Scores = tuple[np.ndarray, Callable[..., float], tuple[np.ndarray, ...]]
-"""Per-item values under a standardizer, the statistic of (values, fixed columns...), and the fixed columns."""
+"""(per-item values under a standardizer, statistic of (values, fixed columns...), fixed columns)"""
 
 
 def _rows(score: Callable[[Standardizer | None], Scores], fitted: Mapping[str, Standardizer]) -> dict[str, Numbers]:
-    """The score without standardization and with every corpus, and the paired difference to none, with 95% intervals."""
+    """Scores without standardization and with every corpus, and the paired difference to the former, with 95 % intervals."""
     plain, statistic, fixed = score(None)
     base = bootstrap_interval(statistic, plain, *fixed)
     rows = {NONE: {"value": rounded(base.value), "low": rounded(base.low), "high": rounded(base.high)}}
@@ -120,7 +120,7 @@ def _rows(score: Callable[[Standardizer | None], Scores], fitted: Mapping[str, S
         interval = bootstrap_interval(statistic, values, *fixed)
 
         def difference(a: np.ndarray, b: np.ndarray, *columns: np.ndarray) -> float:
-            """The statistic of `a` less that of `b`, over the same items."""
+            """The statistic of `a` minus that of `b`, over the same items."""
             return statistic(a, *columns) - statistic(b, *columns)
 
         change = bootstrap_interval(difference, values, plain, *fixed)
@@ -146,10 +146,10 @@ def _spearman(left: np.ndarray, right: np.ndarray, gold: np.ndarray, standardize
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's correlation: Pearson's of the ranks, ties sharing their mean rank.
+    """Spearman's correlation: Pearson's correlation of the ranks, where ties have their mean rank.
 
-    scipy's `spearmanr` also computes a p-value, which takes ten times as long as the rest; a bootstrap calls this thousands of
-    times.
+    scipy's `spearmanr` also computes a p-value, which takes ten times as long as the rest; the bootstrap calls this function
+    thousands of times.
     """
     x, y = rankdata(a), rankdata(b)
     x, y = x - x.mean(), y - y.mean()
@@ -176,9 +176,9 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
         for index, row in enumerate(rows):
             values = [numbers[metric][row] for numbers in arms.values()]
             error = np.array([[v["value"] - v["low"], v["high"] - v["value"]] for v in values]).T
-            places = np.arange(len(arms)) + (index - (len(rows) - 1) / 2) * bar
+            centers = np.arange(len(arms)) + (index - (len(rows) - 1) / 2) * bar
             bars = axis.bar(
-                places, [v["value"] for v in values], width=bar * 0.94, yerr=np.maximum(error, 0), capsize=2, ecolor="#555555",
+                centers, [v["value"] for v in values], width=bar * 0.94, yerr=np.maximum(error, 0), capsize=2, ecolor="#555555",
                 error_kw={"linewidth": 0.9}, color=PALETTE[index % len(PALETTE)], hatch="//" if row == ITSELF else None,
                 edgecolor="white", linewidth=0.5,
             )  # fmt: skip

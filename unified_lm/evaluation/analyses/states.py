@@ -1,4 +1,4 @@
-"""What analyses read off a model: hidden states layer by layer through the packed forward, and pooled vectors of texts."""
+"""Model outputs for analyses: hidden states by layer from the packed forward, and pooled vectors of texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.embedding import sample_states
 
 TOKEN_BUDGET = 1024
-"""The most tokens of one forward; every layer's states of a pack are in memory at once."""
+"""Maximum tokens per forward; the states of all layers of a pack are in memory at once."""
 
 
 def layer_states(
@@ -25,14 +25,14 @@ def layer_states(
     """Run sequences through the model.
 
     Args:
-        model: its backbone is used; template, pooling and head play no part.
+        model: only its backbone is used, not its template, pooling or head.
         sequences: int `[T]` each.
-        attention: "causal" or "bidirectional", for all or one for each.
-        show_progress: draw a bar on stderr.
+        attention: "causal" or "bidirectional", for all sequences or one per sequence.
+        show_progress: draw a progress bar on stderr.
 
     Yields:
         The index of a sequence and float32 `[T, L + 1, D]` on the CPU (see `Backbone.layer_states`), longest sequence first.
-        Sequences of one length that stand side by side come about together.
+        Adjacent sequences of equal length are yielded close together.
     """
     attentions = [attention] * len(sequences) if isinstance(attention, str) else list(attention)
     samples = [
@@ -54,7 +54,7 @@ def layer_states(
 
 
 def pooled_vectors(model: UnifiedLM, texts: Sequence[Text], show_progress: bool) -> np.ndarray:
-    """Embed texts, each with its instruction: float32 `[N, D]`, as pooled (not of length 1)."""
+    """Embed texts, each with its instruction: float32 `[N, D]`, pooled and not normalized."""
     vectors = np.empty((len(texts), model.embedding_dim), np.float32)
     for instruction in dict.fromkeys(text.instruction for text in texts):
         chosen = [i for i, text in enumerate(texts) if text.instruction == instruction]
@@ -65,13 +65,13 @@ def pooled_vectors(model: UnifiedLM, texts: Sequence[Text], show_progress: bool)
 
 
 def token_windows(model: UnifiedLM, texts: Sequence[str], positions: int, count: int) -> list[np.ndarray]:
-    """The first `positions` tokens of texts that have as many, begin of text included where the tokenizer adds one.
+    """The first `positions` tokens of each text that is long enough, including a beginning-of-text token if one is added.
 
     Args:
-        model: its tokenizer is used, without a template.
+        model: only its tokenizer is used, without a template.
         texts: in order of preference.
-        positions: tokens of every window.
-        count: windows wanted.
+        positions: tokens per window.
+        count: number of windows.
 
     Raises:
         DataError: fewer than two texts are long enough.

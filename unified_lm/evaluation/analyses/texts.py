@@ -1,4 +1,4 @@
-"""What is measured on: reference texts, sentence pairs with a score, retrieval pairs. Files of the user's, or pydocs."""
+"""Data for analyses: reference texts, scored sentence pairs and retrieval pairs, from the user's files or from pydocs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from unified_lm.evaluation.embedding.offline import DESCRIPTION, Kind, read_task
 from unified_lm.evaluation.embedding.offline_files import Layout, read_fields
 
 PYDOCS = "pydocs"
-"""Stands for the built-in data set."""
+"""Names the built-in data set."""
 
 
 @dataclass(frozen=True)
 class ScoredPairs:
-    """Sentence pairs with a similarity that people gave.
+    """Sentence pairs with human similarity scores.
 
     Attributes:
         name: for figures.
         left: first sentences.
         right: second sentences.
-        scores: float64 `[pairs]`, higher is more similar.
+        scores: float64 `[pairs]`, higher means more similar.
     """
 
     name: str
@@ -40,13 +40,13 @@ class ScoredPairs:
 
 @dataclass(frozen=True)
 class RetrievalPairs:
-    """Queries, the documents they search, and which documents answer them.
+    """Queries, the documents to search, and the relevant documents of each query.
 
     Attributes:
         name: for figures.
-        queries: with their instructions.
-        documents: each text once.
-        relevant: per query the indices of its documents.
+        queries: queries with their instructions.
+        documents: distinct documents.
+        relevant: per query, the indices of its relevant documents.
     """
 
     name: str
@@ -56,25 +56,25 @@ class RetrievalPairs:
 
 
 def fingerprint(*parts: object) -> str:
-    """Hash of what a measurement reads: strings, numbers, lists of them."""
+    """Hash of the inputs of a measurement: strings, numbers, and lists of them."""
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def read_texts(source: str, limit: int | None, *, subset: str = "sentences", split: str = "test") -> tuple[str, list[str]]:
-    """Texts of a corpus.
+    """Read the texts of a corpus.
 
     Args:
-        source: "pydocs", a file or folder of texts (.txt with one a line, .jsonl with "text"...), or an offline STS task, which
-            gives its sentences.
-        limit: at most that many, chosen by a fixed seed, in the order of the source; None for all.
-        subset: part of pydocs, "sentences" or "text".
-        split: of pydocs.
+        source: "pydocs", a file or folder of texts (.txt with one text per line, .jsonl with "text"...), or an offline STS
+            task, whose sentences are used.
+        limit: maximum number of texts, sampled with a fixed seed and kept in source order; None for all.
+        subset: subset of pydocs, "sentences" or "text".
+        split: split of pydocs.
 
     Returns:
-        A name, and the texts.
+        The name of the corpus, and its texts.
 
     Raises:
-        DataError: nothing there, or malformed.
+        DataError: missing or malformed data.
     """
     path = Path(source).expanduser()
     if path.is_dir() and (path / DESCRIPTION).is_file():
@@ -91,14 +91,14 @@ def read_texts(source: str, limit: int | None, *, subset: str = "sentences", spl
 
 
 def read_scored_pairs(source: str, limit: int | None) -> ScoredPairs:
-    """Sentence pairs with scores.
+    """Read sentence pairs with scores.
 
     Args:
         source: the folder of an offline STS task (`task.yaml`), or a file with columns sentence1, sentence2 and score.
-        limit: at most that many, chosen by a fixed seed; None for all.
+        limit: maximum number of pairs, sampled with a fixed seed; None for all.
 
     Raises:
-        DataError: nothing there, another kind of task, or malformed.
+        DataError: missing or malformed data, or a task of another kind.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -116,14 +116,14 @@ def read_scored_pairs(source: str, limit: int | None) -> ScoredPairs:
 
 
 def read_retrieval(source: str, limit: int | None) -> RetrievalPairs:
-    """Held-out retrieval pairs: every positive and negative of the chosen rows is searched, each text once.
+    """Read held-out retrieval pairs. The distinct positives and negatives of the sampled rows form the searched documents.
 
     Args:
         source: "pydocs" (its test split), or a file or folder of pairs.
-        limit: rows, chosen by a fixed seed; None for all.
+        limit: maximum number of rows, sampled with a fixed seed; None for all.
 
     Raises:
-        DataError: nothing there, or malformed.
+        DataError: missing or malformed data.
     """
     config = (
         SourceConfig(builtin=PYDOCS, subset="pairs", split="test", limit=limit)
@@ -148,5 +148,5 @@ def _choose(items: list, limit: int | None) -> list:
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """Each text once, white space around it removed, empty ones left out."""
+    """Distinct texts, stripped, without empty ones."""
     return [text for text in dict.fromkeys(text.strip() for text in texts) if text]

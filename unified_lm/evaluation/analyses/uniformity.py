@@ -1,8 +1,8 @@
 """Alignment and uniformity: Wang and Isola (2020), arXiv:2005.10242, with their alpha = 2 and t = 2.
 
-Alignment is the mean squared distance of similar texts, uniformity the logarithm of the mean Gaussian potential of all texts;
-for both, lower is better. A model that maps everything to one point is perfectly aligned and not uniform at all, so read them
-together.
+Alignment is the mean squared distance between similar texts, uniformity the logarithm of the mean Gaussian potential over all
+pairs of texts; lower is better for both. A model that maps every text to one point is perfectly aligned and not uniform at all,
+so the two numbers belong together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Pairs = list[tuple[Text, Text]]
 
 
 def squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Of unit vectors `[N, D]`, row by row: float64 `[N]`."""
+    """Row-wise squared distances of unit vectors `[N, D]`: float64 `[N]`."""
     return ((left - right) ** 2).sum(axis=1)
 
 
@@ -40,7 +40,7 @@ def alignment(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def uniformity(vectors: np.ndarray) -> float:
-    """`log mean exp(-t |x - y|^2)` over all pairs of different rows of unit vectors `[N, D]`, N >= 2 (section 4.1.2)."""
+    """`log mean exp(-t |x - y|^2)` over all pairs of distinct rows of unit vectors `[N, D]`, N >= 2 (section 4.1.2)."""
     if len(vectors) < 2:
         raise DataError("uniformity needs at least two vectors.")
     distances = np.clip(2 - 2 * (vectors @ vectors.T), 0, None)
@@ -67,7 +67,7 @@ def _prepare(settings: AnalysisSettings) -> Material:
 
 
 def unit_vectors(model: UnifiedLM, texts: list[Text], show_progress: bool) -> np.ndarray:
-    """float64 `[N, D]`, of length 1, each text with its instruction."""
+    """Embed texts, each with its instruction: unit vectors, float64 `[N, D]`."""
     vectors = pooled_vectors(model, texts, show_progress).astype(np.float64)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
@@ -83,7 +83,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
         "alignment": rounded(aligned.value),
         "alignment_low": rounded(aligned.low),
         "alignment_high": rounded(aligned.high),
-        "uniformity": rounded((uniformity(left) + uniformity(right)) / 2),  # as the authors' code: each side alone
+        "uniformity": rounded((uniformity(left) + uniformity(right)) / 2),  # each side alone, as in the authors' code
         "mean_positive_cosine": rounded(float((left * right).sum(axis=1).mean())),
     }
 

@@ -1,1 +1,1 @@
-"""Embeddings measured on tasks: mteb, and folders of files as tasks."""
+"""Evaluation of embeddings on tasks: mteb's, and folders of files."""

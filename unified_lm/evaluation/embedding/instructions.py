@@ -1,7 +1,7 @@
-"""Which instruction precedes a text of an evaluation task: tables as data, and the rules that read them.
+"""Which instruction precedes a text of an evaluation task: tables as data, and the rules that apply them.
 
-Embedding papers publish one instruction per task. Queries always carry it; whether documents do depends on the paper, so it
-is a field of the table.
+Embedding papers publish one instruction per task. Queries always have it; whether documents do depends on the paper, so the
+table says so in a field.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from typing import Any, Protocol
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 
 TABLES = Path(__file__).parent / "tables"
-"""Folder of the tables that come with the package."""
+"""Folder of the built-in tables."""
 
 ASYMMETRIC_TYPES = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
-"""Task types of mteb that tell queries from documents."""
+"""Task types of mteb that distinguish queries from documents."""
 
 _FIELDS = ("name", "source", "documents_with_instruction", "types", "tasks")
 _VARIANT = re.compile(r"(HardNegatives)?(\.v\d+)?$")
 
 
 class Role(Enum):
-    """What a text is to its task."""
+    """The role of a text in its task."""
 
     QUERY = "query"
     DOCUMENT = "document"
     TEXT = "text"
-    """A text of a task that makes no difference: similarity, classification, clustering."""
+    """A text of a task that makes no such distinction: similarity, classification, clustering."""
 
 
 @dataclass(frozen=True)
 class TaskKey:
-    """What an instruction is chosen by.
+    """The properties of a task that decide its instruction.
 
     Attributes:
         name: the task's name.
         type: mteb's task type, "Retrieval", "STS"...
-        prompt: the instruction that the task itself names: one for all, or one per role; None for none.
+        prompt: the task's own instruction: one for all texts, or one per role; None if it has none.
     """
 
     name: str
@@ -56,19 +56,19 @@ class Instructions(Protocol):
 
     @property
     def label(self) -> str:
-        """Tells results apart; "" where an export's own instructions are used."""
+        """Distinguishes results; "" for an export's own instructions."""
         ...
 
     def find(self, task: TaskKey, role: Role) -> str | None:
-        """The instruction, "" for none on purpose, None where the source knows nothing about the task."""
+        """The instruction; "" for deliberately none, None if the source does not know the task."""
         ...
 
 
 @dataclass(frozen=True)
 class ExportInstructions:
-    """What the export says: its "query" instruction before queries, its "document" instruction before everything else.
+    """The export's own: its "query" instruction before queries, its "document" instruction before all other texts.
 
-    This is what stock sentence-transformers does under mteb.
+    Stock sentence-transformers behaves like this under mteb.
     """
 
     instructions: Mapping[str, str]
@@ -92,12 +92,12 @@ class NoInstructions:
 
 @dataclass(frozen=True)
 class TaskInstructions:
-    """The instruction that each task names itself; documents have none unless the task gives them one."""
+    """Each task's own instruction; documents have none unless the task gives them one."""
 
     label: str = "task"
 
     def find(self, task: TaskKey, role: Role) -> str | None:
-        """The task's own instruction, None where it names none."""
+        """The task's own instruction, None if it has none."""
         if task.prompt is None:
             return None
         if isinstance(task.prompt, str):
@@ -110,10 +110,10 @@ class InstructionTable:
     """The instructions of a paper.
 
     Attributes:
-        label: name of the table, with a hash of its content where it is the user's own.
+        label: name of the table, with a hash of its content for a user's table.
         tasks: task name -> instruction, or role -> instruction.
         types: task type -> instruction, for tasks that `tasks` does not list.
-        documents_with_instruction: task types whose documents carry the instruction of the queries; those of other types
+        documents_with_instruction: task types whose documents have the instruction of the queries; documents of other types
             have none.
         source: where the instructions were published.
     """
@@ -125,10 +125,9 @@ class InstructionTable:
     source: str = ""
 
     def find(self, task: TaskKey, role: Role) -> str | None:
-        """The table's instruction; a variant of a task (".v2", "HardNegatives") has that of the task.
+        """The table's instruction; a variant of a task (".v2", "HardNegatives") has the instruction of the task.
 
-        A task that the table does not know falls back on the instruction that the task itself names (an offline task's
-        description), else None.
+        A task that is not in the table has its own instruction (for an offline task, that of its task.yaml), or None.
         """
         base = _VARIANT.sub("", task.name)
         for entry in (self.tasks.get(task.name), self.tasks.get(base), self.types.get(task.type)):
@@ -144,16 +143,16 @@ class InstructionTable:
 
 
 def table_names() -> list[str]:
-    """Names of the tables that come with the package."""
+    """Names of the built-in tables."""
     return sorted(path.stem for path in TABLES.glob("*.json") if path.stem != "task_sets")
 
 
 def load_table(name_or_path: str) -> InstructionTable:
-    """Read a table that comes with the package, or a JSON file of the same form.
+    """Read a built-in table, or a JSON file of the same form.
 
     Raises:
         ConfigError: no such table.
-        DataError: a file that is no table.
+        DataError: the file is not a table.
     """
     own = name_or_path.endswith(".json")
     path = Path(name_or_path).expanduser() if own else TABLES / f"{name_or_path}.json"
@@ -195,7 +194,7 @@ def _check_table(value: Any, path: Path) -> None:
 
 
 def instructions_of(name: str, export: Mapping[str, str]) -> Instructions:
-    """The source that a user names.
+    """The source of instructions that a user names.
 
     Args:
         name: "export", "none", "task", a table's name, or a .json file.
@@ -203,7 +202,7 @@ def instructions_of(name: str, export: Mapping[str, str]) -> Instructions:
 
     Raises:
         ConfigError: unknown name.
-        DataError: a file that is no table.
+        DataError: the file is not a table.
     """
     if name == "export":
         return ExportInstructions(export)
@@ -215,15 +214,15 @@ def instructions_of(name: str, export: Mapping[str, str]) -> Instructions:
 
 
 def roles_of(task_type: str) -> tuple[Role, ...]:
-    """The roles that the texts of a task type have."""
+    """The roles of the texts of a task type."""
     return (Role.QUERY, Role.DOCUMENT) if task_type in ASYMMETRIC_TYPES else (Role.TEXT,)
 
 
 def require_known(instructions: Instructions, tasks: list[TaskKey]) -> None:
-    """Refuse tasks without an instruction before any of them is run.
+    """Refuse tasks without an instruction before any task runs.
 
     Raises:
-        ConfigError: the source knows nothing about some of them.
+        ConfigError: the source does not know some of the tasks.
     """
     missing = [task.name for task in tasks if any(instructions.find(task, role) is None for role in roles_of(task.type))]
     if missing:

@@ -1,6 +1,6 @@
-"""The only file that imports mteb: our model as an mteb encoder, offline tasks as mteb tasks, and the run over them.
+"""The only file that imports mteb: our model as an mteb encoder, offline tasks as mteb tasks, and the evaluation loop.
 
-Scores, file layout and caching are mteb's own (2.x), so results compare with its leaderboard and its tools read them.
+Scores, file layout and caching are mteb's own (2.x), so results are comparable with its leaderboard and readable by its tools.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -36,49 +35,11 @@ from torch.utils.data import DataLoader
 from unified_lm.core.errors import DataError
 from unified_lm.evaluation.embedding.instructions import Instructions, Role, TaskKey
 from unified_lm.evaluation.embedding.offline import Kind, OfflineTask
+from unified_lm.evaluation.embedding.task_results import ModelIdentity, TaskScore
 from unified_lm.evaluation.embedding.task_sets import RegistryTask
 from unified_lm.inference.unified import UnifiedLM
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskScore:
-    """The result of a task.
-
-    Attributes:
-        name: the task.
-        type: mteb's task type.
-        metric: name of the main score.
-        score: the main score, mean over splits and subsets.
-        seconds: what it took, loading included; that of the first run where `resumed`.
-        resumed: whether it was finished before.
-        path: mteb's result file.
-    """
-
-    name: str
-    type: str
-    metric: str
-    score: float
-    seconds: float
-    resumed: bool
-    path: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelIdentity:
-    """What mteb files results under.
-
-    Attributes:
-        name: "organization/model".
-        revision: hash of the model's content.
-        settings: what differs from the model's own defaults (instructions, attention...); results of other settings lie
-            apart.
-    """
-
-    name: str
-    revision: str
-    settings: Mapping[str, str]
 
 
 class UnifiedEncoder(AbsEncoder):
@@ -98,11 +59,11 @@ class UnifiedEncoder(AbsEncoder):
         """Wrap a model.
 
         Args:
-            model: the model; it embeds in packs of its own, so mteb's batch size has no effect.
+            model: the model; it packs texts itself, so mteb's batch size has no effect.
             instructions: which instruction precedes which text.
-            identity: what results are filed under.
-            max_tokens: limit of a text with its prompt; None takes the export's.
-            show_progress: draw a bar per call on stderr.
+            identity: the name under which results are filed.
+            max_tokens: limit in tokens of a text with its prompt; None selects the export's.
+            show_progress: draw a progress bar per call on stderr.
         """
         self.model = model
         self.mteb_model_meta = _model_meta(model, identity, max_tokens)
@@ -122,10 +83,10 @@ class UnifiedEncoder(AbsEncoder):
     ) -> np.ndarray:
         """Embed the texts of a task, float32 `[N, D]`.
 
-        An empty text, which some corpora have, is the zero vector: sentence-transformers gives the same, as it pools no token.
+        An empty text, which some corpora have, becomes the zero vector, as in sentence-transformers, which pools no token.
 
         Raises:
-            DataError: the instructions have none for this task.
+            DataError: there is no instruction for this task.
         """
         texts = [text for batch in inputs for text in batch["text"]]
         instruction = self._instructions.find(task_key(task_metadata), Role(prompt_type.value) if prompt_type else Role.TEXT)
@@ -143,12 +104,12 @@ class UnifiedEncoder(AbsEncoder):
 
 
 def task_key(metadata: TaskMetadata) -> TaskKey:
-    """What the instruction of a task is chosen by."""
+    """The key by which the instruction of a task is found."""
     return TaskKey(metadata.name, metadata.type, cast("str | Mapping[str, str] | None", metadata.prompt))
 
 
 def leaf_tasks(tasks: Iterable[AbsTask]) -> list[AbsTask]:
-    """The tasks with aggregates (CQADupstack) taken apart."""
+    """The tasks, with aggregates (CQADupstack) replaced by their parts."""
     leaves: list[AbsTask] = []
     for task in tasks:
         leaves += leaf_tasks(task.metadata.tasks) if isinstance(task, AbsTaskAggregate) else [task]
@@ -165,11 +126,11 @@ def in_registry(name: str) -> bool:
 
 
 def registry_task(wanted: RegistryTask, languages: Sequence[str] = ()) -> AbsTask:
-    """A task of mteb's registry.
+    """Get a task of mteb's registry.
 
     Args:
         wanted: its name, splits and subsets.
-        languages: codes ("eng"); only subsets wholly in these languages are kept. Empty keeps all.
+        languages: codes ("eng"); only subsets entirely in these languages are kept. Empty keeps all.
 
     Raises:
         DataError: unknown name, split or subset.
@@ -203,9 +164,9 @@ def run_tasks(
     overwrite: bool = False,
     report: Callable[[TaskScore], None] = lambda score: None,
 ) -> list[TaskScore]:
-    """Evaluate task by task; each is saved when done, so that a stopped run goes on where it was.
+    """Evaluate task by task. Every result is saved at once, so that an interrupted run resumes with the next task.
 
-    A finished task is skipped when its result is of the same data. mteb alone would take a result of other data for it.
+    A finished task is skipped if its result is for the same data; mteb itself would also accept a result for other data.
 
     Args:
         encoder: the model.
@@ -244,7 +205,7 @@ def _finished(cache: ResultCache, task: AbsTask, meta: ModelMeta) -> TaskResult 
 
 
 def _evaluate(encoder: UnifiedEncoder, task: AbsTask, cache: ResultCache, overwrite: bool) -> TaskResult:
-    """Run one task. What an earlier run of other data left is not merged with."""
+    """Run one task. A result for other data is overwritten, not merged."""
     old = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
     stale = old is not None and old.dataset_revision != task.metadata.revision
     try:
@@ -265,7 +226,7 @@ def _evaluate(encoder: UnifiedEncoder, task: AbsTask, cache: ResultCache, overwr
         show_progress_bar=False,
     )
     for leaf in leaf_tasks([task]):
-        if not isinstance(leaf, _Offline):
+        if not isinstance(leaf, _Offline):  # an offline task could not load its data again
             leaf.unload_data()
     return results.task_results[0]
 
@@ -290,7 +251,7 @@ def _model_meta(model: UnifiedLM, identity: ModelIdentity, max_tokens: int | Non
 
 
 class _Offline(AbsTask):
-    """What offline tasks share: metadata from the folder, data that is there already."""
+    """Common part of offline tasks: metadata from the folder, and data that is already in memory."""
 
     def __init__(self, source: OfflineTask) -> None:
         self.metadata = _metadata(source)
@@ -298,7 +259,7 @@ class _Offline(AbsTask):
         super().__init__()
 
     def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-        """Put the folder's rows where mteb looks for them."""
+        """Assign the folder's rows to the attribute that mteb reads."""
         self.dataset = self._tables()
         self.data_loaded = True
 
@@ -331,7 +292,7 @@ class OfflineClassification(_Offline, AbsTaskClassification):
 
 
 class OfflineClustering(_Offline, AbsTaskClustering):
-    """V-measure of k-means over samples of the texts. All texts are embedded: mteb's own default keeps 4 % of them."""
+    """V-measure of k-means over samples of the texts. All texts are embedded; mteb's default keeps 4 % of them."""
 
     max_fraction_of_documents_to_embed = None
 
@@ -342,7 +303,7 @@ class OfflineClustering(_Offline, AbsTaskClustering):
 
 
 class OfflinePairClassification(_Offline, AbsTaskPairClassification):
-    """Average precision of telling pairs by their similarity."""
+    """Average precision of classifying pairs by their similarity."""
 
     def _tables(self) -> Any:
         columns = self.source.splits["test"]
@@ -356,7 +317,7 @@ class OfflinePairClassification(_Offline, AbsTaskPairClassification):
 
 
 class OfflineRetrieval(_Offline, AbsTaskRetrieval):
-    """nDCG@10 over a corpus, or, with candidates per query, mean average precision of their order (reranking)."""
+    """nDCG@10 over a corpus; with candidates per query, mean average precision of their ranking (reranking)."""
 
     def _tables(self) -> Any:
         ranking = self.source.ranking
@@ -381,11 +342,11 @@ _CLASSES: Mapping[Kind, tuple[type[_Offline], str, str]] = {
     Kind.RERANKING: (OfflineRetrieval, "Reranking", "map_at_1000"),
     Kind.RETRIEVAL: (OfflineRetrieval, "Retrieval", "ndcg_at_10"),
 }
-"""Kind -> class, mteb's task type, main score (those of mteb's own tasks)."""
+"""Kind -> class, mteb's task type, main score (as in mteb's own tasks)."""
 
 
 def offline_task(source: OfflineTask) -> AbsTask:
-    """A folder as a task of mteb's own classes."""
+    """Turn a folder into a task of mteb's own classes."""
     return _CLASSES[source.kind][0](source)
 
 
@@ -405,9 +366,9 @@ def _metadata(source: OfflineTask) -> TaskMetadata:
 
 
 def model_prompts(model: UnifiedLM, instructions: Instructions, tasks: Sequence[AbsTask]) -> dict[str, str]:
-    """The prompts with which plain mteb gives our scores: `SentenceTransformerEncoderWrapper(..., model_prompts=...)`.
+    """The prompts with which plain mteb reproduces our scores: `SentenceTransformerEncoderWrapper(..., model_prompts=...)`.
 
-    Keys are those of mteb: TASK, TASK-query, TASK-document.
+    Keys follow mteb: TASK, TASK-query, TASK-document.
     """
     prompts = {}
     for task in leaf_tasks(tasks):

@@ -1,6 +1,6 @@
-"""Offline tasks: a folder with a `task.yaml` and data files becomes an evaluation task, without network or registration.
+"""Offline tasks: a folder with a `task.yaml` and data files is an evaluation task, without network access or registration.
 
-Only reading and checking happens here; `mteb_tasks` turns the result into a task of mteb's own classes.
+This module reads and validates; `mteb_adapter` turns the result into a task of mteb's own classes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.evaluation.embedding.offline_files import Layout, Row, find_file, read_fields
 
 DESCRIPTION = "task.yaml"
-"""The file that makes a folder an offline task."""
+"""The file that marks a folder as an offline task."""
 
 _KEYS = ("type", "name", "description", "files", "columns", "header", "delimiter", "instruction", "languages")
 
@@ -39,13 +39,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """What retrieval and reranking rank.
+    """The data of a retrieval or reranking task.
 
     Attributes:
         queries: columns "id" and "text".
         corpus: columns "id", "title" and "text".
-        relevant: query id -> document id -> judgment, 0 for judged irrelevant.
-        candidates: query id -> ids of the documents to rank, or None for the whole corpus.
+        relevant: query id -> document id -> relevance judgment, 0 for judged irrelevant.
+        candidates: query id -> ids of the documents to rank; None ranks the whole corpus.
     """
 
     queries: Columns
@@ -56,19 +56,19 @@ class Ranking:
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineTask:
-    """A folder, read and checked.
+    """A task folder, read and validated.
 
     Attributes:
-        kind: what it measures.
+        kind: what the task measures.
         name: its name in results.
-        folder: where it lies.
-        revision: hash of its files, so that results of other data are never mistaken for its own.
+        folder: the folder.
+        revision: hash of its files, which distinguishes results for different data.
         splits: split ("test", for classification also "train") -> columns; empty for rankings.
-        ranking: what retrieval and reranking rank, else None.
-        prompt: the instruction that it names: one for all, or one per role; None for none.
+        ranking: data of retrieval and reranking, else None.
+        prompt: its instruction: one for all texts, or one per role; None if it has none.
         languages: codes such as "eng-Latn".
         description: one line.
-        notices: what the reader should know, rows left out among it.
+        notices: messages for the user, such as the number of excluded rows.
     """
 
     kind: Kind
@@ -84,7 +84,7 @@ class OfflineTask:
 
 
 def find_tasks(folder: Path) -> list[Path]:
-    """The task folders that a folder names: itself, or those directly below it.
+    """The task folders of a folder: the folder itself, or those directly below it.
 
     Raises:
         DataError: no such folder, or no task in it.
@@ -105,10 +105,10 @@ def find_tasks(folder: Path) -> list[Path]:
 
 
 def read_task(folder: Path) -> OfflineTask:
-    """Read and check a task folder.
+    """Read and validate a task folder.
 
     Raises:
-        DataError: the description or a data file is wrong; the text names file, line and field.
+        DataError: the description or a data file is invalid; the message names file, line and field.
     """
     path = folder / DESCRIPTION
     options = _description(path)
@@ -191,7 +191,7 @@ def _mapping(options: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]
 
 
 def _prompt(value: Any, kind: Kind, path: Path) -> str | dict[str, str] | None:
-    """A lone instruction is that of the queries where a task has queries."""
+    """The task's instruction; a single one applies to the queries if the task has queries."""
     if value is None:
         return None
     ranks = kind in (Kind.RERANKING, Kind.RETRIEVAL)
@@ -260,7 +260,7 @@ def _read_retrieval(files: Mapping[str, Path], layout: Layout) -> tuple[Ranking,
 
 
 def _read_texts(path: Path, layout: Layout, titles: bool) -> Columns:
-    """Ids and texts. A document may be empty as long as it has a title."""
+    """Read ids and texts. A document with a title may have an empty text."""
     columns: Columns = {"id": [], "text": [], **({"title": []} if titles else {})}
     seen: set[str] = set()
     for row in read_fields(path, layout):

@@ -1,4 +1,4 @@
-"""Rows of an offline task's files, whatever their format, with the errors that name file, line and field."""
+"""Rows of an offline task's files in any format; errors name file, line and field."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _TRUTHS = {"0": 0, "1": 1, "false": 0, "true": 1}
 
 @dataclass(frozen=True)
 class Layout:
-    """How to read tables without self-description.
+    """How to read tables that do not describe themselves.
 
     Attributes:
-        columns: field -> name of its column, or its position from 1 in a table without a header.
+        columns: field -> name of its column, or its number, counted from 1, in a table without a header.
         header: whether the first line names the columns.
-        delimiter: between cells; None goes by the file's ending.
+        delimiter: separator of cells; None infers it from the file extension.
     """
 
     columns: Mapping[str, str | int]
@@ -33,10 +33,10 @@ class Layout:
 
 
 class Row:
-    """One row, asked for its fields by the names that the task knows."""
+    """One row, whose fields are read by the names that the task uses."""
 
     def __init__(self, path: Path, where: str, content: Any, layout: Layout) -> None:
-        """Raises DataError when the row is no object."""
+        """Raises DataError when the row is not an object."""
         if not isinstance(content, dict):
             raise DataError(f"{path}, {where}: got {type(content).__name__}, expected an object with named fields.")
         self._path, self._where, self._content, self._layout = path, where, content, layout
@@ -46,7 +46,7 @@ class Row:
         return DataError(f"{self._path}, {self._where}, field '{field}': {problem}")
 
     def value(self, field: str, *aliases: str) -> Any:
-        """What stands in a field, under its own name, the column that the description gives, or an alias.
+        """The value of a field: under its own name, the column given in the description, or an alias.
 
         Raises:
             DataError: the row has no such field.
@@ -62,12 +62,12 @@ class Row:
         )
 
     def optional(self, field: str, default: Any) -> Any:
-        """What stands in a field, or a default where the row has none or null."""
+        """The value of a field, or a default if the row lacks it or has null."""
         found = self._content.get(self._layout.columns.get(field, field))
         return default if found is None else found
 
     def text(self, field: str, *aliases: str) -> str:
-        """A text that is not empty."""
+        """A non-empty text."""
         found = self.value(field, *aliases)
         if not isinstance(found, str) or not found.strip():
             raise self.error(field, f"got {_show(found)}, expected a text that is not empty.")
@@ -85,7 +85,7 @@ class Row:
         return self._number(field, self.value(field))
 
     def relevance(self, field: str) -> int:
-        """A judgment, a whole number; 1 where the row has none."""
+        """A relevance judgment, a whole number; 1 if the row has none."""
         number = self._number(field, self.optional(field, 1))
         if number != int(number):
             raise self.error(field, f"got {number}, expected a whole number.")
@@ -101,7 +101,7 @@ class Row:
         return number
 
     def label(self, field: str) -> str:
-        """A class: a text or an integer."""
+        """A class label: a text or an integer."""
         return self.identifier(field)
 
     def truth(self, field: str) -> int:
@@ -121,10 +121,10 @@ class Row:
 
 
 def read_fields(path: Path, layout: Layout) -> Iterator[Row]:
-    """The rows of a file.
+    """Yield the rows of a file.
 
     Raises:
-        DataError: not readable, malformed, or no rows at all.
+        DataError: the file is unreadable, malformed or empty.
     """
     delimiter = layout.delimiter or _DELIMITERS.get(extension(path))
     empty = True
@@ -136,10 +136,10 @@ def read_fields(path: Path, layout: Layout) -> Iterator[Row]:
 
 
 def find_file(folder: Path, name: str, given: str | None) -> Path:
-    """The file of a task that holds `name` ("test", "corpus"...): the one given, else NAME with any known ending.
+    """The file of a task that holds `name` ("test", "corpus"...): the given one, else NAME with any known extension.
 
     Raises:
-        DataError: none, or several.
+        DataError: no such file, or several.
     """
     if given is not None:
         path = folder / Path(given).expanduser()
@@ -161,7 +161,7 @@ def find_file(folder: Path, name: str, given: str | None) -> Path:
 
 
 def _table(path: Path, delimiter: str, header: bool) -> Iterator[tuple[str, dict[str | int, str]]]:
-    """Cells by column name, or by position from 1. Tabs separate plain cells: quotes mean themselves there."""
+    """Yield cells by column name, or by number from 1. In tab-separated files, quotes are ordinary characters."""
     csv.field_size_limit(sys.maxsize)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     try:

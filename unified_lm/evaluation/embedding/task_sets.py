@@ -1,4 +1,4 @@
-"""Sets of benchmark tasks that papers report on, as data."""
+"""Sets of benchmark tasks that papers report, as data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from unified_lm.evaluation.embedding.instructions import TABLES
 
 @dataclass(frozen=True, kw_only=True)
 class RegistryTask:
-    """A task of mteb's registry, narrowed to what is reported.
+    """A task of mteb's registry, restricted to the reported splits and subsets.
 
     Attributes:
         name: its name there.
-        splits: evaluation splits; empty for the task's own.
-        subsets: subsets (languages); empty for all.
+        splits: evaluation splits; empty selects the task's own.
+        subsets: subsets (languages); empty selects all.
     """
 
     name: str
@@ -26,11 +26,11 @@ class RegistryTask:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSet:
-    """A named set.
+    """A named set of tasks.
 
     Attributes:
-        name: what the command line calls it.
-        description: one line.
+        name: its name on the command line.
+        description: one-line description.
         source: the publication.
         tasks: its tasks.
     """
@@ -43,7 +43,7 @@ class TaskSet:
 
 @cache
 def task_sets() -> dict[str, TaskSet]:
-    """Name -> set."""
+    """Name -> set of tasks."""
     content = json.loads((TABLES / "task_sets.json").read_text(encoding="utf-8"))
     return {
         name: TaskSet(

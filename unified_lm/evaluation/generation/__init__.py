@@ -1,1 +1,1 @@
-"""Generation measured: perplexity and lm-eval."""
+"""Evaluation of generation: perplexity and lm-eval."""

@@ -1,7 +1,7 @@
 """lm-eval (EleutherAI's evaluation harness) on an exported folder. The only file that imports it.
 
-The export is an ordinary causal language model, so the harness's own Hugging Face class loads it; nothing of ours
-runs in between.
+The export is an ordinary causal language model, so the harness loads it through its own Hugging Face class, without code of
+this package.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 
 VERSION = str(lm_eval.__version__)
-"""Version of the harness, for results."""
+"""Version of the harness, recorded in results."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HarnessSettings:
-    """What the harness is asked for.
+    """Settings of a harness run.
 
     Attributes:
         tasks: names of tasks or groups, or paths of task files (.yaml).
-        include_path: folder with task files of one's own; their names may then be used.
-        num_fewshot: examples before each question; None takes the task's own.
-        limit: at most this many questions per task; None for all. Scores are then only good for a trial.
-        batch_size: questions per forward; more of them change numbers only by rounding.
-        chat: whether questions are put as messages, in the export's chat template.
-        device: None takes the accelerator if there is one.
-        dtype: type of the weights in memory; None takes the stored one.
-        seed: of few-shot examples and sampling.
+        include_path: folder of further task files, whose task names become available.
+        num_fewshot: examples before each question; None uses the task's own number.
+        limit: maximum questions per task; None for all. A limit is for trials only: the scores are not comparable.
+        batch_size: questions per forward; it changes scores only by rounding.
+        chat: whether questions are formatted as messages in the export's chat template.
+        device: None selects the accelerator if there is one.
+        dtype: dtype of the weights in memory; None keeps the stored one.
+        seed: seed of few-shot examples and sampling.
     """
 
     tasks: Sequence[str]
@@ -56,11 +56,11 @@ class HarnessScore:
     """One metric of one task.
 
     Attributes:
-        task: its name.
-        metric: name of the metric, with the filter that the answers went through unless that is "none".
+        task: name of the task.
+        metric: name of the metric, with the filter applied to the answers unless that is "none".
         value: the score.
-        error: its standard error, or None where the harness gives none.
-        num_questions: how many were asked.
+        error: its standard error, or None if the harness reports none.
+        num_questions: number of questions asked.
     """
 
     task: str
@@ -78,15 +78,14 @@ def run_harness(
     Args:
         folder: the export.
         settings: see `HarnessSettings`.
-        answers: where the harness keeps the model's answers, so that a killed run goes on where it stopped; the name must stand
-            for this content of the folder and these settings. None keeps nothing.
+        answers: where the harness stores the model's answers, so that a killed run resumes where it stopped. The name must
+            identify the content of the folder and the settings. None stores nothing.
 
     Returns:
-        The scores, and the harness's own result without single answers, JSON-ready.
+        The scores, and the harness's own result without individual answers, as JSON values.
 
     Raises:
-        DataError: an unknown task, a task file that cannot be read, or data that cannot be reached. Found before the model is
-            loaded.
+        DataError: an unknown task, an unreadable task file, or unavailable data; raised before the model is loaded.
         ConfigError: the folder's tokenizer has no chat template.
     """
     manager = TaskManager(include_path=None if settings.include_path is None else str(settings.include_path))
@@ -123,7 +122,7 @@ def run_harness(
 
 
 def _check_tasks(manager: TaskManager, names: Sequence[str]) -> None:
-    """Load every task once: that reads its file and its data.
+    """Load every task once, which reads its file and its data.
 
     Raises:
         DataError: see `run_harness`.
@@ -131,7 +130,7 @@ def _check_tasks(manager: TaskManager, names: Sequence[str]) -> None:
     known = set(manager.all_tasks)
     for name in names:
         if name not in known and not Path(name).is_file():
-            hint = did_you_mean(name, known)  # offered only where close: the harness knows thousands
+            hint = did_you_mean(name, known)  # a list of all names would be thousands long
             close = hint if "Did you" in hint else ""
             raise DataError(
                 f"unknown task '{name}'.{close} Tasks of your own: --include-path FOLDER, or the path of a .yaml file."
@@ -143,7 +142,7 @@ def _check_tasks(manager: TaskManager, names: Sequence[str]) -> None:
 
 
 def _scores(result: Mapping[str, Any]) -> list[HarnessScore]:
-    """Every metric of every task and group; the harness names a metric "name,filter" and its error "name_stderr,filter"."""
+    """Every metric of every task and group; the harness uses the keys "name,filter" and "name_stderr,filter"."""
     scores = []
     for task, metrics in result["results"].items():
         count = result.get("n-samples", {}).get(task, {}).get("effective")

@@ -1,8 +1,8 @@
-"""Perplexity by domain: how well a model predicts texts of different kinds, read causally.
+"""Perplexity by domain: how well a model predicts texts of different kinds under causal attention.
 
-Every document stands alone behind one start token, so that its first token is predicted too and bytes are counted exactly. A
-document longer than the context is read in overlapping windows, each token being scored once, with at least `context - stride`
-tokens before it wherever the document has them.
+Every document is read alone after one start token, so that its first token is predicted too and bytes are counted exactly. A
+document longer than the context is read in overlapping windows; each token is scored once, with at least `context - stride`
+tokens of context wherever the document has them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from unified_lm.models.embedding import sample_states
 from unified_lm.objectives.cross_entropy import token_losses
 
 CONTEXT = 1024
-"""Tokens of a window."""
+"""Default number of tokens per window."""
 
 _TOKEN_BUDGET = 4096
 _ENDLESS = 1 << 30
@@ -38,7 +38,7 @@ _CHAT_COLUMNS = ("messages", "conversations", "prompt")
 _BUILT_IN = {"pydocs/text": ("text", RecordKind.TEXT), "pydocs/chats": ("chats", RecordKind.CHAT)}
 
 BUILT_IN = tuple(_BUILT_IN)
-"""Domains that need no file: the held-out parts of the built-in data set."""
+"""Domains that need no file: the held-out splits of the built-in data set."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Domain:
     """Documents of one kind.
 
     Attributes:
-        name: for tables.
-        documents: running texts, or conversations, of which the answers are scored.
+        name: its name in tables.
+        documents: running texts, or conversations, in which the answers are scored.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Domain:
         return digest.hexdigest()
 
     def limited(self, num_documents: int) -> Domain:
-        """At most this many documents, evenly spread over all of them."""
+        """At most this many documents, evenly spaced over the domain."""
         if num_documents >= len(self.documents):
             return self
         total = len(self.documents)
@@ -71,7 +71,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class _Document:
-    """Tokens int64 `[T]`, which of them are scored bool `[T]` (never the first), and the bytes these stand for."""
+    """Token ids int64 `[T]`, which of them are scored, bool `[T]` (never the first), and the bytes of the scored ones."""
 
     ids: np.ndarray
     scored: np.ndarray
@@ -80,7 +80,7 @@ class _Document:
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens `[start, stop)` of a document, of which those from `first` on are scored here."""
+    """Tokens `[start, stop)` of a document; those from `first` on are scored in this window."""
 
     document: int
     start: int
@@ -92,11 +92,11 @@ def read_domain(name: str, path: Path | None) -> Domain:
     """Read the documents of a domain.
 
     Args:
-        name: for tables, or a built-in domain (see `BUILT_IN`) where no path is given.
+        name: its name in tables; without a path, a built-in domain (see `BUILT_IN`).
         path: a file or a folder of files: rows with "text" (a .txt file: one document per line), or conversations.
 
     Raises:
-        DataError: an unknown built-in name, nothing there, or a row that is neither.
+        DataError: an unknown built-in name, a missing file, or a row that is neither text nor conversation.
     """
     if path is None:
         if name not in _BUILT_IN:
@@ -130,23 +130,23 @@ def perplexity(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Token and byte perplexity of a domain, weighted by token: exp of all nats over all tokens, not a mean of documents'.
+    """Token and byte perplexity of a domain: exp(total nats / total tokens), not a mean over documents.
 
     Args:
-        model: read causally, in evaluation mode, in packs.
-        domain: what to read. Of conversations the answers' tokens are scored, their end token among them; their bytes are
-            those of the answers' texts.
-        context: tokens of a window, at least 2.
-        stride: new tokens per further window of a long document, in [1, context); None takes half the context.
-        num_resamples, seed: of the intervals, see `bootstrap_interval`; documents are drawn.
-        progress: called with numbers of finished windows; `num_windows` tells how many there are.
+        model: evaluated under causal attention, in packs.
+        domain: the documents. In conversations the tokens of the answers are scored, including their end token; their
+            bytes are those of the answers' texts.
+        context: tokens per window, at least 2.
+        stride: new tokens per further window of a long document, in [1, context); None uses half the context.
+        num_resamples, seed: see `bootstrap_interval`, which resamples documents.
+        progress: called with the number of windows finished since the last call; `num_windows` gives the total.
 
     Returns:
         "token_perplexity", "bits_per_byte" and "byte_perplexity" (2 to the power of the bits), each with a 95 % interval
         ("low", "high"), and "documents", "tokens", "bytes", "windows", "nats", "context", "stride".
 
     Raises:
-        ConfigError: an impossible context or stride, a template that cannot write conversations.
+        ConfigError: an invalid context or stride, or a template without a form for conversations.
         DataError: a document without a token to score.
     """
     documents = _documents(model.prompt_encoder, domain)
@@ -179,7 +179,7 @@ def perplexity(
 
 
 def num_windows(model: UnifiedLM, domain: Domain, context: int = CONTEXT, stride: int | None = None) -> int:
-    """How many windows `perplexity` reads; raises what it raises."""
+    """The number of windows that `perplexity` reads; raises the same errors."""
     return len(_windows(_documents(model.prompt_encoder, domain), context, _stride(context, stride)))
 
 
@@ -239,7 +239,7 @@ def _documents(encoder: PromptEncoder, domain: Domain) -> list[_Document]:
 
 
 def _windows(documents: Sequence[_Document], context: int, stride: int) -> list[_Window]:
-    """Windows with at least one scored token."""
+    """Split documents into windows, without those that score no token."""
     result = []
     for index, document in enumerate(documents):
         first, stop = 1, min(context, len(document.ids))
@@ -253,8 +253,9 @@ def _windows(documents: Sequence[_Document], context: int, stride: int) -> list[
 
 
 def _nats(states: torch.Tensor, document: _Document, piece: _Window, head: OutputHead) -> float:
-    """Summed cross-entropy of a window's own tokens; states `[stop - start, D]`."""
+    """Summed cross-entropy of the tokens scored in a window; states `[stop - start, D]`."""
     targets = piece.first + np.flatnonzero(document.scored[piece.first : piece.stop])
+    # The state before a token predicts it, hence -1; positions in `states` count from the start of the window.
     before = torch.from_numpy(targets - 1 - piece.start).to(states.device)
     with torch.no_grad():
         losses = token_losses(states[before], head, torch.from_numpy(document.ids[targets]).to(states.device)).losses

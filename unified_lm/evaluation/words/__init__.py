@@ -1,1 +1,1 @@
-"""Word-level probes on frozen states: part of speech, entities, chunks."""
+"""Word-level probes on frozen hidden states: parts of speech, named entities, chunks."""

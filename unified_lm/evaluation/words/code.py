@@ -1,15 +1,14 @@
 """A small tagged data set that needs no download: functions of Python's standard library, tagged from their syntax trees.
 
-Words are code tokens. The tags are exact, because the parser knows them, and most names can only be tagged by what stands
-around them:
+Words are code tokens. The tags are exact, since the parser provides them, and most of them depend on context:
 
 - ``pos``: the role of a token, such as CALL (a name before its brackets), PARAM, KWARG, TARGET, ATTR, METHOD;
-- ``chunk``: maximal dotted names as spans, typed by their use, which often shows only behind them: CALL, TARGET, REF; and
+- ``chunk``: maximal dotted names as spans, typed by their use, which often shows only in later tokens: CALL, TARGET, REF; and
   parameters with their defaults: PARAM;
 - ``ner``: what a name is bound to in its module: MODULE (with the dotted rest), CLASS, EXCEPTION, FUNCTION, CONSTANT. A local
-  name that shadows one is none.
+  name that shadows one has no tag.
 
-It is no substitute for CoNLL-2003: code is not prose, and a tagger of rules would be perfect on the first two.
+This does not replace CoNLL-2003: code is not prose, and a rule-based tagger would be perfect on the first two tasks.
 """
 
 from __future__ import annotations
@@ -34,29 +33,29 @@ from unified_lm.core.errors import DataError
 from unified_lm.evaluation.words.data import TASKS, Sentence, WordData
 
 MAX_WORDS, MIN_WORDS = 40, 12
-"""Words of a sentence: consecutive logical lines of one function."""
+"""Bounds on the words of a sentence, which is made of consecutive logical lines of one function."""
 NUM_TRAIN, NUM_TEST = 500, 200
-"""Sentences of the two splits."""
+"""Default numbers of sentences in the two splits."""
 
 _PER_MODULE = 4
 _TEST_SHARE = 0.3
 _MAX_STRING = 40
-_MAX_BYTES = 60_000  # a longer file takes long to read for the few sentences that are taken from it
+_MAX_BYTES = 60_000  # longer files take long to parse for the few sentences taken from each
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__", "encodings"}
 _CONSTANTS = ("None", "True", "False")
 
-Place = tuple[int, int]
-"""Line (from 1) and column (from 0) of a token."""
+Position = tuple[int, int]
+"""Line (counted from 1) and column (counted from 0) of a token."""
 
 
 @lru_cache(maxsize=1)
 def code_words(num_train: int = NUM_TRAIN, num_test: int = NUM_TEST) -> WordData:
-    """The built-in data set, the same on every machine with the same version of Python.
+    """Build the data set, which is the same on every machine with the same version of Python.
 
-    A module's sentences are all in one split, chosen by the hash of its name.
+    All sentences of a module are in one split, chosen by the hash of its name.
 
     Args:
-        num_train, num_test: sentences wanted.
+        num_train, num_test: number of sentences per split.
 
     Raises:
         DataError: the sources of the standard library are not installed.
@@ -92,23 +91,23 @@ def _split_of(name: str) -> str:
 
 
 def _modules(root: Path) -> list[Path]:
-    """Files in an order that mixes the library's parts."""
+    """Yield module files in an order that mixes the parts of the library."""
     files: list[Path] = []
     for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in _SKIPPED]  # site-packages may hold a hundred times more
+        below[:] = [name for name in below if name not in _SKIPPED]  # may hold a hundred times more files
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     files = [path for path in files if path.stat().st_size <= _MAX_BYTES]
-    # another hash than that of the split, which would put all of one split first
+    # not the hash of the split, which would put one whole split first
     return sorted(files, key=lambda path: _digest("order:" + path.relative_to(root).as_posix()))
 
 
 def module_sentences(source: bytes) -> list[Sentence]:
-    """Tagged sentences of a module; none where it does not parse in this version of Python or is not plain ASCII.
+    """Tagged sentences of a module; none if it does not parse in this version of Python or is not plain ASCII.
 
     Args:
         source: the file's content.
     """
-    if not source.isascii():  # the parser counts columns in bytes, the tokenizer in characters
+    if not source.isascii():  # the parser counts columns in bytes, the tokenizer in characters: they agree on ASCII only
         return []
     try:
         tree = ast.parse(source)
@@ -127,14 +126,14 @@ def module_sentences(source: bytes) -> list[Sentence]:
 
 
 def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Functions of the module, and methods of its classes."""
+    """Yield the functions of the module and the methods of its classes."""
     for node in tree.body:
         members = node.body if isinstance(node, ast.ClassDef) else [node]
         yield from (member for member in members if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef))
 
 
 def _module_bindings(tree: ast.Module) -> dict[str, str]:
-    """What a name means at module level, as far as the file says it: later bindings win."""
+    """What names are bound to at module level, as far as the file shows it; later bindings win."""
     bindings = {name: _builtin_kind(getattr(builtins, name)) for name in dir(builtins) if not name.startswith("_")}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -158,7 +157,7 @@ def _builtin_kind(value: object) -> str:
 
 
 def _local_names(function: ast.AST) -> set[str]:
-    """Names that a function (or one inside it) binds itself."""
+    """Names that a function, or a function nested in it, binds locally."""
     shared = {name for node in ast.walk(function) if isinstance(node, ast.Global) for name in node.names}
     names = {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
     names |= {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
@@ -168,19 +167,19 @@ def _local_names(function: ast.AST) -> set[str]:
 
 @dataclass
 class _Tags(ast.NodeVisitor):
-    """Collects, by the place of a token, its role, and the spans that begin there.
+    """Collects roles of tokens and spans, both by the position of their first token.
 
     Attributes:
-        bindings: what names mean in the module.
-        local: names that mean something else in the function.
-        roles: place -> tag of "pos".
-        spans: task -> first place -> (place behind the last token, type).
+        bindings: what names are bound to in the module.
+        local: names that the function rebinds.
+        roles: position -> tag of "pos".
+        spans: task -> first position -> (position after the last token, type).
     """
 
     bindings: Mapping[str, str]
     local: set[str]
-    roles: dict[Place, str] = field(default_factory=dict)
-    spans: dict[str, dict[Place, tuple[Place, str]]] = field(default_factory=lambda: {"chunk": {}, "ner": {}})
+    roles: dict[Position, str] = field(default_factory=dict)
+    spans: dict[str, dict[Position, tuple[Position, str]]] = field(default_factory=lambda: {"chunk": {}, "ner": {}})
 
     def visit_Name(self, node: ast.Name) -> None:
         """A name alone."""
@@ -191,7 +190,7 @@ class _Tags(ast.NodeVisitor):
         self._dotted(node, "")
 
     def visit_Call(self, node: ast.Call) -> None:
-        """The called name is CALL; the arguments are visited for their own."""
+        """The called name is CALL; the arguments are visited separately."""
         self._dotted(node.func, "CALL")
         for argument in (*node.args, *node.keywords):
             self.visit(argument)
@@ -214,7 +213,7 @@ class _Tags(ast.NodeVisitor):
         for argument, default in pairs:
             self.roles[_start(argument)] = "PARAM"
             self.spans["chunk"][_start(argument)] = (_end(default or argument), "PARAM")
-            # a default's own names lie inside the parameter's span, so they get roles and bindings but no span
+            # names in a default are inside the parameter's chunk, so they get roles and entities but no chunk of their own
             for part in (argument.annotation, default):
                 if part is not None:
                     inner = _Tags(self.bindings, self.local)
@@ -229,7 +228,7 @@ class _Tags(ast.NodeVisitor):
         self.visit(node.operand)
 
     def _dotted(self, node: ast.expr, use: str) -> None:
-        """A name or an attribute, with everything before its dots."""
+        """Tag a name or an attribute access, with everything before its dots."""
         context = getattr(node, "ctx", None)
         use = use or ("REF" if isinstance(context, ast.Load) else "TARGET")
         if isinstance(node, ast.Attribute):
@@ -255,11 +254,11 @@ class _Tags(ast.NodeVisitor):
             self.spans["ner"][_start(node)] = (_end(node if kind == "MODULE" else root), kind)
 
 
-def _start(node: ast.expr | ast.arg | ast.keyword) -> Place:
+def _start(node: ast.expr | ast.arg | ast.keyword) -> Position:
     return node.lineno, node.col_offset
 
 
-def _end(node: ast.expr | ast.arg) -> Place:
+def _end(node: ast.expr | ast.arg) -> Position:
     line, column = node.end_lineno, node.end_col_offset
     assert isinstance(line, int), "the parser fills it in"
     assert isinstance(column, int), "the parser fills it in"
@@ -267,7 +266,7 @@ def _end(node: ast.expr | ast.arg) -> Place:
 
 
 def _logical_lines(tokens: list[tokenize.TokenInfo]) -> Iterator[list[tokenize.TokenInfo]]:
-    """Tokens of each statement line, without comments and layout."""
+    """Yield the tokens of each logical line, without comments and layout tokens."""
     line: list[tokenize.TokenInfo] = []
     for item in tokens:
         if item.type == token.NEWLINE:
@@ -280,7 +279,7 @@ def _logical_lines(tokens: list[tokenize.TokenInfo]) -> Iterator[list[tokenize.T
 
 
 def _cut(lines: Iterator[list[tokenize.TokenInfo]], tags: _Tags) -> Iterator[Sentence]:
-    """Join lines to sentences; one that cannot be a part of any (docstrings, long strings) ends the sentence before it."""
+    """Join lines into sentences; a line that fits in none (a docstring, a long string) ends the current sentence."""
     held: list[list[tokenize.TokenInfo]] = []
     for line in (*lines, []):
         fits = bool(line) and all(_is_plain(item) for item in line) and not (len(line) == 1 and line[0].type == token.STRING)
@@ -293,7 +292,7 @@ def _cut(lines: Iterator[list[tokenize.TokenInfo]], tags: _Tags) -> Iterator[Sen
 
 
 def _is_plain(item: tokenize.TokenInfo) -> bool:
-    """Whether a token can be a word. F-strings are one token or many, depending on the version of Python."""
+    """Whether a token can be a word. F-strings cannot: they are one token or several, depending on the version of Python."""
     if item.type == token.STRING:
         is_format = "f" in item.string[: item.string.index(item.string[-1])].lower()
         return not is_format and len(item.string) <= _MAX_STRING and len(item.string.split()) == 1
@@ -334,13 +333,13 @@ def _role(item: tokenize.TokenInfo, before: str, depth: int, tags: _Tags) -> str
         return "PUNCT" if item.string in "()[]{},:." else "OP"
     if before in ("def", "class"):
         return "DEF"
-    return "TARGET" if before == "as" else "OTHER"  # "as" of `except`; OTHER: `global`, patterns
+    return "TARGET" if before == "as" else "OTHER"  # "as" here is that of `except`; OTHER: `global`, patterns
 
 
-def _bio(items: list[tokenize.TokenInfo], spans: Mapping[Place, tuple[Place, str]]) -> tuple[str, ...]:
-    """Spans as B-, I- and O tags; a span within another is left out."""
+def _bio(items: list[tokenize.TokenInfo], spans: Mapping[Position, tuple[Position, str]]) -> tuple[str, ...]:
+    """Convert spans to B-, I- and O tags; a span inside another is dropped."""
     result = []
-    end: Place = (0, 0)
+    end: Position = (0, 0)
     kind = ""
     for item in items:
         if item.start < end:

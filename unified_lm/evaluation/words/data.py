@@ -1,6 +1,6 @@
-"""Sentences whose words carry tags: files in CoNLL columns, CoNLL-U, Hub data sets.
+"""Sentences with tagged words, from files in CoNLL columns, CoNLL-U files and Hub data sets.
 
-A task is a column: "pos" (one tag per word), "chunk" and "ner" (spans as B-, I- and O tags).
+Every task is a column: "pos" (one tag per word), "chunk" and "ner" (spans as B-, I- and O tags).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.data.rows.hub_datasets import hub_label_names, hub_rows
 
 TASKS = ("pos", "chunk", "ner")
-"""Word-level tasks; the last two are scored by spans."""
+"""Word-level tasks; the last two are scored by span."""
 SPAN_TASKS = ("chunk", "ner")
 WORD = "word"
 """The column of the words themselves."""
 
 _SPAN_TAG = re.compile(r"O|[BI]-\S+")
 _DOCUMENT = "-DOCSTART-"
-# Where the words and tags of known layouts stand; CoNLL-2003 has all four columns, CoNLL-2000 the first three.
+# Number of columns -> column indices in the known layouts; CoNLL-2003 has all four columns, CoNLL-2000 the first three.
 _CONLL_COLUMNS = {3: {WORD: 0, "pos": 1, "chunk": 2}, 4: {WORD: 0, "pos": 1, "chunk": 2, "ner": 3}}
 _CONLLU_COLUMNS = {WORD: 1, "pos": 3}
 _CONLLU_WORD = re.compile(r"\d+")
@@ -41,9 +41,9 @@ class Sentence:
     """Words with their tags.
 
     Attributes:
-        words: at least one; none is empty or holds white space.
+        words: at least one; no word is empty or contains white space.
         tags: task -> one tag per word.
-        breaks: words that begin a new line, by position; all others are separated by a space.
+        breaks: indices of the words that begin a new line; all other words follow a space.
     """
 
     words: tuple[str, ...]
@@ -51,7 +51,7 @@ class Sentence:
     breaks: frozenset[int] = frozenset()
 
     def text(self) -> tuple[str, list[tuple[int, int]]]:
-        """The sentence as one string, and the characters `[start, stop)` of each word in it."""
+        """The sentence as one string, and the character span `[start, stop)` of each word in it."""
         parts: list[str] = []
         spans: list[tuple[int, int]] = []
         length = 0
@@ -70,11 +70,11 @@ class WordData:
     """A tagged data set.
 
     Attributes:
-        name: for tables and results.
-        train: sentences that a probe learns from.
-        test: sentences that it is scored on.
-        tasks: tasks that every sentence has tags for.
-        about: what else the reader of a score should know, in words.
+        name: its name in tables and results.
+        train: sentences that a probe is trained on.
+        test: sentences that a probe is scored on.
+        tasks: tasks for which every sentence has tags.
+        about: further information for the reader of a score.
     """
 
     name: str
@@ -92,7 +92,7 @@ class WordData:
         object.__setattr__(self, "key", digest.hexdigest())
 
     def limited(self, num_sentences: int) -> WordData:
-        """The same data with at most this many training sentences, evenly spread over all of them."""
+        """The same data with at most this many training sentences, evenly spaced."""
         if num_sentences >= len(self.train):
             return self
         chosen = tuple(self.train[i * len(self.train) // num_sentences] for i in range(num_sentences))
@@ -100,10 +100,10 @@ class WordData:
 
 
 def require_tasks(tasks: Sequence[str], data: WordData) -> tuple[str, ...]:
-    """The tasks asked for, or all that the data has where none is named.
+    """The requested tasks, or all tasks of the data if none is named.
 
     Raises:
-        ConfigError: an unknown task, or one that the data has no tags for.
+        ConfigError: an unknown task, or one for which the data has no tags.
     """
     for task in tasks:
         if task not in TASKS:
@@ -119,15 +119,15 @@ def read_conll(
     """Read a training and a test file in columns.
 
     Args:
-        train, test: one word per line, blank lines between sentences. ``.conllu`` is CoNLL-U, everything else has columns
-            separated by white space; lines that begin with ``-DOCSTART-`` are left out.
-        columns: positions of "word" and of each task, counted from 0, or from -1 backwards. None takes CoNLL-2003's order
+        train, test: one word per line, blank lines between sentences. ``.conllu`` is CoNLL-U; other files have columns
+            separated by white space, and lines that begin with ``-DOCSTART-`` are skipped.
+        columns: indices of "word" and of each task, counted from 0, or backwards from -1. None means CoNLL-2003's order
             (word, pos, chunk, ner) for files of four or three columns, FORM and UPOS for CoNLL-U.
-        comment: what a comment line begins with, "" for none. (A word may be "#".) CoNLL-U has its own.
-        name: for tables; the training file's if left out.
+        comment: prefix of comment lines, "" for none, since a word may be "#". CoNLL-U has its own.
+        name: its name in tables; by default that of the training file.
 
     Raises:
-        DataError: a file that cannot be read, lacks a column, or holds a tag that is none; names file, line and field.
+        DataError: an unreadable file, a missing column or an invalid tag; the message names file, line and field.
     """
     train_columns, test_columns = (dict(columns) if columns else _columns_of(path, comment) for path in (train, test))
     if train_columns != test_columns:
@@ -141,10 +141,10 @@ def read_conll(
 
 
 def find_conll(location: str) -> tuple[Path, Path]:
-    """The two files of ``TRAIN,TEST``, or of a folder with one file named after each split.
+    """Find the two files of ``TRAIN,TEST``, or of a folder with one file named after each split.
 
     Raises:
-        DataError: no such files, or several that could be meant.
+        DataError: no such files, or several candidates.
     """
     if "," in location:
         train, _, test = location.partition(",")
@@ -168,12 +168,12 @@ def read_hub(name: str, columns: Mapping[str, str] | None = None, *, subset: str
 
     Args:
         name: Hub name.
-        columns: names of the column of words and of each task's tags; None looks for the usual ones.
-        subset: the data set's subset, "" for its only one.
+        columns: names of the column of words and of each task's tags; None looks for the usual names.
+        subset: subset of the data set, "" for its only one.
         revision: branch, tag or commit.
 
     Raises:
-        DataError: not reachable, no such column, or a row that breaks the layout.
+        DataError: the data set is not reachable, lacks a column, or has an invalid row.
     """
     sides = []
     for split in ("train", "test"):
@@ -197,7 +197,7 @@ def _is_conllu(path: Path) -> bool:
 
 
 def _columns_of(path: Path, comment: str) -> dict[str, int]:
-    """The layout of a file, by its ending or by the number of its columns."""
+    """The column layout of a file, from its extension or from the number of its columns."""
     if _is_conllu(path):
         return dict(_CONLLU_COLUMNS)
     for _, line in _lines(path):
@@ -205,7 +205,7 @@ def _columns_of(path: Path, comment: str) -> dict[str, int]:
             width = len(line.split())
             if width not in _CONLL_COLUMNS:
                 raise DataError(
-                    f"{path} has {width} columns, so what stands where is not known. Say it: --columns word=0 pos=1 "
+                    f"{path} has {width} columns, so their meaning is not known. Specify it: --columns word=0 pos=1 "
                     "(from 0; -1 is the last)."
                 )
             return dict(_CONLL_COLUMNS[width])
@@ -219,7 +219,7 @@ def _is_comment(line: str, path: Path, comment: str) -> bool:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends, decoded one by one so that a wrong byte has a line number."""
+    """Numbered lines without line ends, decoded one by one so that an invalid byte has a line number."""
     try:
         with open(path, "rb") as handle:
             for number, raw in enumerate(handle, 1):
@@ -242,7 +242,7 @@ def _sentences(path: Path, columns: Mapping[str, int], comment: str) -> Iterator
             continue
         cells = line.split("\t") if _is_conllu(path) else line.split()
         if _is_conllu(path) and not _CONLLU_WORD.fullmatch(cells[0]):
-            continue  # "3-4" repeats two words as they are spelled, "8.1" is no word of the text
+            continue  # "3-4" is the surface form of two words that follow, "8.1" an empty node: neither is a word
         rows.append(_row(cells, columns, f"{path}, line {number}"))
     if rows:
         yield _sentence(rows, columns)
@@ -261,7 +261,7 @@ def _checked(name: str, value: str, location: str) -> str:
     if name == WORD and not value.strip():
         raise DataError(f"{location}: field '{WORD}': got {value!r}, expected a word.")
     if name == WORD and len(value.split()) > 1:
-        return re.sub(r"\s+", "\u00a0", value.strip())  # CoNLL-U allows spaces in words; the border of a word must be clear
+        return re.sub(r"\s+", "\u00a0", value.strip())  # CoNLL-U allows spaces in words; here a space separates words
     if name in SPAN_TASKS and not _SPAN_TAG.fullmatch(value):
         raise DataError(f"{location}: field '{name}': got {value!r}, expected O, B-TYPE or I-TYPE.")
     if not value.strip():
@@ -279,9 +279,9 @@ def _made(words: tuple[str, ...], tags: Mapping[str, tuple[str, ...]]) -> Senten
 
 
 def iob2(tags: Sequence[str]) -> tuple[str, ...]:
-    """The same spans with every first word tagged B-.
+    """Convert tags to IOB2, in which the first word of every span is tagged B-.
 
-    CoNLL-2003's own files are in IOB1, where I- begins a span unless one of the same type ends right before it.
+    CoNLL-2003's own files are in IOB1, where I- begins a span unless one of the same type ends directly before it.
     """
     result = []
     for index, tag in enumerate(tags):

@@ -1,7 +1,7 @@
 """One vector per word from a frozen model, computed in packs and kept on disk.
 
-Shapes: T tokens of a sentence, W words, D hidden size. A sentence is read without any prompt, behind one start token: the one
-that the tokenizer adds by itself, else its begin or end of text, so that every word has a position before it.
+Shapes: T tokens of a sentence, W words, D hidden size. A sentence is read without a prompt, after one start token (the one
+that the tokenizer adds by itself, else its BOS or EOS token), so that every word has a position before it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,67 +25,60 @@ from unified_lm.evaluation.words.data import Sentence
 from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.embedding import sample_states
 
-MAX_TOKENS = 512
-"""Tokens of one context, the start token included (LLM2Vec's limit in testing). Longer sentences are read in parts."""
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
-_VERSION = 1  # raise it when anything below changes the numbers, so that old files are not read
+MAX_TOKENS = 512
+"""Maximum tokens per context, including the start token (LLM2Vec's limit in testing). Longer sentences are split."""
+
+_VERSION = 1  # increase when a change below alters the vectors, so that old files are not reused
 _CHUNK = 256  # sentences per file
 _TOKEN_BUDGET = 4096
 
 
-class Alignment(Enum):
-    """Which position stands for a token of a word.
+class NamedChoice(Enum):
+    """An enumeration whose members a command line names by their value."""
 
-    SAME_TOKEN is the token's own. NEXT_TOKEN is the one before it, whose state predicts the token: LLM2Vec (section 4.1) reads
-    its models after MNTP there, because that objective is trained there.
+    @classmethod
+    def parse(cls, name: str | Self) -> Self:
+        """The member with that value; a member stands for itself.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            names = [member.value for member in cls]
+            raise ConfigError(f"unknown {cls.__name__.lower()} '{name}'.{did_you_mean(str(name), names)}") from None
+
+
+class Alignment(NamedChoice):
+    """The position whose state represents a token of a word.
+
+    SAME_TOKEN is the token's own position. NEXT_TOKEN is the position before it, whose state predicts the token: LLM2Vec
+    (section 4.1) reads its models there after MNTP, since that objective trains these states.
     """
 
     SAME_TOKEN = "same_token"
     NEXT_TOKEN = "next_token"
 
-    @classmethod
-    def parse(cls, name: str | Alignment) -> Alignment:
-        """The alignment of that name.
 
-        Raises:
-            ConfigError: there is none.
-        """
-        return _parse(cls, name, "alignment")
-
-
-class Subtoken(Enum):
-    """What stands for a word of several tokens: the mean of its tokens' states (LLM2Vec's `merge_subwords`), or one of them."""
+class Subtoken(NamedChoice):
+    """How a word of several tokens becomes one vector: the mean of its states (LLM2Vec's `merge_subwords`), or one of them."""
 
     MEAN = "mean"
     FIRST = "first"
     LAST = "last"
 
-    @classmethod
-    def parse(cls, name: str | Subtoken) -> Subtoken:
-        """The choice of that name.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        return _parse(cls, name, "subtoken")
-
-
-def _parse(kind, name, what):  # type: ignore[no-untyped-def]  # the same for both enumerations
-    if isinstance(name, kind):
-        return name
-    names = [member.value for member in kind]
-    if name not in names:
-        raise ConfigError(f"unknown {what} '{name}'.{did_you_mean(name, names)}")
-    return kind(name)
-
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a sentence that one context holds.
+    """A part of a sentence that fits in one context.
 
     Attributes:
         ids: int64 `[T]`, start token first.
-        words: per word the positions of its tokens in `ids`, at least one, none of them 0.
+        words: per word, the indices of its tokens in `ids`: at least one, and none of them 0.
     """
 
     ids: np.ndarray
@@ -93,7 +87,7 @@ class Window:
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """What decides a word's vector besides model and words.
+    """Settings that decide a word's vector, besides model and words.
 
     Attributes:
         attention: "causal" or "bidirectional".
@@ -115,23 +109,23 @@ def word_features(
     cache_key: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[Alignment, np.ndarray]:
-    """The vectors of all words, in evaluation mode and without gradients. One forward serves all alignments.
+    """Compute the vectors of all words, in evaluation mode and without gradients; one forward serves all alignments.
 
     Args:
-        model: whose last hidden states are read.
-        sentences: their words give the rows, in order.
-        alignments: those wanted.
+        model: its last hidden states are used.
+        sentences: their words, in order, are the rows of the result.
+        alignments: the alignments to compute.
         settings: see `FeatureSettings`.
-        cache_key: hash of the model's content. Vectors are then kept in the cache folder (float32, 4 D bytes a word), and a
-            killed run goes on where it stopped. None keeps nothing.
+        cache_key: hash of the model's content. With it, vectors are stored in the cache folder (float32, 4 D bytes per word),
+            and a killed run resumes where it stopped. None stores nothing.
         progress: called after every chunk with the number of its sentences.
 
     Returns:
         float32 `[W, D]` for each alignment.
 
     Raises:
-        ConfigError: the tokenizer has no token that could stand first.
-        DataError: a word becomes no token or too many, or the disk refused.
+        ConfigError: the tokenizer has no token that could serve as start token.
+        DataError: a word has no token or too many, or the cache cannot be written.
     """
     parts: dict[Alignment, list[np.ndarray]] = {alignment: [] for alignment in alignments}
     for start in range(0, len(sentences), _CHUNK):
@@ -150,10 +144,10 @@ def word_features(
 def windows(encoder: PromptEncoder, sentences: Sequence[Sentence], max_tokens: int = MAX_TOKENS) -> list[list[Window]]:
     """Tokenize sentences as whole strings and find the tokens of every word by their offsets.
 
-    A token that lies across two words (sentencepiece may have some) stands for both.
+    A token that overlaps two words, which sentencepiece may produce, belongs to both.
 
     Args:
-        encoder: whose tokenizer is used; its template is not.
+        encoder: only its tokenizer is used, not its template.
         sentences: what to tokenize.
         max_tokens: a longer sentence is cut between words into several windows, each with a context of its own.
 
@@ -161,6 +155,7 @@ def windows(encoder: PromptEncoder, sentences: Sequence[Sentence], max_tokens: i
         ConfigError, DataError: see `word_features`.
     """
     texts, spans = zip(*(sentence.text() for sentence in sentences), strict=True)
+    # Special tokens spelled out in a sentence must stay text, or their characters would belong to no word.
     tokenizer = plain_tokenizers(encoder.tokenizer.backend_tokenizer.to_str())[0]
     start = start_ids(encoder)
     result = []
@@ -172,20 +167,20 @@ def windows(encoder: PromptEncoder, sentences: Sequence[Sentence], max_tokens: i
             if not own or len(start) + len(own) > max_tokens:
                 raise DataError(
                     f"the word {word[:60]!r} in {' '.join(sentence.words)[:80]!r} becomes {len(own)} tokens; expected at least "
-                    f"1 and no more than fit into {max_tokens} (--max-tokens). Mend or leave out the sentence."
+                    f"1 and no more than fit into {max_tokens} (--max-tokens). Fix or remove the sentence."
                 )
         result.append(_split(encoding.ids, tokens, start, max_tokens))
     return result
 
 
 def start_ids(encoder: PromptEncoder) -> list[int]:
-    """What stands before running text that is to be judged from its first token on.
+    """The tokens before running text whose first token is to be predicted or represented as well.
 
     Returns:
-        The tokens that the tokenizer puts first by itself; where it puts none, its begin of text, or else its end of text.
+        The tokens that the tokenizer itself puts first; if there are none, its BOS token, or else its EOS token.
 
     Raises:
-        ConfigError: it has none of these.
+        ConfigError: the tokenizer has none of these.
     """
     tokenizer = encoder.tokenizer
     if encoder.leading_ids:
@@ -193,11 +188,11 @@ def start_ids(encoder: PromptEncoder) -> list[int]:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return [token]
-    raise ConfigError("the tokenizer has neither a begin nor an end of text, so the first word has no position before it.")
+    raise ConfigError("the tokenizer has neither a BOS nor an EOS token, so the first word has no position before it.")
 
 
 def _tokens_of_words(words: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
-    """Per word the tokens that overlap it; both lists ascend."""
+    """Per word, the indices of the tokens that overlap it. Words and offsets must be in ascending order."""
     result = []
     first = 0
     for start, stop in words:
@@ -211,7 +206,7 @@ def _tokens_of_words(words: Sequence[tuple[int, int]], offsets: Sequence[tuple[i
 
 
 def _split(ids: Sequence[int], words: Sequence[tuple[int, ...]], start: Sequence[int], max_tokens: int) -> list[Window]:
-    """Windows of as many whole words as fit; a window's tokens are those from its first word's to its last word's."""
+    """Split into windows of as many whole words as fit. A window spans the tokens from its first word to its last."""
     if len(start) + len(ids) <= max_tokens:
         words_in = tuple(tuple(len(start) + token for token in word) for word in words)
         return [Window(np.asarray([*start, *ids], np.int64), words_in)]
@@ -246,14 +241,15 @@ def _compute(
 def align(
     states: torch.Tensor, words: Sequence[tuple[int, ...]], alignment: Alignment, subtoken: Subtoken = Subtoken.MEAN
 ) -> torch.Tensor:
-    """Vectors of words from the states of their tokens.
+    """Compute the vectors of words from the states of their tokens.
 
     Args:
         states: `[T, D]`.
-        words: per word the positions of its tokens, all above 0.
-        alignment: which position stands for a token.
-        subtoken: what stands for several. With NEXT_TOKEN the mean is over the positions before each token, so that of a long
-            word holds the word's first tokens, as in the reference; FIRST holds nothing of the word itself under a causal mask.
+        words: per word, the indices of its tokens, all above 0.
+        alignment: which position represents a token.
+        subtoken: how several tokens are combined. With NEXT_TOKEN the mean is over the positions before each token, so for a
+            long word it includes states of the word's own first tokens, as in the reference; FIRST then contains nothing of
+            the word itself under a causal mask.
 
     Returns:
         float32 `[W, D]`.
@@ -263,6 +259,7 @@ def align(
         pick = 0 if subtoken is Subtoken.FIRST else -1
         chosen = torch.tensor([word[pick] - shift for word in words], device=states.device)
         return states.index_select(0, chosen).float()
+    # Segment sum by index_add_: one kernel for all words, where a loop would launch several per word.
     positions = torch.tensor([token - shift for word in words for token in word], device=states.device)
     lengths = torch.tensor([len(word) for word in words], device=states.device)
     owners = torch.repeat_interleave(torch.arange(len(words), device=states.device), lengths)
@@ -277,10 +274,10 @@ def align(
 def _cached(
     model: UnifiedLM, sentences: Sequence[Sentence], alignments: Sequence[Alignment], settings: FeatureSettings, key: str
 ) -> dict[Alignment, np.ndarray]:
-    """Read a chunk's files, after computing those that are not there in one forward.
+    """Read the files of a chunk, after computing missing ones in one forward.
 
     Raises:
-        DataError: the disk refused.
+        DataError: the cache cannot be read or written.
     """
     folder = cache_dir("words")
     paths = {alignment: folder / f"{_digest(model, sentences, alignment, settings, key)}.npy" for alignment in alignments}
@@ -300,6 +297,7 @@ def _cached(
 def _digest(model: UnifiedLM, sentences: Sequence[Sentence], alignment: Alignment, settings: FeatureSettings, key: str) -> str:
     digest = blake2b(digest_size=16)
     encoder = model.prompt_encoder
+    # Dtype and device are part of the key: the same weights give slightly different vectors in bfloat16 or on a GPU.
     with model.borrow_backbone() as backbone:
         kind = f"{next(backbone.parameters()).dtype}:{model.device.type}"
     described = (_VERSION, key, kind, encoder.fingerprint, start_ids(encoder), alignment.value)

@@ -1,4 +1,4 @@
-"""Linear probes on frozen vectors: what a word's state says about its tag without any further computation."""
+"""Linear probes on frozen vectors: how much of a word's tag is linearly decodable from its state."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from unified_lm.core.errors import ConfigError, did_you_mean
 
 
 class Probe(Protocol):
-    """Learns tags from vectors and predicts those of others."""
+    """A classifier that is trained on the vectors of some words and predicts the tags of others."""
 
     def predict(
         self, train: np.ndarray, labels: np.ndarray, sentences: np.ndarray, test: np.ndarray
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Fit and predict.
+        """Train and predict.
 
         Args:
             train: float32 `[N, D]`.
-            labels: int64 `[N]`, classes 0 to C - 1, all of which occur; C is at least 2.
-            sentences: int64 `[N]`, the sentence of each row, ascending from 0.
+            labels: int64 `[N]`, classes 0 to C - 1; every class occurs, and C is at least 2.
+            sentences: int64 `[N]`, the sentence index of each row, ascending from 0.
             test: float32 `[M, D]`.
 
         Returns:
-            int64 `[M]`, and what to note about the fit.
+            Predicted classes int64 `[M]`, and notes on the fit.
         """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Name and settings, for results."""
+        """Name and settings, recorded in results."""
         ...
 
 
@@ -43,12 +43,12 @@ class Probe(Protocol):
 class LogisticProbe:
     """Multinomial logistic regression on standardized dimensions, by scikit-learn's L-BFGS.
 
-    The problem is convex, so its solution depends on no seed, no order and no learning rate. Standardizing is linear too: it
-    only keeps the penalty from being about the few dimensions that are large in language models.
+    The problem is convex, so its solution does not depend on a seed, an order or a learning rate. Standardizing keeps the probe
+    linear; it only prevents the penalty from being dominated by the few dimensions that are large in language models.
 
     Attributes:
-        inverse_penalty: scikit-learn's C (> 0) on the *sum* of the losses, as there.
-        max_iterations: of L-BFGS; the result says when they ran out.
+        inverse_penalty: scikit-learn's C (> 0), which weights the *sum* of the losses.
+        max_iterations: maximum iterations of L-BFGS; the result records whether they sufficed.
     """
 
     inverse_penalty: float = 0.1
@@ -63,11 +63,11 @@ class LogisticProbe:
 
         mean = train.mean(axis=0, dtype=np.float64)
         deviation = train.std(axis=0, dtype=np.float64)
-        scale = np.where(deviation > 0, deviation, 1.0)
+        scale = np.where(deviation > 0, deviation, 1.0)  # a constant dimension stays 0 instead of becoming NaN
         prepared = [((side - mean) / scale).astype(np.float32) for side in (train, test)]
         model = LogisticRegression(C=self.inverse_penalty, max_iter=self.max_iterations, tol=1e-3)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # said in the result instead
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the result records it instead
             model.fit(prepared[0], labels)
         iterations = int(np.max(model.n_iter_))
         return model.predict(prepared[1]), {"iterations": iterations, "converged": iterations < self.max_iterations}
@@ -79,21 +79,21 @@ class LogisticProbe:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProbe:
-    """A linear layer behind dropout, trained as LLM2Vec trains its word-level heads.
+    """A linear layer after dropout, trained as LLM2Vec trains its word-level heads.
 
-    From their configs: AdamW, batches of 8 sentences, learning rate 5e-4 falling linearly without warm-up, dropout 0.1,
-    gradients cut to norm 1, vectors as they are.
+    From their configs: AdamW, batches of 8 sentences, learning rate 5e-4 with linear decay and no warm-up, dropout 0.1,
+    gradients clipped to norm 1, vectors without standardization.
 
-    Departures: dropout is off in testing (theirs is left on), weights and optimizer are float32 (theirs bfloat16), and the
-    learning rate falls to 0 at the last step (theirs is cut off at step 4,000 of a schedule over 10 epochs, and step 3,000 is
+    Departures: dropout is off in testing (theirs stays on), weights and optimizer are float32 (theirs bfloat16), and the
+    learning rate decays to 0 at the last step (theirs stops at step 4,000 of a schedule over 10 epochs, and step 3,000 is
     tested).
 
     Attributes:
-        seed: of initial weights, order and dropout.
-        num_steps: optimizer steps.
-        learning_rate: at the first step.
+        seed: seed of initial weights, order and dropout.
+        num_steps: number of optimizer steps.
+        learning_rate: learning rate at the first step.
         batch_sentences: sentences per step.
-        dropout: share of dimensions set to zero in training, in [0, 1).
+        dropout: probability of setting a dimension to zero in training, in [0, 1).
     """
 
     seed: int = 0
@@ -106,8 +106,10 @@ class LinearProbe:
         self, train: np.ndarray, labels: np.ndarray, sentences: np.ndarray, test: np.ndarray
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """See `Probe.predict`."""
+        # Rows of a sentence are adjacent, so its first row and the first row of the next sentence delimit it.
         starts = np.searchsorted(sentences, np.arange(int(sentences[-1]) + 2))
         rng = np.random.default_rng(self.seed)
+        # A fork, so that fitting a probe does not change the random numbers of whoever calls it.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             head = nn.Linear(train.shape[1], int(labels.max()) + 1)
@@ -124,7 +126,7 @@ class LinearProbe:
         order: list[int] = []
         loss = torch.zeros(())
         for _ in range(self.num_steps):
-            if len(order) < self.batch_sentences:
+            if len(order) < self.batch_sentences:  # a batch may cross into the next epoch, as every batch has the same size
                 order += rng.permutation(len(starts) - 1).tolist()
             batch, order = order[: self.batch_sentences], order[self.batch_sentences :]
             rows = np.concatenate([np.arange(starts[sentence], starts[sentence + 1]) for sentence in batch])
@@ -147,14 +149,14 @@ PROBES = ("logistic", "linear")
 
 
 def make_probe(name: str, seed: int = 0) -> Probe:
-    """The probe of that name with its default settings.
+    """Make the probe of that name with its default settings.
 
     Args:
         name: one of `PROBES`.
-        seed: for those that need one.
+        seed: seed of a probe that needs one.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such probe.
     """
     if name not in PROBES:
         raise ConfigError(f"unknown probe '{name}'.{did_you_mean(name, PROBES)}")
@@ -164,16 +166,16 @@ def make_probe(name: str, seed: int = 0) -> Probe:
 def fit_tags(
     probe: Probe, train: np.ndarray, tags: Sequence[Sequence[str]], test: np.ndarray
 ) -> tuple[list[str], dict[str, Any]]:
-    """Train a probe on the tags of sentences, and tag other words.
+    """Train a probe on tagged sentences, and tag other words.
 
     Args:
-        probe: which.
-        train: float32 `[N, D]`, words of all training sentences in order.
-        tags: per training sentence its tags, N together.
+        probe: the probe.
+        train: float32 `[N, D]`, the words of all training sentences in order.
+        tags: per training sentence, its tags; N in total.
         test: float32 `[M, D]`.
 
     Returns:
-        M tags, and what to note about the fit.
+        M tags, and notes on the fit.
 
     Raises:
         ConfigError: all training words have the same tag.

@@ -1,4 +1,4 @@
-"""Scores of tag sequences: accuracy for words, F1 for spans, with intervals over sentences."""
+"""Scores of tag sequences: accuracy for words and F1 for spans, with confidence intervals over sentences."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from unified_lm.evaluation.bootstrap import bootstrap_interval
 from unified_lm.evaluation.words.data import SPAN_TASKS, Sentence
 
 Tags = Sequence[Sequence[str]]
-"""Per sentence one tag per word."""
+"""Per sentence, one tag per word."""
 
 
 def metric_of(task: str) -> str:
-    """The score that a task is judged by: "f1" of spans, or "accuracy"."""
+    """The main metric of a task: "f1" of spans, or "accuracy"."""
     return "f1" if task in SPAN_TASKS else "accuracy"
 
 
@@ -26,13 +26,13 @@ def tag_scores(task: str, gold: Tags, predicted: Tags, *, num_resamples: int = 1
 
     Args:
         task: "pos", "chunk" or "ner".
-        gold, predicted: of the same sentences (>= 2).
-        num_resamples, seed: see `bootstrap_interval`; sentences are drawn, since words of one sentence depend on each other.
+        gold, predicted: tags of the same sentences (>= 2).
+        num_resamples, seed: see `bootstrap_interval`; sentences are resampled, since words of a sentence are not independent.
 
     Returns:
-        "metric", its "score" with a 95 % interval ("low", "high"), and in any case "accuracy" over words. For spans also
-        "precision", "recall" and "f1": micro-averaged over spans that agree in type and both ends, as seqeval and conlleval
-        count them. For words "macro_f1": the mean over tags in `gold` of their F1.
+        "metric", its "score" with a 95 % interval ("low", "high"), and always "accuracy" over words. For spans also
+        "precision", "recall" and "f1", micro-averaged; a span is correct if type and both ends agree, as in seqeval and
+        conlleval. For words also "macro_f1", the mean F1 over the tags in `gold`.
 
     Raises:
         ConfigError: fewer than two sentences.
@@ -44,7 +44,7 @@ def tag_scores(task: str, gold: Tags, predicted: Tags, *, num_resamples: int = 1
         counts = np.asarray([_spans(g, p) for g, p in zip(gold, predicted, strict=True)], np.float64)
         statistic = _f1
         hits, found, wanted = counts.sum(axis=0)
-        more = {"f1": _f1(counts), "precision": _share(hits, found), "recall": _share(hits, wanted)}
+        more = {"f1": _f1(counts), "precision": _ratio(hits, found), "recall": _ratio(hits, wanted)}
     else:
         counts, statistic = words, _accuracy
         more = {"macro_f1": _macro_f1(gold, predicted)}
@@ -60,7 +60,7 @@ def tag_scores(task: str, gold: Tags, predicted: Tags, *, num_resamples: int = 1
 
 
 def most_frequent_tags(train: Sequence[Sentence], test: Sequence[Sentence], task: str) -> list[list[str]]:
-    """Tag words with their most frequent tag in training, unknown words with the most frequent of all: a floor for probes."""
+    """Tag words with their most frequent training tag, unknown words with the most frequent tag of all: a probe's baseline."""
     counts: dict[str, Counter[str]] = {}
     total: Counter[str] = Counter()
     for sentence in train:
@@ -73,7 +73,7 @@ def most_frequent_tags(train: Sequence[Sentence], test: Sequence[Sentence], task
 
 
 def _first(tags: Counter[str]) -> str:
-    return min(tags, key=lambda tag: (-tags[tag], tag))
+    return min(tags, key=lambda tag: (-tags[tag], tag))  # ties by name, not by order of insertion
 
 
 def _correct(gold: Sequence[str], predicted: Sequence[str]) -> tuple[int, int]:
@@ -81,23 +81,23 @@ def _correct(gold: Sequence[str], predicted: Sequence[str]) -> tuple[int, int]:
 
 
 def _spans(gold: Sequence[str], predicted: Sequence[str]) -> tuple[int, int, int]:
-    """Spans that agree, predicted spans, true spans."""
+    """Numbers of correct, predicted and true spans."""
     wanted, found = set(get_entities(list(gold))), set(get_entities(list(predicted)))
     return len(wanted & found), len(found), len(wanted)
 
 
-def _share(part: float, whole: float) -> float:
+def _ratio(part: float, whole: float) -> float:
     return float(part / whole) if whole else 0.0
 
 
 def _accuracy(counts: np.ndarray) -> float:
     correct, total = counts.sum(axis=0)
-    return _share(correct, total)
+    return _ratio(correct, total)
 
 
 def _f1(counts: np.ndarray) -> float:
     hits, found, wanted = counts.sum(axis=0)
-    return _share(2 * hits, found + wanted)
+    return _ratio(2 * hits, found + wanted)
 
 
 def _macro_f1(gold: Tags, predicted: Tags) -> float:

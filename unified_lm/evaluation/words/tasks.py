@@ -14,7 +14,7 @@ from unified_lm.export.manifest import ATTENTIONS
 from unified_lm.inference.unified import UnifiedLM
 
 ALIGNMENTS = tuple(alignment.value for alignment in Alignment)
-"""Names of the alignments."""
+"""Values of the alignments."""
 
 
 def word_level_scores(
@@ -30,27 +30,27 @@ def word_level_scores(
     cache_key: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Probe a model's word vectors. Every sentence is read once, for all tasks and alignments.
+    """Probe a model's word vectors. One forward per sentence serves all tasks and alignments.
 
     Args:
-        model: what to probe.
+        model: the model to probe.
         data: training and test sentences.
-        tasks: "pos", "chunk", "ner"; empty takes all that the data has.
+        tasks: "pos", "chunk", "ner"; empty selects all tasks of the data.
         alignments: "same_token", "next_token"; see `Alignment`.
-        attention: "causal" or "bidirectional"; None takes the model's own.
+        attention: "causal" or "bidirectional"; None selects the model's own.
         subtoken: "mean", "first" or "last"; see `Subtoken`.
-        probe: None takes `LogisticProbe()`.
+        probe: None selects `LogisticProbe()`.
         max_tokens: see `MAX_TOKENS`.
         cache_key: hash of the model's content, to keep vectors on disk; see `word_features`.
-        progress: called with numbers of sentences that are read, together those of both splits.
+        progress: called with the number of sentences read since the last call; the total is that of both splits.
 
     Returns:
-        `scores[task][alignment]`: "metric", "score", "low", "high" and more of `tag_scores`; "baseline", the same metric of the
-        word's most frequent tag; "fit", what the probe noted.
+        `scores[task][alignment]`: the results of `tag_scores`; "baseline", the same metric for the most frequent tag of each
+        word; and "fit", the probe's notes on the fit.
 
     Raises:
-        ConfigError: an unknown task, alignment, attention or subtoken, or tags that leave nothing to learn.
-        DataError: a word that becomes no token.
+        ConfigError: an unknown task, alignment, attention or subtoken, or training words with one and the same tag.
+        DataError: a word without tokens.
     """
     tasks = require_tasks(tasks, data)
     attention = attention or model.attention

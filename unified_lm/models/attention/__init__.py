@@ -10,18 +10,18 @@ Shape legend, used as suffixes in this package (``q_THd`` is `[T, H, d]`):
 
 - T   tokens of the pack                         S   sequences of the pack
 - H   query heads                                K   key/value heads (H is a multiple of K)
-- d   size of a query/key head                   e   size of a value head (equal to d but for DeepSeek)
+- d   size of a query/key head                   e   size of a value head (equal to d except in DeepSeek)
 - L   tokens of one sequence, or of a padded row of several
-- transformers hands over q `[1, H, T, d]`, k `[1, K, T, d]`, v `[1, K, T, e]` and expects `[1, T, H, e]` back
+- transformers passes q `[1, H, T, d]`, k `[1, K, T, d]`, v `[1, K, T, e]` and expects `[1, T, H, e]` back
 
-Masks: True means "the row's token sees the column's token". `batch.plan.visible` is the only definition.
+Masks: True means that the row's token (query) sees the column's token (key). `batch.plan.visible` is the only definition.
 
 | kernel    | device | how                                            | refuses                              |
 | --------- | ------ | ---------------------------------------------- | ------------------------------------ |
 | sdpa      | any    | dense groups (short), torch's fused (long)     | nothing                              |
 | flash     | CUDA   | one varlen call per run of equal mode          | sinks; a window with partial spans   |
 | flex      | CUDA   | one block mask per pack                        | dropout; gradients on CPU            |
-| reference | any    | plain, one sequence at a time                  | nothing                              |
+| reference | any    | unfused, one sequence at a time                | nothing                              |
 | padded    | any    | no kernel: rows with a 4-D mask (`padded.py`)  | see `families.py`                    |
 """
 
@@ -48,14 +48,15 @@ ATTENTION_NAME = "unified_lm_packed"
 looks for as substrings."""
 
 _UNSUPPORTED = ("position_bias", "alibi", "cache", "block_table", "attention_chunk_size", "head_mask", "output_attentions")
-"""Arguments that would change the result, and that no kernel here honors."""
+"""Arguments that change the result and that no kernel here supports. A family that passes one gets an error, never silence."""
 
 
 class AutoKernel:
-    """Chooses by device and problem.
+    """Chooses a kernel by device and problem.
 
-    sdpa on CPU and for float32; otherwise flash, or flex where flash cannot: partial spans, sinks, score caps without the
-    package flash-attn, and everything without it on a torch before 2.11. Dropout of attention weights without flash-attn: sdpa.
+    sdpa on CPU and for float32, which flash does not support. Otherwise flash, or flex where flash cannot be used: partial
+    spans, sinks, score caps without the package flash-attn, and everything on a torch before 2.11 without it. With dropout of
+    attention weights but without flash-attn: sdpa.
     """
 
     name = "auto"
@@ -72,7 +73,7 @@ class AutoKernel:
 
     @staticmethod
     def choose(heads: Heads) -> str:
-        """Return the name of the kernel that serves this problem."""
+        """Return the name of the kernel that computes this problem."""
         if heads.q_THd.device.type != "cuda" or heads.q_THd.dtype == torch.float32:
             return "sdpa"
         varlen = installed_varlen()
@@ -91,13 +92,14 @@ KERNELS: Mapping[str, Callable[[], AttentionKernel]] = {
     "flex": FlexKernel,
     "reference": ReferenceKernel,
 }
-"""Kernel by name. "padded" is not here: it is another way to run the decoder, see `backbone.py`."""
+"""Kernels by name. "padded" is missing because it is a different way to run the whole decoder, see `backbone.py`."""
 
 
 def register() -> None:
-    """Make `packed_attention` known to transformers. Harmless to repeat.
+    """Register `packed_attention` with transformers. Safe to repeat.
 
-    No mask function goes with it: then transformers' mask builders return None at once.
+    No mask function is registered under the name: transformers' mask builders then return None instead of building a mask that
+    nobody reads.
     """
     AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
@@ -117,20 +119,20 @@ def packed_attention(
     s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in every layer.
+    """Attend over a pack; transformers calls this in every layer.
 
-    `is_causal`, `position_ids` and what else has no bearing on a planned mask is ignored.
+    Arguments that cannot change a planned mask, such as `is_causal` and `position_ids`, are ignored.
 
     Args:
         module: the layer's attention module.
         query: `[1, H, T, d]`.
         key: `[1, K, T, d]`.
         value: `[1, K, T, e]`.
-        attention_mask: always None: the plan says it all.
+        attention_mask: must be None; the plan is the mask.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores; None means `d ** -0.5`.
         plan: who sees whom.
-        attention_kernel: what computes it.
+        attention_kernel: computes the result.
         sliding_window: the layer's window in tokens, or None.
         softcap: the layer's score cap, or None.
         s_aux: `[H]`, the layer's sinks, or None.
@@ -140,25 +142,25 @@ def packed_attention(
         `[1, T, H, e]`, and None in place of the attention weights.
 
     Raises:
-        ModelError: there is no plan, or something was asked for that no kernel honors.
+        ModelError: there is no plan, or the layer asks for something that no kernel supports.
     """
     if plan is None or attention_kernel is None:
         raise ModelError(
             f"{type(module).__name__} was called without an attention plan. Run packs through Backbone.forward; "
-            "to call the wrapped model itself (generate, logits), do so inside `with backbone.stock_attention():`."
+            "to call the wrapped model itself (generate, logits), use `with backbone.stock_attention():`."
         )
-    asked = [name for name in _UNSUPPORTED if others.get(name) is not None and others[name] is not False]
+    requested = [name for name in _UNSUPPORTED if others.get(name) is not None and others[name] is not False]
     if attention_mask is not None:
-        asked.append("attention_mask")
-    if asked:
-        raise ModelError(f"{type(module).__name__} asks the packed attention for {', '.join(asked)}, which it cannot honor.")
+        requested.append("attention_mask")
+    if requested:
+        raise ModelError(f"{type(module).__name__} passes {', '.join(requested)}, which packed attention does not support.")
     if query.shape[0] != 1 or query.shape[2] != plan.num_tokens or key.shape[2] != plan.num_tokens:
         raise ModelError(
             f"the plan is for {plan.num_tokens} tokens, but {type(module).__name__} attends with queries {tuple(query.shape)} "
             f"and keys {tuple(key.shape)}. Packs run without cache and with a batch of one row."
         )
     heads = Heads(
-        # Under autocast, or with float32 rotary tables, queries and keys may be wider than values; kernels want one type.
+        # Under autocast, or with float32 rotary tables, queries and keys may have a wider dtype than values; kernels need one.
         q_THd=query[0].transpose(0, 1).to(value.dtype),
         k_TKd=key[0].transpose(0, 1).to(value.dtype),
         v_TKe=value[0].transpose(0, 1),

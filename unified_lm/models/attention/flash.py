@@ -1,6 +1,7 @@
 """Flash attention over packed sequences: one varlen call per run of equal mode, on views of the pack.
 
-Partial spans take one more call: all their tokens causally, then the span's queries again, over every key up to the span's end.
+Flash has no mask argument beyond causal and window. So sequences with partial spans take two calls: first all tokens causally,
+then the span's queries again, over every key up to the span's end. The second result replaces the first in the span's rows.
 Legend: `attention/__init__.py`.
 """
 
@@ -28,7 +29,7 @@ class FlashKernel:
     """One call per mode and layer.
 
     Args:
-        varlen: what computes; None takes `flash_attn` if it is installed, else torch's own varlen attention.
+        varlen: the function to call; None takes `flash_attn` if it is installed, else torch's own varlen attention.
 
     Raises:
         ModelError: neither is available.
@@ -48,7 +49,7 @@ class FlashKernel:
         if heads.sinks_H is not None:
             raise ModelError("the flash kernel cannot add attention sinks (s_aux). Use model.attention_kernel=flex.")
         q, k, v, width = heads.q_THd, heads.k_TKd, heads.v_TKe, heads.v_TKe.shape[-1]
-        if width < q.shape[-1]:  # flash wants equal head sizes (DeepSeek's values are narrower): pad here, cut below
+        if width < q.shape[-1]:  # flash needs equal head sizes, and DeepSeek's values are narrower: pad, cut below
             v = functional.pad(v, (0, q.shape[-1] - width))
         outputs = []
         for run in heads.plan.runs:
@@ -58,6 +59,7 @@ class FlashKernel:
             else:
                 output = self._call(heads, run.cu_seqlens, run.max_seqlen, run.mode, q[part], k[part], v[part])
             outputs.append(output)
+        # Runs cover the pack in order, so their concatenation has the order of its tokens.
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return output[..., :width]
 
@@ -78,12 +80,14 @@ class FlashKernel:
 
     def _spans(self, heads: Heads, run: ModeRun, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if heads.sliding_window is not None and heads.sliding_window < run.max_seqlen:
+            # The second call would need a window that is causal before the span and symmetric inside it.
             raise ModelError(
                 f"the flash kernel cannot combine a sliding window ({heads.sliding_window} tokens) with partial bidirectional "
                 "spans in longer sequences. Use model.attention_kernel=flex."
             )
         causal = self._call(heads, run.cu_seqlens, run.max_seqlen, AttentionMode.CAUSAL, q, k, v)
         rows = _span_rows(heads.plan, run, q.device)
+        # Not causal: a span's token sees every key from the sequence's start to the span's end.
         within = self._varlen(
             q.index_select(0, rows.queries),
             k.index_select(0, rows.keys),
@@ -103,7 +107,7 @@ def find_varlen() -> VarlenFunction:
     """Return `flash_attn`'s varlen function, or torch's behind the same signature.
 
     Raises:
-        ModelError: neither is there.
+        ModelError: neither is available.
     """
     found = installed_varlen()
     if found is None:
@@ -116,9 +120,9 @@ def find_varlen() -> VarlenFunction:
 
 @cache
 def installed_varlen() -> VarlenFunction | None:
-    """`flash_attn`'s varlen function, torch's behind the same signature, or None where neither is there.
+    """`flash_attn`'s varlen function, torch's behind the same signature, or None if neither is available.
 
-    The first versions of torch's (2.9 and 2.10) have neither scale nor window.
+    The first versions of torch's function (2.9 and 2.10) do not count: they have neither scale nor window.
     """
     try:
         from flash_attn import flash_attn_varlen_func
@@ -149,16 +153,16 @@ def torch_varlen(
     """Torch's varlen attention behind the signature of `flash_attn_varlen_func`; CUDA, half precision.
 
     Raises:
-        ModelError: dropout or a score cap, which it does not have.
+        ModelError: dropout or a score cap, which torch's function does not have.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout_p or softcap:
-        asked = "attention dropout" if dropout_p else "a score cap (softcap)"
+        missing = "attention dropout" if dropout_p else "score cap (softcap)"
         raise ModelError(
-            f"torch's varlen attention has no {asked}. Install unified_lm[flash] or set model.attention_kernel=sdpa."
+            f"torch's varlen attention has no {missing}. Install unified_lm[flash] or set model.attention_kernel=sdpa."
         )
-    # torch 2.11 groups heads without being told, later versions ask for the word
+    # torch 2.11 always allows grouped heads, later versions only with this argument
     grouped: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] and "enable_gqa" in _varlen_parameters() else {}
     output = varlen_attn(
         q,
@@ -172,7 +176,7 @@ def torch_varlen(
         window_size=(window_size[0], 0) if causal else window_size,
         **grouped,
     )
-    assert isinstance(output, torch.Tensor)  # a pair only where the log-sum-exp is asked for
+    assert isinstance(output, torch.Tensor)  # a pair only if the log-sum-exp is requested
     return output
 
 
@@ -185,7 +189,16 @@ def _varlen_parameters() -> frozenset[str]:
 
 @dataclass(frozen=True, eq=False)
 class _SpanRows:
-    """Second call of a run of partial spans: token indices relative to the run, and their sequence boundaries (int32)."""
+    """Second call of a run of partial spans.
+
+    Attributes:
+        queries: int64, the spans' tokens, relative to the start of the run.
+        keys: int64, of each sequence the tokens up to the span's end, relative to the start of the run.
+        cu_queries: int32 `[S + 1]`, cumulative number of queries per sequence.
+        cu_keys: int32 `[S + 1]`, cumulative number of keys per sequence.
+        longest_queries: most queries of a sequence.
+        longest_keys: most keys of a sequence.
+    """
 
     queries: torch.Tensor
     keys: torch.Tensor
@@ -198,10 +211,10 @@ class _SpanRows:
 def _span_rows(plan: AttentionPlan, run: ModeRun, device: torch.device) -> _SpanRows:
     key = ("flash spans", run.first, device)
     if key not in plan.kernel_cache:
-        begins = [plan.offsets[i] - run.start for i in range(run.first, run.last)]
+        starts = [plan.offsets[i] - run.start for i in range(run.first, run.last)]
         spans = plan.spans[run.first : run.last]
-        queries = torch.cat([torch.arange(at + start, at + stop) for at, (start, stop) in zip(begins, spans, strict=True)])
-        keys = torch.cat([torch.arange(at, at + stop) for at, (_, stop) in zip(begins, spans, strict=True)])
+        queries = torch.cat([torch.arange(at + start, at + stop) for at, (start, stop) in zip(starts, spans, strict=True)])
+        keys = torch.cat([torch.arange(at, at + stop) for at, (_, stop) in zip(starts, spans, strict=True)])
         num_queries, num_keys = [stop - start for start, stop in spans], [stop for _, stop in spans]
         cu_queries, cu_keys = (torch.tensor([0, *counts]).cumsum(0).int() for counts in (num_queries, num_keys))
         queries, keys, cu_queries, cu_keys = (tensor.to(device) for tensor in (queries, keys, cu_queries, cu_keys))
@@ -210,7 +223,10 @@ def _span_rows(plan: AttentionPlan, run: ModeRun, device: torch.device) -> _Span
 
 
 def _window(sliding_window: int | None, longest: int, causal: bool) -> tuple[int, int]:
-    """Flash's inclusive (left, right) distances for a window as `batch.plan.visible` defines it."""
+    """Flash's inclusive (left, right) distances for a window as `batch.plan.visible` defines it.
+
+    A causal window of w counts the token itself, so it reaches w - 1 tokens back; a symmetric one reaches w to each side.
+    """
     if sliding_window is None or sliding_window >= longest:
         return (-1, -1)
     return (sliding_window - 1, 0) if causal else (sliding_window, sliding_window)

@@ -1,6 +1,6 @@
-"""Torch's flex attention: any mask of a plan as one block mask, made once per pack and shared by all layers.
+"""Torch's flex attention: any mask of a plan as one block mask, built once per pack and shared by all layers.
 
-Compiled on CUDA. On CPU torch has no backward for it, so there it serves only to test the masks.
+Compiled on CUDA. torch has no CPU backward for it, so on CPU it is only used to test the masks.
 Legend: `attention/__init__.py`.
 """
 
@@ -18,11 +18,11 @@ from unified_lm.core.errors import ModelError
 from unified_lm.models.attention.heads import Heads
 
 _OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}
-"""Never the decoding kernel, which torch chooses below 128 queries and which has no configuration for some head sizes."""
+"""Avoids the decoding kernel, which torch chooses below 128 queries and which has no configuration for some head sizes."""
 
 
 class FlexKernel:
-    """Every mask, window, score cap and sink; no dropout of attention weights."""
+    """Supports every mask, window, score cap and sink, but no dropout of attention weights."""
 
     name = "flex"
 
@@ -44,7 +44,7 @@ class FlexKernel:
         if q.device.type == "cpu":
             if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
                 raise ModelError("the flex kernel has no backward on CPU. Set model.attention_kernel=sdpa, or auto.")
-            q, k, v = (x.detach() for x in (q, k, v))  # torch refuses leaves that require gradients even where none is kept
+            q, k, v = (x.detach() for x in (q, k, v))  # torch refuses inputs that require gradients even under no_grad
         output, lse = self._function(q.device)(
             q,
             k,
@@ -59,9 +59,10 @@ class FlexKernel:
         output_THe = output[0].transpose(0, 1)
         if heads.sinks_H is None:
             return output_THe
-        # Flex normalizes by exp(lse); with a sink the denominator is exp(lse) + exp(sink).
-        share_TH = torch.sigmoid(lse.lse[0].transpose(0, 1) - heads.sinks_H.float())
-        return (output_THe * share_TH[..., None]).to(heads.v_TKe.dtype)
+        # Flex normalizes by exp(lse). With a sink the denominator is exp(lse) + exp(sink), so the output shrinks by their
+        # ratio: exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink), which does not overflow.
+        correction_TH = torch.sigmoid(lse.lse[0].transpose(0, 1) - heads.sinks_H.float())
+        return (output_THe * correction_TH[..., None]).to(heads.v_TKe.dtype)
 
     def _function(self, device: torch.device) -> Callable[..., Any]:
         if device.type == "cpu":
@@ -72,18 +73,21 @@ class FlexKernel:
 
 
 def _capped(heads: Heads, device: torch.device) -> Callable[..., torch.Tensor]:
+    """A flex `score_mod` that bounds scores by the layer's cap."""
     key = ("flex softcap", heads.softcap, device)
     if key not in heads.plan.kernel_cache:  # a tensor: with dynamic shapes a captured float has no backward
         heads.plan.kernel_cache[key] = torch.tensor(heads.softcap, dtype=torch.float32, device=device)
     softcap = heads.plan.kernel_cache[key]
 
     def score_mod(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        """Cap one score."""
         return softcap * torch.tanh(score / softcap)
 
     return score_mod
 
 
 def _block_mask(plan: AttentionPlan, sliding_window: int | None, device: torch.device) -> BlockMask:
+    """The mask of a pack for layers with this window; cached in the plan, because layers of a kind share it."""
     key = ("flex", sliding_window, device)
     if key not in plan.kernel_cache:
         lengths = torch.tensor(plan.lengths, device=device)
@@ -92,8 +96,10 @@ def _block_mask(plan: AttentionPlan, sliding_window: int | None, device: torch.d
         start, stop = torch.tensor(plan.spans, device=device).T.contiguous()
 
         def mask_mod(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            """Whether a query sees a key, both as token indices of the pack."""
             own = sequence[query]
             seen = visible(position[query], position[key], start[own], stop[own], sliding_window)
+            # `visible` only knows positions within a sequence, so tokens of other sequences are excluded here.
             return (own == sequence[key]) & seen
 
         total = plan.num_tokens

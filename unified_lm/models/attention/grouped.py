@@ -1,11 +1,12 @@
 """Dense attention for many short sequences: sort by length, pad within groups of similar length, multiply in batches.
 
-Why: on CPU a call of torch's fused attention costs 0.5 to 2 ms in the backward however short the sequence, and a pack holds
-dozens of sequences in each of dozens of layers. Short sequences are better served by a few batched matrix products per group;
-their score matrices are small enough to keep. `benchmarks/attention.py` measures both and is where the limits below come from.
+Why: on CPU a call of torch's fused attention costs 0.5 to 2 ms in the backward, however short the sequence, and a pack has
+dozens of sequences in each of dozens of layers. For short sequences a few batched matrix products per group are faster, and
+their score matrices are small enough to keep for the backward. The limits below come from `benchmarks/attention.py`, which
+measures both.
 
-The rows are gathered by index, once in and once out; indices and masks are made once per pack and shared by all layers.
-Legend: `attention/__init__.py`; here also n sequences of a group, L its padded length, g = H / K query heads per key head.
+Rows are gathered by index, once in and once out. Indices and masks are built once per pack and shared by all layers.
+Legend: `attention/__init__.py`; also n sequences of a group, L its padded length, g = H / K query heads per key head.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from unified_lm.batch.plan import visible
 from unified_lm.models.dropout import draw_keep_mask, keep_probability
 
 GROUP_OVERHEAD = 4_000
-"""What one more group costs, in score elements per head: about 0.2 ms against 50 ns for one element of nine heads. Between
-1,000 and 6,000 the time is flat (`benchmarks/attention.py`)."""
+"""Cost of one more group, in score elements per head: about 0.2 ms, at 50 ns for one element of nine heads. Step times are the
+same for any value between 1,000 and 6,000 (`benchmarks/attention.py`)."""
 
 LENGTH_MULTIPLE = 16
 """Groups are padded to a multiple of this: multiples of 8 were slower in bfloat16, of 32 in float32."""
@@ -47,29 +48,33 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where every head of every token goes. Query rows are `(n, K, g, L)`, key rows `(n, K, L)`, groups one after another.
+    """Indices between tokens and padded groups.
+
+    Padded query rows are ordered `(n, K, g, L)` and padded key rows `(n, K, L)` within a group, group after group. With the
+    heads outside the length, the g query heads of a key head form one `[g * L, d]` matrix, so grouped queries need no copies of
+    their keys.
 
     Attributes:
         groups: the groups, in row order.
-        q_rows: int64 `[R_q]`, for each padded query row the row of `[T * H, d]` that fills it.
-        kv_rows: int64 `[R_kv]`, for each padded key row the row of `[T * K, d]` that fills it.
-        q_places: int64 `[T * H]`, for each query row its padded row.
-        kv_places: int64 `[T * K]`, for each key row its padded row.
-        q_padding: int64, padded query rows that stand for no token.
+        q_pad: int64 `[R_q]`, for each padded query row the row of `[T * H, d]` to copy there.
+        kv_pad: int64 `[R_kv]`, for each padded key row the row of `[T * K, d]` to copy there.
+        q_unpad: int64 `[T * H]`, for each query row its padded row.
+        kv_unpad: int64 `[T * K]`, for each key row its padded row.
+        q_padding: int64, the padded query rows that represent no token.
     """
 
     groups: tuple[Group, ...]
-    q_rows: torch.Tensor
-    kv_rows: torch.Tensor
-    q_places: torch.Tensor
-    kv_places: torch.Tensor
+    q_pad: torch.Tensor
+    kv_pad: torch.Tensor
+    q_unpad: torch.Tensor
+    kv_unpad: torch.Tensor
     q_padding: torch.Tensor
 
 
 def group_by_length(lengths: Sequence[int], overhead: int = GROUP_OVERHEAD) -> list[list[int]]:
-    """Split sequences into groups so that the padded score elements plus a fixed cost per group are fewest.
+    """Split sequences into groups that minimize the padded score elements plus a fixed cost per group.
 
-    Exact, by dynamic programming over the sequences in order of length.
+    Exact, by dynamic programming over the sequences in order of length: an optimal group is a run of neighbors in that order.
 
     Args:
         lengths: tokens of each sequence.
@@ -81,8 +86,8 @@ def group_by_length(lengths: Sequence[int], overhead: int = GROUP_OVERHEAD) -> l
     order = np.argsort([-length for length in lengths], kind="stable")
     padded = np.array([_round_up(lengths[i]) for i in order], dtype=np.int64)
     total = len(order)
-    best = np.zeros(total + 1, dtype=np.int64)
-    begin = np.zeros(total + 1, dtype=np.int64)
+    best = np.zeros(total + 1, dtype=np.int64)  # lowest cost of the first `stop` sequences
+    begin = np.zeros(total + 1, dtype=np.int64)  # where the last group of that solution begins
     for stop in range(1, total + 1):
         cost = best[:stop] + overhead + (stop - np.arange(stop)) * padded[:stop] ** 2
         begin[stop] = int(cost.argmin())
@@ -102,7 +107,7 @@ def build_layout(
     sliding_window: int | None,
     like: torch.Tensor,
 ) -> Layout:
-    """Make the layout of sequences that lie end to end.
+    """Build the layout of sequences that lie end to end.
 
     Args:
         lengths: tokens of each sequence.
@@ -120,6 +125,7 @@ def build_layout(
         start_n1 = torch.from_numpy(offsets[members])[:, None]
         position_L = torch.arange(length)
         real_nL = position_L < size_n1
+        # Padding repeats the sequence's first token: finite values that the mask keeps every real token from seeing.
         token_nL = start_n1 + torch.where(real_nL, position_L, 0)
         q_rows.append((token_nL[:, None] * num_q + torch.arange(num_q)[:, None]).flatten())
         kv_rows.append((token_nL[:, None] * num_kv + torch.arange(num_kv)[:, None]).flatten())
@@ -138,13 +144,13 @@ def grouped_attention(
 ) -> torch.Tensor:
     """Attention of every sequence of a layout; differentiable once.
 
-    Dropout draws from torch's default generator of the device, in group order, so restoring its state repeats it.
+    Dropout draws from torch's default generator of the device, in group order, so restoring the generator's state repeats it.
 
     Args:
         q_THd: `[T, H, d]`.
         k_TKd: `[T, K, d]`.
         v_TKe: `[T, K, e]`, same dtype.
-        layout: of exactly these T tokens.
+        layout: built for exactly these T tokens.
         scaling: factor of the scores.
         dropout: probability of dropping an attention weight.
 
@@ -159,18 +165,26 @@ def _round_up(length: int) -> int:
 
 
 def _invert(rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    places = torch.empty(int(valid.sum()), dtype=torch.int64)
-    places[rows[valid]] = torch.nonzero(valid)[:, 0]
-    return places
+    """The inverse of an index that pads: for each token's row the padded row that holds it.
+
+    Args:
+        rows: int64 `[R]`, for each padded row the token's row to copy there.
+        valid: bool `[R]`, False at padding.
+    """
+    padded_rows = torch.empty(int(valid.sum()), dtype=torch.int64)
+    padded_rows[rows[valid]] = torch.nonzero(valid)[:, 0]
+    return padded_rows
 
 
 def _additive_mask(
     size_n1: torch.Tensor, spans: Sequence[tuple[int, int]], length: int, sliding_window: int | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
+    """The mask of `Group`, on the CPU; None where every token sees every other."""
     position = torch.arange(length)
     start_n11, stop_n11 = torch.tensor(spans, dtype=torch.int64)[:, :, None, None].unbind(1)
     seen_nLL = visible(position[:, None], position, start_n11, stop_n11, sliding_window)
     seen_nLL = seen_nLL & (position < size_n1)[:, None, :]
+    # Rows of padding see key 0: a row of minus infinities would become NaN in the softmax and in the gradients of its keys.
     seen_nLL[:, :, 0] |= position >= size_n1
     if seen_nLL.all():
         return None
@@ -190,11 +204,11 @@ class _GroupedAttention(torch.autograd.Function):
         scaling: float,
         dropout: float,
     ) -> torch.Tensor:
-        """Attention of every group; see `grouped_attention`. Keeps the softmax weights and what dropout kept of them."""
-        # Scaling the queries instead of the scores touches L / d times fewer numbers, and its backward is as small.
-        q_rows = _rows(q_THd).index_select(0, layout.q_rows).mul_(scaling)
-        k_rows = _rows(k_TKd).index_select(0, layout.kv_rows)
-        v_rows = _rows(v_TKe).index_select(0, layout.kv_rows)
+        """Attention of every group; see `grouped_attention`. Saves the softmax weights and the dropout masks."""
+        # Scaling the queries instead of the scores touches L / d times fewer numbers, in the backward as well.
+        q_rows = _rows(q_THd).index_select(0, layout.q_pad).mul_(scaling)
+        k_rows = _rows(k_TKd).index_select(0, layout.kv_pad)
+        v_rows = _rows(v_TKe).index_select(0, layout.kv_pad)
         out_rows = v_rows.new_empty(q_rows.shape[0], v_rows.shape[1])
         keep_graph = any(ctx.needs_input_grad[:3])
         saved: list[torch.Tensor] = []
@@ -210,7 +224,7 @@ class _GroupedAttention(torch.autograd.Function):
         if keep_graph:
             ctx.save_for_backward(q_rows, k_rows, v_rows, *saved)
             ctx.settings = (layout, scaling, dropout, k_TKd.shape[1])
-        return out_rows.index_select(0, layout.q_places).view(*q_THd.shape[:2], -1)
+        return out_rows.index_select(0, layout.q_unpad).view(*q_THd.shape[:2], -1)
 
     @staticmethod
     @once_differentiable
@@ -218,8 +232,8 @@ class _GroupedAttention(torch.autograd.Function):
         """Gradients of queries, keys and values."""
         q_rows, k_rows, v_rows, *saved = ctx.saved_tensors
         layout, scaling, dropout, num_kv = ctx.settings
-        grad_rows = _rows(grad_THe).index_select(0, layout.q_rows)
-        grad_rows.index_fill_(0, layout.q_padding, 0)  # padding rows repeat a real token's row: they must not count
+        grad_rows = _rows(grad_THe).index_select(0, layout.q_pad)
+        grad_rows.index_fill_(0, layout.q_padding, 0)  # padding rows repeat a real token's gradient
         dq_rows, dk_rows, dv_rows = map(torch.empty_like, (q_rows, k_rows, v_rows))
         stack = iter(saved)
         blocks = _blocks(layout, num_kv, q_rows, k_rows, v_rows, grad_rows, dq_rows, dk_rows, dv_rows)
@@ -230,13 +244,14 @@ class _GroupedAttention(torch.autograd.Function):
             dscores = torch.bmm(grad, v.transpose(1, 2))
             if kept is not None:
                 dscores = _drop(dscores, kept, dropout)
+            # In place, on the same buffer: nothing reads the gradient of the weights again.
             torch._softmax_backward_data(dscores, weights, -1, weights.dtype, grad_input=dscores)
             torch.bmm(dscores, k, out=dq)
             torch.bmm(dscores.transpose(1, 2), q, out=dk)
-        num_q = layout.q_places.shape[0] * num_kv // layout.kv_places.shape[0]
-        dq_THd = dq_rows.index_select(0, layout.q_places).mul_(scaling).view(-1, num_q, q_rows.shape[1])
-        dk_TKd = dk_rows.index_select(0, layout.kv_places).view(-1, num_kv, k_rows.shape[1])
-        dv_TKe = dv_rows.index_select(0, layout.kv_places).view(-1, num_kv, v_rows.shape[1])
+        num_q = layout.q_unpad.shape[0] * num_kv // layout.kv_unpad.shape[0]
+        dq_THd = dq_rows.index_select(0, layout.q_unpad).mul_(scaling).view(-1, num_q, q_rows.shape[1])
+        dk_TKd = dk_rows.index_select(0, layout.kv_unpad).view(-1, num_kv, k_rows.shape[1])
+        dv_TKe = dv_rows.index_select(0, layout.kv_unpad).view(-1, num_kv, v_rows.shape[1])
         return dq_THd, dk_TKd, dv_TKe, None, None, None
 
 
@@ -255,13 +270,19 @@ def _drop(weights: torch.Tensor, kept: torch.Tensor, dropout: float) -> torch.Te
 
 
 def _blocks(layout: Layout, num_kv: int, *rows: torch.Tensor) -> Any:
-    """Yield each group with its `[n * K, rows, width]` view of every row tensor (query-sized or key-sized, by its length)."""
+    """Yield each group with its `[n * K, rows, width]` view of each tensor.
+
+    Args:
+        layout: of the pack.
+        num_kv: K.
+        rows: tensors of padded rows, query-sized `[R_q, width]` or key-sized `[R_kv, width]`.
+    """
     q_begin = kv_begin = 0
-    num_q_rows = layout.q_rows.shape[0]
-    share = layout.q_places.shape[0] // layout.kv_places.shape[0]
+    num_q_rows = layout.q_pad.shape[0]
+    queries_per_key = layout.q_unpad.shape[0] // layout.kv_unpad.shape[0]
     for group in layout.groups:
         batch = group.size * num_kv
-        q_stop, kv_stop = q_begin + batch * share * group.length, kv_begin + batch * group.length
+        q_stop, kv_stop = q_begin + batch * queries_per_key * group.length, kv_begin + batch * group.length
         views = []
         for tensor in rows:
             part = tensor[q_begin:q_stop] if tensor.shape[0] == num_q_rows else tensor[kv_begin:kv_stop]

@@ -1,4 +1,4 @@
-"""What a kernel takes: one layer's queries, keys and values of a pack, and everything that shapes the softmax.
+"""The input of a kernel: one layer's queries, keys and values of a pack, and everything that shapes the softmax.
 
 Legend: `attention/__init__.py`.
 """
@@ -22,14 +22,14 @@ class Heads:
 
     Attributes:
         q_THd: `[T, H, d]` queries, rotary positions applied.
-        k_TKd: `[T, K, d]` keys; every `H / K` neighboring query heads share one.
+        k_TKd: `[T, K, d]` keys; `H / K` neighboring query heads share each.
         v_TKe: `[T, K, e]` values.
         plan: who sees whom.
         scaling: factor of the scores.
         dropout: probability of dropping an attention weight; 0 outside training.
         sliding_window: limit of the distance in tokens, see `batch.plan.visible`; None: no limit.
         softcap: Gemma 2's bound of the scores, or None.
-        sinks_H: `[H]`, gpt-oss's learned logit of seeing nothing, or None.
+        sinks_H: `[H]`, gpt-oss's learned logit for attending to nothing, or None.
     """
 
     q_THd: torch.Tensor
@@ -44,7 +44,7 @@ class Heads:
 
 
 class AttentionKernel(Protocol):
-    """Computes one layer's attention, honoring every field of `Heads` or refusing it by name."""
+    """Computes one layer's attention. It applies every field of `Heads`, or raises an error that names the field."""
 
     name: str
 
@@ -52,6 +52,6 @@ class AttentionKernel(Protocol):
         """Return `[T, H, e]`, in the dtype of the values.
 
         Raises:
-            ModelError: the kernel cannot do what a field asks for.
+            ModelError: the kernel does not support the value of a field.
         """
         ...

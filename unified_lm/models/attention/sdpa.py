@@ -20,14 +20,14 @@ LONGEST_GROUPED = {torch.bfloat16: 512, torch.float16: 512}
 """By dtype: sequences up to this many tokens are computed in dense groups. See `benchmarks/attention.py`."""
 
 LONGEST_GROUPED_OTHERWISE = 256
-"""The same for every other dtype (float32)."""
+"""The limit for every other dtype (float32)."""
 
 
 class SdpaKernel:
-    """The default on CPU. Score caps and sinks run through the reference, sequence by sequence.
+    """The default on CPU. Score caps and sinks go through `ReferenceKernel`, sequence by sequence.
 
     Args:
-        longest_grouped: overrides the measured limit between the two formulations, in tokens; 0 groups nothing.
+        longest_grouped: longest sequence to compute in dense groups, in tokens, instead of the measured limit; 0: none.
     """
 
     name = "sdpa"
@@ -78,7 +78,7 @@ class _Split:
         short: indices of the sequences computed in groups.
         long: indices of the others.
         short_tokens: int64, the tokens of the short sequences, in pack order.
-        order: int64 `[T]`, for each token its place when short sequences come first and long ones follow.
+        order: int64 `[T]`, for each token its index when all short sequences come before all long ones.
     """
 
     short: tuple[int, ...]
@@ -98,9 +98,10 @@ class _Split:
 
 
 def _fused(heads: Heads, index: int) -> torch.Tensor:
-    """One long sequence through torch's fused attention; `[L, H, e]`."""
+    """Attention of one long sequence by torch's fused function; returns `[L, H, e]`."""
     plan, window = heads.plan, heads.sliding_window
     begin, length = plan.offsets[index], plan.lengths[index]
+    # Without a mask torch can use its flash kernel, so a window that never cuts anything is dropped.
     window = None if window is not None and window >= length else window
     mode, mask = plan.mode(index), None
     if mode is AttentionMode.SPAN or window is not None:

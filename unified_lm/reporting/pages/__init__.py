@@ -1,4 +1,4 @@
-"""HTML pages that need nothing but a browser: templates, styles and the script of the charts, all written into the page."""
+"""Self-contained HTML pages: templates, with the styles and the script of the charts embedded in the page."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _PARTS = {"theme_css": "theme.css", "charts_css": "charts.css", "charts_js": "ch
 
 
 def page(template: str, *, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> str:
-    """Fill a template of this folder.
+    """Render a template of this folder.
 
     Args:
-        template: its file name. It may use the parts `theme_css`, `charts_css`, `charts_js` and `report_css` by name.
-        filters: further filters of the template.
-        values: what it shows; text is escaped.
+        template: its file name. It may use the variables `theme_css`, `charts_css`, `charts_js` and `report_css`.
+        filters: further filters for the template.
+        values: further variables for the template; text is escaped.
     """
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read),
@@ -42,7 +42,7 @@ def page_data(value: Any) -> Markup:
 
 
 def made_by() -> str:
-    """What wrote a page."""
+    """Name and version of the program, for the footer of a page."""
     return f"unified_lm {code_version()['unified_lm']}"
 
 

@@ -1,4 +1,4 @@
-"""How much memory tensors hold, exactly: a measure that no allocator and no other process blurs."""
+"""An exact count of the memory that tensors hold, independent of the allocator and of other processes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the storages of tensors that operators yield within it, backwards of autograd included, until they are freed.
+    """Counts the storages of tensors that operators return inside the context, autograd's backwards included, until freed.
 
-    Resident memory also holds what the allocator keeps and the holes between what it has given out; this is only what the
-    program keeps alive. What an operator allocates and frees inside itself is not seen.
+    Resident memory also contains what the allocator keeps and its fragmentation; this counts only what the program keeps alive.
+    Memory that an operator allocates and frees internally is not seen.
 
     Attributes:
-        now: bytes alive that were made within it.
-        peak: the most that `now` has been.
+        now: bytes of live storages that were created inside the context.
+        peak: the maximum of `now`.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,8 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operator and count what it made."""
+        """Run the operator and count the storages that it created."""
+        # Views and in-place results return the storage of an argument, which is not new.
         given = {id(leaf.untyped_storage()) for leaf in tree_iter((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_iter(result):

@@ -24,6 +24,7 @@ from unified_lm.core.errors import DataError
 from unified_lm.core.files import cache_dir
 from unified_lm.data.streams import Stream
 from unified_lm.data.token_cache import table_key
+from unified_lm.engine.sequences import sample_scores
 from unified_lm.engine.training_module import PackOutput, TrainingModule
 
 CHUNK_ROWS = 256
@@ -105,8 +106,7 @@ class ReferenceCache:
         found: dict[int, float] = {}
         with self.trainable.scoring():
             for pack in packs:
-                for stream, values in self.forward(pack.to(distributed.local_device())).scores.items():
-                    found |= dict(zip(map(id, pack.labeled(stream)), values.tolist(), strict=True))
+                found |= sample_scores(pack, self.forward(pack.to(distributed.local_device())))
         return [found[id(sample)] for sample in samples]
 
 

@@ -18,10 +18,10 @@ time.sleep(60)
 """
 WORKER = """
 import pathlib, signal, sys, time
-from unified_lm.core.parent import follow_agent
+from unified_lm.core.distributed import terminate_with_agent
 folder = pathlib.Path(sys.argv[1])
 signal.signal(signal.SIGTERM, lambda *_: ((folder / "stopped").touch(), sys.exit(0)))
-follow_agent()
+terminate_with_agent()
 (folder / "ready").touch()
 time.sleep(10)
 (folder / "outlived").touch()

@@ -17,8 +17,8 @@ from unified_lm.assembly import train
 from unified_lm.assembly.checkpoints import export_checkpoint
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.prompts.templates import get_template
-from unified_lm.engine import references
-from unified_lm.engine.references import ReferenceCache
+from unified_lm.engine import reference_scores as references
+from unified_lm.engine.reference_scores import ReferenceCache
 from unified_lm.export.manifest import Manifest
 
 ANOTHER = replace(get_template("grit"), name="another", bare_prompt="Another prompt\n")

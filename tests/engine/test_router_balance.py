@@ -11,12 +11,12 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from tests.engine.test_step import distance
-from tests.engine.tiny import NEXT_TOKEN, WEIGHTS, embedding_objectives, make_samples
+from tests.engine.tiny import NEXT_TOKEN, WEIGHTS, embedding_terms, make_samples
 from unified_lm.batch import Batch, make_batch
 from unified_lm.config.schema import OptimConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.engine.backends.backend import TorchBackend
-from unified_lm.engine.balance import RouterBalance
+from unified_lm.engine.router_balance import RouterBalance, RoutingReadout
 from unified_lm.engine.step import GradCacheStep, StepLosses
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
@@ -34,13 +34,15 @@ def make_trainable(
     model.set_experts_implementation("eager")  # torch's grouped matrix product has no float64
     backbone = Backbone(model, "sdpa")
     tokens = {"generation": build_objective(NEXT_TOKEN)}
-    return TrainingModule(backbone, "mean", tokens, balanced_streams=balanced).train()
+    readouts = [RoutingReadout(balanced, backbone.experts()[1])] if balanced else []
+    return TrainingModule(backbone, "mean", tokens, readouts=readouts).train()
 
 
 def make_step(trainable: TrainingModule, num_retained: int = 1, weights: Any = BALANCE, forward: Any = None) -> GradCacheStep:
-    balance = RouterBalance(weights, *trainable.backbone.experts()) if weights else None
-    objectives = embedding_objectives()
-    return GradCacheStep(forward or trainable, lambda loss: loss.backward(), objectives, WEIGHTS, num_retained, balance=balance)
+    terms = embedding_terms()
+    if weights:
+        terms.append(RouterBalance(weights, *trainable.backbone.experts()))
+    return GradCacheStep(forward or trainable, lambda loss: loss.backward(), WEIGHTS, terms, num_retained)
 
 
 Result = tuple[StepLosses, dict[str, torch.Tensor]]
@@ -109,14 +111,14 @@ def test_the_choices_of_a_pack_alone_would_be_wrong(monkeypatch):
     _, split = run(trainable, batch, weights={"generation": 50.0})
     assert distance(split, whole) < 1e-6
 
-    def own(self: RouterBalance, routing: Any) -> torch.Tensor:
+    def own(self: RouterBalance, pack: Any, output: Any) -> torch.Tensor:
         """f of the pack, and the step's count."""
         (stream,) = self.weights
-        load = routing[stream].load
+        load, probability = output.readouts[RoutingReadout.name][stream]
         share, rows = load / (load.sum() / self.top_k), self._shares[stream][1]
-        return self.weights[stream] * self.num_experts * (share * routing[stream].probability).sum() / rows
+        return self.weights[stream] * self.num_experts * (share * probability).sum() / rows
 
-    monkeypatch.setattr(RouterBalance, "share_of_pack", own)
+    monkeypatch.setattr(RouterBalance, "share", own)
     _, wrong = run(trainable, batch, weights={"generation": 50.0})
     assert distance(wrong, whole) > 1e-3
 
@@ -232,7 +234,7 @@ def test_a_loss_that_is_not_finite_spoils_the_gradient():
 )
 def test_models_whose_routers_cannot_be_balanced_are_refused(family, kernel, text):
     with pytest.raises(ModelError, match=text):
-        TrainingModule(Backbone(tiny_model(family), kernel), "mean", {}, balanced_streams=["generation"])
+        TrainingModule(Backbone(tiny_model(family), kernel), "mean", {}, readouts=[RoutingReadout(["generation"], 2)])
 
 
 def test_training_with_it_balances_the_experts():

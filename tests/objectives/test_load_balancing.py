@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from unified_lm.objectives.balance import expert_share, load_balancing, route
+from unified_lm.objectives.load_balancing import expert_share, load_balancing, route
 
 LAYERS, T, E, TOP_K = 3, 24, 8, 2
 

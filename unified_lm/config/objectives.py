@@ -1,0 +1,244 @@
+"""What every objective says about itself. Each kind's own settings stand beside its loss (`objectives/*_config.py`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from unified_lm.config.checks import at_least, choice
+from unified_lm.config.parts import PartConfig, RehearsalSizes
+
+if TYPE_CHECKING:
+    from unified_lm.config.schema import RunConfig
+    from unified_lm.config.streams import StreamConfig
+
+NORMALIZATIONS = ("token", "sample", "mixed", "sum_per_sample")
+
+
+class ObjectiveKind(Enum):
+    """What an objective is computed from.
+
+    Attributes:
+        TOKEN: hidden states at supervised positions, pack by pack.
+        EMBEDDING: pooled vectors of the whole global batch.
+        SEQUENCE: log-probabilities of whole samples under the model and under a reference model.
+    """
+
+    TOKEN = "token"
+    EMBEDDING = "embedding"
+    SEQUENCE = "sequence"
+
+
+class Recompute(Enum):
+    """Which packs of a step must be forwarded without a graph before the first backward, where they do not fit one pack.
+
+    Attributes:
+        NOTHING: the loss is a sum over positions or samples.
+        OWN: those with the stream's samples, as GradCache does.
+        ALL: every pack of the step.
+    """
+
+    NOTHING = "nothing"
+    OWN = "own"
+    ALL = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(PartConfig):
+    """What a stream's samples are trained for."""
+
+    selector: ClassVar[str] = "name"
+    role: ClassVar[str] = "objective"
+    kind: ClassVar[ObjectiveKind]
+    """What it is computed from."""
+    uses_logits: ClassVar[bool] = True
+    """Whether it reads the output head."""
+
+    name: str
+    """A name of the table `unified_lm.objectives.OBJECTIVES`, or the dotted path of a class."""
+    weight: float = 1.0
+    """Factor of this term in the total loss."""
+
+    @property
+    def router_balance(self) -> float:
+        """Factor of the router balance over the stream's tokens; 0 where routers are not balanced."""
+        return 0.0
+
+    @property
+    def recompute(self) -> Recompute:
+        """What a step that does not fit one pack forwards twice."""
+        return Recompute.NOTHING
+
+    def needs_reference_scores(self, has_adapters: bool) -> bool:
+        """Whether all rows are scored by the initial weights before the first step.
+
+        Args:
+            has_adapters: whether switching adapters off shows the initial weights instead.
+        """
+        return False
+
+    def batch_bytes(self, num_groups: int, group_size: int, dim: int) -> int:
+        """Bytes on every rank that grow with the step's batch and belong to no pack: gathered vectors, scores.
+
+        Args:
+            num_groups: of the step, over all ranks.
+            group_size: samples of a group.
+            dim: dimensions of an embedding.
+        """
+        return 0
+
+    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+        """What is wrong with the settings, and with this objective for this stream, one sentence each.
+
+        Args:
+            path: the objective's key, as "streams.embedding.objective".
+            stream: whose objective it is.
+        """
+        if not math.isfinite(self.weight) or self.weight < 0:
+            yield f"{path}.weight: got {self.weight}, expected a number of at least 0."
+        if self.kind is not stream.objective_kind:
+            yield (
+                f"{path}.name: format {stream.format} is trained by an objective over {_OVER[stream.objective_kind]}, and "
+                f"{self.name} is one over {_OVER[self.kind]}."
+            )
+
+    def run_problems(self, path: str, run: RunConfig) -> Iterator[str]:
+        """What is wrong with this objective in this run; `problems` has what concerns the stream alone."""
+        yield from ()
+
+    @classmethod
+    def rehearsal_changes(cls, values: Mapping[str, Any], sizes: RehearsalSizes) -> Iterator[tuple[str, Any]]:
+        """Settings that a rehearsal must change for the tiny model, even where they were given.
+
+        Args:
+            values: the objective's plain settings.
+            sizes: of the rehearsal.
+
+        Yields:
+            (key, value).
+        """
+        yield from ()
+
+
+_OVER = {
+    ObjectiveKind.TOKEN: "tokens",
+    ObjectiveKind.EMBEDDING: "embeddings",
+    ObjectiveKind.SEQUENCE: "scores of whole samples",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenObjectiveConfig(ObjectiveConfig):
+    """An objective over supervised positions."""
+
+    kind: ClassVar[ObjectiveKind] = ObjectiveKind.TOKEN
+    predicts_hidden: ClassVar[bool] = False
+    """Whether the predicted tokens are hidden from the model: then a bidirectional sample may be trained."""
+
+    normalization: str = "token"
+    """"token", "sample", "mixed" (GritLM's mean of micro-batch means) or "sum_per_sample" (GritLM's "token")."""
+    micro_batch_size: int | None = None
+    """Samples of one micro-batch under "mixed"."""
+    router_aux_loss_coef: float = 0.0
+    """Factor of the router balance over the stream's tokens (mixtures of experts), not scaled by `weight`."""
+
+    @property
+    def router_balance(self) -> float:
+        """See `ObjectiveConfig.router_balance`."""
+        return self.router_aux_loss_coef
+
+    @property
+    def recompute(self) -> Recompute:
+        """See `ObjectiveConfig.recompute`; how often an expert is chosen is that of the whole step."""
+        return Recompute.ALL if self.router_aux_loss_coef else Recompute.NOTHING
+
+    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+        """See `ObjectiveConfig.problems`."""
+        yield from super().problems(path, stream)
+        yield from choice(f"{path}.normalization", self.normalization, NORMALIZATIONS)
+        if not math.isfinite(self.router_aux_loss_coef):
+            yield f"{path}.router_aux_loss_coef: got {self.router_aux_loss_coef}, expected a number of at least 0."
+        else:
+            yield from at_least(f"{path}.router_aux_loss_coef", self.router_aux_loss_coef, 0)
+        if stream.hides_tokens and not self.predicts_hidden:
+            yield f"{path}.name: format {stream.format} hides the tokens to predict, which {self.name} does not expect."
+        if self.predicts_hidden and not stream.hides_tokens:
+            yield f"{path}.name: {self.name} predicts tokens that are hidden, and format {stream.format} hides none."
+        if self.normalization == "mixed":
+            if self.micro_batch_size is None or self.micro_batch_size < 1:
+                yield f"{path}.micro_batch_size: 'mixed' needs the samples of one micro-batch (GritLM's 7B: 32)."
+            elif stream.batch_size % self.micro_batch_size:
+                yield (
+                    f"{path}.micro_batch_size: got {self.micro_batch_size}, which does not divide the batch of "
+                    f"{stream.batch_size} samples."
+                )
+        elif self.micro_batch_size is not None:
+            yield f"{path}.micro_batch_size: only applies to normalization 'mixed', got '{self.normalization}'."
+
+    def run_problems(self, path: str, run: RunConfig) -> Iterator[str]:
+        """See `ObjectiveConfig.run_problems`."""
+        if self.router_aux_loss_coef and run.model.kernel.pads:
+            yield (
+                f"{path}.router_aux_loss_coef: kernel {run.model.attention_kernel} mixes padding tokens into the router "
+                "logits; choose another model.attention_kernel, or 0."
+            )
+
+    @classmethod
+    def rehearsal_changes(cls, values: Mapping[str, Any], sizes: RehearsalSizes) -> Iterator[tuple[str, Any]]:
+        """See `ObjectiveConfig.rehearsal_changes`: a micro-batch is no larger than the small batch."""
+        size = values.get("micro_batch_size")
+        if isinstance(size, int) and size > sizes.groups:
+            yield "micro_batch_size", sizes.groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingObjectiveConfig(ObjectiveConfig):
+    """An objective over the pooled vectors of the whole global batch."""
+
+    kind: ClassVar[ObjectiveKind] = ObjectiveKind.EMBEDDING
+    uses_logits: ClassVar[bool] = False
+
+    @property
+    def recompute(self) -> Recompute:
+        """See `ObjectiveConfig.recompute`."""
+        return Recompute.OWN
+
+    def batch_bytes(self, num_groups: int, group_size: int, dim: int) -> int:
+        """See `ObjectiveConfig.batch_bytes`: float32 vectors and a matrix of scores, each with its gradient."""
+        documents = num_groups * (group_size - 1)
+        return 2 * 4 * (num_groups * group_size * dim + num_groups * documents)
+
+    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+        """See `ObjectiveConfig.problems`."""
+        yield from super().problems(path, stream)
+        if stream.batch_size < 2:
+            owner = path.rpartition(".")[0]
+            yield f"{owner}.batch_size: got {stream.batch_size}; {self.name} training needs at least 2 groups."
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceObjectiveConfig(ObjectiveConfig):
+    """An objective over log-probabilities of whole samples, beside those under a reference model."""
+
+    kind: ClassVar[ObjectiveKind] = ObjectiveKind.SEQUENCE
+
+    reference: str = "auto"
+    """Where the reference's log-probabilities come from: "adapter_off" (LoRA), "cached" (all rows scored before training),
+    or "auto" (adapter_off where there is a LoRA, else cached)."""
+
+    def needs_reference_scores(self, has_adapters: bool) -> bool:
+        """See `ObjectiveConfig.needs_reference_scores`."""
+        return self.reference == "cached" or (self.reference == "auto" and not has_adapters)
+
+    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+        """See `ObjectiveConfig.problems`."""
+        yield from super().problems(path, stream)
+        yield from choice(f"{path}.reference", self.reference, ("auto", "adapter_off", "cached"))
+
+    def run_problems(self, path: str, run: RunConfig) -> Iterator[str]:
+        """See `ObjectiveConfig.run_problems`."""
+        if self.reference == "adapter_off" and run.lora is None:
+            yield f"{path}.reference: 'adapter_off' needs adapters, and lora is none; use lora=all_linear, or reference=cached."

@@ -1,0 +1,96 @@
+"""Parts that are chosen by name: each kind carries the settings that it alone has, and the facts that others ask it for.
+
+A stream's format and a stream's objective are parts. A part has two halves. Its *description* is a frozen dataclass without
+torch: settings, checks of them, and facts (what it yields, which mode of an export it trains, what it costs). Its
+*implementation* is a class that is made from the description. Everything but the implementation's own module asks the
+description; nothing compares names. So a new part is one file and its line in a table, or, outside this package, one file and
+its dotted path: a class whose attribute `Config` is its description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from unified_lm.core.errors import ConfigError
+from unified_lm.core.tables import resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartConfig:
+    """Base of descriptions.
+
+    Attributes:
+        selector: the field that names the kind ("format", "name").
+        role: what the part is, for messages ("format", "objective").
+        implementation: dotted path of the class that is made from this description. Empty where the description belongs to a
+            class that names it as its `Config`: the path that the user wrote is then the implementation's.
+    """
+
+    selector: ClassVar[str]
+    role: ClassVar[str]
+    implementation: ClassVar[str] = ""
+
+    @property
+    def kind_name(self) -> str:
+        """The name, or the dotted path, that chose this kind."""
+        return str(getattr(self, self.selector))
+
+
+P = TypeVar("P", bound=PartConfig)
+
+
+def find_description(name: str, table: Mapping[str, type[P]], base: type[P]) -> type[P]:
+    """The description of a part.
+
+    Args:
+        name: a name of the table, or the dotted path of a class (or of a description itself).
+        table: the built-in descriptions.
+        base: what every description of this role extends.
+
+    Raises:
+        ConfigError: unknown name, a path that cannot be imported, or a class without a description.
+    """
+    found = resolve(name, table, base.role)
+    description = found if isinstance(found, type) and issubclass(found, base) else getattr(found, "Config", None)
+    if not (isinstance(description, type) and issubclass(description, base)):
+        got = "no such attribute" if description is None else repr(description)
+        raise ConfigError(
+            f"'{name}' is no {base.role} that can be used: its class attribute `Config` must be a subclass of "
+            f"{base.__module__}.{base.__name__} with its settings and facts; got {got}. "
+            f"Extend a built-in {base.role} to inherit its `Config`, or see docs/extending.md."
+        )
+    return description
+
+
+def find_implementation(config: PartConfig, table: Mapping[str, type[P]]) -> Any:
+    """The class that is made from a description.
+
+    Raises:
+        ConfigError: the path cannot be imported, or names a description without an implementation.
+    """
+    found = resolve(config.kind_name, table, config.role)
+    if not (isinstance(found, type) and issubclass(found, PartConfig)):
+        return found
+    if not found.implementation:
+        raise ConfigError(
+            f"'{config.kind_name}' is the description of a {config.role}, and says nothing of its implementation. "
+            "Name the class that it describes instead."
+        )
+    return resolve(found.implementation, {}, config.role)
+
+
+@dataclass(frozen=True)
+class RehearsalSizes:
+    """How small `model=tiny_random` makes things.
+
+    Attributes:
+        tokens: limit of every text. It raises as well as lowers: the tiny tokenizer knows little more than bytes.
+        groups: groups or samples of a step.
+        dimensions: of the tiny model's embeddings.
+    """
+
+    tokens: int = 256
+    groups: int = 4
+    dimensions: int = 64

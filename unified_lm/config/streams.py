@@ -1,0 +1,226 @@
+"""Streams: where rows come from, and what every format says about itself.
+
+Each format's own settings stand beside its code (`data/formats/*_config.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from unified_lm.config.checks import above, at_least, choice
+from unified_lm.config.objectives import ObjectiveConfig, ObjectiveKind
+from unified_lm.config.parts import PartConfig, RehearsalSizes
+
+if TYPE_CHECKING:
+    from unified_lm.config.schema import RunConfig
+
+MODES = (EMBED, GENERATE) = ("embed", "generate")
+"""What an export can do."""
+ATTENTIONS = ("causal", "bidirectional", "bidirectional_prompt")
+
+
+class RecordKind(Enum):
+    """The shapes a row can have."""
+
+    PAIR = "pair"
+    CHAT = "chat"
+    TEXT = "text"
+    PREFERENCE = "preference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One place that rows come from."""
+
+    path: str | None = None
+    """A jsonl, jsonl.gz, parquet, csv, tsv or txt file, or a folder of them."""
+    hub: str | None = None
+    """Name of a Hub dataset."""
+    subset: str | None = None
+    """Configuration name of the Hub dataset, or part of a built-in one."""
+    revision: str | None = None
+    """Hub revision of the dataset (branch, tag or commit)."""
+    builtin: str | None = None
+    """A data set built on the spot: "pydocs"; its `subset` is "pairs", "chats", "preferences", "text" or "sentences"."""
+    split: str = "train"
+    """Split of a Hub or built-in data set."""
+    streaming: bool = False
+    """Read only the first `limit` rows of a Hub data set without downloading the rest."""
+    weight: float = 1.0
+    """Relative share of draws, before temperature, multiplied with the number of rows."""
+    limit: int | None = None
+    """Use at most this many rows (a seeded random choice; the first ones when streaming)."""
+    instruction: str | None = None
+    """Instruction for every query of the source; rows that carry their own keep it."""
+    document_instruction: str | None = None
+    """Instruction for every document of the source; None embeds documents without one."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column of the source for each field of the format, where names differ: {"query": "anchor"}."""
+    on_empty: str = "error"
+    """Rows with an empty text: "error", or "skip" (left out and counted). Running text always skips blank rows."""
+
+    def problems(self, path: str) -> Iterator[str]:
+        """What is wrong with a source, one sentence each; `path` is its key."""
+        given = [name for name in ("path", "hub", "builtin") if getattr(self, name)]
+        if len(given) != 1:
+            yield f"{path}: got {' and '.join(given) or 'none'} of path, hub, builtin; expected exactly one."
+        if self.builtin is not None:
+            yield from choice(f"{path}.builtin", self.builtin, ("pydocs",))
+        if self.path and self.subset:
+            yield f"{path}.subset: belongs to a Hub or built-in data set, got the path {self.path}."
+        if self.streaming and not self.hub:
+            yield f"{path}.streaming: belongs to a Hub data set (hub=NAME), and none is given."
+        if self.streaming and self.limit is None:
+            yield f"{path}.streaming: reads only the first `limit` rows; set limit."
+        yield from above(f"{path}.weight", self.weight, 0)
+        yield from choice(f"{path}.on_empty", self.on_empty, ("error", "skip"))
+        if self.limit is not None:
+            yield from at_least(f"{path}.limit", self.limit, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig(PartConfig):
+    """One stream: rows of one kind, one attention mode, one objective."""
+
+    selector: ClassVar[str] = "format"
+    role: ClassVar[str] = "format"
+
+    # --- facts; a format's description sets those that differ from here
+    record_kind: ClassVar[RecordKind]
+    """The records it reads."""
+    data_key: ClassVar[str]
+    """What a data group (`configs/data`) calls such rows."""
+    objective_kind: ClassVar[ObjectiveKind]
+    """What kind of objective trains its samples."""
+    attentions: ClassVar[tuple[str, ...]] = ATTENTIONS
+    """The attention modes that make sense for it."""
+    modes: ClassVar[tuple[str, ...]] = ()
+    """What an export can do after training on it: "embed", "generate"."""
+    embedding_precedence: ClassVar[int] = 0
+    """Of several streams that train embeddings, the one with the lowest number says how an export writes texts."""
+    adjusts_only: ClassVar[bool] = False
+    """Whether it only changes what a finished model prefers to say: what that model could do before, it still can."""
+    templated: ClassVar[bool] = True
+    """Whether its samples are written with prompts of the template (running text is not)."""
+    instructed: ClassVar[bool] = False
+    """Whether a source's instruction means anything to it."""
+    hides_tokens: ClassVar[bool] = False
+    """Whether the tokens to predict are hidden from the model."""
+    held_out_obstacle: ClassVar[str] = ""
+    """Why a loss over held-out rows would say nothing; empty where it says something."""
+    unit: ClassVar[str] = "samples"
+    """What `batch_size` counts."""
+    limit_keys: ClassVar[tuple[str, ...]] = ()
+    """Its settings that are limits in tokens."""
+    rehearsal_source: ClassVar[Mapping[str, Any]] = {}
+    """What a rehearsal says about the built-in rows beside their name."""
+
+    format: str
+    """A name of the table `unified_lm.data.formats.FORMATS`, or the dotted path of a class."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Where its rows come from."""
+    objective: ObjectiveConfig
+    """What its samples are trained for."""
+    attention: str = "causal"
+    """"causal", "bidirectional" or "bidirectional_prompt" (a chat's prompt turns see each other, the answer is causal)."""
+    template: str = "grit"
+    """Prompt template by name ("grit", "plain", "chatml", ...), or a dotted path."""
+    batch_size: int = 32
+    """Groups (pairs, views) or samples (chat, preference, text) per optimizer step, over all ranks."""
+    source_temperature: float = 1.0
+    """Sources are drawn in proportion to (weight * rows) ** temperature; 0 draws them equally."""
+
+    @property
+    def pooled(self) -> bool:
+        """Whether its samples come in groups that are embedded (else they carry labels)."""
+        return self.objective_kind is ObjectiveKind.EMBEDDING
+
+    @property
+    def scored(self) -> bool:
+        """Whether a sample's labels count as a whole, with a control beside each."""
+        return self.objective_kind is ObjectiveKind.SEQUENCE
+
+    @property
+    def group_size(self) -> int:
+        """Samples that one draw of one group yields."""
+        return 1
+
+    @property
+    def one_source_per_batch(self) -> bool:
+        """Whether all groups of a batch come from one source."""
+        return False
+
+    @property
+    def longest_sample(self) -> int:
+        """The limit of its longest sample, in tokens."""
+        return max(getattr(self, key) for key in self.limit_keys)
+
+    @property
+    def tokens_per_group(self) -> int:
+        """Upper bound of the tokens of one group: every sample at its limit."""
+        return self.group_size * self.longest_sample
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Upper bound of the tokens of one step over all ranks."""
+        return self.batch_size * self.tokens_per_group
+
+    @property
+    def embedding_limits(self) -> tuple[int, int]:
+        """Limits of a query and of a document, in tokens, for measuring retrieval."""
+        return self.longest_sample, self.longest_sample
+
+    def problems(self, path: str) -> Iterator[str]:
+        """What is wrong with a stream, its sources and its objective, one sentence each; `path` is its key."""
+        if not self.sources:
+            yield f"{path}.sources: is empty; choose data=... that offers such rows, or give {path}.sources=[{{path: FILE}}]."
+        for index, source in enumerate(self.sources):
+            yield from source.problems(f"{path}.sources.{index}")
+            if (source.instruction or source.document_instruction) and not self.instructed:
+                yield f"{path}.sources.{index}.instruction: only pairs have instructions, got format {self.format}."
+        yield from choice(f"{path}.attention", self.attention, ATTENTIONS)
+        if self.attention in ATTENTIONS and self.attention not in self.attentions:
+            yield (
+                f"{path}.attention: format {self.format} cannot use '{self.attention}': its tokens would see what they must "
+                f"predict, or it has no prompt of its own. Possible: {', '.join(self.attentions)}."
+            )
+        yield from at_least(f"{path}.batch_size", self.batch_size, 1)
+        for key in self.limit_keys:
+            yield from at_least(f"{path}.{key}", getattr(self, key), 4)
+        if not 0 <= self.source_temperature <= 1:
+            yield f"{path}.source_temperature: got {self.source_temperature}, expected 0 to 1."
+        yield from self.objective.problems(f"{path}.objective", self)
+
+    def run_problems(self, path: str, run: RunConfig) -> Iterator[str]:
+        """What is wrong with this stream in this run; `problems` has what concerns the stream alone."""
+        yield from self.objective.run_problems(f"{path}.objective", run)
+
+    def run_notices(self, name: str, run: RunConfig) -> Iterator[str]:
+        """What is allowed in this run but rarely meant; `name` is the stream's."""
+        if self.longest_sample > run.packing.token_budget:
+            yield (
+                f"packing.token_budget={run.packing.token_budget} is below stream {name}'s limit of {self.longest_sample} "
+                "tokens: longer samples get a pack of their own."
+            )
+
+    @classmethod
+    def rehearsal_changes(
+        cls, values: Mapping[str, Any], sizes: RehearsalSizes, *, own_data: bool
+    ) -> Iterator[tuple[str, Any]]:
+        """Settings that a rehearsal changes, unless they were given on the command line.
+
+        Args:
+            values: the stream's plain settings.
+            sizes: of the rehearsal.
+            own_data: whether the recipe's sources are kept; else the built-in rows take their place.
+
+        Yields:
+            (key, value).
+        """
+        if isinstance(size := values.get("batch_size", 32), int) and size > sizes.groups:
+            yield "batch_size", sizes.groups
+        for key in cls.limit_keys:
+            yield key, sizes.tokens

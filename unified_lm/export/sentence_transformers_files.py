@@ -1,0 +1,95 @@
+"""The files that make an export a stock sentence-transformers model: its modules, pooling, prompts, and the linear head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from unified_lm.core.files import write_json
+from unified_lm.export.manifest import Manifest
+from unified_lm.export.standardizer_files import standardizer_folder
+from unified_lm.export.verify import PROJECTION_FOLDER
+from unified_lm.models.pooling import Projection
+
+POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last_token": "lasttoken", "cls": "cls"}
+"""Our name of a pooling -> its name in sentence-transformers."""
+
+
+def write_projection(projection: Projection, dtype: torch.dtype, building: Path) -> None:
+    """Write the linear head as a `Dense` module.
+
+    Args:
+        projection: the head.
+        dtype: of the stored weights.
+        building: the export.
+    """
+    folder = building / PROJECTION_FOLDER
+    folder.mkdir()
+    tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in projection.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    write_json(
+        folder / "config.json",
+        {
+            "in_features": projection.linear.in_features,
+            "out_features": projection.linear.out_features,
+            "bias": projection.linear.bias is not None,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        },
+    )
+
+
+def sentence_transformers_modules(manifest: Manifest) -> list[dict[str, Any]]:
+    """The content of modules.json: the stock modules that process a text, in order."""
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    if manifest.projection_dim is not None:
+        modules.append(("Dense", PROJECTION_FOLDER))
+    if manifest.standardizer is not None:
+        modules.append(("Dense", standardizer_folder(manifest)))
+    if manifest.normalize:
+        modules.append(("Normalize", f"{len(modules)}_Normalize"))
+    return [
+        {"idx": index, "name": str(index), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+        for index, (kind, folder) in enumerate(modules)
+    ]
+
+
+def write_sentence_transformers(
+    manifest: Manifest, prompt_strings: dict[str, str], hidden_size: int, overlay: dict[str, Any], building: Path
+) -> None:
+    """Write the JSON files that sentence-transformers reads.
+
+    Args:
+        manifest: of the export.
+        prompt_strings: prompt name -> string that precedes a text.
+        hidden_size: D.
+        overlay: what differs from config.json when the model embeds.
+        building: the export.
+    """
+    write_json(building / "modules.json", sentence_transformers_modules(manifest))
+    write_json(
+        building / "sentence_bert_config.json",
+        {"max_seq_length": manifest.max_tokens, "do_lower_case": False, "config_kwargs": overlay},
+    )
+    write_json(
+        building / "1_Pooling" / "config.json",
+        # Prompts are read but not pooled, as in training.
+        {"embedding_dimension": hidden_size, "pooling_mode": POOLING_MODES[manifest.pooling], "include_prompt": False},
+    )
+    versions = {
+        "sentence_transformers": manifest.versions.get("sentence-transformers", ""),
+        "transformers": manifest.versions.get("transformers", ""),
+        "pytorch": manifest.versions.get("torch", ""),
+    }
+    write_json(
+        building / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "__version__": {name: value for name, value in versions.items() if value},
+            "prompts": prompt_strings,
+            "default_prompt_name": "document",
+            "similarity_fn_name": "cosine",
+        },
+    )
