@@ -103,7 +103,7 @@ def render(page: Page, every: list[Page]) -> str:
     parts = [f"# {page.title}", "", _command_line(page.prefix)]
     for index, owner in enumerate(page.classes):
         if index:
-            parts += ["", f"## {owner.__name__}"]
+            parts += ["", f"## {_heading(owner)}"]
         parts += ["", _first_paragraph(owner)]
         base = next((earlier for earlier in reversed(page.classes[:index]) if issubclass(owner, earlier)), None)
         keys = [key for key in keys_of(owner) if base is None or key.owner not in base.__mro__]
@@ -164,6 +164,12 @@ def _default(field: dataclasses.Field[Any]) -> str:
         made = field.default_factory()
         return f"{type(made).__name__}()" if dataclasses.is_dataclass(made) else repr(made)
     return "required"
+
+
+def _heading(owner: type) -> str:
+    """The class; where it describes a kind that a recipe chooses by name, after that name."""
+    kind = next((key.default.strip("'") for key in keys_of(owner) if key.name in ("name", "format")), "required")
+    return owner.__name__ if kind == "required" else f"`{kind}`: {owner.__name__}"
 
 
 def _command_line(prefix: str) -> str:

@@ -80,7 +80,11 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             "streams.generation.objective.router_aux_loss_coef=-1",
             "router_aux_loss_coef: got -1.0, expected at least 0",
         ),
-        ("grit_mixtral8x7b", "model.attention_kernel=padded", "router_aux_loss_coef: kernel padded mixes padding tokens"),
+        (
+            "grit_mixtral8x7b",
+            "model.attention_kernel=padded",
+            "router_aux_loss_coef: the attention kernel mixes padding",
+        ),
         ("grit_smollm2", "streams.generation.objective.normalization=mixed", "'mixed' needs the samples of one micro-batch"),
         ("grit_smollm2", "streams.generation.objective.micro_batch_size=2", "only applies to normalization 'mixed'"),
         ("grit_mistral7b", "streams.generation.objective.micro_batch_size=33", "which does not divide the batch of 256"),

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from unified_lm.batch import LossTerm
 from unified_lm.config.checks import above
-from unified_lm.config.objectives import EmbeddingObjectiveConfig
-from unified_lm.config.streams import StreamConfig
+from unified_lm.config.objectives import EmbeddingObjectiveConfig, StreamFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class MarginConfig(EmbeddingObjectiveConfig):
     exponent: float = 1.0
     """What violations are raised to."""
 
-    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+    def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """See `ObjectiveConfig.problems`."""
         yield from super().problems(path, stream)
         yield from above(f"{path}.margin", self.margin, 0)

@@ -6,14 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from unified_lm.config.checks import at_least, choice
-from unified_lm.config.parts import PartConfig, RehearsalSizes
-
-if TYPE_CHECKING:
-    from unified_lm.config.schema import RunConfig
-    from unified_lm.config.streams import StreamConfig
+from unified_lm.config.parts import PartConfig, RehearsalSizes, RunFacts
 
 NORMALIZATIONS = ("token", "sample", "mixed", "sum_per_sample")
 
@@ -44,6 +40,30 @@ class Recompute(Enum):
     NOTHING = "nothing"
     OWN = "own"
     ALL = "all"
+
+
+class StreamFacts(Protocol):
+    """What an objective may ask of the stream it belongs to, a `StreamConfig`."""
+
+    @property
+    def format(self) -> str:
+        """Name of the format."""
+
+    @property
+    def batch_size(self) -> int:
+        """Groups or samples of a step, over all ranks."""
+
+    @property
+    def group_size(self) -> int:
+        """Samples of a group."""
+
+    @property
+    def objective_kind(self) -> ObjectiveKind:
+        """What kind of objective trains its samples."""
+
+    @property
+    def hides_tokens(self) -> bool:
+        """Whether the tokens to predict are hidden from the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +110,7 @@ class ObjectiveConfig(PartConfig):
         """
         return 0
 
-    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+    def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """What is wrong with the settings, and with this objective for this stream, one sentence each.
 
         Args:
@@ -105,7 +125,7 @@ class ObjectiveConfig(PartConfig):
                 f"{self.name} is one over {_OVER[self.kind]}."
             )
 
-    def run_problems(self, path: str, run: RunConfig) -> Iterator[str]:
+    def run_problems(self, path: str, run: RunFacts) -> Iterator[str]:
         """What is wrong with this objective in this run; `problems` has what concerns the stream alone."""
         yield from ()
 
@@ -155,7 +175,7 @@ class TokenObjectiveConfig(ObjectiveConfig):
         """See `ObjectiveConfig.recompute`; how often an expert is chosen is that of the whole step."""
         return Recompute.ALL if self.router_aux_loss_coef else Recompute.NOTHING
 
-    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+    def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """See `ObjectiveConfig.problems`."""
         yield from super().problems(path, stream)
         yield from choice(f"{path}.normalization", self.normalization, NORMALIZATIONS)
@@ -178,12 +198,12 @@ class TokenObjectiveConfig(ObjectiveConfig):
         elif self.micro_batch_size is not None:
             yield f"{path}.micro_batch_size: only applies to normalization 'mixed', got '{self.normalization}'."
 
-    def run_problems(self, path: str, run: RunConfig) -> Iterator[str]:
+    def run_problems(self, path: str, run: RunFacts) -> Iterator[str]:
         """See `ObjectiveConfig.run_problems`."""
-        if self.router_aux_loss_coef and run.model.kernel.pads:
+        if self.router_aux_loss_coef and run.pads:
             yield (
-                f"{path}.router_aux_loss_coef: kernel {run.model.attention_kernel} mixes padding tokens into the router "
-                "logits; choose another model.attention_kernel, or 0."
+                f"{path}.router_aux_loss_coef: the attention kernel mixes padding tokens into the router logits; choose "
+                "another model.attention_kernel, or 0."
             )
 
     @classmethod
@@ -211,7 +231,7 @@ class EmbeddingObjectiveConfig(ObjectiveConfig):
         documents = num_groups * (group_size - 1)
         return 2 * 4 * (num_groups * group_size * dim + num_groups * documents)
 
-    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+    def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """See `ObjectiveConfig.problems`."""
         yield from super().problems(path, stream)
         if stream.batch_size < 2:
@@ -233,12 +253,12 @@ class SequenceObjectiveConfig(ObjectiveConfig):
         """See `ObjectiveConfig.needs_reference_scores`."""
         return self.reference == "cached" or (self.reference == "auto" and not has_adapters)
 
-    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+    def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """See `ObjectiveConfig.problems`."""
         yield from super().problems(path, stream)
         yield from choice(f"{path}.reference", self.reference, ("auto", "adapter_off", "cached"))
 
-    def run_problems(self, path: str, run: RunConfig) -> Iterator[str]:
+    def run_problems(self, path: str, run: RunFacts) -> Iterator[str]:
         """See `ObjectiveConfig.run_problems`."""
-        if self.reference == "adapter_off" and run.lora is None:
+        if self.reference == "adapter_off" and not run.has_adapters:
             yield f"{path}.reference: 'adapter_off' needs adapters, and lora is none; use lora=all_linear, or reference=cached."

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from unified_lm.core.errors import ConfigError
 from unified_lm.core.tables import resolve
@@ -79,6 +79,30 @@ def find_implementation(config: PartConfig, table: Mapping[str, type[P]]) -> Any
             "Name the class that it describes instead."
         )
     return resolve(found.implementation, {}, config.role)
+
+
+class RunFacts(Protocol):
+    """What a part may ask of the run it belongs to, a `RunConfig`."""
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained instead of all weights."""
+
+    @property
+    def adapter_dropout(self) -> float:
+        """Probability of dropping an input of the adapters; 0 without adapters."""
+
+    @property
+    def attention_dropout(self) -> float | None:
+        """Probability of dropping attention weights; None where the checkpoint's own setting holds."""
+
+    @property
+    def token_budget(self) -> int:
+        """The most tokens of a pack."""
+
+    @property
+    def pads(self) -> bool:
+        """Whether the attention kernel pads samples, so that padding tokens reach the feed-forward layers."""
 
 
 @dataclass(frozen=True)

@@ -282,6 +282,26 @@ class RunConfig:
         return 0.0 if self.lora is None else self.lora.dropout
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained instead of all weights."""
+        return self.lora is not None
+
+    @property
+    def attention_dropout(self) -> float | None:
+        """Probability of dropping attention weights; None where the checkpoint's own setting holds."""
+        return self.model.attention_dropout
+
+    @property
+    def token_budget(self) -> int:
+        """The most tokens of a pack."""
+        return self.packing.token_budget
+
+    @property
+    def pads(self) -> bool:
+        """Whether the attention kernel pads samples."""
+        return self.model.kernel.pads
+
+    @property
     def trains_embeddings(self) -> bool:
         """Whether any stream's samples are embedded."""
         return any(stream.pooled for stream in self.streams.values())

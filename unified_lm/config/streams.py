@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from unified_lm.config.checks import above, at_least, choice
 from unified_lm.config.objectives import ObjectiveConfig, ObjectiveKind
-from unified_lm.config.parts import PartConfig, RehearsalSizes
-
-if TYPE_CHECKING:
-    from unified_lm.config.schema import RunConfig
+from unified_lm.config.parts import PartConfig, RehearsalSizes, RunFacts
 
 MODES = (EMBED, GENERATE) = ("embed", "generate")
 """What an export can do."""
@@ -194,15 +191,15 @@ class StreamConfig(PartConfig):
             yield f"{path}.source_temperature: got {self.source_temperature}, expected 0 to 1."
         yield from self.objective.problems(f"{path}.objective", self)
 
-    def run_problems(self, path: str, run: RunConfig) -> Iterator[str]:
+    def run_problems(self, path: str, run: RunFacts) -> Iterator[str]:
         """What is wrong with this stream in this run; `problems` has what concerns the stream alone."""
         yield from self.objective.run_problems(f"{path}.objective", run)
 
-    def run_notices(self, name: str, run: RunConfig) -> Iterator[str]:
+    def run_notices(self, name: str, run: RunFacts) -> Iterator[str]:
         """What is allowed in this run but rarely meant; `name` is the stream's."""
-        if self.longest_sample > run.packing.token_budget:
+        if self.longest_sample > run.token_budget:
             yield (
-                f"packing.token_budget={run.packing.token_budget} is below stream {name}'s limit of {self.longest_sample} "
+                f"packing.token_budget={run.token_budget} is below stream {name}'s limit of {self.longest_sample} "
                 "tokens: longer samples get a pack of their own."
             )
 

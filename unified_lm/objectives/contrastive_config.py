@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from unified_lm.config.checks import above, choice
-from unified_lm.config.objectives import EmbeddingObjectiveConfig
+from unified_lm.config.objectives import EmbeddingObjectiveConfig, StreamFacts
 from unified_lm.config.parts import RehearsalSizes
-from unified_lm.config.streams import StreamConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +34,7 @@ class ContrastiveConfig(EmbeddingObjectiveConfig):
     similarity_dtype: str = "float32"
     """"float32", or "bfloat16": vectors are normalized and multiplied in it (GRIT's precision ablation)."""
 
-    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+    def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """See `ObjectiveConfig.problems`."""
         yield from super().problems(path, stream)
         yield from above(f"{path}.temperature", self.temperature, 0)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from unified_lm.config.checks import above
-from unified_lm.config.objectives import SequenceObjectiveConfig
-from unified_lm.config.streams import StreamConfig
+from unified_lm.config.objectives import SequenceObjectiveConfig, StreamFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,7 @@ class KTOConfig(SequenceObjectiveConfig):
     undesirable_weight: float = 1.0
     """Factor of undesirable rows."""
 
-    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+    def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """See `ObjectiveConfig.problems`."""
         yield from super().problems(path, stream)
         yield from above(f"{path}.beta", self.beta, 0)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from unified_lm.config.checks import choice
-from unified_lm.config.objectives import TokenObjectiveConfig
-from unified_lm.config.streams import StreamConfig
+from unified_lm.config.objectives import StreamFacts, TokenObjectiveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +21,7 @@ class NextTokenConfig(TokenObjectiveConfig):
     cross_entropy: str = "chunked"
     """"chunked" (every device), or "liger" (Liger's fused kernel; needs CUDA and the extra "liger")."""
 
-    def problems(self, path: str, stream: StreamConfig) -> Iterator[str]:
+    def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """See `ObjectiveConfig.problems`."""
         yield from super().problems(path, stream)
         yield from choice(f"{path}.cross_entropy", self.cross_entropy, ("chunked", "liger"))

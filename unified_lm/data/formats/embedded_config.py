@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from unified_lm.config.checks import at_least
 from unified_lm.config.objectives import ObjectiveKind
-from unified_lm.config.parts import RehearsalSizes
+from unified_lm.config.parts import RehearsalSizes, RunFacts
 from unified_lm.config.streams import EMBED, RecordKind, StreamConfig
-
-if TYPE_CHECKING:
-    from unified_lm.config.schema import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +101,16 @@ class ViewsStream(GroupStream):
         """See `StreamConfig.group_size`."""
         return 2
 
-    def run_problems(self, path: str, run: RunConfig) -> Iterator[str]:
+    def run_problems(self, path: str, run: RunFacts) -> Iterator[str]:
         """See `StreamConfig.run_problems`."""
         yield from super().run_problems(path, run)
-        if run.model.attention_dropout == 0 and not run.adapter_dropout:
+        if run.attention_dropout == 0 and not run.adapter_dropout:
             yield f"{path}: two views differ by dropout alone, and model.attention_dropout and lora.dropout are 0."
 
-    def run_notices(self, name: str, run: RunConfig) -> Iterator[str]:
+    def run_notices(self, name: str, run: RunFacts) -> Iterator[str]:
         """See `StreamConfig.run_notices`."""
         yield from super().run_notices(name, run)
-        if run.model.attention_dropout is None and not run.adapter_dropout:
+        if run.attention_dropout is None and not run.adapter_dropout:
             yield (
                 f"stream {name}: two views of a text differ by dropout alone, and here only the checkpoint's own settings can "
                 "give some; set model.attention_dropout."
