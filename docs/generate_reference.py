@@ -103,7 +103,7 @@ def render(page: Page, every: list[Page]) -> str:
     parts = [f"# {page.title}", "", _command_line(page.prefix)]
     for index, owner in enumerate(page.classes):
         if index:
-            parts += ["", f"## {owner.__name__}"]
+            parts += ["", f"## {_heading(owner)}"]
         parts += ["", _first_paragraph(owner)]
         base = next((earlier for earlier in reversed(page.classes[:index]) if issubclass(owner, earlier)), None)
         keys = [key for key in keys_of(owner) if base is None or key.owner not in base.__mro__]
@@ -166,6 +166,12 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return "required"
 
 
+def _heading(owner: type) -> str:
+    """The class; where it describes a kind that a recipe chooses by name, after that name."""
+    kind = next((key.default.strip("'") for key in keys_of(owner) if key.name in ("name", "format")), "required")
+    return owner.__name__ if kind == "required" else f"`{kind}`: {owner.__name__}"
+
+
 def _command_line(prefix: str) -> str:
     if not prefix:
         return "On the command line: `key=value`."
@@ -176,18 +182,15 @@ def _command_line(prefix: str) -> str:
 
 def _row(key: Key, page: Page, every: list[Page]) -> str:
     default = key.default if key.default == "required" else f"`{key.default}`"
-    return f"| `{key.name}` | {_type(key.type, page, every)} | {_cell(default)} | {_cell(key.sentence)} |"
+    sentence = key.sentence.replace("|", "\\|")  # a bar ends a cell, except inside code
+    return f"| `{key.name}` | {_type(key.type, page, every)} | {default} | {sentence} |"
 
 
 def _type(annotation: str, page: Page, every: list[Page]) -> str:
     """The annotation, followed by links to the pages of the classes in it."""
     named = set(re.findall(r"\w+", annotation))
     there = [other for other in every if other is not page and named & {owner.__name__ for owner in other.classes}]
-    return _cell(f"`{annotation}`") + "".join(f" ([{other.title}]({other.name}.md))" for other in there)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return f"`{annotation}`" + "".join(f" ([{other.title}]({other.name}.md))" for other in there)
 
 
 def _first_paragraph(owner: type) -> str:
