@@ -167,8 +167,7 @@ def make_pack(samples: Sequence[Sample], rows: Mapping[int, int] | None = None) 
     """
     if rows is None:
         rows = {id(s): row for row, s in enumerate(s for s in samples if s.pool is not None)}
-    # Equal modes next to each other: a kernel then needs one call per mode and layer. The sort is stable, so that a pack depends
-    # on the order of its samples alone.
+    # Equal modes next to each other: a kernel then needs one call per mode and layer.
     ordered = sorted(samples, key=lambda s: _MODE_ORDER.index(mode_of(len(s), s.bidirectional).value))
     plan = AttentionPlan.build([len(s) for s in ordered], [s.bidirectional for s in ordered])
     pooled = [(s, offset) for s, offset in zip(ordered, plan.offsets, strict=False) if s.pool is not None]
