@@ -17,7 +17,7 @@ from unified_lm.assembly import train
 from unified_lm.assembly.checkpoints import export_checkpoint
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.prompts.templates import get_template
-from unified_lm.engine import reference_scores as references
+from unified_lm.engine import reference_scores
 from unified_lm.engine.reference_scores import ReferenceCache
 from unified_lm.export.manifest import Manifest
 
@@ -56,7 +56,7 @@ def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def cache(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("UNIFIED_LM_CACHE", str(data / "cache"))
-    monkeypatch.setattr(references, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(reference_scores, "CHUNK_ROWS", 8)
     return data / "cache" / "references"
 
 
@@ -64,7 +64,7 @@ def cache(data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def finished(data: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIFIED_LM_CACHE", str(data / "cache"))
-        patch.setattr(references, "CHUNK_ROWS", 8)
+        patch.setattr(reference_scores, "CHUNK_ROWS", 8)
         return train(arguments(data, data / "run"))
 
 

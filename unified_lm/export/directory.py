@@ -78,8 +78,7 @@ def export_model(
     check = Verification.parse(verify)
     _check_request(causal_lm, manifest, projection)
     if manifest.can_embed and sentence_transformers:
-        obstacle = sentence_transformers_obstacle(manifest, template, tokenizer)
-        if obstacle:
+        if obstacle := sentence_transformers_obstacle(manifest, template, tokenizer):
             raise CheckpointError(
                 f"sentence-transformers cannot express this model: {obstacle} Train with another pooling, or export with "
                 "sentence_transformers=False for transformers and UnifiedLM only."
