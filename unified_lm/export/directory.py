@@ -77,12 +77,12 @@ def export_model(
     """
     check = Verification.parse(verify)
     _check_request(causal_lm, manifest, projection)
-    if manifest.can_embed and sentence_transformers:
-        if obstacle := sentence_transformers_obstacle(manifest, template, tokenizer):
-            raise CheckpointError(
-                f"sentence-transformers cannot express this model: {obstacle} Train with another pooling, or export with "
-                "sentence_transformers=False for transformers and UnifiedLM only."
-            )
+    wanted = manifest.can_embed and sentence_transformers
+    if wanted and (obstacle := sentence_transformers_obstacle(manifest, template, tokenizer)):
+        raise CheckpointError(
+            f"sentence-transformers cannot express this model: {obstacle} Train with another pooling, or export with "
+            "sentence_transformers=False for transformers and UnifiedLM only."
+        )
     hidden_size = causal_lm.config.get_text_config().hidden_size
     complete = replace(
         manifest,
