@@ -17,7 +17,7 @@ from unified_lm.core.errors import UserError
 class Job:
     """A run to build, fit and export inside `with job:`.
 
-    The end of the block closes the run's backend and lets go of the run, so that the next one has the memory: keep the run in
+    The end of the block closes the run's backend and releases the run, so that the next one has the memory: keep the run in
     `job.run` alone. Every error leaves the block, unless `on_failure` takes it.
 
     Args:

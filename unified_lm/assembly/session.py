@@ -37,7 +37,7 @@ def training_session(config: RunConfig | ChainConfig | SweepConfig) -> Iterator[
     distributed.initialize(minutes)
     with watching(minutes):
         yield Session(config)
-    # Not after an error: leaving the group may wait for the others, and they must first hear why (`core.failures`).
+    # Not after an error: leaving the group may wait for ranks that have not yet learned of the failure (`core.failures`).
     distributed.shutdown()
 
 

@@ -266,7 +266,7 @@ def _resume(training: TrainingState) -> _Progress:
     if (state.num_ranks, state.backend) != (ranks, training.backend.name):
         training.reporter.say(
             f"it was written by {state.backend} on {state.num_ranks} processes, this is {training.backend.name} on {ranks}: "
-            f"the order of the data continues{'' if state.num_ranks == ranks else ', dropout draws anew'}"
+            f"the order of the data continues{'' if state.num_ranks == ranks else ', dropout masks differ'}"
         )
     skipped.total, skipped.in_a_row = state.skipped, state.skipped_in_a_row
     return _Progress(state.step, skipped)

@@ -59,7 +59,7 @@ class Validator:
     Args:
         trainable: what is measured.
         step: its losses of a batch, of those streams that have held-out rows.
-        batches: gives the held-out batches anew each time it is called, the same ones always.
+        batches: returns an iterator over the held-out batches, the same ones at every call.
         retrieval: held-out retrieval, or None.
         token_budget: tokens of one forward.
     """

@@ -1,4 +1,4 @@
-"""Arms of an ablation that fail: told at once and once more at the end, and kept from ending the others."""
+"""Arms of an ablation that fail: reported at once and again at the end, without ending the other arms."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Failures:
     """The arms that failed in one call.
 
     A user's error that is one of all arms (data that are not there, say) shows itself in the first two alike. Where nothing has
-    ever finished, the ablation then ends with it, instead of loading a model for every arm to hear the same again. Should the
+    ever finished, the ablation then ends with it, instead of loading a model for every arm only to fail in the same way. Should the
     other arms be free of it, the same command tries them first (`ablation.folder.Begun.order`).
 
     Args:
         num_runs: of the ablation.
         any_finished: whether a run of it has finished; kept up to date by the caller.
-        console: where failures are told.
+        console: where failures are reported.
     """
 
     def __init__(self, num_runs: int, *, any_finished: bool, console: Console) -> None:

@@ -28,7 +28,7 @@ _FREE = ("run_dir", "resume", "dry_run", "description", "notices", "logging", "c
 
 @dataclass(frozen=True)
 class Begun:
-    """What earlier calls have left.
+    """The state of an ablation's folder when it is run again.
 
     Attributes:
         finished: folders of runs that are finished.
@@ -71,7 +71,7 @@ def begin(sweep: SweepConfig) -> Begun:
 
 
 def mark_finished(folder: Path, arm: ArmConfig, *, keep: bool) -> None:
-    """Mark an arm as finished; its checkpoints, several times the model, have then served."""
+    """Mark an arm as finished, and remove its checkpoints (several times the size of the model) unless they are kept."""
     write_json(folder / FINISHED, {"arm": arm.name, "seed": arm.run.seed, "steps": arm.run.max_steps})
     (folder / FAILED).unlink(missing_ok=True)
     if not keep:
