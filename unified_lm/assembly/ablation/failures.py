@@ -28,8 +28,8 @@ class Failures:
     """The arms that failed in one call.
 
     A user's error that is one of all arms (data that are not there, say) shows itself in the first two alike. Where nothing has
-    ever finished, the ablation then ends with it, instead of loading a model for every arm only to fail in the same way. Should the
-    other arms be free of it, the same command tries them first (`ablation.folder.Begun.order`).
+    ever finished, the ablation then ends with it, instead of loading a model for every arm only to fail in the same way. Should
+    the other arms be free of it, the same command tries them first (`ablation.folder.Begun.order`).
 
     Args:
         num_runs: of the ablation.
