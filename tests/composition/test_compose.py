@@ -203,3 +203,15 @@ def test_composition_needs_no_torch() -> None:
 
 def test_run_config_is_what_a_recipe_gives() -> None:
     assert isinstance(compose(["recipe=grit_smollm2"]), RunConfig)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "streams.generation.objective={name: unified_lm.objectives.token.NextToken}",
+        "streams.generation={objective: {name: unified_lm.objectives.token.NextToken}}",
+    ],
+)
+def test_another_objective_keeps_the_weight_and_nothing_else(argument: str) -> None:
+    objective = compose_run(["recipe=grit_mixtral8x7b", argument]).streams["generation"].objective
+    assert (objective.weight, objective.normalization, objective.router_balance) == (0.003, "token", 0.0)

@@ -70,3 +70,17 @@ def test_the_flag_does_the_same_as_the_choice() -> None:
 def test_sentences_for_views() -> None:
     run = compose_run(["recipe=llm2vec_simcse", "model=tiny_random"])
     assert run.streams["simcse"].sources[0].subset == "sentences"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["streams.generation.batch_size=2"], (2, 2)),
+        (["streams.generation.batch_size=6"], (6, 6)),
+        (["streams.generation.batch_size=16", "streams.generation.objective.micro_batch_size=16"], (16, 16)),
+        ([], (4, 4)),
+    ],
+)
+def test_a_micro_batch_is_no_larger_than_the_batch_of_the_rehearsal(arguments, expected) -> None:
+    stream = compose_run(["recipe=grit_mistral7b", "model=tiny_random", *arguments]).streams["generation"]
+    assert (stream.batch_size, stream.objective.micro_batch_size) == expected

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from unified_lm.batch import LossTerm
 from unified_lm.config.checks import above
-from unified_lm.config.objectives import EmbeddingObjectiveConfig, StreamFacts
+from unified_lm.config.objectives import EmbeddingObjectiveConfig, ObjectiveConfig, ObjectiveKind, StreamFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +62,51 @@ class Contradictory(MultipleNegativesMargin):
         """Expects a hard negative, whatever the stream gives."""
         query, positive, negative = embeddings.unbind(1)
         return LossTerm((query * positive - query * negative).sum(), float(len(query)))
+
+
+class ThawedConfig(EmbeddingObjectiveConfig):
+    """No dataclass."""
+
+    margin: float = 0.2
+
+
+class Thawed(MultipleNegativesMargin):
+    """Described by a class whose field is none."""
+
+    Config = ThawedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindlessConfig(ObjectiveConfig):
+    """Does not say what it is computed from."""
+
+
+class Kindless(MultipleNegativesMargin):
+    """Of no kind."""
+
+    Config = KindlessConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselessConfig(ObjectiveConfig):
+    """Says its kind and lacks that kind's settings."""
+
+    kind: ClassVar[ObjectiveKind] = ObjectiveKind.TOKEN
+
+
+class Baseless(MultipleNegativesMargin):
+    """Of a kind by name alone."""
+
+    Config = BaselessConfig
+
+
+class Numberless:
+    """Lacks what a step reads after every call."""
+
+    Config = MarginConfig
+
+    def __init__(self, config: MarginConfig) -> None: ...
+
+    def __call__(self, embeddings: torch.Tensor, text_ids: torch.Tensor | None = None) -> LossTerm:
+        """A loss without metrics."""
+        return LossTerm(embeddings.square().sum(), float(len(embeddings)))

@@ -99,7 +99,20 @@ def test_a_subclass_exports_what_its_base_does(arguments, modes, tmp_path):
         ),
         ([objective("MultipleNegativesMargin, margin: -1")], "objective.margin: got -1.0, expected more than 0"),
         ([objective("MultipleNegativesMargin, temperature: 0.5")], "temperature: does not apply to the objective"),
-        ([objective("Contradictory")], r"Contradictory failed on 3 groups of 2 embeddings.*ValueError: not enough values"),
+        ([objective("MultipleNegativesMargin, beta: 0.1")], "beta: does not apply to the objective"),
+        ([objective("Thawed")], "description ThawedConfig is incomplete: it is no dataclass, so margin"),
+        ([objective("Kindless")], "description KindlessConfig is incomplete: it does not say kind"),
+        ([objective("Baseless")], "kind is <ObjectiveKind.TOKEN: 'token'>, so it must be a subclass of TokenObjectiveConfig"),
+        ([objective("Numberless")], "AttributeError: 'Numberless' object has no attribute 'metrics'"),
+        (
+            ["streams.embedding.objective={name: tests.extending.raises_on_import.Loss}"],
+            "cannot import .*: no luck",
+        ),
+        ([f"streams.embedding.format={FORMS}.Limitless"], "LimitlessStream is incomplete: limit_keys is"),
+        (
+            [objective("Contradictory")],
+            r"Contradictory failed when it was tried .*ValueError: not enough",
+        ),
         (
             [f"streams.embedding.format={FORMS}.Unpooled"],
             "PairsStream.objective_kind is EMBEDDING, so every sample",

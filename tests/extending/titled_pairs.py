@@ -51,3 +51,16 @@ class Unpooled(Pairs):
     def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
         """Samples without a pool span."""
         return [replace(sample, pool=None) for sample in super().samples(table, row, group, rng)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitlessStream(PairsStream):
+    """Has no limit in tokens."""
+
+    limit_keys: ClassVar[tuple[str, ...]] = ()
+
+
+class Limitless(Pairs):
+    """Pairs of any length."""
+
+    Config: ClassVar[type[StreamConfig]] = LimitlessStream

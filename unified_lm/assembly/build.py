@@ -47,9 +47,9 @@ from unified_lm.models.lora import LoraReport, apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.probe import probe_attention
 from unified_lm.models.sharded import load_sharded
-from unified_lm.objectives import ObjectiveKind, build_objective
+from unified_lm.objectives import ObjectiveKind
 from unified_lm.objectives.protocol import EmbeddingObjective, SequenceObjective, TokenObjective
-from unified_lm.objectives.trial import try_objective
+from unified_lm.objectives.trial import tried_objective
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,8 @@ def _objectives(config: RunConfig, hidden_size: int, device: torch.device) -> _O
         ObjectiveKind.SEQUENCE: found.sequences,
     }
     for name, stream in config.streams.items():
-        objective = build_objective(stream.objective)
         dim = (config.model.projection_dim or hidden_size) if stream.pooled else hidden_size
-        try_objective(name, stream, objective, dim, device)
-        by_kind[stream.objective.kind][name] = objective
+        by_kind[stream.objective.kind][name] = tried_objective(name, stream, dim, device)
     return found
 
 

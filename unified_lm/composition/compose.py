@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from unified_lm.composition.ablation_plan import KEY as ABLATION
 from unified_lm.composition.ablation_plan import read_plan
-from unified_lm.composition.convert import build_config, from_yaml, to_yaml
+from unified_lm.composition.convert import build_config, from_yaml, to_yaml, without_idle
 from unified_lm.composition.locate import configs_dir, find_recipe, group_options, read_yaml, recipes_dir
 from unified_lm.composition.overrides import apply_override, overlay
 from unified_lm.composition.rehearsal import rehearse
@@ -180,7 +180,7 @@ def _compose_values(
             f"{group}={option}: {path} is a resolved configuration without groups; set its keys instead ({group}.KEY=VALUE)."
             for group, option in arguments.choices.items()
         )
-        tree = raw
+        tree = without_idle(raw)
     else:
         tree = _hydra(path, raw, arguments.choices)
         tree, preferred = _prefer_data(path, raw, tree, arguments)

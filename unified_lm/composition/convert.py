@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -24,12 +24,14 @@ _TABLES: Mapping[type[PartConfig], Mapping[str, type[PartConfig]]] = {StreamConf
 """Per role of a part the table that its names are looked up in."""
 
 
-def convert(cls: type, value: Mapping[str, Any]) -> tuple[Any, list[str]]:
+def convert(cls: type, value: Mapping[str, Any], *, resolved: bool = False) -> tuple[Any, list[str]]:
     """Build a configuration dataclass from nested plain values.
 
     Args:
         cls: the dataclass.
         value: nested dicts, lists and scalars.
+        resolved: whether the values were saved with a run. Runs of earlier versions saved every setting of every kind of part:
+            what belongs to another kind meant nothing then, and is left out.
 
     Returns:
         The instance and the problems found: unknown keys, wrong types, missing fields, each with its dotted key. A faulty
@@ -37,7 +39,7 @@ def convert(cls: type, value: Mapping[str, Any]) -> tuple[Any, list[str]]:
         where a field without a default is missing or faulty.
     """
     problems: list[str] = []
-    made = _dataclass(cls, value, "", problems)
+    made = _dataclass(cls, without_idle(value) if resolved else value, "", problems)
     return (None if made is _FAILED else made), problems
 
 
@@ -59,7 +61,7 @@ def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     prefix = f"{path}." if path else ""
     for key in value:
-        if key not in fields and not _is_idle(cls, key, value[key], prefix, problems):
+        if key not in fields and not _is_of_another_kind(cls, key, value[key], prefix, problems):
             problems.append(f"unknown key '{prefix}{key}'.{_suggest(str(key), prefix, list(fields))}")
     made: dict[str, Any] = {}
     complete = True
@@ -95,26 +97,45 @@ def _describe(base: type[PartConfig], value: Mapping[str, Any], path: str, probl
         return None
 
 
-def _is_idle(cls: type, key: str, value: Any, prefix: str, problems: list[str]) -> bool:
-    """Whether a key belongs to another kind of part; at its default there it is ignored, else it is a problem.
-
-    Configurations that were saved when all kinds shared one list of settings hold every key at its default.
-    """
+def _owners(cls: type, key: str) -> list[str]:
+    """The kinds of a part's role that have a setting, by name; none where the class is no part."""
     base = next((base for base in _TABLES if issubclass(cls, base)), None)
-    if base is None:
-        return False
-    owners = {
-        name: field.default for name, kind in _TABLES[base].items() for field in dataclasses.fields(kind) if field.name == key
-    }
-    if not owners:
-        return False
-    if value not in [to_plain(default) for default in owners.values()]:
-        chosen = getattr(cls, base.selector, cls.__name__)
+    table = _TABLES[base] if base is not None else {}
+    return [name for name, kind in table.items() if any(field.name == key for field in dataclasses.fields(kind))]
+
+
+def _is_of_another_kind(cls: type, key: str, value: Any, prefix: str, problems: list[str]) -> bool:
+    """Whether a key is a setting of another kind of part, which is a problem of its own."""
+    owners = _owners(cls, key)
+    if owners:
+        role, chosen = cls.role, getattr(cls, cls.selector, cls.__name__)  # type: ignore[attr-defined]
         problems.append(
-            f"{prefix}{key}: does not apply to the {base.role} {chosen}, and is set to {value!r}; it belongs to "
-            f"{', '.join(owners)}."
+            f"{prefix}{key}: does not apply to the {role} {chosen}, and is set to {value!r}; it belongs to {', '.join(owners)}."
         )
-    return True
+    return bool(owners)
+
+
+def without_idle(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration (of a run or a chain) without what belongs to other kinds than its formats and objectives."""
+    if isinstance(stages := values.get("stages"), Sequence):
+        return {**values, "stages": [without_idle(stage) if isinstance(stage, Mapping) else stage for stage in stages]}
+    streams = values.get("streams")
+    if not isinstance(streams, Mapping):
+        return dict(values)
+    kept = {}
+    for name, stream in streams.items():
+        kept[name] = _of_own_kind(StreamConfig, stream)
+        if isinstance(kept[name], dict) and "objective" in kept[name]:
+            kept[name]["objective"] = _of_own_kind(ObjectiveConfig, kept[name]["objective"])
+    return {**values, "streams": kept}
+
+
+def _of_own_kind(base: type[PartConfig], values: Any) -> Any:
+    cls = _describe(base, values, "", []) if isinstance(values, Mapping) else None
+    if cls is None:
+        return values  # reported by the conversion
+    own = {field.name for field in dataclasses.fields(cls)}
+    return {key: value for key, value in values.items() if key in own or not _owners(cls, key)}
 
 
 def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
@@ -232,17 +253,24 @@ def from_yaml(path: str | Path) -> RunConfig | ChainConfig:
     Raises:
         ConfigError: not readable, or not (or no longer) a valid configuration; every problem is listed.
     """
-    return build_config(read_yaml(Path(path)))
+    return build_config(read_yaml(Path(path)), resolved=True)
 
 
-def build_config(values: Mapping[str, Any], problems: list[str] | None = None) -> RunConfig | ChainConfig:
-    """Convert and cross-check nested values; `problems` are earlier findings to report together with ours.
+def build_config(
+    values: Mapping[str, Any], problems: list[str] | None = None, *, resolved: bool = False
+) -> RunConfig | ChainConfig:
+    """Convert and cross-check nested values.
+
+    Args:
+        values: of a run or a chain.
+        problems: earlier findings, to report together with ours.
+        resolved: see `convert`.
 
     Raises:
         ConfigError: anything is wrong; every problem is listed.
     """
     cls = ChainConfig if "stages" in values else RunConfig
-    config, found = convert(cls, values)
+    config, found = convert(cls, values, resolved=resolved)
     found = [*(problems or []), *found]
     if config is not None:
         found += find_problems(config)

@@ -10,12 +10,22 @@ from unified_lm.core.errors import did_you_mean
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, nested mappings merged key by key; neither is changed."""
+    """`above` over `below`, nested mappings merged key by key; neither is changed.
+
+    An objective that is named anew takes nothing from the one below but its weight: other settings would mean nothing to it.
+    """
     merged = dict(below)
     for key, value in above.items():
-        under = merged.get(key)
-        merged[key] = overlay(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+        merged[key] = _over(key, merged.get(key), value)
     return merged
+
+
+def _over(key: str, below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    if key == "objective" and above.get("name", below.get("name")) != below.get("name"):
+        return {**({"weight": below["weight"]} if "weight" in below else {}), **above}
+    return overlay(below, above)
 
 
 def apply_override(tree: dict[str, Any], key: str, value: Any, delete: bool, problems: list[str]) -> bool:
@@ -56,15 +66,8 @@ def apply_override(tree: dict[str, Any], key: str, value: Any, delete: bool, pro
     elif parents[:1] == ["data"] and leaf not in node:
         problems.append(f"unknown key '{key}'.{did_you_mean(leaf, node)}")
     else:
-        current = node.get(leaf)
-        merges = isinstance(current, dict) and isinstance(value, dict) and not _is_another_kind(leaf, current, value)
-        node[leaf] = overlay(current, value) if merges else value
+        node[leaf] = _over(leaf, node.get(leaf), value)
     return True
-
-
-def _is_another_kind(leaf: str, current: dict[str, Any], value: dict[str, Any]) -> bool:
-    """Whether a mapping names another objective than the one that is there, whose settings would mean nothing to it."""
-    return leaf == "objective" and value.get("name", current.get("name")) != current.get("name")
 
 
 def _child(node: Any, name: str, missing: Any = None) -> Any:

@@ -6,6 +6,7 @@ It works on plain nested values, before they become dataclasses. Whatever was gi
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from unified_lm.config.objectives import ObjectiveConfig
@@ -78,7 +79,11 @@ def _shrink(values: dict[str, Any], given: Collection[str], *, keep_data: bool) 
         objective = stream.get("objective") or {}
         described = _objective_description(objective)
         if described is not None:
-            for key, value in described.rehearsal_changes(objective, _SIZES):
+            batch = stream.get("batch_size", _SIZES.groups)
+            sizes = replace(_SIZES, groups=batch) if isinstance(batch, int) else _SIZES
+            for key, value in described.rehearsal_changes(objective, sizes):
+                changes.append(_set(objective, f"{path}.objective", key, value, given))
+            for key, value in described.rehearsal_needs(objective, sizes):
                 changes.append(_set(objective, f"{path}.objective", key, value, ()))
     optim = values.setdefault("optim", {})
     changes.append(_cap(optim, "optim", "warmup_steps", 1, 0, given))

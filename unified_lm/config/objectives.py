@@ -72,8 +72,9 @@ class ObjectiveConfig(PartConfig):
 
     selector: ClassVar[str] = "name"
     role: ClassVar[str] = "objective"
+    required: ClassVar[tuple[str, ...]] = ("kind",)
     kind: ClassVar[ObjectiveKind]
-    """What it is computed from."""
+    """What it is computed from; given by the base class of the kind."""
     uses_logits: ClassVar[bool] = True
     """Whether it reads the output head."""
 
@@ -81,6 +82,14 @@ class ObjectiveConfig(PartConfig):
     """A name of the table `unified_lm.objectives.OBJECTIVES`, or the dotted path of a class."""
     weight: float = 1.0
     """Factor of this term in the total loss."""
+
+    @classmethod
+    def description_problems(cls) -> Iterator[str]:
+        """See `PartConfig.description_problems`: each kind has settings that the engine reads."""
+        base = _BASES.get(cls.kind)
+        if base is None or not issubclass(cls, base):
+            expected = "one of ObjectiveKind" if base is None else f"a subclass of {base.__name__}"
+            yield f"kind is {cls.kind!r}, so it must be {expected}"
 
     @property
     def router_balance(self) -> float:
@@ -131,15 +140,20 @@ class ObjectiveConfig(PartConfig):
 
     @classmethod
     def rehearsal_changes(cls, values: Mapping[str, Any], sizes: RehearsalSizes) -> Iterator[tuple[str, Any]]:
-        """Settings that a rehearsal must change for the tiny model, even where they were given.
+        """Settings that a rehearsal changes, unless they were given on the command line.
 
         Args:
             values: the objective's plain settings.
-            sizes: of the rehearsal.
+            sizes: of the rehearsal; `groups` is the batch of this stream.
 
         Yields:
             (key, value).
         """
+        yield from ()
+
+    @classmethod
+    def rehearsal_needs(cls, values: Mapping[str, Any], sizes: RehearsalSizes) -> Iterator[tuple[str, Any]]:
+        """Settings that the tiny model cannot do without, even where others were given; arguments as `rehearsal_changes`."""
         yield from ()
 
 
@@ -262,3 +276,11 @@ class SequenceObjectiveConfig(ObjectiveConfig):
         """See `ObjectiveConfig.run_problems`."""
         if self.reference == "adapter_off" and not run.has_adapters:
             yield f"{path}.reference: 'adapter_off' needs adapters, and lora is none; use lora=all_linear, or reference=cached."
+
+
+_BASES = {
+    ObjectiveKind.TOKEN: TokenObjectiveConfig,
+    ObjectiveKind.EMBEDDING: EmbeddingObjectiveConfig,
+    ObjectiveKind.SEQUENCE: SequenceObjectiveConfig,
+}
+"""Per kind the class that its descriptions extend."""

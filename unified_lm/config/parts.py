@@ -9,7 +9,7 @@ its dotted path: a class whose attribute `Config` is its description.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -26,11 +26,18 @@ class PartConfig:
         role: what the part is, for messages ("format", "objective").
         implementation: dotted path of the class that is made from this description. Empty where the description belongs to a
             class that names it as its `Config`: the path that the user wrote is then the implementation's.
+        required: facts without a default, which every description must state.
     """
 
     selector: ClassVar[str]
     role: ClassVar[str]
     implementation: ClassVar[str] = ""
+    required: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def description_problems(cls) -> Iterator[str]:
+        """What is wrong with the description itself, one phrase each; its required facts are there."""
+        yield from ()
 
     @property
     def kind_name(self) -> str:
@@ -61,7 +68,21 @@ def find_description(name: str, table: Mapping[str, type[P]], base: type[P]) -> 
             f"{base.__module__}.{base.__name__} with its settings and facts; got {got}. "
             f"Extend a built-in {base.role} to inherit its `Config`, or see docs/extending.md."
         )
+    if faults := list(_faults(description)):
+        raise ConfigError(f"'{name}': its description {description.__qualname__} is incomplete: {'; '.join(faults)}.")
     return description
+
+
+def _faults(description: type[PartConfig]) -> Iterator[str]:
+    """What a description from outside lacks that others will ask for."""
+    own = [name for name, kind in vars(description).get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
+    if own and "__dataclass_params__" not in vars(description):
+        yield f"it is no dataclass, so {', '.join(own)} cannot be set; decorate it with @dataclass(frozen=True, kw_only=True)"
+    missing = [fact for fact in description.required if not hasattr(description, fact)]
+    if missing:
+        yield f"it does not say {', '.join(missing)} (class variables; {description.__mro__[1].__qualname__} documents them)"
+    else:
+        yield from description.description_problems()
 
 
 def find_implementation(config: PartConfig, table: Mapping[str, type[P]]) -> Any:

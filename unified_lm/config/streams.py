@@ -6,7 +6,7 @@ Each format's own settings stand beside its code (`data/formats/*_config.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -86,6 +86,7 @@ class StreamConfig(PartConfig):
     role: ClassVar[str] = "format"
 
     # --- facts; a format's description sets those that differ from here
+    required: ClassVar[tuple[str, ...]] = ("record_kind", "data_key", "objective_kind")
     record_kind: ClassVar[RecordKind]
     """The records it reads."""
     data_key: ClassVar[str]
@@ -130,6 +131,15 @@ class StreamConfig(PartConfig):
     source_temperature: float = 1.0
     """Sources are drawn in proportion to (weight * rows) ** temperature; 0 draws them equally."""
 
+    @classmethod
+    def description_problems(cls) -> Iterator[str]:
+        """See `PartConfig.description_problems`."""
+        names = {field.name for field in fields(cls)}
+        if not cls.limit_keys or not names.issuperset(cls.limit_keys):
+            yield f"limit_keys is {cls.limit_keys}, expected the names of its settings that are limits in tokens"
+        if unknown := set(cls.modes) - set(MODES):
+            yield f"modes has {', '.join(sorted(unknown))}, expected some of {', '.join(MODES)}"
+
     @property
     def pooled(self) -> bool:
         """Whether its samples come in groups that are embedded (else they carry labels)."""
@@ -147,8 +157,8 @@ class StreamConfig(PartConfig):
 
     @property
     def one_source_per_batch(self) -> bool:
-        """Whether all groups of a batch come from one source."""
-        return False
+        """Whether all groups of a batch come from one source, so that a group's negatives are of its own kind."""
+        return self.pooled
 
     @property
     def longest_sample(self) -> int:

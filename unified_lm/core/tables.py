@@ -49,5 +49,5 @@ def resolve(name: str, table: Mapping[str, T], what: str) -> T | Any:
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"cannot import the {what} '{name}': {error}") from error
+    except Exception as error:  # a module of the user's may raise anything while it is imported
+        raise ConfigError(f"cannot import the {what} '{name}': {type(error).__name__}: {error}") from error

@@ -47,7 +47,7 @@ class ContrastiveConfig(EmbeddingObjectiveConfig):
             yield f"{path}.matryoshka_dims: got {list(dims)}, expected different positive numbers, largest first."
 
     @classmethod
-    def rehearsal_changes(cls, values: Mapping[str, Any], sizes: RehearsalSizes) -> Iterator[tuple[str, Any]]:
-        """See `ObjectiveConfig.rehearsal_changes`: the tiny model has few dimensions."""
+    def rehearsal_needs(cls, values: Mapping[str, Any], sizes: RehearsalSizes) -> Iterator[tuple[str, Any]]:
+        """See `ObjectiveConfig.rehearsal_needs`: the tiny model has few dimensions."""
         if any(isinstance(dim, int) and dim > sizes.dimensions for dim in values.get("matryoshka_dims") or ()):
             yield "matryoshka_dims", [sizes.dimensions, sizes.dimensions // 2]
