@@ -23,9 +23,14 @@ _SHOWN_KEYS = 4
 """Maximum number of settings in the table; more of them make it unreadable and are written to the files only."""
 
 
+def comparison_files(folder: Path) -> list[Path]:
+    """What `write_comparison` writes into a folder."""
+    return [folder / f"{_NAME}.{ending}" for ending in ("csv", "json", "md", "png")]
+
+
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     """Write compare.csv (one row per run), compare.json, compare.md and compare.png, and return their paths."""
-    files = [folder / f"{_NAME}.{ending}" for ending in ("csv", "json", "md", "png")]
+    files = comparison_files(folder)
     check_files(files)
     write_text_file(files[0], _csv(comparison))
     write_json_file(files[1], to_json(comparison))
