@@ -53,11 +53,11 @@ from unified_lm.data.sources import open_source
 from unified_lm.evaluation.words.code import code_words
 from unified_lm.evaluation.words.scores import most_frequent_tags, tag_scores
 from unified_lm.evaluation.words.tasks import word_level_scores
-from unified_lm.export.manifest import hash_weights
 from unified_lm.inference.loading import model_folder
 from unified_lm.mining.embedders import folder_hash
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.loading import load_model
+from unified_lm.models.weights_hash import hash_weights
 from unified_lm.objectives.ranking import ndcg_per_query
 
 MAX_TOKENS = 128

@@ -77,7 +77,7 @@ def test_references_are_kept_and_used_again(finished: Path, data: Path, cache: P
     scored: list[int] = []
     score = ReferenceCache._score
     monkeypatch.setattr(ReferenceCache, "_score", lambda self, samples: scored.append(len(samples)) or score(self, samples))
-    with pytest.warns(UserWarning, match="are damaged"):
+    with pytest.warns(UserWarning, match="is damaged"):
         again = train(arguments(data, tmp_path / "run"))
     assert scored == [16], "8 rows and their controls: the chunk that was damaged, and no other"
     assert {path: path.read_bytes() for path in before} == before

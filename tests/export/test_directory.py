@@ -18,10 +18,11 @@ from unified_lm.core.errors import CheckpointError
 from unified_lm.data.prompts.templates import TEMPLATES, get_template
 from unified_lm.export import directory as export
 from unified_lm.export.directory import export_model, sentence_transformers_obstacle, template_of
-from unified_lm.export.manifest import Manifest, hash_weights
+from unified_lm.export.manifest import Manifest
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.pooling import Projection
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
+from unified_lm.models.weights_hash import hash_weights
 
 GRIT = get_template("grit")
 

@@ -9,7 +9,8 @@ import pytest
 
 from tests.export.export_cases import make_manifest
 from unified_lm.core.errors import CheckpointError
-from unified_lm.export.manifest import FORMAT_VERSION, Manifest, hash_weights
+from unified_lm.export.manifest import FORMAT_VERSION, Manifest
+from unified_lm.models.weights_hash import hash_weights
 
 
 def test_round_trip(tmp_path: Path) -> None:

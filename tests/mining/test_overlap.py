@@ -116,7 +116,7 @@ def test_a_folder_is_cleaned_file_by_file(tmp_path: Path) -> None:
     evaluation = write(tmp_path / "eval.jsonl", EVALUATION)
     report = compare(tmp_path / "train", evaluation, tmp_path / "clean")
     assert report.num_overlapping == 1
-    assert sorted(path.name for path in (tmp_path / "clean").iterdir()) == ["a.jsonl", "b.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "clean").glob("[!.]*")) == ["a.jsonl", "b.jsonl"]
     assert (tmp_path / "clean" / "b.jsonl").read_text() == (tmp_path / "train" / "b.jsonl").read_text()
 
 

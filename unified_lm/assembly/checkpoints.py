@@ -15,6 +15,7 @@ from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
 from unified_lm.composition.convert import from_yaml
 from unified_lm.config.schema import RunConfig
 from unified_lm.core.errors import CheckpointError
+from unified_lm.core.outputs import check_folder
 
 CONFIG_FILE = "config.yaml"
 
@@ -24,7 +25,7 @@ def export_checkpoint(run_dir: Path, target: Path, console: Console, step: int |
 
     Args:
         run_dir: the folder of a run (of a stage, for a chain).
-        target: the folder to write; an export that is there already is replaced.
+        target: the folder to write; an export that is there already is replaced, anything else is refused.
         console: for notices.
         step: optimizer steps taken; None takes the newest complete checkpoint.
 
@@ -32,9 +33,11 @@ def export_checkpoint(run_dir: Path, target: Path, console: Console, step: int |
         `target`.
 
     Raises:
+        OutputError: `target` holds what this package did not write, or is a file or a link.
         CheckpointError: no such run or checkpoint, or it is torn.
         ConfigError: the run's configuration or data can no longer be read.
     """
+    check_folder(target)
     run = load_run(run_dir, console, step)
     check_export(run)
     return write_export(run, console, target)

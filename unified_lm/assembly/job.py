@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -12,6 +13,7 @@ from unified_lm.assembly.build import Run, RunResult
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
 from unified_lm.core.errors import UserError
+from unified_lm.core.folder_lock import release_folder
 
 
 class Job:
@@ -63,6 +65,9 @@ class Job:
             if not self._takes(failure):
                 raise
             return True
+        finally:
+            if self.config.run_dir:
+                release_folder(Path(self.config.run_dir))
         if error is not None:
             return isinstance(error, Exception) and self._takes(error)
         if self.result is None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from unified_lm.assembly.build import Run
+from unified_lm.assembly.run_folder import EXPORT
 from unified_lm.config.schema import RunConfig, StreamConfig
 from unified_lm.config.streams import EMBED, GENERATE, MODES
 from unified_lm.core.errors import ConfigError
@@ -62,7 +63,7 @@ def write_export(run: Run, console: Console, target: Path | None = None) -> Path
     """
     training = run.training
     config = training.config
-    target = target or training.run_dir / "export"
+    target = target or training.run_dir / EXPORT
     console.print(f"exporting to {target}", highlight=False)
     manifest = make_manifest(run)
     causal_lm = training.trainable.backbone.causal_lm

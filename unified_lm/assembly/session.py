@@ -17,7 +17,9 @@ from unified_lm.assembly.job import Job, free_memory
 from unified_lm.assembly.stages import default_run_dir, print_notices, rank0_console
 from unified_lm.config.schema import ChainConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
-from unified_lm.core.agreement import broadcast_object
+from unified_lm.core.agreement import broadcast_object, run_on_rank0
+from unified_lm.core.errors import OutputError
+from unified_lm.core.folder_lock import hold_folder, release_folder
 from unified_lm.core.watchdog import watching
 from unified_lm.engine.accounting.dry_run import print_dry_run
 from unified_lm.engine.interruption import stop_message
@@ -36,7 +38,11 @@ def training_session(config: RunConfig | ChainConfig | SweepConfig) -> Iterator[
     minutes = _first_run(config).parallel.timeout_minutes
     distributed.initialize(minutes)
     with watching(minutes):
-        yield Session(config)
+        session = Session(config)
+        try:
+            yield session
+        finally:
+            session.close()
     # Not after an error: leaving the group may wait for ranks that have not yet learned of the failure (`core.failures`).
     distributed.shutdown()
 
@@ -55,6 +61,12 @@ class Session:
     def __init__(self, config: RunConfig | ChainConfig | SweepConfig) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
+        self._folder: Path | None = None
+
+    def close(self) -> None:
+        """Give up the folder of a chain."""
+        if self._folder is not None:
+            release_folder(self._folder)
 
     def jobs(self) -> Iterator[Job]:
         """Each run to do: go through the block `with job:` before asking for the next one.
@@ -81,6 +93,8 @@ class Session:
     def _stages(self, chain: ChainConfig) -> Iterator[Job]:
         """The stages in order. With `resume=auto` a finished one takes no further step; it is only exported again."""
         run_dir = Path(broadcast_object(chain.run_dir or default_run_dir(chain.recipe)))
+        if not chain.stages[0].dry_run:
+            run_on_rank0(lambda: self._occupy(run_dir))
         previous: Path | None = None
         for index, stage in enumerate(chain.stages):
             config = _placed(stage, run_dir / f"{index + 1}-{stage.recipe}", previous)
@@ -99,6 +113,14 @@ class Session:
                 rank0_console().print(stop_message(job.result.stopped_by, after), highlight=False, soft_wrap=True)
                 return
             free_memory()
+
+    def _occupy(self, run_dir: Path) -> None:
+        """Lock the folder of a chain: a second one in it would replace the export that a stage of the first starts from."""
+        if run_dir.exists() and not run_dir.is_dir():
+            raise OutputError(f"run_dir {run_dir} is a file; nothing was changed. Name a folder.")
+        self._folder = run_dir
+        if notice := hold_folder(run_dir):
+            rank0_console().print(f"note: {notice}", highlight=False, soft_wrap=True)
 
     def _note_end(self, job: Job) -> bool:
         """Note where the last run was; returns whether it is finished."""

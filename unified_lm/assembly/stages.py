@@ -14,8 +14,8 @@ from rich.console import Console
 
 from unified_lm.assembly.build import Run, RunResult, assemble_run
 from unified_lm.assembly.publish import check_export, write_export
+from unified_lm.assembly.run_folder import occupy
 from unified_lm.assembly.run_record import write_record
-from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
 from unified_lm.composition.compose import to_yaml
 from unified_lm.composition.locate import RESOLVED_NAME
 from unified_lm.config.schema import RunConfig
@@ -44,8 +44,11 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     Returns:
         The run: `run.training` holds the parts that `fit_run` works with, `run.run_dir` its folder.
 
+    The folder of the run is locked until the end of its job (`assembly.job`), or of this process.
+
     Raises:
-        CheckpointError: `run_dir` already holds a run and nothing was said about resuming it.
+        CheckpointError: `run_dir` already holds a run and nothing was said about resuming it, or another process writes there.
+        OutputError: the run would write over files that are not of a run.
         ConfigError: the configuration is of several runs or a dry one, or asks for what this machine or model cannot do.
         DataError: a source cannot be read.
         ModelError: the model cannot be loaded, or does not keep to the attention that is asked of it.
@@ -55,7 +58,8 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     print_notices(config, console)
     config = replace(config, run_dir=broadcast_object(config.run_dir or default_run_dir(config.recipe)))
     run_dir = Path(config.run_dir)
-    run_on_rank0(lambda: _refuse_to_overwrite(config, run_dir))
+    if notice := run_on_rank0(lambda: occupy(config, run_dir)):
+        console.print(f"note: {notice}", highlight=False, soft_wrap=True)
     run_on_rank0(lambda: check_wandb(config.logging))
     run = assemble_run(config, run_dir, console)
     _report(run, console)
@@ -171,49 +175,6 @@ def _score_references(run: Run) -> None:
     )
     for stream in run.scored:
         cache.attach(stream)
-
-
-def _refuse_to_overwrite(config: RunConfig, run_dir: Path) -> None:
-    """Raise when a folder holds a run that this one would write over.
-
-    Raises:
-        CheckpointError: `run_dir` holds a run that is not the one to resume, or checkpoints newer than the one to resume.
-    """
-    metrics = run_dir / "metrics.jsonl"
-    own = list_checkpoints(run_dir / "checkpoints")
-    used = bool(own) or (metrics.exists() and metrics.stat().st_size > 0)
-    if config.resume == "auto":
-        return
-    _refuse_to_mix_copies(config)
-    if not used:
-        return
-    chosen = find_checkpoint(config.resume, run_dir / "checkpoints").path
-    inside = [path.resolve() for path in own]
-    if chosen is None or chosen.resolve() not in inside:
-        raise CheckpointError(
-            f"run_dir {run_dir} already holds a run; nothing was changed. "
-            "Continue it with resume=auto, or choose another run_dir."
-        )
-    newer = inside[inside.index(chosen.resolve()) + 1 :]
-    if newer:
-        raise CheckpointError(
-            f"run_dir {run_dir} has checkpoints newer than {chosen.name} ({', '.join(path.name for path in newer)}); "
-            "nothing was changed. Resume into another run_dir, or remove them first."
-        )
-
-
-def _refuse_to_mix_copies(config: RunConfig) -> None:
-    """Raise when a new run would put its copies among those of another, where either would remove the other's.
-
-    Raises:
-        CheckpointError: `checkpoint.copy_to` holds checkpoints.
-    """
-    copies = config.checkpoint.copy_to
-    if config.resume == "none" and copies and list_checkpoints(Path(copies)):
-        raise CheckpointError(
-            f"checkpoint.copy_to {copies} already holds checkpoints of a run; nothing was changed. "
-            "Continue it with resume=auto, or choose another folder."
-        )
 
 
 def _report(run: Run, console: Console) -> None:

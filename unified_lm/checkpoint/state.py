@@ -41,7 +41,7 @@ LATEST = "latest"
 """A text file beside the checkpoints with the name of the newest one, for people and scripts; resuming does not trust it."""
 
 _RNG = "rng.safetensors"
-_STATE = "state.json"
+STATE = "state.json"
 _MAX_EXAMPLES = 3
 
 
@@ -174,7 +174,7 @@ def _finish(
             raise OSError(f"rank 0 does not see {missing[0]}: run_dir must be on a file system that all nodes share")
         content = {"format": FORMAT, **asdict(state), "files": files, "tensors": tensors}
         # The index comes last: a folder without it is not a checkpoint, and it records the sizes of all other files.
-        write_json(building / _STATE, content)
+        write_json(building / STATE, content)
         commit_directory(building, target)
         write_text(target.parent / LATEST, f"{target.name}\n")
     except (OSError, SafetensorError) as error:  # a full disk raises either
@@ -199,12 +199,12 @@ def torn(path: Path) -> str | None:
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        return f"{_STATE} cannot be read ({error})"
+        return f"{STATE} cannot be read ({error})"
     return None
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     if content.get("format") != FORMAT:
         raise ValueError(f"format {content.get('format')}, expected {FORMAT}")
     return content

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unified_lm.checkpoint.state import LATEST, PREFIX, torn
+from unified_lm.checkpoint.state import LATEST, PREFIX, STATE, torn
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import write_directory, write_text
 
@@ -34,7 +34,12 @@ class Found:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Folders under `folder` that are named like checkpoints, oldest first. `state.torn` says whether one is complete."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit() and path.is_dir())
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder that is named like a checkpoint is one: it has an index, which comes first into view with the folder."""
+    return (path / STATE).is_file() and not path.is_symlink()
 
 
 def find_checkpoint(resume: str, folder: Path, copies: Path | None = None) -> Found:
@@ -115,9 +120,24 @@ def prune(folder: Path, keep_last: int, keep_every: int, protected: Collection[P
     """
     for old in list_checkpoints(folder)[: -max(1, keep_last)]:
         step = int(old.name.removeprefix(PREFIX))
-        if old not in protected and not (keep_every and step % keep_every == 0):
+        if is_ours(old) and old not in protected and not (keep_every and step % keep_every == 0):
             # Renamed first, so that an interrupted removal leaves no folder that looks like a checkpoint.
             _remove(old.rename(old.with_name(f".{old.name}.removing")))
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints of a folder, and the folder if nothing else is in it.
+
+    Raises:
+        CheckpointError: a folder could not be removed.
+    """
+    if not folder.is_dir():
+        return
+    for path in filter(is_ours, list_checkpoints(folder)):
+        _remove(path)
+    (folder / LATEST).unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _remove(path: Path) -> None:
@@ -189,6 +209,9 @@ class CheckpointCopier:
                 shutil.copyfile(path, building / path.name)
             (building / _METRICS).write_bytes(metrics)
 
-        write_directory(self.target / checkpoint.name, fill)
+        copy = self.target / checkpoint.name
+        if copy.is_symlink() or (copy.exists() and not is_ours(copy)):
+            raise CheckpointError(f"{copy} exists and is not a checkpoint; it is left as it is.")
+        write_directory(copy, fill)
         write_text(self.target / LATEST, f"{checkpoint.name}\n")
         prune(self.target, self.keep_last, self.keep_every)

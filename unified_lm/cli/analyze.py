@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from unified_lm.cli.arguments import command_parser, positive
 from unified_lm.core.errors import ConfigError, UserError, did_you_mean
+from unified_lm.core.outputs import check_folder
 
 ALL = "all"
 
@@ -83,9 +84,10 @@ def standardize(argv: Sequence[str]) -> None:
     from unified_lm.inference.standardize import fit_standardizer
     from unified_lm.models.standardizer import RELATIVE_EPS
 
+    check_folder(options.out)
     source = model_folder(options.export, None)
     name, texts = read_texts(options.corpus, options.num_texts, split="train")
-    model = UnifiedLM.from_pretrained(source, device=options.device, dtype=options.dtype)
+    model = UnifiedLM.from_pretrained(source, device=options.device, dtype=options.dtype, check_weights=True)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("embedding the corpus", total=len(texts))
         fitted = fit_standardizer(

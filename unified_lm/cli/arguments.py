@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -85,6 +86,44 @@ def positive(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: the text has another form.
     """
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def whole(text: str) -> int:
+    """Parse a whole number from 0, for `argparse`.
+
+    Raises:
+        argparse.ArgumentTypeError: the text has another form.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """Parse a finite number, for `argparse`: neither nan nor infinite.
+
+    Raises:
+        argparse.ArgumentTypeError: the text has another form.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
+
+
+def from_zero(text: str) -> float:
+    """Parse a finite number of at least 0, for `argparse`.
+
+    Raises:
+        argparse.ArgumentTypeError: the text has another form.
+    """
+    number = finite(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
+    return number

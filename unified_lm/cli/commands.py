@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.cli.arguments import HELP, command_parser
+from unified_lm.cli.arguments import HELP, command_parser, whole
 from unified_lm.composition.compose import compose_run
 from unified_lm.composition.locate import group_options, list_recipes
 from unified_lm.core.errors import UserError
@@ -95,7 +95,7 @@ def export(argv: Sequence[str]) -> None:
     """Export the weights of a checkpoint of a run; the newest one without `--step`."""
     parser = command_parser("export", "export a checkpoint as a finished run is exported", "runs/grit --step 40")
     parser.add_argument("run", type=Path, help="folder of a run")
-    parser.add_argument("--step", type=int, default=None, help="the checkpoint's step; the newest if left out")
+    parser.add_argument("--step", type=whole, default=None, help="the checkpoint's step; the newest if left out")
     parser.add_argument("--out", type=Path, default=None, help="folder to write; RUN/export (with --step: RUN/export-STEP)")
     options = parser.parse_args(list(argv))
     from unified_lm.assembly.checkpoints import export_checkpoint

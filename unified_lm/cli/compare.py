@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 
 from unified_lm.cli.arguments import command_parser
+from unified_lm.core.outputs import check_files
 from unified_lm.reporting.compare import compare as compare_runs
-from unified_lm.reporting.compare_output import settings_of, to_table, write_comparison
+from unified_lm.reporting.compare_output import comparison_files, settings_of, to_table, write_comparison
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -28,6 +29,8 @@ def compare(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--reference", default=None, metavar="ARM", help="arm to compare the others with; by default the first")
     options = parser.parse_args(list(argv))
+    out = options.out or (options.runs[0] if len(options.runs) == 1 else Path())
+    check_files(comparison_files(out))
     comparison = compare_runs(options.runs, options.reference)
     console = Console()
     console.print(to_table(comparison))
@@ -35,5 +38,5 @@ def compare(argv: Sequence[str]) -> None:
         console.print(f"{arm.name}: {settings_of(comparison, arm)}", markup=False, highlight=False, soft_wrap=True)
     for note in comparison.notes:
         console.print(note, style="dim", highlight=False)
-    for file in write_comparison(comparison, options.out or (options.runs[0] if len(options.runs) == 1 else Path())):
+    for file in write_comparison(comparison, out):
         print(file)

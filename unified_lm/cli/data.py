@@ -11,16 +11,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from unified_lm.cli.arguments import Command, command_parser, run_group
-from unified_lm.core.errors import UserError, did_you_mean
+from unified_lm.cli.arguments import Command, command_parser, from_zero, positive, run_group, whole
+from unified_lm.core.errors import OutputError, UserError, did_you_mean
+from unified_lm.core.outputs import check_files
 from unified_lm.data.rows.files import write_report
-from unified_lm.data.rows.texts import open_rows
+from unified_lm.data.rows.texts import RowFile, open_rows
 from unified_lm.mining.overlap import (
     OverlapConfig,
     OverlapKind,
     OverlapReport,
     build_index,
     find_overlap,
+    output_paths,
 )
 
 COMMANDS: Mapping[str, Command] = {
@@ -55,10 +57,10 @@ def overlap(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--kinds", default=",".join(kind.value for kind in OverlapKind), help="tests to run, by default %(default)s"
     )
-    parser.add_argument("--ngram", type=int, default=13, help="words of a shared run (13)")
-    parser.add_argument("--near", type=float, default=0.8, help="Jaccard similarity of near-duplicates (0.8)")
-    parser.add_argument("--min-words", type=int, default=4, help="shorter texts are not compared (4 words)")
-    parser.add_argument("--examples", type=int, default=5, help="examples kept per kind (5)")
+    parser.add_argument("--ngram", type=positive, default=13, help="words of a shared run (13)")
+    parser.add_argument("--near", type=from_zero, default=0.8, help="Jaccard similarity of near-duplicates (0.8)")
+    parser.add_argument("--min-words", type=positive, default=4, help="shorter texts are not compared (4 words)")
+    parser.add_argument("--examples", type=whole, default=5, help="examples kept per kind (5)")
     options = parser.parse_args(list(argv))
     config = OverlapConfig(
         ngram_words=options.ngram,
@@ -69,7 +71,10 @@ def overlap(argv: Sequence[str]) -> None:
         num_examples=options.examples,
     )
     train = open_rows(options.train)
-    index = build_index([(name, file) for name in options.evaluation for file in open_rows(name)], config)
+    evaluation = [(name, file) for name in options.evaluation for file in open_rows(name)]
+    outputs = output_paths(train, options.write) if options.write is not None else []
+    _check_outputs([*outputs, *([options.report] if options.report is not None else [])], [*train, *(f for _, f in evaluation)])
+    index = build_index(evaluation, config)
     with counting("comparing rows") as progress:
         report = find_overlap(train, index, write=options.write, progress=progress)
     _print_overlap(report, config, Console(soft_wrap=True))
@@ -77,6 +82,15 @@ def overlap(argv: Sequence[str]) -> None:
         write_report(options.report, report.as_dict())
     if options.write is not None:
         print(f"{options.write}: {report.num_rows - report.num_overlapping:,} rows without overlap")
+
+
+def _check_outputs(outputs: Sequence[Path], inputs: Sequence[RowFile]) -> None:
+    """Raise before the work where an output would replace an input, or anything else that this package did not write."""
+    read = {file.path.resolve() for file in inputs if file.path is not None}
+    for output in outputs:
+        if output.resolve() in read:
+            raise OutputError(f"{output} is one of the files that are read; nothing was changed. Name another file to write.")
+    check_files(outputs)
 
 
 def _kinds(names: str) -> tuple[OverlapKind, ...]:
@@ -130,7 +144,7 @@ def prepare(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--format", choices=[ending.lstrip(".") for ending in FORMATS], default="jsonl", help="of the files (jsonl)"
     )
-    parser.add_argument("--limit", type=int, help="read only the first rows of each file, for a trial")
+    parser.add_argument("--limit", type=positive, help="read only the first rows of each file, for a trial")
     options = parser.parse_args(list(argv))
     done = write(
         options.name,

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from unified_lm.cli.arguments import add_device_options, command_parser
+from unified_lm.cli.arguments import add_device_options, command_parser, finite, from_zero, positive, whole
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import UserError
 from unified_lm.core.files import cache_dir
+from unified_lm.data.rows.files import output_names
 from unified_lm.data.rows.records import RecordKind
 from unified_lm.data.rows.texts import HUB_PREFIX
 from unified_lm.data.sources import open_source, open_sources
@@ -56,6 +57,7 @@ def mine(argv: Sequence[str]) -> None:
     )
     sources = open_sources(where, RecordKind.PAIR, options.seed)
     corpus = open_source(SourceConfig(path=options.corpus), RecordKind.TEXT, options.seed) if options.corpus else None
+    outputs = _outputs(options.out, [source.name for source in sources])
     embedder = load_embedder(
         options.model,
         device=options.device,
@@ -66,9 +68,9 @@ def mine(argv: Sequence[str]) -> None:
         batch_size=options.batch_size,
     )
     console = Console(soft_wrap=True, highlight=False)
-    for source in sources:
-        out = options.out if len(sources) == 1 else options.out / f"{Path(source.name).stem}.jsonl"
-        job = Mining(
+    # All jobs before the first one runs: each refuses an output that belongs to something else.
+    jobs = [
+        Mining(
             source,
             embedder,
             config,
@@ -77,13 +79,25 @@ def mine(argv: Sequence[str]) -> None:
             corpus=corpus,
             device=options.device or str(local_device()),
         )
+        for source, out in zip(sources, outputs, strict=True)
+    ]
+    for job in jobs:
         with _progress() as show_progress:
             report = job.run(shard, show_progress)
         if report is None:
-            console.print(f"{out}: shard {options.shard} is done; the file is written when the last shard is.", markup=False)
+            console.print(
+                f"{job.out}: shard {options.shard} is done; the file is written when the last shard is.", markup=False
+            )
         else:
             console.print(mining_table(report))
-            console.print(f"{out}: {report['rows']:,} rows\n{job.report_path}", markup=False)
+            console.print(f"{job.out}: {report['rows']:,} rows\n{job.report_path}", markup=False)
+
+
+def _outputs(out: Path, names: Sequence[str]) -> list[Path]:
+    """Where the mined rows of each source go; the name of one in a folder begins with that of the folder."""
+    if len(names) == 1:
+        return [out]
+    return [out / name for name in output_names([str(Path(*Path(name).parts[1:])) for name in names], ".jsonl")]
 
 
 def source_config(named: str, split: str, columns: str) -> SourceConfig:
@@ -136,14 +150,14 @@ def _parser() -> argparse.ArgumentParser:
     rows = parser.add_argument_group("reading the rows")
     rows.add_argument("--split", default="train", help="split of a Hub or built-in data set (train)")
     rows.add_argument("--columns", default="", metavar="FIELD=COLUMN,...", help="where names differ")
-    rows.add_argument("--limit", type=int, help="at most this many rows, a seeded choice")
+    rows.add_argument("--limit", type=positive, help="at most this many rows, a seeded choice")
     rows.add_argument("--instruction", help="instruction for queries without one; written to the rows")
     rows.add_argument("--document-instruction", help="instruction for documents without one; written to the rows")
     rows.add_argument("--skip-empty", action="store_true", help="leave out rows with an empty text, and count them")
     model = parser.add_argument_group("the model")
     add_device_options(model)
-    model.add_argument("--max-tokens", type=int, help="limit of a text with its prompt; by default the model's own")
-    model.add_argument("--batch-size", type=int, default=32, help="texts per forward, sentence-transformers only (32)")
+    model.add_argument("--max-tokens", type=positive, help="limit of a text with its prompt; by default the model's own")
+    model.add_argument("--batch-size", type=positive, default=32, help="texts per forward, sentence-transformers only (32)")
     model.add_argument("--query-prompt", help="for sentence-transformers: put before queries; {instruction} is the row's")
     model.add_argument("--document-prompt", help="the same for documents")
     model.add_argument("--cache", type=Path, help="folder for embeddings ($UNIFIED_LM_CACHE/vectors)")
@@ -151,21 +165,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_choice(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--negatives", type=int, default=7, help="mined per row (7)")
-    group.add_argument("--skip", type=int, default=0, help="skip this many best-ranked documents (0)")
-    group.add_argument("--depth", type=int, default=100, help="consider this many documents per query (100)")
+    group.add_argument("--negatives", type=positive, default=7, help="mined per row (7)")
+    group.add_argument("--skip", type=whole, default=0, help="skip this many best-ranked documents (0)")
+    group.add_argument("--depth", type=positive, default=100, help="consider this many documents per query (100)")
     group.add_argument(
         "--max-fraction",
-        type=float,
+        type=from_zero,
         default=0.95,
         help="maximum score of a negative as a fraction of the positive's (0.95; 0: no limit)",
     )
-    group.add_argument("--margin", type=float, help="minimum difference between the positive's score and a negative's")
-    group.add_argument("--max-score", type=float, help="maximum similarity of a negative")
-    group.add_argument("--min-score", type=float, help="minimum similarity of a negative")
+    group.add_argument("--margin", type=from_zero, help="minimum difference between the positive's score and a negative's")
+    group.add_argument("--max-score", type=finite, help="maximum similarity of a negative")
+    group.add_argument("--min-score", type=finite, help="minimum similarity of a negative")
     group.add_argument(
         "--near-duplicate",
-        type=float,
+        type=from_zero,
         default=0.8,
         help="reject documents with this Jaccard similarity of word triples to a positive (0.8; 0: only equal texts)",
     )
@@ -173,7 +187,7 @@ def _add_choice(group: argparse._ArgumentGroup) -> None:
         "--sampling", choices=[kind.value for kind in Sampling], default="top", help="which of the remaining candidates (top)"
     )
     group.add_argument("--given", choices=[kind.value for kind in Given], default="keep", help="the rows' own negatives (keep)")
-    group.add_argument("--seed", type=int, default=42, help="seed of the sampling (42)")
+    group.add_argument("--seed", type=whole, default=42, help="seed of the sampling (42)")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from unified_lm.cli.arguments import Command, add_device_options, command_parser, positive, run_group
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
-from unified_lm.core.files import write_json
+from unified_lm.core.outputs import check_file, write_json_file
 from unified_lm.evaluation.embedding.instructions import instructions_of, require_known, table_names
 from unified_lm.evaluation.embedding.offline import find_tasks, read_task
 from unified_lm.evaluation.embedding.task_results import ModelIdentity, TaskScore
@@ -52,6 +52,8 @@ def evaluate_mteb(argv: Sequence[str]) -> None:
             model is loaded.
     """
     options = _parser().parse_args(list(argv))
+    if options.prompts is not None:
+        check_file(options.prompts)
     adapter = _adapter()
     from unified_lm.inference import UnifiedLM
     from unified_lm.inference.loading import model_folder
@@ -67,11 +69,12 @@ def evaluate_mteb(argv: Sequence[str]) -> None:
         template=options.template,
         pooling=options.pooling,
         attention=options.attention,
+        check_weights=True,
     )
     instructions = instructions_of(options.instructions, model.manifest.instructions if model.manifest else {})
     require_known(instructions, [adapter.task_key(task.metadata) for task in adapter.leaf_tasks(tasks)])
     if options.prompts is not None:
-        write_json(options.prompts, adapter.model_prompts(model, instructions, tasks))
+        write_json_file(options.prompts, adapter.model_prompts(model, instructions, tasks))
         print(options.prompts)
         return
     settings = {name: str(value) for name in _SETTINGS if (value := getattr(options, name)) is not None}

@@ -12,12 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.cli.arguments import add_device_options, command_parser, positive
+from unified_lm.cli.arguments import add_device_options, command_parser, positive, whole
 from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, progress_bar
 from unified_lm.core.errors import ConfigError, UserError
-from unified_lm.core.files import cache_dir, write_json
+from unified_lm.core.files import cache_dir
+from unified_lm.core.outputs import check_files, write_json_file
 from unified_lm.evaluation.generation.perplexity import BUILT_IN, CONTEXT, Domain, num_windows, perplexity, read_domain
 from unified_lm.evaluation.result_table import FOLDER
+from unified_lm.export.manifest import Manifest
+from unified_lm.models.weights_hash import check_weights_hash
 
 
 def evaluate_perplexity(argv: Sequence[str]) -> None:
@@ -35,6 +38,8 @@ def evaluate_perplexity(argv: Sequence[str]) -> None:
     console = Console(stderr=True)
     model_ref = find_model(options.model)
     out = options.out or model_ref.beside / "perplexity.json"
+    table_file = model_ref.beside / FOLDER / "perplexity.json"
+    check_files([out, *([table_file] if model_ref.in_run else [])])
     settings = {name: getattr(options, name) for name in ("context", "stride", "dtype", "template")}
     result = _earlier(out, {"model": model_ref.name, "revision": model_ref.revision, "settings": settings})
     model = None
@@ -47,12 +52,12 @@ def evaluate_perplexity(argv: Sequence[str]) -> None:
         with progress_bar(f"{domain.name}: windows", total, console) as advance:
             scores = perplexity(model, domain, context=options.context, stride=options.stride, progress=advance)
         result["domains"][domain.name] = {"key": domain.key, **scores}
-        write_json(out, result)
+        write_json_file(out, result)
     chosen = {name: result["domains"][name] for name in names}
     table = _perplexity_table(chosen, f"Perplexity by domain: {model_ref.name} @ {model_ref.revision[:12]}")
     if model_ref.in_run:
         note = f"Read causally in windows of {options.context} tokens; 95 % intervals over documents."
-        plain_table(table, note).save(model_ref.beside / FOLDER / "perplexity.json")
+        plain_table(table, note).save(table_file)
     Console().print(table)
     print(f"results: {out}")
 
@@ -129,12 +134,16 @@ def evaluate_lm(argv: Sequence[str]) -> None:
     if options.include_path is not None and not options.include_path.is_dir():
         raise UserError(f"--include-path {options.include_path} is not a folder.")
     model_ref = find_model(options.model)
+    out = options.out or model_ref.beside / "lm_eval" / f"{'+'.join(Path(task).stem for task in options.tasks)[:100]}.json"
+    table_file = model_ref.beside / FOLDER / f"lm-{out.name}"
+    check_files([out, *([table_file] if model_ref.in_run else [])])
+    if model_ref.is_export:  # lm-eval loads the folder itself, with stock tools
+        check_weights_hash(model_ref.folder, Manifest.load(model_ref.folder).weights_hash, always=True)
     settings = lm_eval_adapter.HarnessSettings(
         **{name: getattr(options, name) for name in lm_eval_adapter.HarnessSettings.__dataclass_fields__}
     )
     scores, raw = lm_eval_adapter.run_harness(model_ref.folder, settings, _answers(model_ref.revision, options))
-    out = options.out or model_ref.beside / "lm_eval" / f"{'+'.join(Path(task).stem for task in options.tasks)[:100]}.json"
-    write_json(
+    write_json_file(
         out, {"model": model_ref.name, "revision": model_ref.revision, "version": lm_eval_adapter.VERSION, "result": raw}
     )
     table = Table(
@@ -145,9 +154,7 @@ def evaluate_lm(argv: Sequence[str]) -> None:
         deviation = "" if score.error is None else f"{score.error:.4f}"
         table.add_row(score.task, score.metric, f"{score.value:.4f}", deviation, str(score.num_questions or ""))
     if model_ref.in_run:
-        plain_table(table, f"lm-eval {lm_eval_adapter.VERSION}; the model is read causally.").save(
-            model_ref.beside / FOLDER / f"lm-{out.name}"
-        )
+        plain_table(table, f"lm-eval {lm_eval_adapter.VERSION}; the model is read causally.").save(table_file)
     Console().print(table)
     print(f"results: {out}")
 
@@ -168,11 +175,11 @@ def _lm_parser() -> argparse.ArgumentParser:
     add("model", help="a run or its export folder, any causal model's folder or Hub name, or an embedded model's name")
     add("--tasks", nargs="+", required=True, metavar="TASK", help="lm-eval's tasks and groups, or paths of task files (.yaml)")
     add("--include-path", type=Path, default=None, metavar="FOLDER", help="task files of your own, by their names")
-    add("--num-fewshot", type=int, default=None, help="examples before each question; by default the task's own number")
+    add("--num-fewshot", type=whole, default=None, help="examples before each question; by default the task's own number")
     add("--limit", type=positive, default=None, help="at most this many questions per task, for a trial")
     add("--batch-size", type=positive, default=8, help="questions per forward (8)")
     add("--chat", action="store_true", help="put questions as messages, in the export's chat template")
     add_device_options(parser)
-    add("--seed", type=int, default=0, help="of few-shot examples and sampling (0)")
+    add("--seed", type=whole, default=0, help="of few-shot examples and sampling (0)")
     add("--out", type=Path, default=None, help="result file (default: lm_eval/TASKS.json beside the export)")
     return parser

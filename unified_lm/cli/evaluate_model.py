@@ -55,7 +55,9 @@ class EvaluatedModel:
             template: template for a model that is not an export, if the arguments name none.
         """
         chosen = options.template or (None if self.is_export else template)
-        return UnifiedLM.from_pretrained(self.folder, device=options.device, dtype=options.dtype, template=chosen)
+        return UnifiedLM.from_pretrained(
+            self.folder, device=options.device, dtype=options.dtype, template=chosen, check_weights=True
+        )
 
 
 def find_model(name: str) -> EvaluatedModel:

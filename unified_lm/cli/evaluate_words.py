@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.cli.arguments import command_parser, positive
+from unified_lm.cli.arguments import command_parser, positive, whole
 from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_table, progress_bar
 from unified_lm.core.errors import ConfigError, UserError, did_you_mean
-from unified_lm.core.files import write_json
+from unified_lm.core.outputs import check_files, write_json_file
 from unified_lm.evaluation.result_table import FOLDER
 from unified_lm.evaluation.words.code import code_words
 from unified_lm.evaluation.words.data import TASKS, WORD, WordData, find_conll, read_conll, read_hub, require_tasks
@@ -46,6 +46,9 @@ def evaluate_words(argv: Sequence[str]) -> None:
     tasks = require_tasks(() if "all" in options.task else options.task, data)
     console = Console(stderr=True)
     model_ref = find_model(options.model)
+    out = options.out or model_ref.beside / "words" / f"{_file_name(data.name)}-{options.probe}.json"
+    table_file = model_ref.beside / FOLDER / f"words-{out.stem}.json"
+    check_files([out, *([table_file] if model_ref.in_run else [])])
     model = model_ref.load(options, template="plain")
     scores: dict[str, Any] = {}
     for attention in options.attention or [model.attention]:
@@ -70,14 +73,13 @@ def evaluate_words(argv: Sequence[str]) -> None:
         "data": _described(data),
         "scores": scores,
     }
-    out = options.out or model_ref.beside / "words" / f"{_file_name(data.name)}-{options.probe}.json"
-    write_json(out, result)
+    write_json_file(out, result)
     table = _table(scores, f"Word-level tasks: {model_ref.name} @ {model_ref.revision[:12]} on {data.name}")
     warnings = unconverged(scores)
     if model_ref.in_run:
         about = f"{data.about}; " if data.about else ""
         note = f"{about}probe: {options.probe}; 95 % intervals over test sentences."
-        plain_table(table, " ".join([note, *warnings])).save(model_ref.beside / FOLDER / f"words-{out.stem}.json")
+        plain_table(table, " ".join([note, *warnings])).save(table_file)
     Console().print(table)
     for warning in warnings:
         Console(soft_wrap=True).print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
@@ -124,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--attention", nargs="+", default=None, metavar="MODE", help="causal, bidirectional; by default the model's own")
     add("--subtoken", default="mean", help="how a word of several tokens becomes one vector: mean (default), first or last")
     add("--probe", default="logistic", help="logistic (default; regularized, no seed), or linear (trained as in LLM2Vec)")
-    add("--seed", type=int, default=0, help="of the linear probe (0)")
+    add("--seed", type=whole, default=0, help="of the linear probe (0)")
     add("--train-sentences", type=positive, default=None, help="at most this many training sentences, evenly spread")
     add("--max-tokens", type=positive, default=MAX_TOKENS, help=f"tokens of one context ({MAX_TOKENS}); longer ones are split")
     add("--out", type=Path, default=None, help="result file (default: words/DATA-PROBE.json beside the export)")

@@ -18,6 +18,7 @@ from unified_lm.batch.pack import padded_tokens
 from unified_lm.batch.plan import mode_of
 from unified_lm.cli.mask_picture import save_mask_picture
 from unified_lm.config.schema import RunConfig
+from unified_lm.core.outputs import check_file
 from unified_lm.data.loader import StepLoader
 from unified_lm.data.streams import Stream, build_streams
 
@@ -79,6 +80,8 @@ def run_inspect(
     Returns:
         The picture's path.
     """
+    path = out_dir / "attention_mask.png"
+    check_file(path)
     streams = build_streams(config, tokenizer)
     console.print(stream_table(streams))
     console.print(Text("  ").join([Text(f" {part.name.lower()} ", style=part.value) + f" {_LEGEND[part]}" for part in Part]))
@@ -88,7 +91,6 @@ def run_inspect(
     loader.reset()
     batches = [loader.next_batch() for _ in range(num_batches)]
     console.print(packing_table(batches, config.packing.token_budget))
-    path = out_dir / "attention_mask.png"
     save_mask_picture(most_varied_pack(batches), path)
     console.print(f"attention mask of one pack: {path}", soft_wrap=True)
     return path

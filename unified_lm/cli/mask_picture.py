@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 
 from unified_lm.batch import AttentionMode, Pack
+from unified_lm.core.outputs import write_file
 
 matplotlib.use("Agg")
 
@@ -35,7 +36,6 @@ def save_mask_picture(pack: Pack, path: Path) -> None:
         pack: the pack.
         path: the PNG to write; its folder is created.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(9, 9), layout="constrained")
     colors = ListedColormap(["#ffffff", *COLORS.values()])
     axes.imshow(mask_image(pack), cmap=colors, vmin=0, vmax=len(COLORS), interpolation="nearest")
@@ -47,5 +47,5 @@ def save_mask_picture(pack: Pack, path: Path) -> None:
     axes.set_title(f"one pack: {len(pack.samples)} samples, {len(pack):,} tokens, no padding")
     used = {pack.plan.mode(index) for index in range(len(pack.plan.lengths))}
     axes.legend(handles=[Patch(color=c, label=mode.value) for mode, c in COLORS.items() if mode in used], loc="upper right")
-    figure.savefig(path, dpi=130)
+    write_file(path, lambda building: figure.savefig(building, dpi=130))
     plt.close(figure)

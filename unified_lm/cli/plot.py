@@ -7,6 +7,7 @@ from pathlib import Path
 
 from unified_lm.cli.arguments import command_parser
 from unified_lm.core.errors import DataError
+from unified_lm.core.outputs import check_files
 from unified_lm.reporting.curves import build_panels, draw_png, load_runs
 from unified_lm.reporting.curves_page import write_page
 
@@ -28,10 +29,11 @@ def plot(argv: Sequence[str]) -> None:
         help="folder for curves.png and curves.html; by default that of a single run, else the working directory",
     )
     options = parser.parse_args(list(argv))
+    out = options.out or (options.runs[0] if len(options.runs) == 1 else Path())
+    check_files([out / "curves.png", out / "curves.html"])
     runs = load_runs(options.runs)
     panels = build_panels(runs)
     if not panels:
         raise DataError(f"nothing to draw: no step has been measured yet in {', '.join(map(str, options.runs))}.")
-    out = options.out or (options.runs[0] if len(options.runs) == 1 else Path())
     print(draw_png(panels, runs, out / "curves.png"))
     print(write_page(panels, runs, out / "curves.html"))

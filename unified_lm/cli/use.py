@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from unified_lm.cli.arguments import add_device_options, command_parser
+from unified_lm.cli.arguments import add_device_options, command_parser, from_zero, positive
 from unified_lm.core.errors import DataError
+from unified_lm.core.outputs import check_file, write_file
+from unified_lm.data.rows.readers import read_text_lines
 
 if TYPE_CHECKING:
     from unified_lm.inference import UnifiedLM
@@ -28,10 +30,15 @@ def encode(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
     parser.add_argument("--instruction", default="", help="the task, for queries; none, as for documents, if left out")
     options = parser.parse_args(list(argv))
+    check_file(options.out)
     vectors = _load(options).encode(_lines(options.texts), options.instruction, show_progress=sys.stderr.isatty())
-    with open(options.out, "wb") as handle:
-        np.save(handle, vectors)
+    write_file(options.out, lambda path: _save(path, vectors))
     print(f"{options.out}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
+
+
+def _save(path: Path, vectors: np.ndarray) -> None:
+    with open(path, "wb") as handle:  # a handle, because np.save adds .npy to other names
+        np.save(handle, vectors)
 
 
 def search(argv: Sequence[str]) -> None:
@@ -44,7 +51,7 @@ def search(argv: Sequence[str]) -> None:
     parser.add_argument("query", help="the text to search for")
     parser.add_argument("documents", type=Path, help="a text file, one document per line")
     parser.add_argument("--instruction", default=None, help="the task; by default the export's own")
-    parser.add_argument("-k", type=int, default=5, help="results (5)")
+    parser.add_argument("-k", type=positive, default=5, help="results (5)")
     options = parser.parse_args(list(argv))
     texts = _lines(options.documents)
     for hit in _load(options).search(options.query, texts, options.k, options.instruction)[0]:
@@ -55,9 +62,9 @@ def generate(argv: Sequence[str]) -> None:
     """Print the answer to one message."""
     parser = _parser("generate", "answer one message", 'runs/grit/export "What does json.loads do?" --max-new-tokens 60')
     parser.add_argument("message", help='the message; "-" reads it from stdin')
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="limit of the answer in tokens (256)")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="limit of the answer in tokens (256)")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="sampling temperature; 0.0 (the default) takes the most likely token"
+        "--temperature", type=from_zero, default=0.0, help="sampling temperature; 0.0 (the default) takes the most likely token"
     )
     options = parser.parse_args(list(argv))
     message = sys.stdin.read() if options.message == "-" else options.message
@@ -78,15 +85,12 @@ def _load(options: argparse.Namespace) -> UnifiedLM:
 
 
 def _lines(path: Path) -> list[str]:
-    """Read the texts of a file, one per line; an empty line is an error, since results are counted by line.
+    """The texts of a file, one per line (see `read_text_lines`); an empty line is an error, since results are counted by line.
 
     Raises:
         DataError: no such file, or an empty line.
     """
-    try:
-        texts = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+    texts = read_text_lines(path)
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             raise DataError(f"{path}, line {number} is empty; every line is one text.")

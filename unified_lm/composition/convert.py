@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -158,6 +159,9 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
         pairs = {str(key): _value(args[1], item, f"{path}.{key}", problems) for key, item in value.items()}
         return _FAILED if any(item is _FAILED for item in pairs.values()) else pairs
     if _is_scalar(kind, value):
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{path}: got {value}, expected a finite number.")
+            return _FAILED
         return float(value) if kind is float else value
     problems.append(f"{path}: got {_show(value)}, expected {_name_of(kind)}.")
     return _FAILED

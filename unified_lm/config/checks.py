@@ -15,8 +15,8 @@ def choice(path: str, value: str, known: tuple[str, ...], *, open_ended: bool = 
 
 
 def at_least(path: str, value: float, least: float) -> Iterator[str]:
-    """A number below `least`, or not a number."""
-    if not value >= least:
+    """A number below `least`, or not finite."""
+    if not (value >= least and math.isfinite(value)):
         yield f"{path}: got {value}, expected at least {least}."
 
 

@@ -38,6 +38,10 @@ class CheckpointError(UserError):
     """A checkpoint or an export is missing, incomplete, of another model, or could not be written."""
 
 
+class OutputError(UserError):
+    """An output would take the place of something that this package did not write, or its place cannot be written to."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest known name, or the list of known names when none is close.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,10 @@ from unified_lm.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+_MARK = b"unified_lm crc32"
+_READ_BYTES = 1 << 22
 
 
 def cache_dir(*parts: str) -> Path:
@@ -101,8 +107,46 @@ def write_text(path: Path, text: str) -> None:
     building.rename(path)
 
 
+def checksum(path: Path, num_bytes: int | None = None) -> int:
+    """CRC-32 of a file, or of its first bytes. It finds flipped and lost bytes, at about a gigabyte per second."""
+    value, left = 0, path.stat().st_size if num_bytes is None else num_bytes
+    with open(path, "rb") as handle:
+        while left > 0 and (block := handle.read(min(left, _READ_BYTES))):
+            value = zlib.crc32(block, value)
+            left -= len(block)
+    return value
+
+
+def read_array(path: Path) -> np.ndarray | None:
+    """Memory-map an array of `write_array`; None if there is none, or, with a warning, if the file is damaged.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    import numpy as np
+
+    if not path.is_file():
+        return None
+    size = path.stat().st_size - len(_MARK) - 4
+    with open(path, "rb") as handle:
+        handle.seek(max(size, 0))
+        end = handle.read()
+    if size > 0 and end == _MARK + checksum(path, size).to_bytes(4, "little"):
+        try:
+            values: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            return values
+        except ValueError as error:  # the checksum is right, but not of a file that this numpy reads
+            problem = str(error)
+    else:
+        problem = "its content does not have its checksum"
+    warnings.warn(f"{path} is damaged ({problem}); it is computed again", stacklevel=2)
+    return None
+
+
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Write a .npy file atomically (temporary sibling, fsync, rename); its folder must exist.
+    """Write a .npy file with a checksum atomically (temporary sibling, fsync, rename); its folder must exist.
+
+    The checksum stands behind the array, where readers of .npy files do not look. `read_array` compares it.
 
     Raises:
         OSError: the disk reported an error; no partial file remains.
@@ -113,6 +157,8 @@ def write_array(path: Path, values: np.ndarray) -> None:
     try:
         with open(building, "wb") as handle:
             np.save(handle, values)
+            handle.flush()
+            handle.write(_MARK + checksum(building).to_bytes(4, "little"))
         sync(building)
         building.replace(path)
     finally:

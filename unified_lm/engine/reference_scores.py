@@ -6,8 +6,6 @@ not depend on the batch, so the reference model can read all of them before trai
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from unified_lm.batch.pack import first_fit
 from unified_lm.core import distributed
 from unified_lm.core.agreement import run_on_rank0
 from unified_lm.core.errors import DataError
-from unified_lm.core.files import cache_dir
+from unified_lm.core.files import cache_dir, read_array, write_array
 from unified_lm.data.streams import Stream
 from unified_lm.data.token_cache import table_key
 from unified_lm.engine.sequences import sample_scores
@@ -112,26 +110,15 @@ class ReferenceCache:
 
 def _read(path: Path, num_rows: int) -> np.ndarray | None:
     """A stored chunk, or None where there is none or it is damaged (it is then computed again)."""
-    if not path.is_file():
-        return None
-    try:
-        values: np.ndarray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        warnings.warn(
-            f"stored reference log-probabilities in {path} are damaged ({error}); they are computed again", stacklevel=2
-        )
-        return None
-    return values if values.shape == (num_rows, 2) else None
+    values = read_array(path)
+    return np.array(values) if values is not None and values.shape == (num_rows, 2) else None
 
 
 def _write(path: Path, values: np.ndarray) -> None:
     """Write a chunk so that it is whole or not there."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        building = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(building, "wb") as handle:
-            np.save(handle, values)
-        building.rename(path)
+        write_array(path, values)
     except OSError as error:
         raise DataError(
             f"cannot write the cache of reference log-probabilities, {path}: {error}. Set UNIFIED_LM_CACHE."

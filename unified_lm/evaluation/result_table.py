@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_lm.core.errors import DataError, did_you_mean
-from unified_lm.core.files import write_json
+from unified_lm.core.outputs import write_json_file
 
 FOLDER = "evaluation"
 """Subfolder of a run that holds its tables."""
@@ -50,7 +50,7 @@ class ResultTable:
         """Write the table and return its path. A number that is not finite becomes null."""
         rows = [[None if isinstance(cell, float) and not math.isfinite(cell) else cell for cell in row] for row in self.rows]
         content = {name: value for name, value in {**asdict(self), "rows": rows}.items() if name in _KNOWN and value}
-        write_json(path, {name: content.get(name, []) for name in _REQUIRED} | content)
+        write_json_file(path, {name: content.get(name, []) for name in _REQUIRED} | content)
         return path
 
     @property

@@ -22,14 +22,16 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unified_lm.core.errors import CheckpointError, did_you_mean
-from unified_lm.core.files import write_directory, write_json, write_text
+from unified_lm.core.files import write_json, write_text
+from unified_lm.core.outputs import check_folder, write_folder
 from unified_lm.data.prompts.templates import Template, Turn
-from unified_lm.export.manifest import Manifest, hash_weights, library_versions
+from unified_lm.export.manifest import Manifest, library_versions
 from unified_lm.export.merge import has_adapters
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import POOLING_MODES, write_projection, write_sentence_transformers
 from unified_lm.export.verify import Verification, quiet_transformers, verify_export
 from unified_lm.models.pooling import Projection
+from unified_lm.models.weights_hash import hash_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Storage dtypes of exported weights, by name."""
@@ -59,7 +61,7 @@ def export_model(
     Args:
         causal_lm: a stock causal language model without adapters (`merge_lora` first).
         tokenizer: its tokenizer. A copy is saved, with a chat template where the model generates, and a pad token.
-        target: the folder to create or replace.
+        target: the folder to create, or to replace where it is an export and holds nothing else (`core.outputs`).
         manifest: what to record. `embedding_dim`, `versions`, `weights_hash` and the template's fields are filled in here.
         template: the prompt template that training used.
         projection: linear head `[D] -> [P]` on the pooled vector, or None.
@@ -72,10 +74,12 @@ def export_model(
         The manifest as written.
 
     Raises:
+        OutputError: `target` holds what this package did not write, or is a file or a link.
         CheckpointError: the model still has adapters, a setting is unknown, sentence-transformers cannot express the model, a
             check fails, or the folder cannot be written.
     """
     check = Verification.parse(verify)
+    check_folder(Path(target))
     _check_request(causal_lm, manifest, projection)
     wanted = manifest.can_embed and sentence_transformers
     if wanted and (obstacle := sentence_transformers_obstacle(manifest, template, tokenizer)):
@@ -115,7 +119,7 @@ def export_model(
 
     try:
         with quiet_transformers():
-            write_directory(Path(target), fill)
+            write_folder(Path(target), fill)
     except Exception as error:
         if not _is_write_failure(error):
             raise

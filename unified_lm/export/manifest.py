@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -263,14 +262,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def hash_weights(directory: Path) -> str:
-    """BLAKE2b (128 bits, hexadecimal) of names and contents of a folder's `*.safetensors` files, subfolders included."""
-    digest = blake2b(digest_size=16)
-    for path in sorted(directory.rglob("*.safetensors")):
-        digest.update(f"{path.relative_to(directory).as_posix()}\x1f{path.stat().st_size}\x1e".encode())
-        with open(path, "rb") as handle:
-            while block := handle.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()

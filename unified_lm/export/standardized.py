@@ -10,14 +10,16 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from unified_lm.core.errors import CheckpointError
-from unified_lm.core.files import write_directory, write_json, write_text
+from unified_lm.core.files import write_json, write_text
+from unified_lm.core.outputs import write_folder
 from unified_lm.export.directory import template_of
-from unified_lm.export.manifest import FILE_NAME, Manifest, StandardizerRecord, hash_weights
+from unified_lm.export.manifest import FILE_NAME, Manifest, StandardizerRecord
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import sentence_transformers_modules
 from unified_lm.export.standardizer_files import save_standardizer, standardizer_folder
 from unified_lm.export.verify import quiet_transformers, verify_stock_vectors
 from unified_lm.models.standardizer import Standardizer
+from unified_lm.models.weights_hash import check_weights_hash, hash_weights
 
 _MODULES = "modules.json"
 _PROMPTS = "config_sentence_transformers.json"
@@ -32,7 +34,7 @@ def write_standardized(
 
     Args:
         source: the export.
-        target: the folder to create or replace; not `source` or a folder in it.
+        target: the folder to create, or to replace where this package wrote all of it; not `source` or a folder in it.
         standardizer: fitted on vectors of this export that are not standardized.
         record: origin of its statistics.
         verify: whether to check with sentence-transformers, in float32.
@@ -41,6 +43,7 @@ def write_standardized(
         The manifest of the copy.
 
     Raises:
+        OutputError: `target` holds what this package did not write, or is a file or a link.
         CheckpointError: `source` is not an export or does not embed, `target` lies inside it, a check fails, or the folder
             cannot be written.
     """
@@ -51,6 +54,7 @@ def write_standardized(
         raise CheckpointError(f"the statistics have {standardizer.dim} dimensions, the export has {manifest.embedding_dim}.")
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise CheckpointError(f"--out {target} lies in the export itself; name another folder.")
+    check_weights_hash(source, manifest.weights_hash, always=True)
     old = None if manifest.standardizer is None else standardizer_folder(manifest)
     complete = replace(manifest, standardizer=record, weights_hash="")
     written: list[Manifest] = []
@@ -73,7 +77,7 @@ def write_standardized(
         written.append(final)
 
     with quiet_transformers():
-        write_directory(target, fill)
+        write_folder(target, fill)
     return written[0]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.config.checks import above, at_least
+from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.data.prompts.templates import Template
 from unified_lm.export.directory import stop_token_ids
 
@@ -64,7 +65,18 @@ def generation_settings(
         max_new_tokens: limit of the answer, in tokens.
         temperature: 0 for greedy decoding; otherwise logits are divided by it and tokens are drawn.
         top_p: draw from the most likely tokens whose probabilities sum to this.
+
+    Raises:
+        ConfigError: a number is out of its range.
     """
+    problems = [
+        *at_least("max_new_tokens", max_new_tokens, 1),
+        *at_least("temperature", temperature, 0),
+        *above("top_p", top_p, 0),
+        *([f"top_p: got {top_p}, expected at most 1."] if top_p > 1 else []),
+    ]
+    if problems:
+        raise ConfigError(problems)
     stops = stop_token_ids(template, tokenizer, config.eos_token_id if config is not None else None)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else _GREEDY
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,8 +18,10 @@ from unified_lm.export.directory import template_of
 from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.standardizer_files import load_standardizer
 from unified_lm.export.verify import load_projection, quiet_transformers
+from unified_lm.models.load_errors import check_complete
 from unified_lm.models.pooling import Projection
 from unified_lm.models.standardizer import Standardizer
+from unified_lm.models.weights_hash import check_weights_hash
 
 _RUN_CONFIG = "config.yaml"
 """The file by which the folder of a run is recognized."""
@@ -52,6 +55,7 @@ def load_parts(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     needs_manifest: bool = True,
+    check_weights: bool | None = None,
 ) -> Parts:
     """Load a folder or a Hub repository. Code that it contains is never run.
 
@@ -61,21 +65,29 @@ def load_parts(
         dtype: None takes the stored dtype.
         revision: Hub revision.
         needs_manifest: whether to refuse a folder that is not an export.
+        check_weights: whether to compare the weights of an export with the hash it records, see `check_weights_hash`.
 
     Raises:
         CheckpointError: no such folder, not an export, or files that cannot be loaded.
         ConfigError: unknown dtype.
+        ModelError: weights are missing from the files, or are not those that were exported.
     """
     folder = model_folder(name_or_path, revision)
     manifest = Manifest.load(folder) if needs_manifest or (folder / FILE_NAME).is_file() else None
+    if manifest is not None:
+        check_weights_hash(folder, manifest.weights_hash, always=check_weights)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype), local_files_only=True)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=_dtype(dtype), local_files_only=True, output_loading_info=True
+            )
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
+    causal_lm, info = loaded
+    check_complete(info, str(folder), causal_lm)
     hidden_size = causal_lm.config.get_text_config().hidden_size
     causal_lm.to(local_device() if device is None else torch.device(device))  # type: ignore[arg-type]
     return Parts(

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from unified_lm.core.errors import ConfigError
+
 Vectors = np.ndarray | torch.Tensor
 
 
@@ -35,7 +37,12 @@ def best_hits(scores: np.ndarray, k: int) -> list[list[Hit]]:
 
     Args:
         scores: `[N, M]`, one row per query.
-        k: hits per query, at most.
+        k: hits per query, at most; from 0.
+
+    Raises:
+        ConfigError: `k` is negative.
     """
+    if k < 0:
+        raise ConfigError(f"k: got {k}, expected 0 or more hits.")  # a slice would leave out the last -k documents
     best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return [[Hit(int(index), float(row[index])) for index in order] for row, order in zip(scores, best, strict=True)]

@@ -116,6 +116,7 @@ class UnifiedLM:
         template: str | Template | None = None,
         pooling: str | None = None,
         attention: str | None = None,
+        check_weights: bool | None = None,
     ) -> UnifiedLM:
         """Load an export, or any causal language model together with a template.
 
@@ -128,13 +129,22 @@ class UnifiedLM:
             template: replaces the export's prompt template. Required if the model is not an export.
             pooling: replaces the export's; without an export the default is "mean".
             attention: replaces the export's; without an export the default is "bidirectional".
+            check_weights: whether to compare the weights of an export with the hash that it records: None does for files up to
+                2 GiB together (about three seconds), True for any, False for none.
 
         Raises:
             CheckpointError: no such model, a damaged export, or neither an export nor a template.
             ConfigError: unknown template, pooling or attention.
-            ModelError: the kernel does not support the model.
+            ModelError: the kernel does not support the model, weights are missing, or are not those that were exported.
         """
-        parts = load_parts(name_or_path, device=device, dtype=dtype, revision=revision, needs_manifest=template is None)
+        parts = load_parts(
+            name_or_path,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            needs_manifest=template is None,
+            check_weights=check_weights,
+        )
         manifest = parts.manifest
         if manifest is None:
             assert template is not None, "load_parts requires a manifest if there is no template"

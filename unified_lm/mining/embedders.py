@@ -68,7 +68,9 @@ def load_embedder(
         if query_prompt is not None or document_prompt is not None:
             raise ConfigError(f"{name_or_path} is an export with its own template: leave out the prompts.")
         return _Unified(
-            UnifiedLM.from_pretrained(folder, device=device, dtype=dtype), f"{content}:{dtype}:{max_tokens}", max_tokens
+            UnifiedLM.from_pretrained(folder, device=device, dtype=dtype, check_weights=True),
+            f"{content}:{dtype}:{max_tokens}",
+            max_tokens,
         )
     # A malformed prompt fails here, before the model loads for minutes.
     for name, prompt in (("query", query_prompt), ("document", document_prompt)):

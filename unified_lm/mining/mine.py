@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.core.files import write_json
+from unified_lm.core.outputs import check_files, commit_file
 from unified_lm.core.random import derive_seed
 from unified_lm.data.rows.files import record_row, write_report, write_rows
 from unified_lm.data.rows.records import PairRecord
@@ -116,7 +117,7 @@ class Mining:
     @property
     def is_complete(self) -> bool:
         """Whether the output of exactly this job exists."""
-        return self.out.exists() and self._reported_key() == self.key
+        return self.out.is_file() and self._reported_key() == self.key
 
     def run(self, shard: WorkShard | None = None, progress: Progress | None = None) -> dict[str, Any] | None:
         """Mine the unfinished blocks of a shard; join all blocks if none is missing then.
@@ -221,7 +222,7 @@ class Mining:
             report = self._as_report(statistics)
             # Report first: `is_complete` needs both files, and an output without its report would be refused as foreign.
             write_report(self.report_path, report)
-            building.replace(self.out)
+            commit_file(building, self.out)
             shutil.rmtree(self._parts)
         return report
 
@@ -254,8 +255,11 @@ class Mining:
         return loaded.get("job") if isinstance(loaded, dict) else None
 
     def _refuse_other_output(self) -> None:
-        if self.out.exists() and not self.is_complete:
+        if self.is_complete:
+            return
+        if self.out.is_file() and not self.out.is_symlink():
             raise DataError(f"{self.out} exists and belongs to another job: remove it, or choose another --out.")
+        check_files([self.out, self.report_path])
 
 
 class _Gather:

@@ -5,6 +5,7 @@ This module works on scores and texts; embedding and search are in `unified_lm.m
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,11 @@ class MiningConfig:
             problems.append(f"margin: got {self.margin}, expected 0 or more.")
         if self.max_score is not None and self.min_score is not None and self.min_score > self.max_score:
             problems.append(f"min_score {self.min_score} is above max_score {self.max_score}, so nothing can pass.")
+        problems += [
+            f"{name}: got {value}, expected a finite number."
+            for name, value in vars(self).items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
         if problems:
             raise ConfigError(problems)
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from unified_lm.core.errors import ConfigError, DataError
-from unified_lm.data.rows.files import RowWriter
+from unified_lm.core.outputs import check_files
+from unified_lm.data.rows.files import RowWriter, output_names
 from unified_lm.data.rows.texts import RowFile, row_texts
 from unified_lm.mining.text_match import SHINGLE_WORDS, jaccard, normalized_words, runs, shingles
 
@@ -304,21 +305,34 @@ def find_overlap(
         progress: called with the number of rows compared since the last call.
 
     Raises:
-        DataError: a file cannot be read or written, or no row is left to write.
+        DataError: a file cannot be read or written, two training files have one output, or no row is left to write.
+        OutputError: an output would replace what this package did not write.
     """
     report = OverlapReport(len(index.texts), index.num_short)
-    for file in train:
+    paths = [] if write is None else output_paths(train, write)
+    check_files(paths)
+    for number, file in enumerate(train):
         if write is None:
             for _ in _clean_rows(file, index, report, progress):
                 pass
             continue
-        path = write if len(train) == 1 else write / f"{file.name.removesuffix('.gz').rpartition('.')[0]}.jsonl"
-        with RowWriter(path) as writer:
+        with RowWriter(paths[number]) as writer:
             for row in _clean_rows(file, index, report, progress):
                 writer.write(row)
             if not writer.num_rows:
                 raise DataError(f"{file.name}: every row overlaps, so nothing is left to write.")
     return report
+
+
+def output_paths(train: Sequence[RowFile], write: Path) -> list[Path]:
+    """Where the rows of each training file go: `write` itself for one file, else files in it, named as they are.
+
+    Raises:
+        DataError: two training files would be written to one file.
+    """
+    if len(train) == 1:
+        return [write]
+    return [write / name for name in output_names([file.name for file in train], ".jsonl")]
 
 
 def _clean_rows(

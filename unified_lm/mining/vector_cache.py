@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from unified_lm.core.errors import DataError
-from unified_lm.core.files import write_array
+from unified_lm.core.files import read_array, write_array
 from unified_lm.data.rows.records import Text
 
 CHUNK = 1024
@@ -51,17 +51,27 @@ class VectorCache:
         self.chunk = chunk
 
     def chunk_of(self, texts: Sequence[Text]) -> np.ndarray:
-        """The vectors of one chunk as a memory-map, computed first if the cache lacks them.
+        """The vectors of one chunk as a memory-map, computed first if the cache lacks them or holds them damaged.
 
         Raises:
             DataError: the cache cannot be written, or the encoder did not return a finite vector per text.
         """
         path = self._path(texts)
-        if not path.exists():
+        vectors = self._read(path)
+        if vectors is None:
             with FileLock(path.with_suffix(".lock")):
-                if not path.exists():
+                vectors = self._read(path)
+                if vectors is None:
                     self._write(path, texts)
-        return np.load(path, mmap_mode="r")
+                    vectors = self._read(path)
+        assert vectors is not None, f"{path} was just written"
+        return vectors
+
+    def _read(self, path: Path) -> np.ndarray | None:
+        try:
+            return read_array(path)
+        except OSError as error:
+            raise DataError(f"cannot read the cache of vectors, {path}: {error}. Set UNIFIED_LM_CACHE.") from error
 
     def chunks(self, texts: Texts, *, start: float = 0.0, progress: Callable[[int], None] | None = None) -> list[np.ndarray]:
         """The vectors of many texts, chunk by chunk.

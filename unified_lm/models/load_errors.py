@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -14,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers import PreTrainedModel
 
 from unified_lm.core.errors import ModelError, UserError
 
@@ -45,6 +47,32 @@ def explain(location: str, part: str, is_hub: bool) -> Iterator[None]:
         if type(error).__module__.startswith("safetensors"):
             raise ModelError(f"the weights of '{location}' are torn ({_first_line(error)}). Fetch them again.") from error
         raise
+
+
+def check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel) -> None:
+    """Check that checkpoint and model have the same weights; transformers only warns about differences.
+
+    Raises:
+        ModelError: weights are missing, unexpected or of another shape; the text counts them and names some.
+    """
+    problems = []
+    for key, meaning in (
+        ("missing_keys", "missing from the checkpoint (they would be random)"),
+        ("unexpected_keys", "in the checkpoint but not in the model (they would be lost)"),
+        ("mismatched_keys", "of another shape"),
+    ):
+        if names := sorted(map(str, info.get(key) or ())):
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            problems.append(f"{len(names)} weights are {meaning}: {shown}")
+    if problems:
+        hint = " It has no language-model head: take the causal language model, not its bare decoder."
+        headless = any("lm_head" in str(key) or "embed_out" in str(key) for key in info.get("missing_keys") or ())
+        raise ModelError(
+            f"'{name}' does not fill a {type(causal_lm).__name__} exactly. "
+            + "; ".join(problems)
+            + "."
+            + (hint if headless else "")
+        )
 
 
 def _text(error: Exception, location: str, part: str, is_hub: bool) -> str:

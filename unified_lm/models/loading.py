@@ -27,11 +27,13 @@ from transformers import (
 )
 
 from unified_lm.config.schema import ModelConfig
+from unified_lm.core import distributed
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.models.architecture import check_architecture, dropout_keys, override_dropout
 from unified_lm.models.embedded import embedded_directory
-from unified_lm.models.load_errors import explain
+from unified_lm.models.load_errors import check_complete, explain
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
+from unified_lm.models.weights_hash import check_weights_hash
 
 MANIFEST = "unified_lm.json"
 """The file of an export that records what stock formats have no field for."""
@@ -97,8 +99,8 @@ def load_model(
         quantize_4bit: load the frozen weights in 4-bit NF4 for QLoRA.
 
     Raises:
-        ModelError: not found, no network, gated, damaged, of another family, not a decoder, or with weights that do not match
-            the model exactly.
+        ModelError: not found, no network, gated, damaged, of another family, not a decoder, with weights that do not match
+            the model exactly, or an export whose weights are not those that were exported.
         CheckpointError: the cache of the embedded model cannot be written.
     """
     dtype = _dtype(config.dtype)
@@ -110,6 +112,9 @@ def load_model(
             origin.location, revision=origin.revision, trust_remote_code=config.trust_remote_code
         )
     check_architecture(hf_config, config.family, origin.name)
+    if recorded := (origin.extra.get("manifest") or {}).get("weights_hash"):
+        # One rank is enough to refuse the run, and days of training on other weights cost more than seconds of reading.
+        check_weights_hash(Path(origin.location), str(recorded), always=distributed.is_rank0())
     notices = override_dropout(hf_config, config.attention_dropout)
     causal_lm = _load_weights(origin, config, hf_config, dtype, device, quantize_4bit)
     tokenizer = _load_tokenizer(origin, config)
@@ -214,38 +219,12 @@ def _load_weights(
             origin.location, revision=origin.revision, output_loading_info=True, **options
         )
     causal_lm, info = loaded
-    _check_complete(info, origin.name, causal_lm)
+    check_complete(info, origin.name, causal_lm)
     return causal_lm if quantize_4bit else _move(causal_lm, device)
 
 
 def _move(causal_lm: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:
     return causal_lm if device is None else nn.Module.to(causal_lm, device)
-
-
-def _check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel) -> None:
-    """Check that checkpoint and model have the same weights; transformers only warns about differences.
-
-    Raises:
-        ModelError: weights are missing, unexpected or of another shape; the text counts them and names some.
-    """
-    problems = []
-    for key, meaning in (
-        ("missing_keys", "missing from the checkpoint (they would be random)"),
-        ("unexpected_keys", "in the checkpoint but not in the model (they would be lost)"),
-        ("mismatched_keys", "of another shape"),
-    ):
-        if names := sorted(map(str, info.get(key) or ())):
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            problems.append(f"{len(names)} weights are {meaning}: {shown}")
-    if problems:
-        hint = " It has no language-model head: take the causal language model, not its bare decoder."
-        headless = any("lm_head" in str(key) or "embed_out" in str(key) for key in info.get("missing_keys") or ())
-        raise ModelError(
-            f"'{name}' does not fill a {type(causal_lm).__name__} exactly. "
-            + "; ".join(problems)
-            + "."
-            + (hint if headless else "")
-        )
 
 
 @contextmanager

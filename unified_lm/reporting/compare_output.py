@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from unified_lm.core.files import write_json, write_text
+from unified_lm.core.outputs import check_files, write_file, write_json_file, write_text_file
 from unified_lm.evaluation.bootstrap import Interval
 from unified_lm.reporting.compare import Arm, Comparison, title_of
 from unified_lm.reporting.curves import PALETTE
@@ -23,13 +23,18 @@ _SHOWN_KEYS = 4
 """Maximum number of settings in the table; more of them make it unreadable and are written to the files only."""
 
 
+def comparison_files(folder: Path) -> list[Path]:
+    """What `write_comparison` writes into a folder."""
+    return [folder / f"{_NAME}.{ending}" for ending in ("csv", "json", "md", "png")]
+
+
 def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     """Write compare.csv (one row per run), compare.json, compare.md and compare.png, and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{_NAME}.{ending}" for ending in ("csv", "json", "md", "png")]
-    write_text(files[0], _csv(comparison))
-    write_json(files[1], to_json(comparison))
-    write_text(files[2], to_markdown(comparison))
+    files = comparison_files(folder)
+    check_files(files)
+    write_text_file(files[0], _csv(comparison))
+    write_json_file(files[1], to_json(comparison))
+    write_text_file(files[2], to_markdown(comparison))
     draw(comparison, files[3])
     return files
 
@@ -175,7 +180,7 @@ def draw(comparison: Comparison, target: Path) -> Path:
     several = any(len(arm.runs) > 1 for arm in comparison.arms)
     legend = "ring: before training; dot: after" + (", mean over seeds (small points)" if several else ", one seed")
     figure.supxlabel(legend, fontsize=8)
-    figure.savefig(target, dpi=130)
+    write_file(target, lambda path: figure.savefig(path, dpi=130))
     plt.close(figure)
     return target
 

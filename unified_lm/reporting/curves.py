@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.outputs import write_file
 from unified_lm.engine.metrics import read_metrics
 
 PALETTE = ("#2a6fdb", "#e8590c", "#2b8a3e", "#9c36b5", "#c2255c", "#0b8a99", "#a07800", "#5c677d")
@@ -134,8 +135,7 @@ def draw_png(panels: Sequence[Panel], runs: Sequence[Run], target: Path) -> Path
         axis.set_visible(False)
     handles = [plt.Line2D([], [], color=PALETTE[i % len(PALETTE)], label=run.name) for i, run in enumerate(runs)]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(4, len(runs)), frameon=False)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=120)
+    write_file(target, lambda path: figure.savefig(path, dpi=120))
     plt.close(figure)
     return target
 

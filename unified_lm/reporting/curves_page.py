@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unified_lm.core.files import write_text
+from unified_lm.core.outputs import write_text_file
 from unified_lm.reporting.curves import Curve, Panel, Run, is_smoothed
 from unified_lm.reporting.pages import made_by, page, page_data
 
@@ -18,7 +18,7 @@ _MAX_POINTS = 2000
 def write_page(panels: Sequence[Panel], runs: Sequence[Run], target: Path) -> Path:
     """Write the page and return its path."""
     title = ", ".join(run.name for run in runs)
-    write_text(target, page("curves.html.jinja", title=title, made=made_by(), data=page_data(chart_data(panels, runs))))
+    write_text_file(target, page("curves.html.jinja", title=title, made=made_by(), data=page_data(chart_data(panels, runs))))
     return target
 
 

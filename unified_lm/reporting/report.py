@@ -20,7 +20,8 @@ from unified_lm.engine.metrics import read_metrics
 from unified_lm.engine.validation_items import FOLDER as ITEMS_FOLDER
 from unified_lm.engine.wandb_run import hide_secrets
 from unified_lm.evaluation.result_table import ResultTable, find_result_tables
-from unified_lm.export.manifest import FILE_NAME, Manifest, hash_weights
+from unified_lm.export.manifest import FILE_NAME, Manifest
+from unified_lm.models.weights_hash import hash_weights
 from unified_lm.reporting.report_numbers import Cost, HeldOutTable, held_out_table, run_cost
 
 RECORD_NAME = "run.json"

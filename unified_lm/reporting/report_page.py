@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unified_lm.core.files import write_text
+from unified_lm.core.outputs import check_file, write_text_file
 from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.reporting.curves import build_panels, load_runs, run_folders
 from unified_lm.reporting.curves_page import chart_data
@@ -32,6 +32,8 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
         ConfigError: its configuration cannot be read.
         CheckpointError: the manifest of its export is damaged.
     """
+    target = target or run_dir / "report.html"
+    check_file(target)
     reports = [read_report(folder) for folder in run_folders(run_dir)]
     runs = load_runs([run_dir])
     panels = build_panels(runs)
@@ -47,8 +49,7 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
         data=page_data(chart_data(panels, runs)),
         made=made_by(),
     )
-    target = target or run_dir / "report.html"
-    write_text(target, text)
+    write_text_file(target, text)
     return target
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import DataError
+from unified_lm.core.outputs import RECORD
 from unified_lm.data.rows.files import RowWriter, record_row, write_report, write_rows
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
 from unified_lm.data.sources import open_source
@@ -29,11 +30,11 @@ def test_records_come_back(kind: RecordKind, suffix: str, tmp_path: Path, monkey
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text("before\n")
+    write_rows(path, [{"text": "before"}])
     with pytest.raises(DataError, match="row 2: Object of type bytes"):
         write_rows(path, [{"text": "a"}, {"text": b"b"}])
-    assert [file.name for file in tmp_path.iterdir() if file.name != "cache"] == ["rows.jsonl"]
-    assert path.read_text() == "before\n"
+    assert [file.name for file in tmp_path.iterdir() if file.name not in ("cache", RECORD)] == ["rows.jsonl"]
+    assert path.read_text() == '{"text": "before"}\n'
 
 
 def test_other_endings_are_refused(tmp_path: Path) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unified_lm.checkpoint.store import list_checkpoints
+from unified_lm.checkpoint.store import list_checkpoints, remove_checkpoints
 from unified_lm.composition.convert import from_yaml
 from unified_lm.composition.flat import flatten
 from unified_lm.composition.locate import RESOLVED_NAME
 from unified_lm.config.schema import ArmConfig, SweepConfig
-from unified_lm.core.errors import CheckpointError
+from unified_lm.core.errors import CheckpointError, OutputError
 from unified_lm.core.files import write_json
 from unified_lm.reporting.compare import SWEEP_FILE
 
@@ -63,6 +62,7 @@ def begin(sweep: SweepConfig) -> Begun:
             "\n".join([f"{sweep.run_dir} holds runs with other settings; nothing was changed.", *problems])
             + "\nUndo the change, remove the folders of these runs, or choose another run_dir."
         )
+    _refuse_foreign(Path(sweep.run_dir))
     write_json(Path(sweep.run_dir) / SWEEP_FILE, {"recipe": sweep.recipe, "base": sweep.base, "arms": list(sweep.arm_names)})
     folders = [arm.run.run_dir for arm in sweep.arms]
     finished = frozenset(folder for folder in folders if (Path(folder) / FINISHED).is_file())
@@ -70,12 +70,31 @@ def begin(sweep: SweepConfig) -> Begun:
     return Begun(finished, failed - finished)
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Raise where the file that lists the arms would replace one of the user's.
+
+    Raises:
+        OutputError: it would, or the folder is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"run_dir {folder} is a file; nothing was changed. Name a folder.")
+    file = folder / SWEEP_FILE
+    if not file.exists() and not file.is_symlink():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if file.is_symlink() or not isinstance(content, dict) or not {"recipe", "base", "arms"} <= set(content):
+        raise OutputError(f"{file} is not of an ablation of unified_lm; nothing was changed. Choose another run_dir.")
+
+
 def mark_finished(folder: Path, arm: ArmConfig, *, keep: bool) -> None:
     """Mark an arm as finished, and remove its checkpoints (several times the size of the model) unless they are kept."""
     write_json(folder / FINISHED, {"arm": arm.name, "seed": arm.run.seed, "steps": arm.run.max_steps})
     (folder / FAILED).unlink(missing_ok=True)
     if not keep:
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        remove_checkpoints(folder / "checkpoints")
 
 
 def mark_failed(arm: ArmConfig, reason: str) -> None:

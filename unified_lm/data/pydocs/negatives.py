@@ -54,7 +54,7 @@ def hard_pairs_file(pairs: Path, package: str | None, packages: Sequence[str]) -
 
 
 def _fill(folder: Path, pairs: Path, packages: Sequence[str]) -> None:
-    rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in pairs.read_text(encoding="utf-8").split("\n") if line]
     by_package: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in with_negatives(rows):
         top = object_name(row).partition(".")[0]

@@ -83,7 +83,7 @@ def preferences_file(chats: Path, question: str) -> Path:
 
 
 def _fill(folder: Path, chats: Path, question: str) -> None:
-    rows = [json.loads(line) for line in chats.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in chats.read_text(encoding="utf-8").split("\n") if line]
     pairs = [tuple(turn["content"] for turn in row["messages"]) for row in rows]
     with open(folder / "preferences.jsonl", "w", encoding="utf-8") as handle:
         for row in preference_rows(pairs, question):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -15,10 +17,11 @@ import pyarrow.parquet as pq
 import yaml
 
 from unified_lm.core.errors import DataError
-from unified_lm.core.files import sync, write_text
+from unified_lm.core.outputs import check_file, commit_file, write_text_file
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, Text
 
 WRITABLE = (".jsonl", ".parquet", ".txt")
+READABLE = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 _ROWS_PER_GROUP = 4096
 _READ_BYTES = 1 << 20
 
@@ -45,11 +48,14 @@ def _pair(text: Text) -> list[str]:
 class RowWriter:
     """Writes rows to a file, which appears, complete, when the `with` block ends without an error.
 
+    A parquet file has the columns of all its rows; a row without one has null there.
+
     Args:
         path: ends in .jsonl, .parquet or .txt (which stores only the field "text", one row per line).
 
     Raises:
         DataError: another extension, a row that the format cannot store, or a file that cannot be written.
+        OutputError: something that this package did not write is at `path`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,12 +65,15 @@ class RowWriter:
         self.num_rows = 0
         self._building = path.with_name(f".{path.name}.{os.getpid()}")
         self._rows: list[Mapping[str, Any]] = []
-        self._parquet: pq.ParquetWriter | None = None
+        self._groups: list[pa.Schema] = []
 
     def __enter__(self) -> RowWriter:
+        check_file(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = open(self._building, "wb")
+            # Groups wait here: a file has one schema, which is known only with its last row.
+            self._waiting = tempfile.TemporaryFile()
         except OSError as error:
             raise DataError(f"cannot write {self.path}: {error.strerror or error}.") from error
         return self
@@ -88,28 +97,46 @@ class RowWriter:
     def _flush(self) -> None:
         if not self._rows:
             return
+        names = list(dict.fromkeys(name for row in self._rows for name in row))
+        with self._one_type_per_column():
+            table = pa.table({name: pa.array([row.get(name) for row in self._rows]) for name in names})
+        with pa.ipc.new_stream(pa.PythonFile(self._waiting, "w"), table.schema) as stream:
+            stream.write_table(table)
+        self._groups.append(table.schema)
+        self._rows.clear()
+
+    def _write_parquet(self) -> None:
+        """Write the groups that wait, with the columns of all of them."""
+        self._flush()
+        with self._one_type_per_column():
+            schema = pa.unify_schemas(self._groups, promote_options="permissive")
+        self._waiting.seek(0)
+        with pq.ParquetWriter(self._handle, schema) as parquet:
+            for _ in self._groups:
+                table = pa.ipc.open_stream(pa.PythonFile(self._waiting, "r")).read_all()
+                absent = {name: pa.nulls(len(table), schema.field(name).type) for name in schema.names}
+                columns = [table[name] if name in table.column_names else absent[name] for name in schema.names]
+                with self._one_type_per_column():
+                    parquet.write_table(pa.table(dict(zip(schema.names, columns, strict=True))).cast(schema))
+
+    @contextmanager
+    def _one_type_per_column(self) -> Iterator[None]:
         try:
-            table = pa.Table.from_pylist(list(self._rows), schema=None if self._parquet is None else self._parquet.schema)
+            yield
         except pa.ArrowException as error:
             raise DataError(f"{self.path}: the rows do not have one type per column, as parquet needs: {error}") from error
-        if self._parquet is None:
-            self._parquet = pq.ParquetWriter(self._handle, table.schema)
-        self._parquet.write_table(table)
-        self._rows.clear()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
+            if kind is None and self.path.suffix == ".parquet" and self.num_rows:
+                self._write_parquet()
+            self._handle.close()
             if kind is None:
-                self._flush()
-            if self._parquet is not None:
-                self._parquet.close()
+                commit_file(self._building, self.path)
         finally:
             self._handle.close()
-            if kind is not None:
-                self._building.unlink(missing_ok=True)
-        if kind is None:
-            sync(self._building)
-            self._building.replace(self.path)
+            self._waiting.close()
+            self._building.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -118,6 +145,31 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
         for row in rows:
             writer.write(row)
     return writer.num_rows
+
+
+def output_names(names: Sequence[str], suffix: str) -> list[Path]:
+    """The files, relative to a folder of outputs, that the rows of some inputs go to: as the inputs are called there.
+
+    Args:
+        names: of the inputs, relative to their folder: "s1/a.jsonl.gz".
+        suffix: of the outputs: ".jsonl" makes "s1/a.jsonl" of it.
+
+    Raises:
+        DataError: two inputs would be written to one file.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        path = Path(name.removesuffix(".gz"))
+        # not `with_suffix("")`, for which a name without a known extension (a split of the Hub) ends at its first dot
+        stem = path.stem if path.suffix in READABLE else path.name
+        output = str(path.parent / f"{stem}{suffix}")
+        if output in found:
+            raise DataError(
+                f"{found[output]} and {name} would both be written to {output}, and only one of them would remain. "
+                "Rename one of them, or give them one by one, each with an output of its own."
+            )
+        found[output] = name
+    return [Path(output) for output in found]
 
 
 def file_hash(path: Path) -> str:
@@ -137,4 +189,4 @@ def write_report(path: Path, content: Mapping[str, Any]) -> None:
     """
     if path.suffix not in (".yaml", ".yml"):
         raise DataError(f"cannot write the report {path}: expected a name that ends in .yaml.")
-    write_text(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120))
+    write_text_file(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120))

@@ -6,12 +6,14 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import DataError
-from unified_lm.data.rows.files import RowWriter, file_hash, record_row, write_report
+from unified_lm.core.outputs import check_files
+from unified_lm.data.rows.files import RowWriter, file_hash, output_names, record_row, write_report
 from unified_lm.data.rows.hub_datasets import hub_rows
 from unified_lm.data.rows.parse import EmptyTextError, RowError, RowParser
 from unified_lm.data.rows.published import Dropped, Part, Published, published
@@ -64,7 +66,7 @@ def prepare(
 
     Args:
         name: a key of `PUBLISHED`.
-        out_dir: folder for the files and `NAME.manifest.yaml`; existing files with these names are replaced on completion.
+        out_dir: folder for the files and `NAME.manifest.yaml`; files of an earlier call are replaced on completion.
         local: folder (or file) with a local copy in the schema of the published data; None fetches it from the Hub.
         revision: Hub revision; None selects the newest. The manifest records the commit.
         suffix: ".jsonl" or ".parquet".
@@ -85,12 +87,13 @@ def prepare(
     ending = ".txt" if spec.text_lines else suffix
     dropped: Counter[str] = Counter()
     outputs: list[dict[str, Any]] = []
-    for item in inputs:
-        path = out_dir / f"{item.output}{ending}"
+    manifest = out_dir / f"{name}.manifest.yaml"
+    paths = [out_dir / f"{item.output}{ending}" for item in inputs]
+    check_files([*paths, manifest])
+    for item, path in zip(inputs, paths, strict=True):
         outputs.append(_write(spec, item, path, limit) | {"path": str(path.relative_to(out_dir))})
         dropped.update(outputs[-1]["dropped"])
     use = spec.use.format(out=out_dir).replace(".jsonl", suffix)
-    manifest = out_dir / f"{name}.manifest.yaml"
     content = {
         "name": name,
         "source": spec.source,
@@ -141,7 +144,7 @@ def _converted(spec: Published, item: _Input, limit: int | None, dropped: Counte
 def _local_inputs(spec: Published, local: Path) -> list[_Input]:
     files = data_files(local)
     if not spec.parts:
-        return [_file_input(spec, file) for file in files]
+        return _file_inputs(spec, files, local)
     return [_Input(str(local), part.output, part.output, _chained(_of_split(part, files, spec, local))) for part in spec.parts]
 
 
@@ -167,9 +170,21 @@ def _chained(files: list[Path]) -> Callable[[], Rows]:
     return rows
 
 
-def _file_input(spec: Published, file: Path) -> _Input:
-    stem = Path(file.name.removesuffix(".gz")).stem
-    return _Input(str(file), stem, str(Path(spec.folder, stem)), lambda: read_rows(file))
+def _file_inputs(spec: Published, files: list[Path], root: Path) -> list[_Input]:
+    """One input per file, written side by side; where two files have one name, each in a folder named as its own.
+
+    Raises:
+        DataError: two files of one folder differ only in their extension.
+    """
+    stems = [Path(file.name.removesuffix(".gz")).stem for file in files]
+    names = [file.name for file in files]
+    if len(set(stems)) < len(stems):
+        names = [str(file.relative_to(root)) for file in files]
+    outputs = output_names(names, "")
+    return [
+        _Input(str(file), stem, str(Path(spec.folder, output)), partial(read_rows, file))
+        for file, stem, output in zip(files, stems, outputs, strict=True)
+    ]
 
 
 def _hub_inputs(spec: Published, commit: str | None) -> list[_Input]:
@@ -192,7 +207,7 @@ def _downloaded(spec: Published, commit: str | None) -> list[_Input]:
         folder = snapshot_download(spec.hub, repo_type="dataset", revision=commit, allow_patterns=list(spec.files))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot fetch {spec.hub} from the Hub: {error} Give a copy with --from FOLDER.") from error
-    return [_file_input(spec, file) for file in data_files(Path(folder))]
+    return _file_inputs(spec, data_files(Path(folder)), Path(folder))
 
 
 def _commit(name: str, spec: Published, revision: str | None) -> str:

@@ -11,7 +11,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,25 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, raw in _decoded(path) if (line := raw.strip()))
 
 
+class _RepeatedKeyError(Exception):
+    """An object of JSON with the same key twice; its text is the key."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; where a key comes twice, `json` alone keeps the last value in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(name for index, name in enumerate(names) if name in names[:index]))
+    return found
+
+
 def _json(text: str, path: Path, first_line: int, expected: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except _RepeatedKeyError as error:
+        where = path if expected.startswith("an array") else f"{path}, line {first_line}"
+        raise DataError(f"{where}: an object has the key '{error}' more than once. Keep one of them.") from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(
@@ -59,6 +75,19 @@ def _json(text: str, path: Path, first_line: int, expected: str) -> Any:
 
 def _near(text: str, position: int, reach: int = 20) -> str:
     return repr(text[max(0, position - reach) : position + reach])
+
+
+def read_text_lines(path: Path) -> list[str]:
+    """The lines of a text file, without their ends. A line ends at \\n (or \\r\\n) and nowhere else: a text may hold any other
+    separator (U+2028, form feed). A byte-order mark at the start is no part of the first line.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8 (the message names the line).
+    """
+    try:
+        return [line.removesuffix("\n").removesuffix("\r") for _, line in _decoded(path)]
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
 def _read_jsonl(path: Path) -> Rows:
@@ -85,6 +114,7 @@ def _read_table(path: Path, delimiter: str) -> Rows:
     """Read the rows below the header line. Empty cells become null, since a table expresses "no third negative" in this way."""
     csv.field_size_limit(sys.maxsize)  # the default limit refuses texts above 128 KiB
     reader = csv.DictReader((line for _, line in _decoded(path)), delimiter=delimiter, strict=True)
+    checked = False
     while True:
         try:
             row = next(reader)
@@ -93,11 +123,26 @@ def _read_table(path: Path, delimiter: str) -> Rows:
         except csv.Error as error:
             # The inner reader knows the line that failed; DictReader's own counter still has the last valid row.
             raise DataError(f"{path}, line {reader.reader.line_num}: malformed table: {error}.") from error
+        if not checked:
+            refuse_repeated_columns(path, reader.fieldnames or ())
+            checked = True
         if None in row or None in row.values():
             got = len(row[None]) + len(row) - 1 if None in row else sum(cell is not None for cell in row.values())
             expected = f"{len(reader.fieldnames or ())} as in the header"
             raise DataError(f"{path}, line {reader.line_num}: got {got} cells, expected {expected}.")
         yield f"line {reader.line_num}", {name: cell or None for name, cell in row.items()}
+
+
+def refuse_repeated_columns(path: Path, names: Sequence[str]) -> None:
+    """Raise where two columns have one name: of each row only the last of their cells would be read.
+
+    Raises:
+        DataError: names the columns.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        listed = ", ".join(map(repr, twice))
+        raise DataError(f"{path}: more than one column is called {listed}. Rename or remove all but one.")
 
 
 def _read_csv(path: Path) -> Rows:
@@ -111,6 +156,7 @@ def _read_tsv(path: Path) -> Rows:
 def _read_parquet(path: Path) -> Rows:
     try:
         with pq.ParquetFile(path) as parquet:
+            refuse_repeated_columns(path, parquet.schema_arrow.names)
             number = 0
             for batch in parquet.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -19,7 +20,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from unified_lm.core.errors import DataError
-from unified_lm.core.files import cache_dir, write_directory, write_json
+from unified_lm.core.files import cache_dir, checksum, write_directory, write_json
 from unified_lm.data.rows.parse import EmptyTextError, RowError, RowParser
 from unified_lm.data.rows.readers import Rows
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
@@ -27,7 +28,7 @@ from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecor
 logger = logging.getLogger(__name__)
 
 # Increase when a parser or the layout below changes, so that shards of older versions are rebuilt.
-VERSION = 3
+VERSION = 4
 _ROWS_PER_BATCH = 1024
 _ROWS_BETWEEN_MESSAGES = 500_000
 
@@ -127,7 +128,7 @@ def shard_key(content: str, parser: RowParser, skip_empty: bool) -> str:
 
 
 def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParser, skip_empty: bool) -> Shard:
-    """Open the shard of a key, after parsing and validating the rows if it is not cached yet.
+    """Open the shard of a key, after parsing and validating the rows if it is not cached yet, or damaged.
 
     Args:
         key: from `shard_key`.
@@ -143,12 +144,30 @@ def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParse
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         # One process parses, the other ranks of the machine wait for it.
-        with FileLock(directory.with_suffix(".lock")):
-            if not directory.exists():
-                write_directory(directory, lambda target: _write(target, origin, rows(), parser, skip_empty))
+        shard = _read(directory, parser.kind, origin)
+        if shard is None:
+            with FileLock(directory.with_suffix(".lock")):
+                shard = _read(directory, parser.kind, origin)
+                if shard is None:
+                    write_directory(directory, lambda target: _write(target, origin, rows(), parser, skip_empty))
+                    shard = Shard(directory, parser.kind, origin)
     except OSError as error:
         raise DataError(f"cannot write the cache of parsed rows, {directory}: {error}. Set UNIFIED_LM_CACHE.") from error
-    return Shard(directory, parser.kind, origin)
+    return shard
+
+
+def _read(directory: Path, kind: RecordKind, origin: str) -> Shard | None:
+    """The stored shard; None if there is none or, with a warning, if it is damaged."""
+    if not directory.exists():
+        return None
+    try:
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        if meta["checksum"] != checksum(directory / "records.arrow"):
+            raise ValueError("records.arrow is not what was written")
+        return Shard(directory, kind, origin)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"the parsed rows of {origin} in {directory} are damaged ({error}); they are parsed again", stacklevel=2)
+        return None
 
 
 def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty: bool) -> None:
@@ -171,7 +190,10 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty:
         raise DataError(
             f"{origin}: every row was rejected ({why})." if why else f"{origin} is empty: expected at least one row."
         )
-    write_json(target / "meta.json", {"rows": num_rows, "content": digest.hexdigest(), "rejected": rejected})
+    write_json(
+        target / "meta.json",
+        {"rows": num_rows, "content": digest.hexdigest(), "rejected": rejected, "checksum": checksum(target / "records.arrow")},
+    )
 
 
 def _valid_rows(origin: str, rows: Rows, parser: RowParser, skip_empty: bool, rejected: Counter[str]) -> Iterator[_Located]:

@@ -60,10 +60,11 @@ def _is_instructed(value: object) -> TypeGuard[Sequence[str]]:
 
 @dataclass(frozen=True)
 class RowFile:
-    """The rows of a file or of a Hub data set."""
+    """The rows of a file or of a Hub data set; `path` is the file, None for the Hub."""
 
     name: str
     rows: Callable[[], Rows]
+    path: Path | None = None
 
 
 def open_rows(named: str) -> list[RowFile]:
@@ -81,4 +82,4 @@ def open_rows(named: str) -> list[RowFile]:
 
 
 def _row_file(file: Path, root: Path) -> RowFile:
-    return RowFile(file.name if root.is_file() else str(file.relative_to(root)), lambda: read_rows(file))
+    return RowFile(file.name if root.is_file() else str(file.relative_to(root)), lambda: read_rows(file), file)

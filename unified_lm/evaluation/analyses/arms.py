@@ -70,6 +70,7 @@ class Arm:
             template=settings.template or (None if exported else "plain"),
             pooling=settings.pooling,
             attention=settings.attention,
+            check_weights=True,
         )
 
     @property

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unified_lm.core.outputs import write_file
+
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7a7a7a", "#000000")
 """Okabe and Ito (2008), "Color Universal Design", without yellow, which is faint on white."""
 
@@ -68,7 +70,6 @@ def save(figure: Any, path: Path) -> Path:
     """Write a PNG and free the figure."""
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+    write_file(path, lambda building: figure.savefig(building, dpi=140))
     plt.close(figure)
     return path

@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from unified_lm.core.errors import DataError
-from unified_lm.core.files import write_json
+from unified_lm.core.outputs import check_files, write_file, write_json_file
 from unified_lm.evaluation.analyses.arms import Arm
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers
 from unified_lm.evaluation.result_table import FOLDER
@@ -62,6 +63,7 @@ def run_analyses(
     Raises:
         UserError: unreadable material, a model that cannot be loaded, or a failed control.
     """
+    check_files(out / f"{analysis.name}.{ending}" for analysis in analyses for ending in ("json", "png"))
     materials = {analysis.name: analysis.prepare(settings) for analysis in analyses}
     found = {a.name: {} if overwrite else _read(out / f"{a.name}.json") for a in analyses}
     results: dict[str, dict[str, Numbers]] = {analysis.name: {} for analysis in analyses}
@@ -90,8 +92,7 @@ def _finish(analysis: Analysis, material: Material, arms: dict[str, Numbers], ou
     figure = analysis.draw(arms, material.description, out / f"{analysis.name}.png")
     for run in runs:
         target = run / FOLDER / f"analysis-{analysis.name}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(figure, target)
+        write_file(target, partial(shutil.copyfile, figure))
         replace(analysis.tabulate(arms, material.description), figure=target.name).save(target.with_suffix(".json"))
     return Outcome(analysis.name, path, figure, arms)
 
@@ -120,5 +121,5 @@ def _write(out: Path, analysis: Analysis, material: Material, arms: dict[str, Nu
     kept = {arm["key"] for arm in arms.values()}
     waiting = {f"(earlier) {key}": {"key": key, "model": "", **value} for key, value in earlier.items() if key not in kept}
     path = out / f"{analysis.name}.json"
-    write_json(path, {"analysis": analysis.name, "measured_on": dict(material.description), "arms": {**arms, **waiting}})
+    write_json_file(path, {"analysis": analysis.name, "measured_on": dict(material.description), "arms": {**arms, **waiting}})
     return path

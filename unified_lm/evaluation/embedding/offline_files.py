@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unified_lm.core.errors import DataError, did_you_mean
-from unified_lm.data.rows.readers import FORMATS, extension, read_rows
+from unified_lm.data.rows.readers import FORMATS, extension, read_rows, refuse_repeated_columns
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _TRUTHS = {"0": 0, "1": 1, "false": 0, "true": 1}
@@ -165,9 +165,11 @@ def _table(path: Path, delimiter: str, header: bool) -> Iterator[tuple[str, dict
     csv.field_size_limit(sys.maxsize)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     try:
-        with open(path, encoding="utf-8-sig", newline="") as handle:
+        with open(path, encoding="utf-8-sig", newline="\n") as handle:
             reader = csv.reader(handle, delimiter=delimiter, quoting=quoting, strict=True)
             names: list[str | int] | None = list(next(reader, [])) if header else None
+            if names is not None:
+                refuse_repeated_columns(path, [str(name) for name in names])
             for cells in reader:
                 if not cells:
                     continue

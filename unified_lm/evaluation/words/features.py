@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from unified_lm.batch import Sample
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
-from unified_lm.core.files import cache_dir, write_array
+from unified_lm.core.files import cache_dir, read_array, write_array
 from unified_lm.data.prompts.encoding import PromptEncoder
 from unified_lm.data.prompts.plain_tokenizers import plain_tokenizers
 from unified_lm.evaluation.words.data import Sentence
@@ -283,13 +283,16 @@ def _cached(
     paths = {alignment: folder / f"{_digest(model, sentences, alignment, settings, key)}.npy" for alignment in alignments}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        missing = [alignment for alignment, path in paths.items() if not path.exists()]
+        found = {alignment: read_array(path) for alignment, path in paths.items()}
+        missing = [alignment for alignment, vectors in found.items() if vectors is None]
         if missing:
             with FileLock(paths[missing[0]].with_suffix(".lock")):
-                missing = [alignment for alignment in missing if not paths[alignment].exists()]
+                found |= {alignment: read_array(paths[alignment]) for alignment in missing}
+                missing = [alignment for alignment, vectors in found.items() if vectors is None]
                 for alignment, vectors in (_compute(model, sentences, missing, settings) if missing else {}).items():
                     write_array(paths[alignment], vectors)
-        return {alignment: np.load(path, mmap_mode="r") for alignment, path in paths.items()}
+                    found[alignment] = read_array(paths[alignment])
+        return {alignment: vectors for alignment, vectors in found.items() if vectors is not None}
     except OSError as error:
         raise DataError(f"cannot use the cache of word vectors, {folder}: {error}. Set UNIFIED_LM_CACHE.") from error
 

@@ -1,0 +1,206 @@
+"""No command removes or replaces what it did not write: every writing command against a folder, a file, a link and a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+
+import pytest
+
+from tests.engine.small_run import small_run
+from tests.inference.conftest import exported  # noqa: F401 - the fixture
+from tests.reporting.test_report import write_run
+from unified_lm.cli import data, evaluate
+from unified_lm.cli.main import COMMANDS, main
+
+READERS = frozenset({"search", "generate", "recipes"})
+"""Commands that write nothing."""
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Every path under a folder with the hash of its content, or what it is."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = f"link to {os.readlink(path)}"
+        else:
+            found[str(path)] = "folder" if path.is_dir() else blake2b(path.read_bytes()).hexdigest()
+    return found
+
+
+class Place:
+    """A user's things, and the inputs of commands."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root, self.model = root, model
+        (root / "in").mkdir(parents=True)
+        self.texts = root / "in" / "texts.txt"
+        self.texts.write_text("one text of several words\nanother text of several words\n")
+        self.rows = root / "in" / "rows.jsonl"
+        self.rows.write_text("".join(json.dumps({"query": f"what is {i}", "pos": [f"it is {i}"]}) + "\n" for i in range(4)))
+        self.run = write_run(root / "in" / "run")
+        (root / "mine").mkdir()
+        (root / "mine" / "thesis.txt").write_text("years of work")
+
+    def take(self, target: Path, kind: str) -> None:
+        """Put something of the user's where an output is to go."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "folder":
+            target.mkdir()
+            (target / "thesis.txt").write_text("years of work")
+        elif kind == "file":
+            target.write_text('{"model": "years of work"}')
+        elif kind == "link":
+            target.symlink_to(self.root / "mine")
+        elif kind == "dangling link":
+            target.symlink_to(self.root / "nowhere")
+        else:
+            write_run(target)
+
+
+Command = Callable[[Place, Path], list[str]]
+"""(place, target) -> arguments of a command that writes to `target`."""
+
+
+def _training(place: Place, run_dir: Path, *more: str) -> list[str]:
+    return ["train", *small_run(place.root / "in", run_dir, "max_steps=1", *more)]
+
+
+WHOLE: Mapping[str, Command] = {
+    # a missing model, where that shows that the output is checked before the work
+    "encode": lambda p, t: ["encode", str(p.root / "missing"), str(p.texts), "--out", str(t)],
+    "export": lambda p, t: ["export", str(p.root / "missing"), "--out", str(t)],
+    "standardize": lambda p, t: ["standardize", str(p.root / "missing"), "--corpus", str(p.texts), "--out", str(t)],
+    "train": lambda p, t: _training(p, t.parent, "export.enabled=true"),
+    "report": lambda p, t: ["report", str(p.run), "--out", str(t)],
+    "data overlap": lambda p, t: ["data", "overlap", str(p.rows), str(p.texts), "--write", str(t)],
+    "data overlap, report": lambda p, t: ["data", "overlap", str(p.rows), str(p.texts), "--report", str(t)],
+    "data mine": lambda p, t: ["data", "mine", str(p.rows), "--model", str(p.model), "--out", str(t)],
+    "data mine, report": lambda p, t: [
+        "data",
+        "mine",
+        str(p.rows),
+        "--model",
+        str(p.model),
+        "--out",
+        str(t.parent / "m.jsonl"),
+    ],
+    "eval perplexity": lambda p, t: ["eval", "perplexity", str(p.model), "--data", f"a={p.texts}", "--out", str(t)],
+    "eval mteb": lambda p, t: ["eval", "mteb", str(p.model), "--tasks", "STSBenchmark", "--prompts", str(t)],
+    "eval words": lambda p, t: ["eval", "words", str(p.model), "--train-sentences", "5", "--out", str(t)],
+    "eval lm": lambda p, t: ["eval", "lm", str(p.model), "--tasks", "arc_easy", "--out", str(t)],
+}
+"""Commands whose output is the target itself."""
+
+NAMES = {
+    "encode": "v.npy",
+    "train": "proj/export",
+    "report": "page.html",
+    "data overlap": "clean.jsonl",
+    "data overlap, report": "overlap.yaml",
+    "data mine": "mined.jsonl",
+    "data mine, report": "m.report.yaml",
+}
+
+INSIDE: Mapping[str, tuple[Command, str]] = {
+    "plot": (lambda p, t: ["plot", str(p.run), "--out", str(t)], "curves.html"),
+    "compare": (lambda p, t: ["compare", str(p.run), "--out", str(t)], "compare.png"),
+    "analyze": (lambda p, t: ["analyze", "norms", str(p.model), "--texts", str(p.texts), "--out", str(t)], "norms.png"),
+    "inspect": (
+        lambda p, t: ["inspect", *small_run(p.root / "in", p.root / "unused"), f"out={t}"],
+        "attention_mask.png",
+    ),
+    "data prepare": (
+        lambda p, t: ["data", "prepare", "medi2", "--from", str(p.rows), "--out", str(t)],
+        "medi2.manifest.yaml",
+    ),
+    "train": (lambda p, t: _training(p, t), "config.yaml"),
+}
+"""Commands that write files into the target folder, with one of the files."""
+
+KINDS = ("folder", "file", "link", "dangling link", "run")
+
+
+@pytest.fixture
+def place(tmp_path: Path, exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Place:  # noqa: F811
+    monkeypatch.setenv("UNIFIED_LM_CACHE", str(tmp_path / "cache"))
+    return Place(tmp_path / "home", exported())
+
+
+def refused(place: Place, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Run a command that must change nothing, and say so."""
+    if arguments[:2] == ["eval", "lm"]:
+        pytest.importorskip("lm_eval")
+    if arguments[0] == "train" or arguments[0] == "inspect":
+        small_run(place.root / "in", place.root / "unused")  # its data is written before the comparison
+    before = tree(place.root)
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert any(text in message for text in ("nothing was changed", "belongs to another job", "is a file", "not a folder")), (
+        message
+    )
+    assert tree(place.root) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("command", WHOLE)
+def test_what_is_in_the_place_of_an_output_stays(
+    command: str, kind: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = place.root / "out" / NAMES.get(command, "out.json")
+    place.take(target, kind)
+    refused(place, WHOLE[command](place, target), capsys)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("command", INSIDE)
+def test_what_has_the_name_of_a_file_that_is_written_stays(
+    command: str, kind: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, name = INSIDE[command]
+    target = place.root / "out"
+    target.mkdir()
+    place.take(target / name, kind)
+    refused(place, make(place, target), capsys)
+
+
+@pytest.mark.parametrize("command", INSIDE)
+def test_a_file_does_not_become_a_folder(command: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    target = place.root / "out"
+    target.write_text("mine")
+    refused(place, INSIDE[command][0](place, target), capsys)
+
+
+def test_a_run_is_not_replaced_by_its_own_export(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(place, ["export", str(place.run), "--out", str(place.run)], capsys)
+
+
+@pytest.mark.parametrize("written", ["texts", "rows"])
+def test_an_input_is_not_replaced(written: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where this package wrote it: by the record alone it could be replaced."""
+    clean = place.root / "clean.jsonl"
+    assert main(["data", "overlap", str(place.rows), str(place.texts), "--write", str(clean)]) == 0
+    inputs = {"rows": [str(clean), str(place.texts)], "texts": [str(place.rows), str(clean)]}[written]
+    refused(place, ["data", "overlap", *inputs, "--write", str(clean)], capsys)
+
+
+def test_outputs_of_ours_are_written_again(place: Place) -> None:
+    for arguments in (
+        ["encode", str(place.model), str(place.texts), "--out", str(place.root / "v.npy"), "--device", "cpu"],
+        ["report", str(place.run)],
+        ["plot", str(place.run)],
+        ["data", "overlap", str(place.rows), str(place.texts), "--write", str(place.root / "clean.jsonl")],
+    ):
+        assert main(arguments) == 0
+        assert main(arguments) == 0, "the second time over what the first has written"
+
+
+def test_every_command_is_in_this_test() -> None:
+    tested = {name.partition(",")[0] for name in (*WHOLE, *INSIDE)}
+    grouped = {f"data {name}" for name in data.COMMANDS} | {f"eval {name}" for name in evaluate.COMMANDS}
+    known = ({name for name in COMMANDS if name not in ("data", "eval")} | grouped) - READERS
+    assert known - tested == {"demo"}, "demo trains with a run_dir of its own, as train does"

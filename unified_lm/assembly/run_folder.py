@@ -1,0 +1,122 @@
+"""The folder of a run: whose it is, and that one process at a time writes to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from unified_lm.assembly.run_record import FILE_NAME as RECORD
+from unified_lm.checkpoint.store import find_checkpoint, is_ours, list_checkpoints
+from unified_lm.composition.locate import RESOLVED_NAME
+from unified_lm.config.schema import RunConfig
+from unified_lm.core.errors import CheckpointError, OutputError
+from unified_lm.core.folder_lock import LOCK_FILE, hold_folder
+from unified_lm.core.outputs import check_folder
+from unified_lm.engine.validation_items import FOLDER as ITEMS
+from unified_lm.engine.wandb_run import RUN_FILE
+
+EXPORT = "export"
+"""The folder inside a run's folder that its export is written to."""
+
+_METRICS, _CHECKPOINTS = "metrics.jsonl", "checkpoints"
+_WRITTEN = (RESOLVED_NAME, RECORD, _METRICS, _CHECKPOINTS, ITEMS, RUN_FILE, EXPORT)
+"""What a run writes into its folder."""
+
+
+def occupy(config: RunConfig, run_dir: Path) -> str | None:
+    """Check that a run may write to its folder, and lock the folder for this process. Call it on one rank.
+
+    Returns:
+        A notice where the file system has no locks.
+
+    Raises:
+        OutputError: the run would write over what is not of a run, or cannot write there.
+        CheckpointError: another process writes there, or the folder holds a run that is not the one to go on with.
+    """
+    _refuse(config, run_dir)
+    notice = hold_folder(run_dir)
+    _refuse(config, run_dir)  # again: until the lock was held, another process may have run here
+    return notice
+
+
+def _refuse(config: RunConfig, run_dir: Path) -> None:
+    _refuse_foreign(run_dir)
+    if config.export.enabled:
+        check_folder(run_dir / EXPORT)
+    _refuse_to_overwrite(config, run_dir)
+
+
+def _refuse_foreign(run_dir: Path) -> None:
+    """Raise where files of the user's have the names of those that a run writes, in a folder that is not a run's.
+
+    Raises:
+        OutputError: there are some, or `run_dir` is a file.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise OutputError(f"run_dir {run_dir} is a file; nothing was changed. Name a folder.")
+    if run_dir.is_symlink() and not run_dir.exists():
+        raise OutputError(f"run_dir {run_dir} is a link to a folder that is not there; nothing was changed.")
+    if _is_of_run(run_dir):
+        return
+    found = [name for name in _WRITTEN if (run_dir / name).exists() or (run_dir / name).is_symlink()]
+    if found:
+        raise OutputError(
+            f"run_dir {run_dir} is not the folder of a run, and holds {', '.join(found)}, which a run would write over; "
+            "nothing was changed. Choose another run_dir."
+        )
+
+
+def _is_of_run(run_dir: Path) -> bool:
+    """Whether a run of this package has written here before."""
+    if (run_dir / LOCK_FILE).is_file() or any(map(is_ours, list_checkpoints(run_dir / _CHECKPOINTS))):
+        return True
+    if not (run_dir / RECORD).is_file():
+        return False
+    try:
+        record = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(record, dict) and {"recipe", "starts"} <= set(record)
+
+
+def _refuse_to_overwrite(config: RunConfig, run_dir: Path) -> None:
+    """Raise when a folder holds a run that this one would write over.
+
+    Raises:
+        CheckpointError: `run_dir` holds a run that is not the one to resume, or checkpoints newer than the one to resume.
+    """
+    metrics = run_dir / _METRICS
+    own = list_checkpoints(run_dir / _CHECKPOINTS)
+    used = bool(own) or (metrics.exists() and metrics.stat().st_size > 0)
+    if config.resume == "auto":
+        return
+    _refuse_to_mix_copies(config)
+    if not used:
+        return
+    chosen = find_checkpoint(config.resume, run_dir / _CHECKPOINTS).path
+    inside = [path.resolve() for path in own]
+    if chosen is None or chosen.resolve() not in inside:
+        raise CheckpointError(
+            f"run_dir {run_dir} already holds a run; nothing was changed. "
+            "Continue it with resume=auto, or choose another run_dir."
+        )
+    newer = inside[inside.index(chosen.resolve()) + 1 :]
+    if newer:
+        raise CheckpointError(
+            f"run_dir {run_dir} has checkpoints newer than {chosen.name} ({', '.join(path.name for path in newer)}); "
+            "nothing was changed. Resume into another run_dir, or remove them first."
+        )
+
+
+def _refuse_to_mix_copies(config: RunConfig) -> None:
+    """Raise when a new run would put its copies among those of another, where either would remove the other's.
+
+    Raises:
+        CheckpointError: `checkpoint.copy_to` holds checkpoints.
+    """
+    copies = config.checkpoint.copy_to
+    if config.resume == "none" and copies and list_checkpoints(Path(copies)):
+        raise CheckpointError(
+            f"checkpoint.copy_to {copies} already holds checkpoints of a run; nothing was changed. "
+            "Continue it with resume=auto, or choose another folder."
+        )

@@ -1,0 +1,222 @@
+"""Outputs that a user names: what may stand in their place is replaced only where this package wrote it.
+
+Every folder that receives an output also receives `.unified_lm_written`: one JSON line per file with its name, size and hash,
+the latest line of a name counts. A file is ours while it is what the line says; a folder is ours while it holds nothing but
+such files. Everything else is the user's: it is left alone, and the command ends before its work, not after it.
+
+The runs' own folders have other rules (`assembly.run_folder`), and so do the caches, which nobody else writes to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from unified_lm.core.errors import OutputError
+from unified_lm.core.files import sync, write_directory
+
+RECORD = ".unified_lm_written"
+"""Name of the file that lists what this package wrote into a folder."""
+
+_HASHED_BYTES = 1 << 26
+"""Larger files (weights) are known by their size: reading gigabytes to replace them would take minutes."""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A file as it was when it was written: size in bytes, and hash, or "" for a file too large to hash."""
+
+    size: int
+    digest: str
+
+
+def check_folder(target: Path) -> None:
+    """Check that `target` may become a folder that a command writes as a whole.
+
+    It may if nothing is there, if it is an empty folder, or if it holds nothing but what this package wrote there.
+
+    Raises:
+        OutputError: it is a file or a link, the working directory or above it, or holds anything else; or it cannot be made.
+    """
+    if target.is_symlink():
+        raise OutputError(f"{target} is a link to {os.readlink(target)}; {_UNCHANGED} Name the folder itself, or another one.")
+    if not target.exists():
+        _check_parent(target)
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target} is a file, and a folder is to be written there; {_UNCHANGED} Name a folder.")
+    if target.resolve() in (here := Path.cwd().resolve(), *here.parents):
+        raise OutputError(f"{target} is the working directory or a folder above it; {_UNCHANGED} Name a folder in it.")
+    if foreign := _foreign(target):
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        raise OutputError(
+            f"{target} holds what unified_lm did not write there, or what was changed since: {shown}; {_UNCHANGED} "
+            "Name another folder, or move this one away."
+        )
+    _check_parent(target)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Like `core.files.write_directory`, where `check_folder` allows it; the folder lists its files.
+
+    Raises:
+        OutputError: see `check_folder`.
+        CheckpointError: the operating system refused to write.
+    """
+    target = Path(os.path.abspath(target))
+    check_folder(target)
+
+    def fill_and_list(building: Path) -> None:
+        """Fill the folder, and list what is in it then."""
+        fill(building)
+        (building / RECORD).unlink(missing_ok=True)
+        _record(building, sorted(_files(building)))
+        check_folder(target)  # what takes its place now may have come while it was filled
+
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    write_directory(target, fill_and_list)
+
+
+def check_file(path: Path) -> None:
+    """Check that `path` may become a file that a command writes: nothing is there, or a file that this package wrote.
+
+    Raises:
+        OutputError: it is a folder, a link, or a file that another program wrote or changed; or it cannot be made.
+    """
+    if path.is_symlink():
+        raise OutputError(f"{path} is a link to {os.readlink(path)}; {_UNCHANGED} Name the file itself, or another one.")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder, and a file is to be written there; {_UNCHANGED} Name a file.")
+    if path.exists() and not _is_ours(path, _recorded(path.parent).get(path.name)):
+        raise OutputError(
+            f"{path} exists, and unified_lm did not write it, or it was changed since; {_UNCHANGED} "
+            "Name another file, or move this one away."
+        )
+    _check_parent(path)
+
+
+def check_files(paths: Iterable[Path]) -> None:
+    """`check_file` for several."""
+    for path in paths:
+        check_file(path)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write a file under a temporary name, and rename it where `check_file` allows it.
+
+    Args:
+        path: the file; its folder is created.
+        write: writes the content to the path that it receives, which has the same extension.
+
+    Returns:
+        `path`.
+
+    Raises:
+        OutputError: see `check_file`.
+        OSError: the disk reported an error; no partial file remains.
+    """
+    check_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(building)
+        commit_file(building, path)
+    finally:
+        building.unlink(missing_ok=True)
+    return path
+
+
+def commit_file(building: Path, path: Path) -> None:
+    """Flush a finished file to the disk, and rename it within its folder where `check_file` allows it.
+
+    Raises:
+        OutputError: see `check_file`.
+        OSError: the disk reported an error.
+    """
+    sync(building)
+    check_file(path)
+    # The line before the rename: a crash between them leaves a line without its file, which is harmless.
+    _record(path.parent, [building], [path.name])
+    building.replace(path)
+
+
+def write_text_file(path: Path, text: str) -> Path:
+    """`write_file` with a text in UTF-8."""
+    return write_file(path, lambda building: building.write_bytes(text.encode()))
+
+
+def write_json_file(path: Path, value: Any) -> Path:
+    """`write_file` with indented JSON and a final newline."""
+    return write_text_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+_UNCHANGED = "nothing was changed."
+
+
+def _check_parent(path: Path) -> None:
+    """Check that the folders above a path exist, or can be made."""
+    above = next(folder for folder in Path(os.path.abspath(path)).parents if folder.exists())
+    if not above.is_dir():
+        raise OutputError(f"cannot write {path}: {above} is a file, not a folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {path}: no permission to write in {above}.")
+
+
+def _files(folder: Path) -> list[Path]:
+    """Everything in a folder and its folders but folders; a link is one of them, wherever it leads."""
+    return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What a folder holds that is not as this package wrote it, sorted; empty folders included."""
+    recorded = _recorded(folder)
+    kept_folders = {parent for name in recorded for parent in Path(name).parents}
+    found = [path for path in folder.rglob("*") if path != folder / RECORD]
+    return sorted(
+        str(name)
+        for path in found
+        if (name := path.relative_to(folder))
+        and not (name in kept_folders if path.is_dir() and not path.is_symlink() else _is_ours(path, recorded.get(str(name))))
+    )
+
+
+def _is_ours(path: Path, written: _Written | None) -> bool:
+    if written is None or path.is_symlink() or not path.is_file() or path.stat().st_size != written.size:
+        return False
+    return not written.digest or _digest(path) == written.digest
+
+
+def _recorded(folder: Path) -> dict[str, _Written]:
+    """Name -> what was written last, by the record of a folder; what a torn line says is unknown."""
+    found: dict[str, _Written] = {}
+    if not (folder / RECORD).is_file():
+        return found
+    for line in (folder / RECORD).read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            entry = json.loads(line)
+            found[str(entry["name"])] = _Written(int(entry["size"]), str(entry["hash"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _record(folder: Path, files: Iterable[Path], names: Iterable[str] | None = None) -> None:
+    """Append lines about files: one write, so that processes that write into one folder do not lose each other's lines."""
+    files = list(files)
+    names = [str(path.relative_to(folder)) for path in files] if names is None else names
+    lines = []
+    for path, name in zip(files, names, strict=True):
+        size = path.stat().st_size
+        lines.append(json.dumps({"name": name, "size": size, "hash": _digest(path) if size <= _HASHED_BYTES else ""}) + "\n")
+    with open(folder / RECORD, "ab") as handle:
+        handle.write("".join(lines).encode())
+
+
+def _digest(path: Path) -> str:
+    return blake2b(path.read_bytes(), digest_size=16).hexdigest()
