@@ -272,7 +272,8 @@ def _write_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Save a copy of the tokenizer with pad token and chat template, and check that it reloads unchanged; returns the copy."""
     saved = copy.deepcopy(tokenizer)
-    saved.padding_side = "right"  # sentence-transformers' padding; `generate` of a batch needs "left", set by its caller
+    # `generate` continues the last column of a batch, which must not be padding; sentence-transformers is told to pad right.
+    saved.padding_side = "left" if manifest.can_generate else "right"
     if saved.pad_token is None:
         saved.pad_token = saved.eos_token or saved.bos_token
     if manifest.can_generate and template.turns:
