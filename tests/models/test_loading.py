@@ -113,6 +113,8 @@ def test_attention_dropout_takes_effect(family, key) -> None:
     loaded = load_model(ModelConfig(tiny_random=True, family=family, dtype="float32", attention_dropout=0.4))
     assert getattr(loaded.causal_lm.config, key) == 0.4
     assert any("0.4" in notice for notice in loaded.provenance["notices"])
+    own = getattr(load_model(ModelConfig(tiny_random=True, family=family, dtype="float32")).causal_lm.config, key)
+    assert loaded.provenance["own_config"] == {key: own}, "an export must have the checkpoint's own value"
 
 
 def test_attention_dropout_from_a_directory_changes_training_alone(checkpoint) -> None:

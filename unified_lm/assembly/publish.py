@@ -75,6 +75,7 @@ def write_export(run: Run, console: Console, target: Path | None = None) -> Path
         manifest=manifest,
         template=get_template(manifest.template),
         projection=training.trainable.projection,
+        own_config=run.loaded.provenance["own_config"],
     )
     if config.export.push_to_hub:
         url = push_to_hub(target, config.export.push_to_hub, private=config.export.private)

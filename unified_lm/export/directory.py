@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +48,7 @@ def export_model(
     manifest: Manifest,
     template: Template,
     projection: Projection | None = None,
+    own_config: Mapping[str, Any] | None = None,
     verify: str = "stock",
     sentence_transformers: bool = True,
     max_shard_size: str = "5GB",
@@ -63,6 +64,7 @@ def export_model(
         manifest: what to record. `embedding_dim`, `versions`, `weights_hash` and the template's fields are filled in here.
         template: the prompt template that training used.
         projection: linear head `[D] -> [P]` on the pooled vector, or None.
+        own_config: the base checkpoint's own values of what training changed in its configuration (attention dropout).
         verify: what to verify before the folder appears, see `Verification`: "none", "weights" or "stock".
         sentence_transformers: whether sentence-transformers must be able to load it. False exports models that it cannot
             express (see `sentence_transformers_obstacle`) for transformers and `UnifiedLM` only.
@@ -99,7 +101,7 @@ def export_model(
         """Write every file of the export into `building`, and verify it there."""
         _write_model(causal_lm, building, complete.dtype, max_shard_size)
         saved_tokenizer = _write_tokenizer(tokenizer, template, complete, building)
-        overlay = _write_config(building, complete)
+        overlay = _write_config(building, complete, own_config or {})
         _write_generation_config(causal_lm, saved_tokenizer, template, complete, building)
         if projection is not None:
             write_projection(projection, DTYPES[complete.dtype], building)
@@ -243,8 +245,8 @@ def _cast_state(causal_lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, tor
     return state
 
 
-def _write_config(building: Path, manifest: Manifest) -> dict[str, Any]:
-    """Complete config.json; returns the overlay that turns it into the embedding model's config."""
+def _write_config(building: Path, manifest: Manifest, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete config.json, with the checkpoint's `own` values of what training changed in it; returns the overlay that turns it into the embedding model's config."""
     path = building / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = manifest.dtype
@@ -252,6 +254,7 @@ def _write_config(building: Path, manifest: Manifest) -> dict[str, Any]:
     for name in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
         config.pop(name, None)
     text = _text_section(config)
+    text.update(own)
     causal_embedding = manifest.attention == "causal"
     # The root serves generation if the model generates; then the overlay makes embeddings bidirectional.
     text["is_causal"] = causal_embedding or manifest.can_generate
