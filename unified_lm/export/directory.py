@@ -246,7 +246,11 @@ def _cast_state(causal_lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, tor
 
 
 def _write_config(building: Path, manifest: Manifest, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete config.json, with the checkpoint's `own` values of what training changed in it; returns the overlay that turns it into the embedding model's config."""
+    """Complete config.json, with the checkpoint's `own` values of what training changed in it.
+
+    Returns:
+        The overlay that turns it into the embedding model's config.
+    """
     path = building / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = manifest.dtype

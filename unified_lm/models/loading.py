@@ -48,9 +48,9 @@ class LoadedModel:
         causal_lm: in the recipe's dtype, evaluation mode, every parameter as loaded.
         tokenizer: with a pad token; no token was added to it.
         provenance: JSON-serializable: "source", "name", "revision" (the resolved commit where there is one), "family",
-            "dtype", "fingerprint" (see `fingerprint`), "notices" (what was changed, for the log), "own_config" (the checkpoint's
-            own values of what training changes in its configuration), and with `init_from` also "init_from" and "manifest" (that
-            of the export, or None).
+            "dtype", "fingerprint" (see `fingerprint`), "notices" (what was changed, for the log), "own_config" (the
+            checkpoint's own values of what training changes in its configuration), and with `init_from` also "init_from" and
+            "manifest" (that of the export, or None).
     """
 
     causal_lm: PreTrainedModel
