@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -148,6 +149,25 @@ def sentence_transformers_obstacle(manifest: Manifest, template: Template, token
             f"the template '{template.name}' puts a prompt before the text."
         )
     return None
+
+
+def check_tokenizer(
+    causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, manifest: Manifest
+) -> None:
+    """Check before training that the tokenizer can be exported.
+
+    Args:
+        causal_lm: whose configuration decides how `AutoTokenizer` reads the files.
+        tokenizer: its tokenizer.
+        template: the prompt template.
+        manifest: of the export to come.
+
+    Raises:
+        CheckpointError: see `export_model`.
+    """
+    with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", {"model_type": causal_lm.config.model_type})
+        _write_tokenizer(tokenizer, template, replace(manifest, family=causal_lm.config.model_type), Path(folder))
 
 
 def template_of(manifest: Manifest) -> Template:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -223,19 +224,32 @@ def _move(causal_lm: PreTrainedModel, device: torch.device | str | None) -> PreT
     return causal_lm if device is None else nn.Module.to(causal_lm, device)
 
 
+_OLD_BUFFER = re.compile(r"(.*\.(?:attn|attention|self_attn|self_attention))\.(?:bias|masked_bias|causal_mask|embed_positions)")
+"""Tensors of an attention module that are computed, not learned, and that older versions of transformers wrote into checkpoints
+(GPT-J, CodeGen): the causal mask, the value of what it hides, and the table of positions."""
+
+
+def _is_old_buffer(key: str, modules: set[str]) -> bool:
+    """Whether an unexpected tensor is an old buffer of an attention module that the model has, so that nothing is lost."""
+    match = _OLD_BUFFER.fullmatch(key)
+    return match is not None and match[1] in modules
+
+
 def _check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel) -> None:
     """Check that checkpoint and model have the same weights; transformers only warns about differences.
 
     Raises:
         ModelError: weights are missing, unexpected or of another shape; the text counts them and names some.
     """
+    modules = {name for name, _ in causal_lm.named_modules()}
+    found = {**info, "unexpected_keys": [key for key in info.get("unexpected_keys") or () if not _is_old_buffer(key, modules)]}
     problems = []
     for key, meaning in (
         ("missing_keys", "missing from the checkpoint (they would be random)"),
         ("unexpected_keys", "in the checkpoint but not in the model (they would be lost)"),
         ("mismatched_keys", "of another shape"),
     ):
-        if names := sorted(map(str, info.get(key) or ())):
+        if names := sorted(map(str, found.get(key) or ())):
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             problems.append(f"{len(names)} weights are {meaning}: {shown}")
     if problems:

@@ -16,6 +16,7 @@ from torch import nn
 from unified_lm.batch import AttentionMode, Pack, Sample, make_pack
 from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
+from unified_lm.models import families
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.modes import evaluation_mode
 from unified_lm.models.sharded import GatherParameters, no_gathering
@@ -56,6 +57,37 @@ def probe_attention(
             _probe_head(backbone, whole)
     finally:
         rng.restore()
+
+
+@torch.no_grad()
+def stock_attention_sees_future(backbone: Backbone, *, causal: bool) -> bool:
+    """Whether transformers' own attention lets a token see later ones, if the configuration says `is_causal=causal`.
+
+    This is what stock tools do with an export, whatever our kernels do in training.
+
+    Args:
+        backbone: the model, on the device that it runs on. Its configuration and modes are restored.
+        causal: the value of `is_causal`.
+    """
+    config = families.text_config(backbone.causal_lm)
+    before = config.__dict__.get("is_causal")
+    rng = RngState.capture()
+    tokens = (3 + 7 * torch.arange(2 * _LENGTH, device=backbone.causal_lm.device))[None] % backbone.vocab_size
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + backbone.vocab_size // 2) % backbone.vocab_size
+    try:
+        config.is_causal = causal
+        with evaluation_mode(backbone), backbone.stock_attention() as causal_lm:
+            decoder = causal_lm.get_decoder()
+            first, other = (decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1] for ids in (tokens, changed))
+    finally:
+        if before is None:
+            del config.is_causal
+        else:
+            config.is_causal = before
+        rng.restore()
+    change = float(((other - first).float().norm(dim=-1) / first.float().norm(dim=-1).clamp_min(1e-12)).max())
+    return change > _ROUNDING.get(first.dtype, 1e-5)
 
 
 def _samples(vocab_size: int, partial_spans: bool) -> list[Sample]:
