@@ -63,6 +63,7 @@ def test_the_files_that_stock_tools_read(tmp_path: Path) -> None:
         "max_seq_length": 64,
         "do_lower_case": False,
         "config_kwargs": {"is_causal": False},
+        "processor_kwargs": {"padding_side": "right"},
     }
     assert read(tmp_path / "export" / "1_Pooling" / "config.json") == {
         "embedding_dimension": 64,

@@ -12,7 +12,7 @@ from unified_lm.batch import Pack, Sample, make_pack
 from unified_lm.core.errors import ModelError
 from unified_lm.models.attention import ATTENTION_NAME, AttentionKernel, FlashKernel, FlexKernel, ReferenceKernel, SdpaKernel
 from unified_lm.models.backbone import Backbone
-from unified_lm.models.probe import probe_attention
+from unified_lm.models.probe import probe_attention, stock_attention_sees_future
 from unified_lm.models.tiny import tiny_model
 
 from .test_attention import varlen_on_cpu
@@ -99,6 +99,14 @@ def test_law_2_a_sample_is_the_same_alone_and_in_any_pack(family: str, values: d
                 mine = got[sample.input_ids.tobytes()]
                 where = f"{backbone.kernel}, {len(sample)} tokens"
                 torch.testing.assert_close(mine, theirs, **EXACT, msg=lambda text, where=where: f"{where}: {text}")
+
+
+@pytest.mark.parametrize(("family", "values"), [*PACKED, *PADDED], ids=name)
+def test_stock_attention_follows_is_causal(family: str, values: dict[str, Any]) -> None:
+    backbone = Backbone(tiny_model(family, **values), "padded" if (family, values) in PADDED else "sdpa")
+    assert not stock_attention_sees_future(backbone, causal=True)
+    assert stock_attention_sees_future(backbone, causal=False)
+    assert "is_causal" not in backbone.causal_lm.config.__dict__
 
 
 @pytest.mark.parametrize(("family", "values"), PACKED, ids=name)

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import save_file
 from transformers import AutoConfig, BertConfig, T5Config
 
 from unified_lm.config.schema import ModelConfig
@@ -113,6 +114,8 @@ def test_attention_dropout_takes_effect(family, key) -> None:
     loaded = load_model(ModelConfig(tiny_random=True, family=family, dtype="float32", attention_dropout=0.4))
     assert getattr(loaded.causal_lm.config, key) == 0.4
     assert any("0.4" in notice for notice in loaded.provenance["notices"])
+    own = getattr(load_model(ModelConfig(tiny_random=True, family=family, dtype="float32")).causal_lm.config, key)
+    assert loaded.provenance["own_config"] == {key: own}, "an export must have the checkpoint's own value"
 
 
 def test_attention_dropout_from_a_directory_changes_training_alone(checkpoint) -> None:
@@ -201,6 +204,31 @@ def test_weights_that_do_not_fill_the_model(checkpoint, tmp_path) -> None:
     tiny_model("llama").model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match="no language-model head"):
         load_model(config_for(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize(
+    ("buffer", "loads"),
+    [
+        ("transformer.h.1.attn.bias", True),
+        ("transformer.h.1.attn.masked_bias", True),
+        ("transformer.h.2.attn.masked_bias", False),  # of a layer that the model lacks
+        ("transformer.h.1.attn.q_proj.bias", False),  # learned
+        ("transformer.h.1.attn.gate", False),
+    ],
+)
+def test_buffers_of_older_checkpoints_are_no_weights(tmp_path, buffer, loads) -> None:
+    model = tiny_model("gptj")
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(state | {buffer: torch.ones(1, 1, 8, 8)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = config_for(tmp_path, attention_kernel="padded")
+    if loads:
+        loaded = load_model(config).causal_lm
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in state.items())
+    else:
+        with pytest.raises(ModelError, match="1 weights are in the checkpoint but not in the model"):
+            load_model(config)
 
 
 def test_files_that_are_torn_or_unsafe(checkpoint) -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from tests.models.test_positions import FOLLOW_THE_PACK
 from unified_lm.batch import AttentionPlan, OutputHead
 from unified_lm.core.errors import ModelError
 from unified_lm.models.attention import Heads, ReferenceKernel
@@ -76,7 +78,27 @@ def test_training_mode_and_random_state_are_restored(training: bool) -> None:
     probe_attention(backbone)
     assert torch.equal(torch.get_rng_state(), before)
     assert backbone.training is training
+    assert backbone.causal_lm.training is training
     assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_an_evaluating_model_stays_one_inside_a_new_wrapper() -> None:
+    backbone = Backbone(tiny_model("gpt2").eval(), "sdpa")
+    assert backbone.training, "torch's default for a new module, and the reason why each mode is restored by itself"
+    probe_attention(backbone)
+    assert not any(module.training for module in backbone.causal_lm.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "values", "limit"), FOLLOW_THE_PACK)
+def test_frequencies_that_follow_the_pack_are_found(
+    family: str, values: dict[str, Any], limit: int, dtype: torch.dtype
+) -> None:
+    backbone = Backbone(tiny_model(family, dtype=dtype, **values), "sdpa")
+    probe_attention(backbone, longest=limit)
+    with pytest.raises(ModelError, match=f"a sample of {4 * limit} tokens changed the positions of another one"):
+        probe_attention(backbone, longest=4 * limit)
+    probe_attention(Backbone(tiny_model("llama", dtype=dtype), "sdpa"), longest=4 * limit)
 
 
 def test_a_vocabulary_smaller_than_the_probe_is_enough() -> None:

@@ -45,6 +45,7 @@ from unified_lm.models.backbone import Backbone
 from unified_lm.models.loading import LoadedModel, load_model
 from unified_lm.models.lora import LoraReport, apply_lora
 from unified_lm.models.pooling import Projection
+from unified_lm.models.positions import check_lengths
 from unified_lm.models.probe import probe_attention
 from unified_lm.models.sharded import load_sharded
 from unified_lm.objectives import ObjectiveKind
@@ -110,6 +111,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
         loaded = load_sharded(config.model, ZeroSharding(config.parallel))
     else:
         loaded = load_model(config.model, quantize_4bit=quantize)
+    check_lengths(loaded.causal_lm, _lengths(config))
     lora = apply_lora(loaded.causal_lm, config.lora, config.seed) if config.lora else None
     backbone = Backbone(loaded.causal_lm, config.model.attention_kernel).to(device)
     if config.model.gradient_checkpointing:
@@ -119,7 +121,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     trainable = _make_trainable(config, loaded, backbone, objectives).to(device)
     backend = make_backend(trainable, config.optim, config.parallel)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
-        probe_attention(backbone, whole=backend.whole)
+        probe_attention(backbone, longest=max(_lengths(config).values()), whole=backend.whole)
     weights = {name: stream.objective.weight for name, stream in config.streams.items()}
     identity = _identity(config, loaded, trainable)
     resume_from = run_on_rank0(lambda: _checkpoint_to_resume(config, run_dir, identity, console))
@@ -198,6 +200,12 @@ def _objectives(config: RunConfig, hidden_size: int, device: torch.device) -> _O
         dim = (config.model.projection_dim or hidden_size) if stream.pooled else hidden_size
         by_kind[stream.objective.kind][name] = tried_objective(name, stream, dim, device)
     return found
+
+
+def _lengths(config: RunConfig) -> dict[str, int]:
+    """Every limit of a sample, in tokens, by its key."""
+    streams = config.streams.items()
+    return {f"streams.{name}.{key}": getattr(stream, key) for name, stream in streams for key in stream.limit_keys}
 
 
 def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:

@@ -15,19 +15,26 @@ from unified_lm.config.streams import EMBED, GENERATE, MODES
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.engine.metrics import held_out
-from unified_lm.export.directory import export_model, sentence_transformers_obstacle
+from unified_lm.export.directory import check_tokenizer, export_model, sentence_transformers_obstacle
 from unified_lm.export.hub_upload import push_to_hub
 from unified_lm.export.manifest import AdapterRecord, DataRecord, Manifest, StageRecord
 from unified_lm.export.merge import merge_lora
+from unified_lm.models import families
+from unified_lm.models.probe import stock_attention_sees_future
 
 
 def check_export(run: Run) -> None:
     """Raise before training what would stop the export after it.
 
+    Collective.
+
     Raises:
+        CheckpointError: the tokenizer is not read again as it is.
         ConfigError: stock tools cannot express what the recipe asks for.
     """
     manifest = make_manifest(run)
+    _check_stock_attention(run, manifest)
+    check_tokenizer(run.training.trainable.backbone.causal_lm, run.loaded.tokenizer, get_template(manifest.template), manifest)
     if not manifest.can_embed:
         return
     _check_kept_prompts(run, manifest)
@@ -37,6 +44,24 @@ def check_export(run: Run) -> None:
             f"the result could not be exported for sentence-transformers: {obstacle} "
             "Change the recipe, or set export.enabled=false."
         )
+
+
+def _check_stock_attention(run: Run, manifest: Manifest) -> None:
+    """Raise where stock tools would not follow the `is_causal` of the export: it would be refused after training."""
+    backbone = run.training.trainable.backbone
+    needs = {
+        "generate": (manifest.can_generate, True),
+        f"embed with {manifest.attention} attention": (manifest.can_embed, manifest.attention == "causal"),
+    }
+    for use, (needed, causal) in needs.items():
+        if needed and stock_attention_sees_future(backbone, causal=causal) == causal:
+            flag = "use_bidirectional_attention"
+            own = getattr(families.text_config(backbone.causal_lm), flag, None)
+            why = f"the configuration of {run.loaded.provenance['name']} has {flag}={own}" if own else "the family ignores it"
+            raise ConfigError(
+                f"the export could not {use}: transformers' own attention does not follow is_causal={str(causal).lower()}, "
+                f"since {why}. Start from another model, leave that mode out of export.modes, or set export.enabled=false."
+            )
 
 
 def _check_kept_prompts(run: Run, manifest: Manifest) -> None:
@@ -76,6 +101,7 @@ def write_export(run: Run, console: Console, target: Path | None = None) -> Path
         manifest=manifest,
         template=get_template(manifest.template),
         projection=training.trainable.projection,
+        own_config=run.loaded.provenance["own_config"],
     )
     if config.export.push_to_hub:
         url = push_to_hub(target, config.export.push_to_hub, private=config.export.private)

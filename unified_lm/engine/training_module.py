@@ -18,6 +18,7 @@ from unified_lm.core.random import RngState
 from unified_lm.engine.readout import PackStates, Readout
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.lora import without_adapters
+from unified_lm.models.modes import evaluation_mode
 from unified_lm.models.pooling import Projection, pool
 from unified_lm.objectives.protocol import TokenObjective
 
@@ -147,14 +148,15 @@ class TrainingModule(nn.Module):
         Raises:
             ModelError: `reference` without adapters.
         """
-        was_training = self.training
         state = RngState.capture()
-        self.eval()
         try:
-            with torch.no_grad(), without_adapters(self.backbone.causal_lm) if reference else nullcontext():
+            with (
+                evaluation_mode(self),
+                torch.no_grad(),
+                without_adapters(self.backbone.causal_lm) if reference else nullcontext(),
+            ):
                 yield
         finally:
-            self.train(was_training)
             state.restore()
 
     def hidden_states(self, pack: Pack) -> torch.Tensor:

@@ -20,20 +20,18 @@ from unified_lm.engine.step import GradCacheStep, StepLosses
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.engine.validation_items import ItemScores
 from unified_lm.models.embedding import embed_samples
+from unified_lm.models.modes import evaluation_mode
 from unified_lm.objectives.ranking import ndcg_per_query, recall_per_query
 
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, and the random state as it was."""
-    was_training = module.training
     state = RngState.capture()
-    module.eval()
     try:
-        with torch.no_grad():
+        with evaluation_mode(module), torch.no_grad():
             yield
     finally:
-        module.train(was_training)
         state.restore()
 
 

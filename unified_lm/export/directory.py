@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +51,7 @@ def export_model(
     manifest: Manifest,
     template: Template,
     projection: Projection | None = None,
+    own_config: Mapping[str, Any] | None = None,
     verify: str = "stock",
     sentence_transformers: bool = True,
     max_shard_size: str = "5GB",
@@ -65,6 +67,7 @@ def export_model(
         manifest: what to record. `embedding_dim`, `versions`, `weights_hash` and the template's fields are filled in here.
         template: the prompt template that training used.
         projection: linear head `[D] -> [P]` on the pooled vector, or None.
+        own_config: the base checkpoint's own values of what training changed in its configuration (attention dropout).
         verify: what to verify before the folder appears, see `Verification`: "none", "weights" or "stock".
         sentence_transformers: whether sentence-transformers must be able to load it. False exports models that it cannot
             express (see `sentence_transformers_obstacle`) for transformers and `UnifiedLM` only.
@@ -103,7 +106,7 @@ def export_model(
         """Write every file of the export into `building`, and verify it there."""
         _write_model(causal_lm, building, complete.dtype, max_shard_size)
         saved_tokenizer = _write_tokenizer(tokenizer, template, complete, building)
-        overlay = _write_config(building, complete)
+        overlay = _write_config(building, complete, own_config or {})
         _write_generation_config(causal_lm, saved_tokenizer, template, complete, building)
         if projection is not None:
             write_projection(projection, DTYPES[complete.dtype], building)
@@ -150,6 +153,25 @@ def sentence_transformers_obstacle(manifest: Manifest, template: Template, token
             f"the template '{template.name}' puts a prompt before the text."
         )
     return None
+
+
+def check_tokenizer(
+    causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, manifest: Manifest
+) -> None:
+    """Check before training that the tokenizer can be exported.
+
+    Args:
+        causal_lm: whose configuration decides how `AutoTokenizer` reads the files.
+        tokenizer: its tokenizer.
+        template: the prompt template.
+        manifest: of the export to come.
+
+    Raises:
+        CheckpointError: see `export_model`.
+    """
+    with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", {"model_type": causal_lm.config.model_type})
+        _write_tokenizer(tokenizer, template, replace(manifest, family=causal_lm.config.model_type), Path(folder))
 
 
 def template_of(manifest: Manifest) -> Template:
@@ -247,8 +269,12 @@ def _cast_state(causal_lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, tor
     return state
 
 
-def _write_config(building: Path, manifest: Manifest) -> dict[str, Any]:
-    """Complete config.json; returns the overlay that turns it into the embedding model's config."""
+def _write_config(building: Path, manifest: Manifest, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete config.json, with the checkpoint's `own` values of what training changed in it.
+
+    Returns:
+        The overlay that turns it into the embedding model's config.
+    """
     path = building / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = manifest.dtype
@@ -256,6 +282,7 @@ def _write_config(building: Path, manifest: Manifest) -> dict[str, Any]:
     for name in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
         config.pop(name, None)
     text = _text_section(config)
+    text.update(own)
     causal_embedding = manifest.attention == "causal"
     # The root serves generation if the model generates; then the overlay makes embeddings bidirectional.
     text["is_causal"] = causal_embedding or manifest.can_generate
@@ -276,7 +303,8 @@ def _write_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Save a copy of the tokenizer with pad token and chat template, and check that it reloads unchanged; returns the copy."""
     saved = copy.deepcopy(tokenizer)
-    saved.padding_side = "right"  # sentence-transformers' padding; `generate` of a batch needs "left", set by its caller
+    # `generate` continues the last column of a batch, which must not be padding; sentence-transformers is told to pad right.
+    saved.padding_side = "left" if manifest.can_generate else "right"
     if saved.pad_token is None:
         saved.pad_token = saved.eos_token or saved.bos_token
     if manifest.can_generate and template.turns:

@@ -71,7 +71,13 @@ def write_sentence_transformers(
     write_json(building / "modules.json", sentence_transformers_modules(manifest))
     write_json(
         building / "sentence_bert_config.json",
-        {"max_seq_length": manifest.max_tokens, "do_lower_case": False, "config_kwargs": overlay},
+        {
+            "max_seq_length": manifest.max_tokens,
+            "do_lower_case": False,
+            "config_kwargs": overlay,
+            # The tokenizer of a model that generates pads left, which would shift learned positions (GPT-2) of embedded texts.
+            "processor_kwargs": {"padding_side": "right"},
+        },
     )
     write_json(
         building / "1_Pooling" / "config.json",

@@ -73,7 +73,7 @@ def dropout_keys(hf_config: PreTrainedConfig) -> list[str]:
     return [key for key in _DROPOUT_KEYS if hasattr(hf_config, key)]
 
 
-def override_dropout(hf_config: PreTrainedConfig, probability: float | None) -> list[str]:
+def override_dropout(hf_config: PreTrainedConfig, probability: float | None) -> dict[str, float]:
     """Write the recipe's attention dropout into the configuration.
 
     Args:
@@ -81,19 +81,20 @@ def override_dropout(hf_config: PreTrainedConfig, probability: float | None) -> 
         probability: of dropping an attention weight; None changes nothing.
 
     Returns:
-        What was changed, in words; empty if nothing.
+        Name of each changed key -> the checkpoint's own value, which an export must have again; empty if nothing was changed.
 
     Raises:
         ModelError: the family has no attention dropout.
     """
     if probability is None:
-        return []
+        return {}
     keys = dropout_keys(hf_config)
     if not keys:
         raise ModelError(
             f"model.attention_dropout={probability}, but family '{hf_config.model_type}' has no attention dropout. "
             "Set model.attention_dropout=null."
         )
+    own = {key: float(getattr(hf_config, key)) for key in keys}
     for key in keys:
         setattr(hf_config, key, probability)
-    return [f"{', '.join(keys)} set to {probability} while training"]
+    return own

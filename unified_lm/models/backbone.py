@@ -21,6 +21,7 @@ from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.models import families
 from unified_lm.models.attention import ATTENTION_NAME, KERNELS, AttentionKernel, register
 from unified_lm.models.attention.padded import pad
+from unified_lm.models.positions import position_limit
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self._config = families.text_config(causal_lm)
+        self._limit = position_limit(causal_lm)
         self._attention: AttentionKernel | None = None
         self._stock = _stock_implementation(causal_lm)
         if kernel == PADDED:
@@ -187,6 +189,9 @@ class Backbone(nn.Module):
             )
 
     def _run(self, pack: Pack, **options: Any) -> Any:
+        limit, longest = self._limit, pack.plan.max_seqlen
+        if limit is not None and longest > limit.tokens:
+            raise ModelError(f"a sample has {longest} tokens, but {limit.reason}. Cut texts to {limit.tokens} tokens.")
         # The decoder without the head: losses compute logits themselves, at supervised positions only.
         decoder = self.causal_lm.get_decoder()
         if self._attention is None:

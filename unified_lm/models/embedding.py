@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unified_lm.batch import Pack, Sample, make_pack
+from unified_lm.models.modes import evaluation_mode
 from unified_lm.models.pooling import Pooling, pool
 
 
@@ -53,7 +53,7 @@ def embed_samples(
     parts: list[torch.Tensor] = []
     order: list[int] = []
     # no_grad, not inference_mode: a rotary table that a model caches here must remain usable in the next training step
-    with _evaluation_mode(backbone, projection), torch.no_grad():
+    with evaluation_mode(backbone, projection), torch.no_grad():
         for indices in _plan(samples, token_budget):
             pack = _number(samples, indices).to(torch.device(device))
             vectors = pool(backbone(pack), pack.pool_spans, method)
@@ -96,7 +96,7 @@ def sample_states(
         # by identity, because `make_pack` reorders its samples by attention mode
         index_of = {id(member): index for member, index in zip(members, indices, strict=True)}
         # entered again for every pack: the consumer of this generator may train the model between two of them
-        with _evaluation_mode(backbone), torch.no_grad():
+        with evaluation_mode(backbone), torch.no_grad():
             pack = make_pack(members).to(torch.device(device))
             states = backbone(pack)
         start = 0
@@ -123,17 +123,3 @@ def _number(samples: Sequence[Sample], indices: Sequence[int]) -> Pack:
     members = [replace(samples[index], labels=None, token_weights=None) for index in indices]
     assert all(member.pool is not None for member in members), "only samples with a pool span can be embedded"
     return make_pack(members, {id(member): index for member, index in zip(members, indices, strict=True)})
-
-
-@contextmanager
-def _evaluation_mode(*parts: object) -> Iterator[None]:
-    """Evaluation mode for every module among `parts`, or behind a bound method; each submodule's own mode is restored."""
-    owners = [getattr(part, "__self__", part) for part in parts]
-    modes = [(module, module.training) for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training

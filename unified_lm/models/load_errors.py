@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,12 +50,26 @@ def explain(location: str, part: str, is_hub: bool) -> Iterator[None]:
         raise
 
 
+_OLD_BUFFER = re.compile(r"(.*\.(?:attn|attention|self_attn|self_attention))\.(?:bias|masked_bias|causal_mask|embed_positions)")
+"""Tensors of an attention module that are computed, not learned, and that older versions of transformers wrote into checkpoints
+(GPT-J, CodeGen): the causal mask, the value of what it hides, and the table of positions."""
+
+
+def _is_old_buffer(key: str, modules: set[str]) -> bool:
+    """Whether an unexpected tensor is an old buffer of an attention module that the model has, so that nothing is lost."""
+    match = _OLD_BUFFER.fullmatch(key)
+    return match is not None and match[1] in modules
+
+
 def check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel) -> None:
     """Check that checkpoint and model have the same weights; transformers only warns about differences.
 
     Raises:
         ModelError: weights are missing, unexpected or of another shape; the text counts them and names some.
     """
+    modules = {name for name, _ in causal_lm.named_modules()}
+    unexpected = [key for key in info.get("unexpected_keys") or () if not _is_old_buffer(str(key), modules)]
+    info = {**info, "unexpected_keys": unexpected}
     problems = []
     for key, meaning in (
         ("missing_keys", "missing from the checkpoint (they would be random)"),

@@ -29,7 +29,7 @@ from transformers import (
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core import distributed
 from unified_lm.core.errors import ModelError, did_you_mean
-from unified_lm.models.architecture import check_architecture, dropout_keys, override_dropout
+from unified_lm.models.architecture import check_architecture, override_dropout
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.load_errors import check_complete, explain
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
@@ -50,8 +50,9 @@ class LoadedModel:
         causal_lm: in the recipe's dtype, evaluation mode, every parameter as loaded.
         tokenizer: with a pad token; no token was added to it.
         provenance: JSON-serializable: "source", "name", "revision" (the resolved commit where there is one), "family",
-            "dtype", "fingerprint" (see `fingerprint`), "notices" (what was changed, for the log), and with `init_from` also
-            "init_from" and "manifest" (that of the export, or None).
+            "dtype", "fingerprint" (see `fingerprint`), "notices" (what was changed, for the log), "own_config" (the
+            checkpoint's own values of what training changes in its configuration), and with `init_from` also "init_from" and
+            "manifest" (that of the export, or None).
     """
 
     causal_lm: PreTrainedModel
@@ -115,10 +116,10 @@ def load_model(
     if recorded := (origin.extra.get("manifest") or {}).get("weights_hash"):
         # One rank is enough to refuse the run, and days of training on other weights cost more than seconds of reading.
         check_weights_hash(Path(origin.location), str(recorded), always=distributed.is_rank0())
-    notices = override_dropout(hf_config, config.attention_dropout)
+    own = override_dropout(hf_config, config.attention_dropout)
     causal_lm = _load_weights(origin, config, hf_config, dtype, device, quantize_4bit)
     tokenizer = _load_tokenizer(origin, config)
-    return _finish(causal_lm, tokenizer, config, origin, notices)
+    return _finish(causal_lm, tokenizer, config, origin, own)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -144,13 +145,13 @@ def _load_tiny(config: ModelConfig, dtype: torch.dtype, device: torch.device | s
         raise ModelError("a tiny random model is not quantized. Set lora.quantize_4bit=false.")
     overrides: dict[str, Any] = {"attn_implementation": "eager"} if config.attention_kernel == "padded" else {}
     causal_lm = tiny_model(config.family, dtype=dtype, **overrides)
-    notices = override_dropout(causal_lm.config, config.attention_dropout)
-    if notices:  # some families copy the value into their modules when they are built, so the model is built again
-        overrides |= dict.fromkeys(dropout_keys(causal_lm.config), config.attention_dropout)
+    own = override_dropout(causal_lm.config, config.attention_dropout)
+    if own:  # some families copy the value into their modules when they are built, so the model is built again
+        overrides |= dict.fromkeys(own, config.attention_dropout)
         causal_lm = tiny_model(config.family, dtype=dtype, **overrides)
     origin = _Origin("tiny_random", config.tokenizer or "", f"tiny random {config.family}")
     tokenizer = _load_tokenizer(origin, config) if config.tokenizer else tiny_tokenizer()
-    return _finish(_move(causal_lm, device), tokenizer, config, origin, notices)
+    return _finish(_move(causal_lm, device), tokenizer, config, origin, own)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -277,7 +278,7 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     config: ModelConfig,
     origin: _Origin,
-    notices: list[str],
+    own_config: dict[str, float],
 ) -> LoadedModel:
     """Check that tokenizer and model match, give the tokenizer a pad token, and record the provenance."""
     embeddings: Any = causal_lm.get_input_embeddings()
@@ -288,7 +289,8 @@ def _finish(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding table of '{origin.name}' only {rows} rows. "
             "Set model.tokenizer=null, or to a tokenizer made for this model."
         )
-    notices = notices + _ensure_pad_token(tokenizer, origin.name)
+    notices = [f"{', '.join(own_config)} set to {config.attention_dropout} while training"] if own_config else []
+    notices += _ensure_pad_token(tokenizer, origin.name)
     if getattr(embeddings, "padding_idx", None) is not None:
         # A padding index freezes that row of the table. Packs have no padding, and the pad token is often also the end token,
         # whose embedding must be trained.
@@ -302,6 +304,7 @@ def _finish(
         "dtype": config.dtype,
         "fingerprint": fingerprint(causal_lm),
         "notices": notices,
+        "own_config": own_config,
         **origin.extra,
     }
     return LoadedModel(causal_lm, tokenizer, provenance)

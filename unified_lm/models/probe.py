@@ -1,7 +1,8 @@
 """A leak probe of the loaded model, run once at start-up: which tokens really see which?
 
 It assumes nothing about the family. Three short samples are packed, one token of a sample is changed, and the hidden states
-show whether earlier tokens, later tokens and other samples are affected. It costs four forwards of eighteen tokens.
+show whether earlier tokens, later tokens and other samples are affected. Then one token moves to the position of
+the longest sample, which no other sample may notice. It costs six forwards of eighteen tokens.
 """
 
 from __future__ import annotations
@@ -15,40 +16,78 @@ from torch import nn
 from unified_lm.batch import AttentionMode, Pack, Sample, make_pack
 from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
+from unified_lm.models import families
 from unified_lm.models.backbone import Backbone
+from unified_lm.models.modes import evaluation_mode
 from unified_lm.models.sharded import GatherParameters, no_gathering
 
 _LENGTH = 6
 _SPAN = (1, 4)
+_SPREAD = 16
+"""Distance between neighboring positions where positions are probed."""
 
 _ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """By dtype: relative change of a state that rounding may cause, for example because experts get other numbers of tokens."""
 
 
 @torch.no_grad()
-def probe_attention(backbone: Backbone, *, partial_spans: bool = True, whole: GatherParameters = no_gathering) -> None:
+def probe_attention(
+    backbone: Backbone, *, partial_spans: bool = True, longest: int = 0, whole: GatherParameters = no_gathering
+) -> None:
     """Check that the loaded model applies the mask of every kind of sample, and that its logits are those of its output head.
 
-    Training mode and random state are restored.
+    The training mode of every module and the random state are restored.
 
     Args:
         backbone: the model, on the device that it runs on.
         partial_spans: whether to probe partial spans too; False for kernels that refuse them.
+        longest: tokens of the longest sample that will run, so that its last position is probed as well.
         whole: gathers parameters that are partitioned (ZeRO-3).
 
     Raises:
-        ModelError: a causal token sees its future, a bidirectional one does not, a token sees another sample, or the output
-            head differs from what `Backbone.output_head` describes.
+        ModelError: a causal token sees its future, a bidirectional one does not, a token sees another sample, a sample depends
+            on the length of another, or the output head differs from what `Backbone.output_head` describes.
     """
-    # Evaluation mode: dropout would change states without any leak.
-    rng, training = RngState.capture(), backbone.training
-    backbone.eval()
+    rng = RngState.capture()
     try:
-        _probe_masks(backbone, _samples(backbone.vocab_size, partial_spans))
-        _probe_head(backbone, whole)
+        with evaluation_mode(backbone):  # dropout would change states without any leak
+            samples = _samples(backbone.vocab_size, partial_spans)
+            _probe_masks(backbone, samples)
+            _probe_positions(backbone, samples, longest)
+            _probe_head(backbone, whole)
     finally:
-        backbone.train(training)
         rng.restore()
+
+
+@torch.no_grad()
+def stock_attention_sees_future(backbone: Backbone, *, causal: bool) -> bool:
+    """Whether transformers' own attention lets a token see later ones, if the configuration says `is_causal=causal`.
+
+    This is what stock tools do with an export, whatever our kernels do in training.
+
+    Args:
+        backbone: the model, on the device that it runs on. Its configuration and modes are restored.
+        causal: the value of `is_causal`.
+    """
+    config = families.text_config(backbone.causal_lm)
+    before = config.__dict__.get("is_causal")
+    rng = RngState.capture()
+    tokens = (3 + 7 * torch.arange(2 * _LENGTH, device=backbone.causal_lm.device))[None] % backbone.vocab_size
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + backbone.vocab_size // 2) % backbone.vocab_size
+    try:
+        config.is_causal = causal
+        with evaluation_mode(backbone), backbone.stock_attention() as causal_lm:
+            decoder = causal_lm.get_decoder()
+            first, other = (decoder(input_ids=ids, use_cache=False).last_hidden_state[0, :-1] for ids in (tokens, changed))
+    finally:
+        if before is None:
+            del config.is_causal
+        else:
+            config.is_causal = before
+        rng.restore()
+    change = float(((other - first).float().norm(dim=-1) / first.float().norm(dim=-1).clamp_min(1e-12)).max())
+    return change > _ROUNDING.get(first.dtype, 1e-5)
 
 
 def _samples(vocab_size: int, partial_spans: bool) -> list[Sample]:
@@ -71,6 +110,29 @@ def _probe_masks(backbone: Backbone, samples: list[Sample]) -> None:
         after = backbone(_flip(pack, start + changed, backbone.vocab_size))
         change_T = (after - before).float().norm(dim=-1) / before.float().norm(dim=-1).clamp_min(1e-12)
         _check_changes(backbone, pack, index, change_T.cpu(), changed, rounding)
+
+
+def _probe_positions(backbone: Backbone, samples: list[Sample], longest: int) -> None:
+    """Move the last token of a sample to the last position of the longest one: no other sample may notice.
+
+    Frequencies that are chosen by the longest position of a pack would change them all.
+    """
+    if longest <= _LENGTH:
+        return
+    pack = make_pack(samples).to(backbone.causal_lm.device)
+    # Spread out, because distant positions show changed frequencies best, which low precision would hide in near ones.
+    near = replace(pack, position_ids=(pack.position_ids * _SPREAD).clamp(max=longest - 1))
+    stop = pack.plan.offsets[1]
+    far_T = near.position_ids.clone()
+    far_T[stop - 1] = longest - 1
+    before = backbone(near)[stop:].float()
+    after = backbone(replace(pack, position_ids=far_T))[stop:].float()
+    change = float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)).max())
+    if not change <= _ROUNDING.get(backbone.causal_lm.dtype, 1e-5):
+        raise ModelError(
+            f"{type(backbone.causal_lm).__name__} leaks: a sample of {longest} tokens changed the positions of another one in "
+            f"its pack (by {change:.1e}). Lower the streams' limits, in tokens, to the model's original context."
+        )
 
 
 def _flip(pack: Pack, position: int, vocab_size: int) -> Pack:

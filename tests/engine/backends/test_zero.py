@@ -6,7 +6,10 @@ Each group of processes is started once and runs all its cases; importing torch 
 from __future__ import annotations
 
 import math
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +218,31 @@ def test_the_estimator_knows_what_deepspeed_holds(together, case):
         transient = 2 * 64 * len(tiny_tokenizer()) if part == "gradients" and case.dtype == "bfloat16" else 0
         assert estimated[part] - transient == pytest.approx(size, rel=0.05), part
     assert sum(estimated[part] for part in held) == pytest.approx(sum(held.values()), rel=0.05)
+
+
+_BUILD = """
+import torch
+from unified_lm.config.schema import ModelConfig, ParallelConfig
+from unified_lm.engine.backends.deepspeed import ZeroSharding
+from unified_lm.models.loading import load_model
+from unified_lm.models.sharded import load_sharded
+
+linear = torch.nn.functional.linear
+config = ModelConfig(tiny_random=True, family="gpt_neox", dtype="bfloat16")  # its layers have biases
+tokens = torch.arange(3, 40)[None]
+sharding = ZeroSharding(ParallelConfig(backend="zero3", persistence_threshold=0))
+sharded, whole = load_sharded(config, sharding).causal_lm, load_model(config).causal_lm
+assert torch.nn.functional.linear is linear, "DeepSpeed replaced torch's linear function"
+with torch.no_grad(), sharding.filling(list(sharded.parameters())):
+    assert torch.equal(sharded(tokens).logits, whole(tokens).logits)
+"""
+
+
+def test_stage_3_leaves_torchs_linear_function_alone(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _BUILD], cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_stage_0_refuses_bfloat16():

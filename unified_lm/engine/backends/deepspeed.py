@@ -109,7 +109,6 @@ class ZeroSharding:
             # The config also carries the dtype: DeepSpeed 0.19 ignores the `dtype` argument on devices without float16.
             config_dict_or_path=settings(self._parallel, 3, dtype == torch.bfloat16),
             remote_device="cpu" if offloaded else None,
-            mem_efficient_linear=False,  # True replaces torch's own linear function for the whole process
         )
         return context
 
@@ -285,6 +284,9 @@ def settings(parallel: ParallelConfig, stage: int, bfloat16: bool) -> dict[str, 
         zero |= {
             "stage3_prefetch_bucket_size": parallel.bucket_elements,
             "stage3_param_persistence_threshold": parallel.persistence_threshold,
+            # True replaces torch's linear function for the whole process and for good, by one that adds biases after rounding.
+            # Only here: `zero.Init` lets the configuration override its argument.
+            "memory_efficient_linear": False,
         }
     if parallel.backend == _OFFLOADED:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}

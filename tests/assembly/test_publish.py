@@ -1,0 +1,57 @@
+"""What an export takes over from its run, and what it does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.engine.small_run import small_run
+from unified_lm.assembly import build_run, train
+from unified_lm.composition.compose import compose_run
+from unified_lm.config.schema import ModelConfig
+from unified_lm.core.errors import CheckpointError, ConfigError
+from unified_lm.models.loading import load_model
+from unified_lm.models.tiny import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that trained with attention dropout 0.1."""
+    folder = tmp_path_factory.mktemp("run")
+    train(small_run(folder, folder / "run", "max_steps=1", "export.enabled=true"))
+    return folder / "run"
+
+
+def test_dropout_of_training_is_not_exported(run: Path) -> None:
+    assert "attention_dropout: 0.1" in (run / "config.yaml").read_text()
+    assert json.loads((run / "export" / "config.json").read_text())["attention_dropout"] == 0.0
+    next_stage = load_model(ModelConfig(init_from=str(run), dtype="float32"))
+    assert next_stage.causal_lm.config.attention_dropout == 0.0
+
+
+def start_from(folder: Path, family: str, **values: object) -> list[str]:
+    """Arguments of a run from a checkpoint on disk."""
+    tiny_model(family, **values).save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    source = [f"model.name={folder}/base", "model.source=hub", f"model.family={family}", "model.dtype=float32"]
+    arguments = small_run(folder, folder / "run", *source, "max_steps=1", "export.enabled=true")
+    return [argument for argument in arguments if argument != "model=tiny_random"]
+
+
+def test_a_base_that_cannot_be_made_causal_is_refused_before_training(tmp_path: Path) -> None:
+    arguments = start_from(tmp_path, "gemma3_text", use_bidirectional_attention=True)
+    message = r"could not generate: .* does not follow is_causal=true, since .*/base has use_bidirectional_attention=True"
+    with pytest.raises(ConfigError, match=message):
+        build_run(compose_run(arguments))
+    build_run(compose_run([*arguments, "export.modes=[embed]", f"run_dir={tmp_path}/other"]))
+
+
+def test_a_tokenizer_that_is_read_differently_is_refused_before_training(tmp_path: Path) -> None:
+    arguments = start_from(tmp_path, "qwen2")
+    (tmp_path / "base").rename(tmp_path / "weights")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    more = [f"model.name={tmp_path}/weights", f"model.tokenizer={tmp_path}/tokenizer"]
+    with pytest.raises(CheckpointError, match=r"encodes .* differently once saved and loaded"):
+        build_run(compose_run([*arguments, *more]))

@@ -1,0 +1,25 @@
+"""Evaluation mode for a while, with every submodule's own mode restored afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(*parts: object) -> Iterator[None]:
+    """Evaluation mode for every module among `parts`, or behind a bound method.
+
+    Each submodule gets its own mode back: a wrapper is often in training mode around a model that evaluates.
+    """
+    owners = [getattr(part, "__self__", part) for part in parts]
+    modes = [(module, module.training) for owner in owners if isinstance(owner, nn.Module) for module in owner.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
