@@ -21,14 +21,14 @@ from unified_lm.data.token_cache import Item, Role, Row, TokenTable, chunks
 
 
 class Chat(Format):
-    """Conversations; every answer and its end token is learned, nothing else."""
+    """Conversations; every answer is learned with its end token (a cut one without), nothing else."""
 
     Config: ClassVar[type[StreamConfig]] = ChatStream
     config: ChatStream
 
     def limits(self) -> dict[str, Any]:
         """See `Format.limits`."""
-        return {"tokens": self.config.max_tokens}
+        return {"tokens": self.config.max_tokens, "cut_answers": "open"}
 
     def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
         """See `Format.rows`."""

@@ -49,7 +49,7 @@ class Encoded:
     Attributes:
         ids: int32 `[T]`.
         spans: `[start, stop)` of the tokens that are pooled (one span for an embedding) or learned (one span per answer of a
-            conversation, including its end token); empty for running text.
+            conversation, with its end token unless it is cut); empty for running text.
         truncated: whether the text was truncated.
     """
 
@@ -133,7 +133,7 @@ class PromptEncoder:
 
         Args:
             conversations: their turns; contents are stripped.
-            limit: maximum number of tokens. An answer that crosses it is truncated but keeps its end token; later turns are
+            limit: maximum number of tokens. An answer that crosses it is cut there, without its end token; later turns are
                 dropped.
 
         Returns:
@@ -378,7 +378,10 @@ def _token_flags(stretch: Sequence[tuple[str, bool]], encoding: Encoding) -> lis
 
 
 def _truncate_chat(encoded: Encoded | Rejection, limit: int) -> Encoded | Rejection:
-    """Truncate to `limit` tokens: inside the answer that crosses it, keeping its end token, or after the last whole answer."""
+    """Truncate to `limit` tokens: inside the answer that crosses it, or after the last whole answer.
+
+    A cut answer has no end token: it would teach to stop in the middle of a sentence.
+    """
     if isinstance(encoded, Rejection) or len(encoded.ids) <= limit:
         return encoded
     spans = []
@@ -386,8 +389,7 @@ def _truncate_chat(encoded: Encoded | Rejection, limit: int) -> Encoded | Reject
         if stop <= limit:
             spans.append((start, stop))
             continue
-        if start + 2 <= limit:  # room for one token of the answer and its end token
-            ids = np.concatenate([encoded.ids[: limit - 1], encoded.ids[stop - 1 : stop]])
-            return Encoded(ids, (*spans, (start, limit)), truncated=True)
+        if start < limit:
+            return Encoded(encoded.ids[:limit], (*spans, (start, limit)), truncated=True)
         break
     return Encoded(encoded.ids[: spans[-1][1]], tuple(spans), truncated=True) if spans else Rejection.NO_ROOM
