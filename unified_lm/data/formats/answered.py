@@ -34,7 +34,8 @@ class Chat(Format):
         """See `Format.rows`."""
         for chunk in chunks(source):
             records: list[ChatRecord] = [record for _, record in chunk]
-            encoded = self.encoder.chat([record.turns for record in records], self.config.max_tokens)
+            unlearned = [record.unlearned for record in records]
+            encoded = self.encoder.chat([record.turns for record in records], self.config.max_tokens, unlearned)
             for (number, _), result in zip(chunk, encoded, strict=True):
                 if isinstance(result, Rejection):
                     rejected[result.value] += 1
