@@ -138,8 +138,9 @@ def draw(kind: str, seed: int) -> tuple[list[Sample], Mapping[str, float]]:
     """One step's samples, of uneven lengths, and what their loss sums are divided by."""
     if kind == "grit":
         return make_samples(num_groups=7, num_chats=5, seed=seed)
-    if kind == "supervised":
-        return make_samples(num_groups=7, num_chats=0, seed=seed)[0], {}
+    if kind == "supervised":  # with queries that occur twice, on different ranks
+        pairs = make_samples(num_groups=7, num_chats=0, seed=seed)[0]
+        return [replace(s, text_id=1 + (s.group % 4 if s.slot == 0 else 10 * s.group + 10 + s.slot)) for s in pairs], {}
     if kind == "kto":
         pairs = make_samples(num_groups=7, num_chats=0, seed=seed)[0]
         return [*pairs, *make_preferences(9, seed)], {"preference": 9.0}

@@ -12,7 +12,8 @@ from unified_lm.objectives.protocol import EmbeddingObjective
 G, K, D = 6, 3, 10
 
 
-def objective(score_bytes=2**28, **options):
+def objective(score_bytes=2**28, *, mask_same_text=False, **options):
+    options["mask_same_text"] = mask_same_text
     return Contrastive(ContrastiveConfig(**options), score_bytes=score_bytes)
 
 
@@ -82,6 +83,53 @@ def test_same_positive_everywhere_leaves_only_hard_negatives(embeddings):
     excluded = {(q, g, 1) for q in range(G) for g in range(G) if q != g}
     found = objective(mask_same_text=True)(embeddings, ids).sum
     torch.testing.assert_close(found, by_hand(embeddings, 0.02, excluded))
+
+
+def not_negatives(ids):
+    """(query, group, slot) of documents that are left out, by a loop over the definition."""
+    ids, left_out = ids.tolist(), set()
+    for i, (query, positive, *_) in enumerate(ids):
+        answers = {positive} | {other[1] for other in ids if query and other[0] == query}
+        for j, group in enumerate(ids):
+            for slot in range(1, len(group)):
+                same = group[slot] and (group[slot] in answers or group[slot] == query)
+                answer = slot == 1 and query and group[0] == query
+                if (j, slot) != (i, 1) and (same or answer):
+                    left_out.add((i, j, slot))
+    return left_out
+
+
+def test_answers_to_the_same_query_are_no_negatives_of_each_other():
+    """Four answers to one query are all there is: nothing is left to tell apart, and the loss is 0, not ln 4."""
+    same = torch.ones(4, 2, D, dtype=torch.float64)
+    ids = torch.tensor([[7, 1], [7, 2], [7, 3], [7, 4]])
+    for symmetric in (False, True):
+        loss = objective(temperature=1.0, mask_same_text=True, symmetric=symmetric)
+        assert float(loss(same, ids).sum) / 4 == 0.0
+        assert float(loss(same, ids.flip(1)).sum) / 4 == 0.0  # one text that answers four queries
+    assert float(objective(temperature=1.0)(same, ids).sum) / 4 == pytest.approx(torch.tensor(4.0).log().item())
+
+
+def test_positives_of_the_same_query_elsewhere_are_left_out(embeddings):
+    ids = torch.arange(1, G * K + 1).reshape(G, K)
+    ids[3, 0] = ids[0, 0]  # groups 0 and 3 have one query,
+    ids[5, 2] = ids[3, 1]  # and a hard negative of group 5 has the text of the second answer
+    excluded = {(0, 3, 1), (3, 0, 1), (0, 5, 2), (3, 5, 2)}
+    assert not_negatives(ids) == excluded
+    torch.testing.assert_close(objective(mask_same_text=True)(embeddings, ids).sum, by_hand(embeddings, 0.02, excluded))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_mask_is_its_definition(embeddings, seed):
+    ids = torch.randint(0, 9, (G, K), generator=torch.Generator().manual_seed(seed))
+    excluded = not_negatives(ids)
+    assert excluded
+    for score_bytes in (2**28, 1):
+        found = objective(score_bytes, mask_same_text=True)(embeddings, ids).sum
+        torch.testing.assert_close(found, by_hand(embeddings, 0.02, excluded))
+    turned = by_hand(embeddings[:, [1, 0]], 0.02, not_negatives(ids[:, [1, 0]]))
+    both = objective(mask_same_text=True, symmetric=True)(embeddings, ids).sum
+    torch.testing.assert_close(both, (by_hand(embeddings, 0.02, excluded) + turned) / 2)
 
 
 def test_unknown_texts_are_never_equal(embeddings):
@@ -163,8 +211,8 @@ def test_bad_input(embeddings):
 
 def test_similarities_in_bfloat16_are_near_and_not_equal() -> None:
     embeddings = torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(5))
-    exact = Contrastive(ContrastiveConfig(temperature=0.05))(embeddings).sum
-    rounded = Contrastive(ContrastiveConfig(temperature=0.05, similarity_dtype="bfloat16"))(embeddings).sum
+    exact = objective(temperature=0.05)(embeddings).sum
+    rounded = objective(temperature=0.05, similarity_dtype="bfloat16")(embeddings).sum
     assert rounded.dtype == torch.float32
     assert rounded != exact
     assert torch.isclose(rounded, exact, rtol=0.05)

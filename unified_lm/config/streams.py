@@ -56,6 +56,8 @@ class SourceConfig:
     """Instruction for every document of the source; None embeds documents without one."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column of the source for each field of the format, where names differ: {"query": "anchor"}."""
+    ignore: tuple[str, ...] = ()
+    """Keys of rows or turns to leave out of account although they bear meaning ("label", "weight"); else they are refused."""
     on_empty: str = "error"
     """Rows with an empty text: "error", or "skip" (left out and counted). Running text always skips blank rows."""
 

@@ -43,6 +43,7 @@ class RecordSource:
         kind: kind of all records.
         fingerprint: hash of the rows and of the settings that select or change them; the same in every process.
         rejected: number of rejected rows by reason, among all rows read, regardless of `limit`.
+        ignored: number of rows by key that they have and that is not read, likewise.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RecordSource:
         self._query_instruction = (config.instruction or "").strip()
         self._document_instruction = (config.document_instruction or "").strip()
         self.rejected: Counter[str] = sum((shard.rejected for shard in shards), Counter())
+        self.ignored: Counter[str] = sum((shard.ignored for shard in shards), Counter())
         self.fingerprint = self._hash()
 
     def _hash(self) -> str:
@@ -110,13 +112,15 @@ class RecordSource:
         )
 
     def summary(self) -> str:
-        """One line: name, rows used, rows rejected by reason."""
+        """One line: name, rows used, rows rejected by reason, keys that are not read."""
         text = f"{self.name}: {len(self):,} rows"
         if len(self) != self.num_rows_read:
             text += f" of {self.num_rows_read:,}"
         if self.rejected:
             reasons = "; ".join(f"{count:,} x {reason}" for reason, count in sorted(self.rejected.items()))
             text += f", {self.rejected.total():,} rejected ({reasons})"
+        if self.ignored:
+            text += f"; not read: {', '.join(f'{key} ({count:,})' for key, count in sorted(self.ignored.items()))}"
         return text
 
 
@@ -178,7 +182,7 @@ def _report(source: RecordSource) -> None:
 def _open_shards(config: SourceConfig, kind: RecordKind) -> tuple[str, list[str], list[Shard]]:
     """Name of the whole source, names of its parts, shards of its parts."""
     _check(config)
-    parser = RowParser(kind, config.columns)
+    parser = RowParser(kind, config.columns, config.ignore)
     # A blank line in running text is not an error; an empty query or answer is.
     skip_empty = config.on_empty == "skip" or kind is RecordKind.TEXT
     parts = _parts(config, kind)

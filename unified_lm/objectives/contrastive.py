@@ -116,7 +116,8 @@ class Contrastive:
 
         Args:
             embeddings: `[G, K, D]`, K at least 2; normalized here. G may be 0.
-            text_ids: int64 `[G, K]`; needed with `mask_same_text`, where 0 equals nothing, not even 0.
+            text_ids: int64 `[G, K]` of the whole batch (all ranks); needed with `mask_same_text`, where 0 equals nothing, not
+                even 0.
 
         Returns:
             Sum over the G queries, and G.
@@ -156,7 +157,8 @@ class Contrastive:
         if not self.symmetric:
             return forward.loss
         query_ids = None if ids_GK is None else ids_GK[:, 0]
-        backward = info_nce(positive_GD, query_GD, self.temperature, own_ids, query_ids, self.score_bytes)
+        swapped_ids = None if own_ids is None else own_ids.flip(1)
+        backward = info_nce(positive_GD, query_GD, self.temperature, swapped_ids, query_ids, self.score_bytes)
         return (forward.loss + backward.loss) / 2
 
     def _record(self, sums: ContrastiveSums, num_queries: int, num_documents: int) -> None:
@@ -183,16 +185,16 @@ def info_nce(
         documents: `[M, D]`, M at least G: all positives, then any number of negatives; normalized here.
         temperature: cosines are divided by it; above 0.
         own_ids: int64 `[G, 2]`, text ids of each query and its positive; None compares no texts.
-        document_ids: int64 `[M]`, text ids of the documents. One that equals an own id, is not 0 and is not the query's
-            positive is left out of the query's sum.
+        document_ids: int64 `[M]`, text ids of the documents; the first G are those of the positives. See `_SameTexts` for what
+            is left out of a query's sum.
         score_bytes: see `Contrastive`.
     """
+    same = None if own_ids is None or document_ids is None else _SameTexts(own_ids, document_ids)
     left_GD, right_MD = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
     chunks = list(_row_chunks(len(left_GD), len(right_MD) * left_GD.element_size(), score_bytes))
     parts = []
     for rows in chunks:
-        own_ids_R2 = None if own_ids is None else own_ids[rows]
-        arguments = (left_GD[rows], right_MD, own_ids_R2, document_ids, rows.start, temperature)
+        arguments = (left_GD[rows], right_MD, same, rows.start, temperature)
         if len(chunks) > 1 and torch.is_grad_enabled():
             parts.append(checkpoint(_score_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -203,8 +205,7 @@ def info_nce(
 def _score_rows(
     left_RD: torch.Tensor,
     right_MD: torch.Tensor,
-    own_ids_R2: torch.Tensor | None,
-    ids_M: torch.Tensor | None,
+    same: _SameTexts | None,
     first: int,
     temperature: float,
 ) -> ContrastiveSums:
@@ -213,8 +214,8 @@ def _score_rows(
     similarity_RM = similarity_RM.to(torch.promote_types(similarity_RM.dtype, torch.float32))
     target_R = torch.arange(first, first + len(left_RD), device=left_RD.device)
     score_RM = similarity_RM / temperature
-    if own_ids_R2 is not None and ids_M is not None:
-        score_RM = score_RM.masked_fill(_same_text(own_ids_R2, ids_M, target_R), -torch.inf)
+    if same is not None:
+        score_RM = score_RM.masked_fill(same.excluded(target_R), -torch.inf)
     loss = F.cross_entropy(score_RM, target_R, reduction="sum")
     with torch.no_grad():
         positive_R = similarity_RM.gather(1, target_R[:, None])[:, 0]
@@ -225,11 +226,37 @@ def _score_rows(
     return ContrastiveSums(loss, correct, positive_R.sum(), negative)
 
 
-def _same_text(own_ids_R2: torch.Tensor, ids_M: torch.Tensor, target_R: torch.Tensor) -> torch.Tensor:
-    """Bool `[R, M]`, True where a column is not the row's target but has the text of the row's query or positive."""
-    same_RM = (own_ids_R2[:, :1] == ids_M) | (own_ids_R2[:, 1:2] == ids_M)
-    same_RM &= ids_M != 0
-    return same_RM.scatter(1, target_R[:, None], False)
+class _SameTexts:
+    """Which documents are no negatives of a query, by their texts; an id of 0 is unknown and equals nothing.
+
+    A document is left out where it has the text of the query, of its positive, or of another positive of the same query
+    anywhere in the batch (data with one row per answer), and where it is such a positive itself. Left and right may change
+    places: the other queries of a shared positive are no negatives of it.
+
+    Args:
+        own_ids: int64 `[G, 2]`, text ids of each row and its target.
+        document_ids: int64 `[M]`, of the columns; column i is the target of row i.
+    """
+
+    def __init__(self, own_ids: torch.Tensor, document_ids: torch.Tensor) -> None:
+        self._left_G, self._ids_M = own_ids[:, 0], document_ids
+        # Texts are numbered, so that a row's answers are a table of flags; it costs the same however often a query occurs.
+        texts, numbers = torch.cat([own_ids[:, 1], document_ids]).unique(return_inverse=True)
+        self._num_texts = len(texts)
+        self._target_G, self._column_M = numbers[: len(own_ids)], numbers[len(own_ids) :]
+
+    def excluded(self, rows_R: torch.Tensor) -> torch.Tensor:
+        """Bool `[R, M]`, True where a column is left out of the sum of a row; never the row's own target."""
+        left_R1 = self._left_G[rows_R][:, None]
+        same_RG = (left_R1 == self._left_G) & (left_R1 != 0)
+        same_RG = same_RG.scatter(1, rows_R[:, None], True)  # a row whose own text is unknown still knows its target
+        answers_RU = torch.zeros(len(rows_R), self._num_texts, dtype=torch.int32, device=rows_R.device)
+        answers_RU.scatter_add_(1, self._target_G.expand(len(rows_R), -1), same_RG.int())
+        excluded_RM = answers_RU.index_select(1, self._column_M) > 0
+        excluded_RM |= left_R1 == self._ids_M
+        excluded_RM &= self._ids_M != 0
+        excluded_RM[:, : same_RG.shape[1]] |= same_RG  # answers of the same query, also where their own texts are unknown
+        return excluded_RM.scatter(1, rows_R[:, None], False)
 
 
 def _row_chunks(num_rows: int, row_bytes: int, limit: int | None) -> Iterator[slice]:

@@ -23,8 +23,8 @@ class ContrastiveConfig(EmbeddingObjectiveConfig):
     """Cosine similarities are divided by it."""
     symmetric: bool = False
     """Also score every positive against all queries, and average both directions."""
-    mask_same_text: bool = False
-    """Leave out negatives whose text equals the positive's or the query's."""
+    mask_same_text: bool = True
+    """Leave out what is no negative by its text: the query itself, its positive, and other positives of the same query."""
     matryoshka_dims: tuple[int, ...] = ()
     """Average the loss over these leading dimensions, largest first; empty uses the whole vector."""
     gradient_scale: str = "exact"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from unified_lm.core.errors import DataError
-from unified_lm.data.rows.parse import EmptyTextError, RowError, RowParser
+from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, RecordKind, Text, TextRecord
+from unified_lm.data.rows.violations import EmptyTextError, RowError
 
 pair = RowParser(RecordKind.PAIR)
 chat = RowParser(RecordKind.CHAT)
@@ -168,4 +169,4 @@ def test_the_examples_of_the_documentation_parse() -> None:
         for block in re.findall(r"```json\n(.*?)```", section, re.DOTALL):
             assert parser is not None
             parsed += len([parser(json.loads(line)) for line in block.splitlines()])
-    assert parsed == 11
+    assert parsed == 13

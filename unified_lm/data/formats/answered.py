@@ -21,20 +21,21 @@ from unified_lm.data.token_cache import Item, Role, Row, TokenTable, chunks
 
 
 class Chat(Format):
-    """Conversations; every answer and its end token is learned, nothing else."""
+    """Conversations; every answer is learned with its end token (a cut one without), nothing else."""
 
     Config: ClassVar[type[StreamConfig]] = ChatStream
     config: ChatStream
 
     def limits(self) -> dict[str, Any]:
         """See `Format.limits`."""
-        return {"tokens": self.config.max_tokens}
+        return {"tokens": self.config.max_tokens, "cut_answers": "open"}
 
     def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
         """See `Format.rows`."""
         for chunk in chunks(source):
             records: list[ChatRecord] = [record for _, record in chunk]
-            encoded = self.encoder.chat([record.turns for record in records], self.config.max_tokens)
+            unlearned = [record.unlearned for record in records]
+            encoded = self.encoder.chat([record.turns for record in records], self.config.max_tokens, unlearned)
             for (number, _), result in zip(chunk, encoded, strict=True):
                 if isinstance(result, Rejection):
                     rejected[result.value] += 1

@@ -12,12 +12,10 @@ boundary falls inside a token is rejected, never shifted.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -26,45 +24,14 @@ from transformers import PreTrainedTokenizerBase
 
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.data.prompts.echo import EchoPrompt, encode_echo
+from unified_lm.data.prompts.encoded import Encoded, Fragment, Rejection, assemble, truncate_chat
 from unified_lm.data.prompts.plain_tokenizers import plain_tokenizers
 from unified_lm.data.prompts.templates import Template, added_ids
 
+__all__ = ["Encoded", "PromptEncoder", "Rejection"]
+
 _PROBE_INSTRUCTION = "Find the passage, please: 'x'"
 _PROBE_TEXTS = ("What is it?", "the (second) text 12", "Zwölf – 十二", "_x")
-
-
-class Rejection(Enum):
-    """Why a text cannot become a sample."""
-
-    EMPTY = "text empty after stripping"
-    STRADDLES = "a token straddles the border between prompt and text"
-    NO_ROOM = "the prompt leaves no room for an answer within the limit"
-    SHORT = "fewer than two tokens"
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A tokenized text.
-
-    Attributes:
-        ids: int32 `[T]`.
-        spans: `[start, stop)` of the tokens that are pooled (one span for an embedding) or learned (one span per answer of a
-            conversation, including its end token); empty for running text.
-        truncated: whether the text was truncated.
-    """
-
-    ids: np.ndarray
-    spans: tuple[tuple[int, int], ...] = ()
-    truncated: bool = False
-
-
-@dataclass(frozen=True)
-class _Fragment:
-    """A piece of a prompt: special tokens are recognized in `template` text only; `answer` marks text that is learned."""
-
-    text: str
-    template: bool
-    answer: bool = False
 
 
 class PromptEncoder:
@@ -128,27 +95,33 @@ class PromptEncoder:
             for (text, _), prompt, encoding in zip(texts, prompts, encodings, strict=True)
         ]
 
-    def chat(self, conversations: Sequence[Sequence[tuple[str, str]]], limit: int) -> list[Encoded | Rejection]:
+    def chat(
+        self,
+        conversations: Sequence[Sequence[tuple[str, str]]],
+        limit: int,
+        unlearned: Sequence[Collection[int]] | None = None,
+    ) -> list[Encoded | Rejection]:
         """Encode conversations of (role, content) turns.
 
         Args:
             conversations: their turns; contents are stripped.
-            limit: maximum number of tokens. An answer that crosses it is truncated but keeps its end token; later turns are
+            limit: maximum number of tokens. An answer that crosses it is cut there, without its end token; later turns are
                 dropped.
+            unlearned: per conversation the turns that are read but not learned, answers though they are; None: none.
 
         Returns:
-            Per conversation, its tokens with one span per answer (text and end token), or the reason for rejection.
+            Per conversation, its tokens with one span per learned answer (text and end token), or the reason for rejection.
         """
         self.template.require_chat()
-        return [
-            _truncate_chat(encoded, limit) for encoded in self._encode_fragments([self._fragments(c) for c in conversations])
-        ]
+        passed = [()] * len(conversations) if unlearned is None else unlearned
+        fragments = [self._fragments(turns, skipped) for turns, skipped in zip(conversations, passed, strict=True)]
+        return [truncate_chat(encoded, limit) for encoded in self._encode_fragments(fragments)]
 
     def generation_prompt(self, turns: Sequence[tuple[str, str]]) -> np.ndarray:
         """The prompt ids, int32 `[T]`, after which a model generates its answer to `turns`."""
         self.template.require_chat()
         opening = self.template.separator + self.template.turns["assistant"].opening
-        (encoded,) = self._encode_fragments([[*self._fragments(turns), _Fragment(opening, template=True)]])
+        (encoded,) = self._encode_fragments([[*self._fragments(turns), Fragment(opening, template=True)]])
         assert isinstance(encoded, Encoded)
         return encoded.ids
 
@@ -180,13 +153,13 @@ class PromptEncoder:
         bos = bos[: len(bos) - len(body)]
         # The instruction is a fragment of its own, so that a special token spelled out in it stays text.
         before, marker, after = self.template.instruction_prompt.partition("{instruction}") if instruction else ("", "", body)
-        fragments = [_Fragment(bos + before, template=True), _Fragment(instruction if marker else "", template=False)]
-        fragments.append(_Fragment(after, template=True))
+        fragments = [Fragment(bos + before, template=True), Fragment(instruction if marker else "", template=False)]
+        fragments.append(Fragment(after, template=True))
         # Everything up to the last special token is the same for every text. The tail is tokenized again with every
         # text, since its last characters and the first ones of the text may merge into one token.
         atoms = self._atoms(fragments)
         tail = "".join(text for text, _ in atoms[-1])
-        head_atoms: list[_Atom] = atoms[:-1]
+        head_atoms: list[Any] = atoms[:-1]
         head = list(self._leading)
         strings = [(index, "".join(t for t, _ in atom)) for index, atom in enumerate(head_atoms) if isinstance(atom, list)]
         encoded = dict(
@@ -232,17 +205,17 @@ class PromptEncoder:
 
     # -- conversations ------------------------------------------------------------------------------------------------
 
-    def _fragments(self, turns: Sequence[tuple[str, str]]) -> list[_Fragment]:
-        fragments = [_Fragment(self.template.chat_bos(self.tokenizer), template=True)]
+    def _fragments(self, turns: Sequence[tuple[str, str]], unlearned: Collection[int] = ()) -> list[Fragment]:
+        fragments = [Fragment(self.template.chat_bos(self.tokenizer), template=True)]
         for index, (role, content) in enumerate(turns):
             opening = self.template.separator * (index > 0) + self.template.turns[role].opening
-            answer = role == "assistant"
-            fragments.append(_Fragment(opening, template=True))
-            fragments.append(_Fragment(content.strip(), template=False, answer=answer))
-            fragments.append(_Fragment(self.template.closing(role, self.tokenizer), template=True, answer=answer))
+            answer = role == "assistant" and index not in unlearned
+            fragments.append(Fragment(opening, template=True))
+            fragments.append(Fragment(content.strip(), template=False, answer=answer))
+            fragments.append(Fragment(self.template.closing(role, self.tokenizer), template=True, answer=answer))
         return fragments
 
-    def _encode_fragments(self, conversations: Sequence[Sequence[_Fragment]]) -> list[Encoded | Rejection]:
+    def _encode_fragments(self, conversations: Sequence[Sequence[Fragment]]) -> list[Encoded | Rejection]:
         atoms = [self._atoms(fragments) for fragments in conversations]
         stretches = [
             (c, index, atom) for c, row in enumerate(atoms) for index, atom in enumerate(row) if isinstance(atom, list)
@@ -251,9 +224,9 @@ class PromptEncoder:
         strings = ["".join(text for text, _ in atom) for _, _, atom in stretches]
         encodings = self._encode(strings, [index > 0 for _, index, _ in stretches])
         by_index = {(c, index): encoding for (c, index, _), encoding in zip(stretches, encodings, strict=True)}
-        return [_assemble(row, lambda index, c=c: by_index[c, index]) for c, row in enumerate(atoms)]  # type: ignore[misc]
+        return [assemble(row, lambda index, c=c: by_index[c, index]) for c, row in enumerate(atoms)]  # type: ignore[misc]
 
-    def _atoms(self, fragments: Sequence[_Fragment]) -> list[Any]:
+    def _atoms(self, fragments: Sequence[Fragment]) -> list[Any]:
         """Split fragments into special tokens `(id, answer)` and the stretches between them, lists of `(text, answer)`.
 
         The first and the last atom are always stretches, possibly empty.
@@ -337,57 +310,3 @@ class _Prompt:
     def ids(self) -> tuple[int, ...]:
         """The ids of the complete prompt."""
         return self.head + self.tail_ids
-
-
-_Atom = Any
-
-
-def _assemble(atoms: Sequence[_Atom], encoding_of: Callable[[int], Encoding]) -> Encoded | Rejection:
-    """Concatenate atoms into ids with an answer flag per token; the spans of the answers follow from the flags."""
-    ids: list[int] = []
-    learned: list[bool] = []
-    for index, atom in enumerate(atoms):
-        if isinstance(atom, tuple):
-            ids.append(atom[0])
-            learned.append(atom[1])
-            continue
-        encoding = encoding_of(index)
-        flags = _token_flags(atom, encoding)
-        if flags is None:
-            return Rejection.STRADDLES
-        ids += encoding.ids
-        learned += flags
-    # The flags change at the starts and stops of spans, which therefore alternate.
-    edges = np.flatnonzero(np.diff([0, *learned, 0]))
-    spans = tuple((int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True))
-    return Encoded(np.asarray(ids, dtype=np.int32), spans)
-
-
-def _token_flags(stretch: Sequence[tuple[str, bool]], encoding: Encoding) -> list[bool] | None:
-    """Per token, whether it belongs to an answer; None if a token straddles the boundary of an answer."""
-    flags = [False] * len(encoding.ids)
-    borders = list(accumulate((len(text) for text, _ in stretch), initial=0))
-    answers = [(a, b) for (a, b), (_, answer) in zip(pairwise(borders), stretch, strict=True) if answer and b > a]
-    for start, stop in answers:
-        for index, (first, last) in enumerate(encoding.offsets):
-            if first < stop and last > start:  # the token overlaps the answer, so it must lie inside
-                if first < start or last > stop:
-                    return None
-                flags[index] = True
-    return flags
-
-
-def _truncate_chat(encoded: Encoded | Rejection, limit: int) -> Encoded | Rejection:
-    """Truncate to `limit` tokens: inside the answer that crosses it, keeping its end token, or after the last whole answer."""
-    if isinstance(encoded, Rejection) or len(encoded.ids) <= limit:
-        return encoded
-    spans = []
-    for start, stop in encoded.spans:
-        if stop <= limit:
-            spans.append((start, stop))
-            continue
-        if start + 2 <= limit:  # room for one token of the answer and its end token
-            ids = np.concatenate([encoded.ids[: limit - 1], encoded.ids[stop - 1 : stop]])
-            return Encoded(ids, (*spans, (start, limit)), truncated=True)
-        break
-    return Encoded(encoded.ids[: spans[-1][1]], tuple(spans), truncated=True) if spans else Rejection.NO_ROOM

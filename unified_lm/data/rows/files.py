@@ -35,7 +35,8 @@ def record_row(record: Record) -> dict[str, Any]:
             "neg": [_pair(text) for text in record.negatives],
         }
     if isinstance(record, ChatRecord):
-        return {"messages": [{"role": role, "content": content} for role, content in record.turns]}
+        turns = [{"role": role, "content": content} for role, content in record.turns]
+        return {"messages": [t | ({"weight": 0} if i in record.unlearned else {}) for i, t in enumerate(turns)]}
     if isinstance(record, PreferenceRecord):
         return {"prompt": record.prompt, "completion": record.completion, "label": record.desirable}
     return {"text": record.text}

@@ -1,28 +1,34 @@
 """Parsing of rows (mappings of columns) into records; errors name the field, what it holds and what is expected.
 
 Rows may have the common public formats: GritLM/E5, Echo, sentence-transformers columns, chat messages, ShareGPT conversations,
-GritLM text rows, prompt and completion, preference rows. Unused columns are ignored.
+GritLM text rows, prompt and completion, preference rows. Other keys are ignored and counted, unless they bear meaning
+(`keys.py`): those are refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.data.rows.keys import LEARNED_KEYS, ROW_KEYS, TURN_KEYS, near_miss
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
+from unified_lm.data.rows.violations import EmptyTextError, MeaningfulKeyError, RowError, describe
 
 # Field of the format -> accepted column names.
 FIELDS: dict[RecordKind, dict[str, tuple[str, ...]]] = {
     RecordKind.PAIR: {
         "query": ("query", "anchor"),
-        "positive": ("positive", "pos"),
-        "negative": ("negative", "neg"),
+        "positive": ("positive", "pos", "positives"),
+        "negative": ("negative", "neg", "negatives", "hard_negative", "hard_negatives"),
+        "instruction": ("instruction", "prompt", "query_instruction"),
     },
     RecordKind.CHAT: {
         "messages": ("messages",),
         "conversations": ("conversations",),
+        "system": ("system", "system_prompt"),
         "text": ("text",),
         "prompt": ("prompt",),
         "completion": ("completion",),
@@ -44,37 +50,12 @@ ROLES = {
     "model": "assistant",
 }
 
+_TURN_NAMES = (*LEARNED_KEYS, *TURN_KEYS)
 TEXT_OR_PAIR = "a text or [instruction, text]"
-_NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)")
+_NUMBERED_NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?_?(\d+)")
+_NUMBERED_POSITIVE = re.compile(r"pos(?:itive)?_?(\d+)")
 # GritLM strips these from the instructions of its embedding rows: "Represent the query:" equals "Represent the query".
 _INSTRUCTION_EDGES = "\t\n :"
-_MAX_SHOWN = 60
-
-
-class RowError(Exception):
-    """A row violates its format. Readers add the file and the line and raise `DataError`.
-
-    Args:
-        field: path of the value in the row, such as ``pos[0]`` or ``messages[2].content``.
-        got: the value, in words.
-        expected: the expected value, in words.
-        hint: how to fix it ("" for no hint).
-    """
-
-    def __init__(self, field: str, got: str, expected: str, hint: str = "") -> None:
-        self.field = field
-        self.got = got
-        super().__init__(f"field '{field}': got {got}, expected {expected}.{hint}")
-
-
-class EmptyTextError(RowError):
-    """A text that is empty after stripping. `on_empty=skip` turns it into a counted rejection."""
-
-    def __init__(self, field: str, got: str) -> None:
-        super().__init__(
-            field, got, "text with something besides whitespace", " on_empty=skip leaves such rows out and counts them."
-        )
-        self.reason = f"empty {re.sub(r'[0-9]+', '*', field)} after stripping"
 
 
 class RowParser:
@@ -83,19 +64,27 @@ class RowParser:
     Args:
         kind: the kind of record to parse.
         columns: field -> column of the source, for fields whose names differ: ``{"query": "question"}``.
+        ignore: keys of rows and of turns that are left out of account although they bear meaning.
+
+    Attributes:
+        ignored: number of rows (or turns, as ``messages[].name``) with a value under a key that is not read, by key.
 
     Raises:
         DataError: `columns` names a field that this kind does not have.
     """
 
-    def __init__(self, kind: RecordKind, columns: Mapping[str, str] | None = None) -> None:
+    def __init__(self, kind: RecordKind, columns: Mapping[str, str] | None = None, ignore: Collection[str] = ()) -> None:
         self.kind = kind
+        self.ignore = frozenset(ignore)
+        self.ignored: Counter[str] = Counter()
         self.columns: dict[str, str] = {}
         canonical = {name: field for field, names in FIELDS[kind].items() for name in names}
         for field, column in (columns or {}).items():
             if field not in canonical:
                 raise DataError(f"columns: a {kind.value} row has no field '{field}'.{did_you_mean(field, canonical)}")
             self.columns[canonical[field]] = column
+        if both := sorted(self.ignore & set(self.columns.values())):
+            raise DataError(f"ignore: names '{both[0]}', which columns says is read. Leave it out of one of the two.")
         self._parse = _PARSERS[kind]
 
     def __call__(self, row: object) -> Record:
@@ -107,21 +96,32 @@ class RowParser:
         """
         if not isinstance(row, Mapping):
             raise RowError("(row)", describe(row), "an object with named columns")
-        return self._parse(_Row(row, self.columns, self.kind))
+        view = _Row(row, self.columns, self.kind, self.ignore)
+        record = self._parse(view)
+        view.refuse_meaningful()
+        self.ignored.update(view.ignored)
+        return record
 
 
 class _Row:
     """A row in which fields are found under any of their accepted names."""
 
-    def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str], kind: RecordKind) -> None:
+    def __init__(self, values: Mapping[str, Any], columns: Mapping[str, str], kind: RecordKind, ignore: frozenset[str]) -> None:
         self.values = values
+        self.ignore = ignore
+        self.ignored: Counter[str] = Counter()
+        self.read: set[str] = set()
         self._columns = columns
         self._kind = kind
+        self._missing: set[str] = set()
 
     def names(self, field: str) -> tuple[str, ...]:
-        """The columns that may hold a field."""
+        """The columns that may hold a field: those that hold another one and those to ignore may not."""
         mapped = self._columns.get(field)
-        return (mapped,) if mapped is not None else FIELDS[self._kind][field]
+        if mapped is not None:
+            return (mapped,)
+        taken = {*self._columns.values(), *self.ignore}
+        return tuple(name for name in FIELDS[self._kind][field] if name not in taken)
 
     def find(self, field: str) -> tuple[str, Any] | None:
         """Column and value of a field, or None if the column is missing or null."""
@@ -129,7 +129,25 @@ class _Row:
         if len(present) > 1:
             both = " and ".join(f"'{name}'" for name in present)
             raise RowError(field, f"columns {both}", "only one of them", f" Say which: columns={{{field}: {present[0]}}}.")
-        return (present[0], self.values[present[0]]) if present else None
+        if not present:
+            self._missing.update(self.names(field))
+            return None
+        self.read.add(present[0])
+        return present[0], self.values[present[0]]
+
+    def refuse_meaningful(self) -> None:
+        """Refuse keys that were not read and bear meaning, or miss the name of a field that was not found; count the others."""
+        known = tuple(sorted(self._missing))
+        for name, value in self.values.items():
+            if name in self.read or value is None or not isinstance(name, str):
+                continue
+            key = next((key for key in ROW_KEYS.get(name, ()) if self._kind in key.kinds), None)
+            if name not in self.ignore:
+                if key is not None and key.matters(value):
+                    raise MeaningfulKeyError(name, value, key.says, key.fix.format(key=name))
+                if close := near_miss(name, known):
+                    raise MeaningfulKeyError(name, value, f"'{close}'", f"rename it, or say ignore=[{name}]")
+            self.ignored[name] += 1
 
     def require(self, field: str, expected: str) -> tuple[str, Any]:
         """Column and value of a required field."""
@@ -140,9 +158,9 @@ class _Row:
 
     def missing(self, field: str, expected: str) -> RowError:
         """The error for a missing field."""
-        names = self.names(field)
+        names = self.names(field) or FIELDS[self._kind][field]
         for name in names:
-            if name in self.values:  # the value is null, which `find` treats as missing
+            if name in self.values and name not in self.ignore:  # the value is null, which `find` treats as missing
                 got = "null (or an empty cell)"
                 return RowError(name, got, expected) if field == "label" else EmptyTextError(name, got)
         known = ", ".join(map(str, self.values))
@@ -151,15 +169,6 @@ class _Row:
         also = "".join(f" (nor '{name}')" for name in names[1:])
         hint = f"{close} If another column holds it, say so: columns={{{field}: NAME}}."
         return RowError(names[0], f"no such column{also} among [{known}]", expected, hint)
-
-
-def describe(value: object) -> str:
-    """Describe a value briefly for an error message: its beginning and its type."""
-    if value is None:
-        return "null"
-    shown = repr(value)
-    shown = shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
-    return f"{shown} ({type(value).__name__})"
 
 
 def _string(value: object, field: str, expected: str = "a text") -> str:
@@ -194,6 +203,10 @@ def _texts(value: object, field: str) -> tuple[Text, ...]:
 def _pair(row: _Row) -> PairRecord:
     column, value = row.require("query", TEXT_OR_PAIR)
     query = _text(value, column)
+    if (found := row.find("instruction")) and not query.instruction:
+        if not isinstance(found[1], str):
+            raise RowError(found[0], describe(found[1]), "the instruction of the query, a text")
+        query = Text(query.text, found[1].strip(_INSTRUCTION_EDGES))
     column, value = row.require("positive", "a text, or a list of texts or [instruction, text]")
     positives = _texts(value, column)
     if not positives:
@@ -204,17 +217,32 @@ def _pair(row: _Row) -> PairRecord:
 def _negatives(row: _Row) -> tuple[Text, ...]:
     found = row.find("negative")
     negatives = _texts(found[1], found[0]) if found else ()
-    numbered = [name for name in row.values if isinstance(name, str) and _NUMBERED_NEGATIVE.fullmatch(name)]
-    for name in sorted(numbered, key=lambda name: int(name.rpartition("_")[2])):
-        if row.values[name] is not None:
+    numbered = {name: match for name in row.values if isinstance(name, str) and (match := _NUMBERED_NEGATIVE.fullmatch(name))}
+    for name in sorted(numbered, key=lambda name: int(numbered[name][1])):
+        if row.values[name] is not None and name not in row.ignore:
+            row.read.add(name)
             negatives += (_text(row.values[name], name),)
+    for name, value in row.values.items():
+        if isinstance(name, str) and _NUMBERED_POSITIVE.fullmatch(name) and value is not None and name not in row.ignore:
+            raise MeaningfulKeyError(name, value, "another positive", "write all of them as a list under 'pos'")
     return negatives
 
 
 def _chat(row: _Row) -> ChatRecord:
+    record = _turns(row)
+    if found := row.find("system"):
+        if record.turns[0][0] == "system":
+            raise RowError(found[0], describe(found[1]), "no system text beside a system turn")
+        if found[1] != "":
+            turns = (("system", _string(found[1], found[0])), *record.turns)
+            record = ChatRecord(turns, tuple(number + 1 for number in record.unlearned))
+    return record
+
+
+def _turns(row: _Row) -> ChatRecord:
     for field, role_key, content_key in (("messages", "role", "content"), ("conversations", "from", "value")):
         if found := row.find(field):
-            return _conversation(found[1], found[0], role_key, content_key)
+            return _conversation(row, found[1], found[0], role_key, content_key)
     if found := row.find("text"):
         return _alternating(found[1], found[0])
     if row.find("prompt") is None and row.find("completion") is None:
@@ -225,10 +253,11 @@ def _chat(row: _Row) -> ChatRecord:
     return ChatRecord((("user", prompt), ("assistant", _string(value, column))))
 
 
-def _conversation(value: object, field: str, role_key: str, content_key: str) -> ChatRecord:
+def _conversation(row: _Row, value: object, field: str, role_key: str, content_key: str) -> ChatRecord:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise RowError(field, describe(value), f"a list of {{{role_key}, {content_key}}}")
     turns: list[tuple[str, str]] = []
+    unlearned: list[int] = []
     for i, turn in enumerate(value):
         path = f"{field}[{i}]"
         if not isinstance(turn, Mapping):
@@ -239,10 +268,39 @@ def _conversation(value: object, field: str, role_key: str, content_key: str) ->
         role = ROLES.get(turn[role_key]) if isinstance(turn[role_key], str) else None
         if role is None:
             raise RowError(f"{path}.{role_key}", describe(turn[role_key]), f"one of {', '.join(ROLES)}")
+        learned = _is_learned(row, turn, path, role, (role_key, content_key))
         if role == "system" and turn[content_key] == "":
             continue  # an empty system prompt is equivalent to none
+        if role == "assistant" and not learned:
+            unlearned.append(len(turns))
         turns.append((role, _string(turn[content_key], f"{path}.{content_key}")))
-    return _answered(turns, field)
+    return _answered(turns, field, unlearned)
+
+
+def _is_learned(row: _Row, turn: Mapping[str, Any], path: str, role: str, own: tuple[str, str]) -> bool:
+    """What the keys of a turn say about learning it; other keys are counted, or refused where they bear meaning."""
+    learned = True
+    for key, value in turn.items():
+        if key in own or value is None:
+            continue
+        if key in row.ignore or not isinstance(key, str):
+            row.ignored[_turn_key(path, key)] += 1
+        elif key in LEARNED_KEYS:
+            wanted = _label(value, f"{path}.{key}") == LEARNED_KEYS[key]
+            if wanted and role != "assistant" and key != "weight":  # exporters write a weight of 1 everywhere
+                raise RowError(f"{path}.{key}", describe(value), f"only turns of the assistant learned, not of the {role}")
+            learned &= wanted
+        elif key in TURN_KEYS and TURN_KEYS[key].matters(value):
+            raise MeaningfulKeyError(f"{path}.{key}", value, TURN_KEYS[key].says, TURN_KEYS[key].fix.format(key=key))
+        elif close := near_miss(key, _TURN_NAMES):
+            raise MeaningfulKeyError(f"{path}.{key}", value, f"'{close}'", f"rename it, or say ignore=[{key}]")
+        else:
+            row.ignored[_turn_key(path, key)] += 1
+    return learned
+
+
+def _turn_key(path: str, key: object) -> str:
+    return f"{path.partition('[')[0]}[].{key}"
 
 
 def _alternating(value: object, field: str) -> ChatRecord:
@@ -252,10 +310,13 @@ def _alternating(value: object, field: str) -> ChatRecord:
     return _answered([(roles[i % 2], _string(turn, f"{field}[{i}]")) for i, turn in enumerate(value)], field)
 
 
-def _answered(turns: list[tuple[str, str]], field: str) -> ChatRecord:
-    if not any(role == "assistant" for role, _ in turns):
+def _answered(turns: list[tuple[str, str]], field: str, unlearned: Sequence[int] = ()) -> ChatRecord:
+    answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+    if not answers:
         raise RowError(field, f"{len(turns)} turns and no assistant turn", "at least one assistant turn to learn from")
-    return ChatRecord(tuple(turns))
+    if len(answers) == len(unlearned):
+        raise RowError(field, "no answer that is to be learned", "at least one assistant turn to learn from")
+    return ChatRecord(tuple(turns), tuple(unlearned))
 
 
 def _running_text(row: _Row) -> TextRecord:
@@ -275,11 +336,11 @@ def _preference(row: _Row) -> PreferenceRecord:
 
 
 def _label(value: object, field: str) -> bool:
-    spelled = {"true": True, "1": True, "false": False, "0": False}
+    spelled = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     if isinstance(value, bool):
         return value
     key = str(value).strip().lower()
-    if isinstance(value, int | str) and key in spelled:
+    if isinstance(value, int | float | str) and key in spelled:
         return spelled[key]
     raise RowError(field, describe(value), "true or false (or 1 or 0)")
 

@@ -15,9 +15,10 @@ from unified_lm.core.errors import DataError
 from unified_lm.core.outputs import check_files
 from unified_lm.data.rows.files import RowWriter, file_hash, output_names, record_row, write_report
 from unified_lm.data.rows.hub_datasets import hub_rows
-from unified_lm.data.rows.parse import EmptyTextError, RowError, RowParser
+from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.published import Dropped, Part, Published, published
 from unified_lm.data.rows.readers import Rows, data_files, read_rows
+from unified_lm.data.rows.violations import EmptyTextError, RowError
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unified_lm.core.errors import DataError, did_you_mean
-from unified_lm.data.rows.parse import RowError, describe
 from unified_lm.data.rows.records import RecordKind
+from unified_lm.data.rows.violations import RowError, describe
 
 
 class Dropped(Exception):

@@ -21,9 +21,10 @@ from filelock import FileLock
 
 from unified_lm.core.errors import DataError
 from unified_lm.core.files import cache_dir, checksum, write_directory, write_json
-from unified_lm.data.rows.parse import EmptyTextError, RowError, RowParser
+from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.readers import Rows
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
+from unified_lm.data.rows.violations import EmptyTextError, RowError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,12 @@ _TEXT = pa.struct([("text", pa.string()), ("instruction", pa.string())])
 _LOCATION = "location"
 _SCHEMAS: dict[RecordKind, pa.Schema] = {
     RecordKind.PAIR: pa.schema([("query", _TEXT), ("positives", pa.list_(_TEXT)), ("negatives", pa.list_(_TEXT))]),
-    RecordKind.CHAT: pa.schema([("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())])))]),
+    RecordKind.CHAT: pa.schema(
+        [
+            ("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
+            ("unlearned", pa.list_(pa.int32())),
+        ]
+    ),
     RecordKind.TEXT: pa.schema([("text", pa.string())]),
     RecordKind.PREFERENCE: pa.schema([("prompt", pa.string()), ("completion", pa.string()), ("desirable", pa.bool_())]),
 }
@@ -55,7 +61,9 @@ def _encode(record: Record) -> dict[str, Any]:
             "negatives": [_text_row(text) for text in record.negatives],
         }
     if isinstance(record, ChatRecord):
-        return {"turns": [{"role": role, "content": content} for role, content in record.turns]}
+        turns = {"turns": [{"role": role, "content": content} for role, content in record.turns]}
+        # Only where there are any: the hash of a conversation that is learned as a whole stays what it was.
+        return turns | ({"unlearned": list(record.unlearned)} if record.unlearned else {})
     if isinstance(record, TextRecord):
         return {"text": record.text}
     return {"prompt": record.prompt, "completion": record.completion, "desirable": record.desirable}
@@ -67,7 +75,9 @@ def _texts(rows: list[dict[str, str]]) -> tuple[Text, ...]:
 
 _DECODERS: dict[RecordKind, Callable[[dict[str, Any]], Record]] = {
     RecordKind.PAIR: lambda row: PairRecord(Text(**row["query"]), _texts(row["positives"]), _texts(row["negatives"])),
-    RecordKind.CHAT: lambda row: ChatRecord(tuple((turn["role"], turn["content"]) for turn in row["turns"])),
+    RecordKind.CHAT: lambda row: ChatRecord(
+        tuple((turn["role"], turn["content"]) for turn in row["turns"]), tuple(row["unlearned"] or ())
+    ),
     RecordKind.TEXT: lambda row: TextRecord(row["text"]),
     RecordKind.PREFERENCE: lambda row: PreferenceRecord(**row),
 }
@@ -79,6 +89,7 @@ class Shard:
     Attributes:
         content: hash of all records in order; independent of their file format and of their locations.
         rejected: number of rejected rows, by reason.
+        ignored: number of rows with a value under a key that is not read, by key.
     """
 
     def __init__(self, directory: Path, kind: RecordKind, origin: str) -> None:
@@ -89,6 +100,7 @@ class Shard:
         self._num_rows: int = meta["rows"]
         self.content: str = meta["content"]
         self.rejected: Counter[str] = Counter(meta["rejected"])
+        self.ignored: Counter[str] = Counter(meta["ignored"])
 
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
@@ -123,7 +135,7 @@ _Located = tuple[str, dict[str, Any]]
 
 def shard_key(content: str, parser: RowParser, skip_empty: bool) -> str:
     """The cache key of the parsed form of a content."""
-    settings = [VERSION, content, parser.kind.value, sorted(parser.columns.items()), skip_empty]
+    settings = [VERSION, content, parser.kind.value, sorted(parser.columns.items()), sorted(parser.ignore), skip_empty]
     return blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 
@@ -176,6 +188,7 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty:
     digest = blake2b(parser.kind.value.encode(), digest_size=16)
     rejected: Counter[str] = Counter()
     num_rows = 0
+    parser.ignored.clear()
     with pa.OSFile(str(target / "records.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in _batched(_valid_rows(origin, rows, parser, skip_empty, rejected)):
             # The hash covers records only: the same records from another format or location continue a run unchanged.
@@ -192,7 +205,13 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty:
         )
     write_json(
         target / "meta.json",
-        {"rows": num_rows, "content": digest.hexdigest(), "rejected": rejected, "checksum": checksum(target / "records.arrow")},
+        {
+            "rows": num_rows,
+            "content": digest.hexdigest(),
+            "rejected": rejected,
+            "ignored": parser.ignored,
+            "checksum": checksum(target / "records.arrow"),
+        },
     )
 
 

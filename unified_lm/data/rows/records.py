@@ -28,9 +28,19 @@ class PairRecord:
 
 @dataclass(frozen=True, slots=True)
 class ChatRecord:
-    """A conversation: (role, content) turns, role one of "system", "user", "assistant"; at least one assistant turn."""
+    """A conversation: (role, content) turns, role one of "system", "user", "assistant"; at least one assistant turn.
+
+    Attributes:
+        unlearned: indices of assistant turns that are read but not learned, ascending; never all of them.
+    """
 
     turns: tuple[tuple[str, str], ...]
+    unlearned: tuple[int, ...] = ()
+
+    @property
+    def answers(self) -> list[str]:
+        """The contents of the assistant turns that are learned."""
+        return [text for i, (role, text) in enumerate(self.turns) if role == "assistant" and i not in self.unlearned]
 
 
 @dataclass(frozen=True, slots=True)

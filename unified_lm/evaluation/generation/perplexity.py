@@ -20,9 +20,10 @@ from unified_lm.batch import OutputHead, Sample
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder
 from unified_lm.data.pydocs.dataset import pydocs_file
-from unified_lm.data.rows.parse import RowError, RowParser
+from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.readers import data_files, read_rows
 from unified_lm.data.rows.records import ChatRecord, RecordKind, TextRecord
+from unified_lm.data.rows.violations import RowError
 from unified_lm.evaluation.bootstrap import bootstrap_interval
 from unified_lm.evaluation.words.features import start_ids
 from unified_lm.inference.unified import UnifiedLM
@@ -213,9 +214,10 @@ def _stride(context: int, stride: int | None) -> int:
 
 def _documents(encoder: PromptEncoder, domain: Domain) -> list[_Document]:
     texts = [document.text for document in domain.documents if isinstance(document, TextRecord)]
-    chats = [document.turns for document in domain.documents if isinstance(document, ChatRecord)]
+    chats = [document for document in domain.documents if isinstance(document, ChatRecord)]
     text_ids = iter(encoder.running_text(texts))
-    chat_ids = iter(encoder.chat(chats, _ENDLESS) if chats else [])
+    turns, unlearned = [chat.turns for chat in chats], [chat.unlearned for chat in chats]
+    chat_ids = iter(encoder.chat(turns, _ENDLESS, unlearned) if chats else [])
     start = start_ids(encoder) if texts else []
     result = []
     for index, document in enumerate(domain.documents):
@@ -231,7 +233,7 @@ def _documents(encoder: PromptEncoder, domain: Domain) -> list[_Document]:
             scored = np.zeros(len(ids), bool)
             for first, stop in encoded.spans:
                 scored[max(first, 1) : stop] = True
-            num_bytes = sum(len(content.strip().encode()) for role, content in document.turns if role == "assistant")
+            num_bytes = sum(len(content.strip().encode()) for content in document.answers)
         if not scored.any() or not num_bytes:
             raise DataError(f"domain '{domain.name}', document {index}: no token to score. Leave it out.")
         result.append(_Document(ids, scored, num_bytes))
