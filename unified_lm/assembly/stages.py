@@ -7,12 +7,15 @@ ablations are several such runs (`assembly.session`).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from unified_lm.assembly.build import Run, RunResult, assemble_run
+from unified_lm.assembly.continuation import check_continuation, earlier_settings
+from unified_lm.assembly.machine import settle_dtype
 from unified_lm.assembly.publish import check_export, write_export
 from unified_lm.assembly.run_record import write_record
 from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
@@ -57,6 +60,11 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     run_dir = Path(config.run_dir)
     run_on_rank0(lambda: _refuse_to_overwrite(config, run_dir))
     run_on_rank0(lambda: check_wandb(config.logging))
+    earlier = run_on_rank0(lambda: earlier_settings(config, run_dir))
+    config, notices = settle_dtype(config, earlier)
+    if earlier is not None:
+        notices += check_continuation(earlier, config)
+    _say(notices, console)
     run = assemble_run(config, run_dir, console)
     _report(run, console)
     if config.export.enabled:
@@ -130,7 +138,11 @@ def rank0_console() -> Console:
 
 def print_notices(config: RunConfig, console: Console) -> None:
     """Say what composition changed, or wants to be known."""
-    for notice in config.notices:
+    _say(config.notices, console)
+
+
+def _say(notices: Iterable[str], console: Console) -> None:
+    for notice in notices:
         console.print(f"note: {notice}", highlight=False, soft_wrap=True)
 
 
@@ -218,8 +230,7 @@ def _refuse_to_mix_copies(config: RunConfig) -> None:
 
 def _report(run: Run, console: Console) -> None:
     """Say what became of every source's rows, and what loading and adapting changed."""
-    for notice in (*run.loaded.provenance["notices"], *(run.lora.notices if run.lora else ())):
-        console.print(f"note: {notice}", highlight=False, soft_wrap=True)
+    _say((*run.loaded.provenance["notices"], *(run.lora.notices if run.lora else ())), console)
     for name, stream in run.streams.items():
         stats = stream.stats
         for source, rows in stats.rows.items():

@@ -57,7 +57,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Whether to run modeling code that comes with a checkpoint."""
     dtype: str = "bfloat16"
-    """Storage and compute type of the weights: "float32", or "bfloat16" (with float32 master weights for what is trained)."""
+    """Storage and compute type of the weights: "float32", "bfloat16" (with float32 master weights for what is trained), or
+    "auto": bfloat16 where the hardware multiplies it (AMX, AVX512-BF16, Arm BF16, CUDA), else float32."""
     autocast: bool = False
     """Keep float32 weights and compute in bfloat16 under autocast (needs dtype=float32)."""
     attention_kernel: str = "auto"

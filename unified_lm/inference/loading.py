@@ -18,6 +18,7 @@ from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.standardizer_files import load_standardizer
 from unified_lm.export.verify import load_projection, quiet_transformers
 from unified_lm.models.pooling import Projection
+from unified_lm.models.precision import AUTO, auto_inference_dtype
 from unified_lm.models.standardizer import Standardizer
 
 _RUN_CONFIG = "config.yaml"
@@ -58,7 +59,7 @@ def load_parts(
     Args:
         name_or_path: a folder (for a run, its export is loaded), or a Hub name.
         device: None takes the accelerator if there is one.
-        dtype: None takes the stored dtype.
+        dtype: None takes the stored dtype; "auto" too, or float32 where the device would only emulate it.
         revision: Hub revision.
         needs_manifest: whether to refuse a folder that is not an export.
 
@@ -68,16 +69,19 @@ def load_parts(
     """
     folder = model_folder(name_or_path, revision)
     manifest = Manifest.load(folder) if needs_manifest or (folder / FILE_NAME).is_file() else None
+    place = local_device() if device is None else torch.device(device)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             causal_lm = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(dtype), local_files_only=True)
+            if dtype == AUTO:
+                causal_lm.to(auto_inference_dtype(causal_lm.dtype, place))
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
     hidden_size = causal_lm.config.get_text_config().hidden_size
-    causal_lm.to(local_device() if device is None else torch.device(device))  # type: ignore[arg-type]
+    causal_lm.to(place)  # type: ignore[arg-type]
     return Parts(
         causal_lm=causal_lm.eval(),
         tokenizer=tokenizer,
@@ -137,9 +141,11 @@ def _export_of(folder: Path) -> Path:
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype or "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype in (None, AUTO):
+        return "auto"  # transformers' word for the stored type
     resolved = getattr(torch, dtype, None)
     if not isinstance(resolved, torch.dtype):
-        raise ConfigError(f"unknown dtype '{dtype}'; expected float32, bfloat16 or float16.")
+        raise ConfigError(f"unknown dtype '{dtype}'; expected auto, float32, bfloat16 or float16.")
     return resolved

@@ -10,7 +10,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from transformers import (
 )
 
 from unified_lm.config.schema import ModelConfig
+from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.models.architecture import check_architecture, dropout_keys, override_dropout
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.load_errors import explain
+from unified_lm.models.precision import AUTO, auto_dtype
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 
 MANIFEST = "unified_lm.json"
@@ -101,7 +103,8 @@ def load_model(
             the model exactly.
         CheckpointError: the cache of the embedded model cannot be written.
     """
-    dtype = _dtype(config.dtype)
+    config = replace(config, dtype=_dtype_name(config.dtype, device))
+    dtype = DTYPES[config.dtype]
     if config.tiny_random and config.init_from is None:
         return _load_tiny(config, dtype, device, quantize_4bit)
     origin = _locate(config)
@@ -148,10 +151,12 @@ def _load_tiny(config: ModelConfig, dtype: torch.dtype, device: torch.device | s
     return _finish(_move(causal_lm, device), tokenizer, config, origin, notices)
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype_name(name: str, device: torch.device | str | None) -> str:
+    if name == AUTO:
+        return auto_dtype(local_device() if device is None else torch.device(device))[0]
     if name not in DTYPES:
-        raise ModelError(f"unknown model.dtype '{name}'.{did_you_mean(name, DTYPES)}")
-    return DTYPES[name]
+        raise ModelError(f"unknown model.dtype '{name}'.{did_you_mean(name, (*DTYPES, AUTO))}")
+    return name
 
 
 def _locate(config: ModelConfig) -> _Origin:
