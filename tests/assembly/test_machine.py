@@ -12,14 +12,21 @@ import torch
 import yaml
 from rich.console import Console
 
+from tests.engine.processes import NEEDS_DEEPSPEED, Group
 from tests.engine.small_run import small_run
 from unified_lm.assembly import build_run, fit_run, train
-from unified_lm.assembly.machine import settle_dtype
+from unified_lm.assembly import machine as machine_module
+from unified_lm.assembly.machine import choose_backend, device_memory, settle_backend, settle_dtype
 from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import RunConfig
 from unified_lm.core.errors import ConfigError
 from unified_lm.engine.accounting.estimate import estimate
 from unified_lm.inference import UnifiedLM
+
+
+def little_memory(rank: int) -> None:
+    """A device that none of the tiny model's states fits."""
+    machine_module.device_memory = lambda device: 1000  # type: ignore[assignment]
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, unit: str | None) -> None:
@@ -100,3 +107,44 @@ def test_inference_widens_what_would_be_emulated(tmp_path: Path, monkeypatch: py
     assert dtype_of(UnifiedLM.from_pretrained(folder, device="cpu", dtype=None)) is torch.bfloat16
     machine(monkeypatch, "AMX")
     assert dtype_of(UnifiedLM.from_pretrained(folder, device="cpu")) is torch.bfloat16
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(192, "ddp"), (80, "zero1"), (40, "zero2"), (32, "zero3"), (8, "zero3")])
+def test_the_first_backend_that_fits_is_chosen(memory: int, expected: str) -> None:
+    """GritLM-7B in full fine-tuning on 8 GPUs."""
+    config = compose_run(["recipe=grit_mistral7b"])
+    backend, reason = choose_backend(config, 8, memory * GIB)
+    assert backend == expected
+    assert ("NO BACKEND'S ESTIMATE FITS" in reason) == (memory == 8)
+    assert "ddp" in reason or expected == "ddp"
+
+
+def test_a_backend_that_other_settings_forbid_is_not_chosen() -> None:
+    config = compose_run(["recipe=grit_mistral7b", "model.dtype=float32", "model.autocast=true"])
+    assert choose_backend(config, 8, 8 * GIB)[0] == "zero2"
+
+
+def test_one_process_needs_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unified_lm.assembly.machine.estimate", lambda *_: pytest.fail("estimated"))
+    config = compose_run(["recipe=grit_mistral7b"])
+    assert settle_backend(config) == (config, [])
+
+
+def test_ranks_of_one_node_share_the_memory_of_their_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = device_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device_memory(torch.device("cpu")) == whole // 4
+
+
+@NEEDS_DEEPSPEED
+def test_two_ranks_without_room_take_zero(tmp_path: Path) -> None:
+    arguments = small_run(tmp_path, tmp_path / "run", "max_steps=1")
+    group = Group(arguments, 2, tmp_path / "log", prepare=little_memory)
+    assert group.wait() == [0, 0], group.output()
+    assert "note: parallel=auto is zero" in group.output()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["starts"][0]["backend"].startswith("zero")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["parallel"]["backend"] == "auto"

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from unified_lm.assembly.build import Run, RunResult, assemble_run
 from unified_lm.assembly.continuation import check_continuation, earlier_settings
-from unified_lm.assembly.machine import settle_dtype
+from unified_lm.assembly.machine import settle_backend, settle_dtype
 from unified_lm.assembly.publish import check_export, write_export
 from unified_lm.assembly.run_record import write_record
 from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
@@ -64,13 +64,15 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     config, notices = settle_dtype(config, earlier)
     if earlier is not None:
         notices += check_continuation(earlier, config)
-    _say(notices, console)
-    run = assemble_run(config, run_dir, console)
+    placed, chosen = settle_backend(config)
+    _say([*notices, *chosen], console)
+    run = assemble_run(placed, run_dir, console)
     _report(run, console)
     if config.export.enabled:
         check_export(run)
     _score_references(run)
     if distributed.is_rank0():
+        # with parallel=auto as it is: a restart may have other devices, and any backend reads any other's checkpoints
         write_text(run_dir / RESOLVED_NAME, to_yaml(config))
     run_on_rank0(lambda: write_record(run))
     return run

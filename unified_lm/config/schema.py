@@ -133,8 +133,8 @@ class ParallelConfig:
     """How ranks share the work."""
 
     backend: str = "auto"
-    """"single" (one process), "ddp" (torchrun), "auto" (one of the two, by the number of processes), or DeepSpeed's "zero0",
-    "zero1", "zero2", "zero3" or "zero3_offload"."""
+    """"single" (one process), "ddp" (torchrun), DeepSpeed's "zero0", "zero1", "zero2", "zero3" or "zero3_offload", or "auto":
+    single for one process, else the first of ddp, zero1, zero2, zero3 whose estimate fits the devices' memory."""
     bucket_elements: int = 50_000_000
     """ZeRO: gradients reduced, and weights fetched ahead, at a time, in elements."""
     persistence_threshold: int = 100_000

@@ -22,6 +22,7 @@ from unified_lm.config.schema import ModelConfig, RunConfig
 from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import ModelError
 from unified_lm.engine.accounting.state_bytes import Sizes, state_bytes
+from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.lora import apply_lora, linear_module_names
 from unified_lm.models.precision import AUTO, auto_dtype
 from unified_lm.models.tiny import tiny_config
@@ -138,7 +139,7 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
             raise ModelError(f"model.family: transformers knows no family '{model.family}'.") from error
     if model.tiny_random:
         return tiny_config(model.family)
-    place = model.name
+    place = str(embedded_directory(model.name)) if model.source == "embedded" else model.name
     if model.init_from is not None:
         candidates = (Path(model.init_from) / "export", Path(model.init_from))
         place = next((str(folder) for folder in candidates if (folder / "config.json").is_file()), model.init_from)
