@@ -139,3 +139,11 @@ def test_the_embedded_model_brings_its_own_data_unless_told_otherwise() -> None:
     assert not chosen.notices
     assert compose_run(["recipe=llm2vec_simcse", "model=smollm2_135m"]).streams["simcse"].sources[0].subset == "sentences"
     assert not compose_run(["recipe=grit_smollm2"]).notices
+
+
+@pytest.mark.parametrize("recipe", [name for name in list_recipes() if isinstance(compose([f"recipe={name}"]), RunConfig)])
+def test_a_long_recipe_saves_on_the_way(recipe: str) -> None:
+    """What a crash may cost at most: a tenth of the run, or 200 steps."""
+    run = compose_run([f"recipe={recipe}"])
+    longest = max(run.max_steps / 10, 200)
+    assert run.max_steps <= 150 or 0 < run.checkpoint.every <= longest

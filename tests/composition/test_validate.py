@@ -140,7 +140,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("grit_smollm2", "streams.embedding.sources=[{builtin: pydoc}]", "Did you mean 'pydocs'?"),
         ("grit_smollm2", "streams.embedding.sources=[{path: a, streaming: true}]", "belongs to a Hub data set"),
         ("grit_smollm2", "streams.embedding.sources=[{hub: a, streaming: true}]", "set limit"),
-        ("grit_smollm2", "model.autocast=true", "but model.dtype is bfloat16"),
+        ("grit_smollm2", "model.autocast=true", "but model.dtype is auto"),
         ("grit_smollm2", "model.name=''", "model.name: is empty"),
         ("grit_smollm2", "model.attention_dropout=1.0", "expected a share from 0 to below 1"),
         ("llm2vec_simcse", "model.attention_kernel=flex", "the flex kernel has no dropout"),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from unified_lm.assembly.same_inputs import model_facts, require_same, setting_facts, stream_facts
 from unified_lm.batch import Batch
 from unified_lm.checkpoint.state import Identity, load_state
 from unified_lm.checkpoint.store import find_checkpoint, restore_metrics
@@ -117,6 +118,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     if config.model.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     streams = build_streams(config, loaded.tokenizer)
+    require_same({**setting_facts(config), **model_facts(loaded), **stream_facts(streams, "streams")})
     objectives = _objectives(config, backbone.hidden_size, device)
     trainable = _make_trainable(config, loaded, backbone, objectives).to(device)
     backend = make_backend(trainable, config.optim, config.parallel)
@@ -128,6 +130,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     clock = ComputeClock()
     forward, backward = traced("forward", clock.timed(backend.forward)), traced("backward", clock.timed(backend.backward))
     held_out = build_validation_streams(config, loaded.tokenizer)
+    require_same(stream_facts(held_out, "validation.sources"))
     terms = _coupled_terms(config, objectives, forward, trainable, backend.equal_forwards)
     step = GradCacheStep(forward, backward, weights, terms, equal_forwards=backend.equal_forwards)
     meter = StepMeter(trainable, step, clock, recomputes=config.model.gradient_checkpointing)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from unified_lm.assembly.ablation.sweep import arms
 from unified_lm.assembly.job import Job, free_memory
+from unified_lm.assembly.machine import settle_backend, settle_dtype
 from unified_lm.assembly.stages import default_run_dir, print_notices, rank0_console
 from unified_lm.config.schema import ChainConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
@@ -179,5 +180,7 @@ def _placed(stage: RunConfig, folder: Path, previous: Path | None) -> RunConfig:
 
 def _show(config: RunConfig) -> None:
     """Print what a run would do."""
-    print_notices(config, rank0_console())
-    print_dry_run(config, Console(quiet=not distributed.is_rank0()))
+    settled, notices = settle_dtype(config)
+    settled, chosen = settle_backend(settled)
+    print_notices(replace(settled, notices=(*settled.notices, *notices, *chosen)), rank0_console())
+    print_dry_run(settled, Console(quiet=not distributed.is_rank0()))

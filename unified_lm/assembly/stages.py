@@ -7,12 +7,15 @@ ablations are several such runs (`assembly.session`).
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from unified_lm.assembly.build import Run, RunResult, assemble_run
+from unified_lm.assembly.continuation import check_continuation, earlier_settings
+from unified_lm.assembly.machine import settle_backend, settle_dtype
 from unified_lm.assembly.publish import check_export, write_export
 from unified_lm.assembly.run_folder import occupy
 from unified_lm.assembly.run_record import write_record
@@ -61,12 +64,19 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     if notice := run_on_rank0(lambda: occupy(config, run_dir)):
         console.print(f"note: {notice}", highlight=False, soft_wrap=True)
     run_on_rank0(lambda: check_wandb(config.logging))
-    run = assemble_run(config, run_dir, console)
+    earlier = run_on_rank0(lambda: earlier_settings(config, run_dir))
+    config, notices = settle_dtype(config, earlier)
+    if earlier is not None:
+        notices += check_continuation(earlier, config)
+    placed, chosen = settle_backend(config)
+    _say([*notices, *chosen], console)
+    run = assemble_run(placed, run_dir, console)
     _report(run, console)
     if config.export.enabled:
         check_export(run)
     _score_references(run)
     if distributed.is_rank0():
+        # with parallel=auto as it is: a restart may have other devices, and any backend reads any other's checkpoints
         write_text(run_dir / RESOLVED_NAME, to_yaml(config))
     run_on_rank0(lambda: write_record(run))
     return run
@@ -134,7 +144,11 @@ def rank0_console() -> Console:
 
 def print_notices(config: RunConfig, console: Console) -> None:
     """Say what composition changed, or wants to be known."""
-    for notice in config.notices:
+    _say(config.notices, console)
+
+
+def _say(notices: Iterable[str], console: Console) -> None:
+    for notice in notices:
         console.print(f"note: {notice}", highlight=False, soft_wrap=True)
 
 
@@ -179,8 +193,7 @@ def _score_references(run: Run) -> None:
 
 def _report(run: Run, console: Console) -> None:
     """Say what became of every source's rows, and what loading and adapting changed."""
-    for notice in (*run.loaded.provenance["notices"], *(run.lora.notices if run.lora else ())):
-        console.print(f"note: {notice}", highlight=False, soft_wrap=True)
+    _say((*run.loaded.provenance["notices"], *(run.lora.notices if run.lora else ())), console)
     for name, stream in run.streams.items():
         stats = stream.stats
         for source, rows in stats.rows.items():

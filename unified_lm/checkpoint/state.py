@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ class RunState:
         num_ranks: processes of the run that wrote it.
         backend: name of the backend of that run, for information only.
         identity: the run that the state belongs to.
+        settings: the resolved configuration of the run that wrote it, as JSON values.
     """
 
     step: int
@@ -104,6 +105,7 @@ class RunState:
     num_ranks: int
     backend: str
     identity: Identity
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def save_state(state: RunState, rng: RngState, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> Path:
@@ -229,8 +231,15 @@ def load_state(path: Path, identity: Identity) -> RunState:
         raise CheckpointError(
             f"checkpoint {path} belongs to another run. " + "; ".join(differences) + ". Use another run_dir, or resume=none."
         )
+    content.setdefault("settings", {})  # younger than the first checkpoints
     fields = {name: content[name] for name in RunState.__dataclass_fields__ if name != "identity"}
     return RunState(**fields, identity=identity)
+
+
+def saved_settings(path: Path) -> dict[str, Any] | None:
+    """The configuration of the run that wrote a complete checkpoint; None if it was written before checkpoints kept it."""
+    settings: dict[str, Any] | None = _read_index(path).get("settings")
+    return settings or None
 
 
 def open_tensors(path: Path) -> ShardReader:

@@ -74,10 +74,20 @@ def run_group(name: str, description: str, commands: Mapping[str, Command], exam
     raise UserError(f"{PROGRAM} {name}: {f'unknown command {argv[0]!r}' if argv else 'no command given'}.{hint}")
 
 
-def add_device_options(parser: argparse._ActionsContainer) -> None:
-    """Add --device and --dtype, which say where and how a model's weights are held in memory."""
+def add_device_options(parser: argparse._ActionsContainer, dtype: str | None = None) -> None:
+    """Add --device and --dtype, which say where and how a model's weights are held in memory.
+
+    Args:
+        parser: takes the options.
+        dtype: the default. None keeps the stored type, so that a measurement is the same on every machine.
+    """
     parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16...; by default the stored type")
+    parser.add_argument(
+        "--dtype",
+        default=dtype,
+        help="float32, bfloat16..., or auto: the stored type, but float32 where the machine has no units for it "
+        f"(default: {dtype or 'the stored type'})",
+    )
 
 
 def positive(text: str) -> int:

@@ -74,7 +74,7 @@ def generate(argv: Sequence[str]) -> None:
 def _parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
     parser = command_parser(name, description, example)
     parser.add_argument("model", help="a run or its export folder, or a Hub name")
-    add_device_options(parser)
+    add_device_options(parser, dtype="auto")
     return parser
 
 

@@ -14,6 +14,7 @@ from unified_lm.core.errors import did_you_mean
 
 MODEL_SOURCES = ("hub", "embedded")
 DTYPES = ("float32", "bfloat16")
+AUTO = "auto"
 POOLINGS = ("mean", "weighted_mean", "last_token", "cls")
 
 
@@ -93,7 +94,7 @@ def _parallel(config: RunConfig) -> Iterator[str]:
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
     yield from choice("model.source", model.source, MODEL_SOURCES)
-    yield from choice("model.dtype", model.dtype, DTYPES)
+    yield from choice("model.dtype", model.dtype, (*DTYPES, AUTO))
     yield from choice("model.attention_kernel", model.attention_kernel, tuple(KERNELS))
     yield from choice("model.pooling", model.pooling, POOLINGS)
     if not model.name and not model.tiny_random and model.init_from is None:

@@ -57,7 +57,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Whether to run modeling code that comes with a checkpoint."""
     dtype: str = "bfloat16"
-    """Storage and compute type of the weights: "float32", or "bfloat16" (with float32 master weights for what is trained)."""
+    """Storage and compute type of the weights: "float32", "bfloat16" (with float32 master weights for what is trained), or
+    "auto": bfloat16 where the hardware multiplies it (AMX, AVX512-BF16, Arm BF16, CUDA), else float32."""
     autocast: bool = False
     """Keep float32 weights and compute in bfloat16 under autocast (needs dtype=float32)."""
     attention_kernel: str = "auto"
@@ -132,8 +133,8 @@ class ParallelConfig:
     """How ranks share the work."""
 
     backend: str = "auto"
-    """"single" (one process), "ddp" (torchrun), "auto" (one of the two, by the number of processes), or DeepSpeed's "zero0",
-    "zero1", "zero2", "zero3" or "zero3_offload"."""
+    """"single" (one process), "ddp" (torchrun), DeepSpeed's "zero0", "zero1", "zero2", "zero3" or "zero3_offload", or "auto":
+    single for one process, else the first of ddp, zero1, zero2, zero3 whose estimate fits the devices' memory."""
     bucket_elements: int = 50_000_000
     """ZeRO: gradients reduced, and weights fetched ahead, at a time, in elements."""
     persistence_threshold: int = 100_000

@@ -1,11 +1,11 @@
-"""The loop: next batch, step, log, validate, save."""
+"""The loop: next batch, step, log, save, validate."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from unified_lm.core.tracing import trace_span
 from unified_lm.engine.accounting.throughput import StepMeter
 from unified_lm.engine.backends.backend import Backend
 from unified_lm.engine.interruption import StopRequest, stop_message
-from unified_lm.engine.metrics import Reporter
+from unified_lm.engine.metrics import Reporter, held_out_lines
 from unified_lm.engine.schedule import learning_rate
 from unified_lm.engine.skipping import SkippedSteps, finite, save_rows
 from unified_lm.engine.step import GradCacheStep, StepLosses
@@ -100,16 +100,17 @@ def fit(training: TrainingState, stop: StopRequest) -> bool:
     progress = _resume(training)
     with training.reporter, _Saver(training, progress) as saver:
         training.reporter.start_at(progress.step)
-        if progress.step == 0:
-            _validate(training, 0, both_masks=True)
+        if _validates_at(config, progress.step) and not progress.validated:
+            _validate(training, progress.step)
         while progress.step < config.max_steps:
             values, stopped_by = _train_step(training, progress, stop)
             last = progress.step == config.max_steps
             training.reporter.step(progress.step, values, last=last)
-            if last or (_due(progress.step, config.validation.every) and stopped_by is None):
-                _validate(training, progress.step, both_masks=last)
+            # Saved first: whatever goes wrong while measuring, the steps are not lost. A resume measures what is missing.
             if last or stopped_by is not None or _due(progress.step, config.checkpoint.every):
                 saver.save()
+            if last or (_validates_at(config, progress.step) and stopped_by is None):
+                _validate(training, progress.step)
             if stopped_by is not None and not last:
                 training.reporter.say(stop_message(stopped_by, f"step {progress.step}, which is saved"))
                 return False
@@ -123,14 +124,21 @@ class _Progress:
     Attributes:
         step: optimizer steps taken, skipped ones included.
         skipped: those without an update.
+        validated: whether held-out data has been measured since the last of these steps.
     """
 
     step: int
     skipped: SkippedSteps
+    validated: bool = False
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _validates_at(config: RunConfig, step: int) -> bool:
+    """Whether held-out data is measured after so many steps: before the first, after the last, and in between."""
+    return step in (0, config.max_steps) or _due(step, config.validation.every)
 
 
 def _train_step(training: TrainingState, progress: _Progress, stop: StopRequest) -> tuple[dict[str, float], str | None]:
@@ -177,11 +185,13 @@ def _measurements(losses: StepLosses, rate: float, norm: float) -> dict[str, flo
     }
 
 
-def _validate(training: TrainingState, step: int, *, both_masks: bool) -> None:
+def _validate(training: TrainingState, step: int) -> None:
     """Measure held-out data; the first and the last time retrieval under the causal mask too."""
     if training.validator is None:
         return
-    measured = training.validator(both_masks=both_masks)
+    rng = RngState.capture()
+    measured = training.validator(both_masks=step in (0, training.config.max_steps))
+    rng.restore()  # a resume may come before or after a measurement, and must find the same state
     run_on_rank0(lambda: write_items(training.run_dir, step, measured.items))
     training.reporter.write(step, measured.values)
     shown = "  ".join(f"{name} {value:.3f}" for name, value in measured.values.items())
@@ -225,6 +235,7 @@ class _Saver:
             num_ranks=distributed.world_size(),
             backend=training.backend.name,
             identity=training.identity,
+            settings=asdict(training.config),
         )
         with trace_span(f"checkpoint of step {state.step}"):
             path = save_state(state, RngState.capture(), training.backend.optimizer_state(), self.folder)
@@ -261,7 +272,7 @@ def _resume(training: TrainingState) -> _Progress:
     ranks = distributed.world_size()
     if state.num_ranks == ranks:
         load_rng(path, distributed.rank()).restore()
-    training.reporter.log.cut(state.metrics_bytes)
+    training.reporter.log.cut(state.metrics_bytes, keep_step=state.step)
     training.reporter.say(f"resuming from {path.name}")
     if (state.num_ranks, state.backend) != (ranks, training.backend.name):
         training.reporter.say(
@@ -269,4 +280,5 @@ def _resume(training: TrainingState) -> _Progress:
             f"the order of the data continues{'' if state.num_ranks == ranks else ', dropout masks differ'}"
         )
     skipped.total, skipped.in_a_row = state.skipped, state.skipped_in_a_row
-    return _Progress(state.step, skipped)
+    measured = run_on_rank0(lambda: any(line["step"] == state.step for line in held_out_lines(training.run_dir)))
+    return _Progress(state.step, skipped, validated=measured)

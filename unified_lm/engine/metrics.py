@@ -32,10 +32,23 @@ class MetricsLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._handle = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
 
-    def cut(self, num_bytes: int) -> None:
-        """Cut the file to a length: on resume, the lines of steps that will be taken again go away."""
-        if self._handle is not None:
-            os.truncate(self.path, min(num_bytes, self.num_bytes))
+    def cut(self, num_bytes: int, keep_step: int | None = None) -> None:
+        """Cut the file to a length: on resume, the lines of steps that will be taken again go away.
+
+        Args:
+            num_bytes: what stays.
+            keep_step: complete lines of this step that follow stay too: what was measured on the state of a checkpoint after it
+                was written.
+        """
+        if self._handle is None:
+            return
+        with open(self.path, "rb") as file:
+            file.seek(num_bytes)
+            for line in file:
+                if keep_step is None or not line.endswith(b"\n") or not line.startswith(b'{"step": %d,' % keep_step):
+                    break
+                num_bytes += len(line)
+        os.truncate(self.path, min(num_bytes, self.num_bytes))
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line and hand it to the operating system."""

@@ -20,6 +20,7 @@ from unified_lm.export.standardizer_files import load_standardizer
 from unified_lm.export.verify import load_projection, quiet_transformers
 from unified_lm.models.load_errors import check_complete
 from unified_lm.models.pooling import Projection
+from unified_lm.models.precision import AUTO, auto_inference_dtype
 from unified_lm.models.standardizer import Standardizer
 from unified_lm.models.weights_hash import check_weights_hash
 
@@ -62,7 +63,7 @@ def load_parts(
     Args:
         name_or_path: a folder (for a run, its export is loaded), or a Hub name.
         device: None takes the accelerator if there is one.
-        dtype: None takes the stored dtype.
+        dtype: None takes the stored dtype; "auto" too, or float32 where the device would only emulate it.
         revision: Hub revision.
         needs_manifest: whether to refuse a folder that is not an export.
         check_weights: whether to compare the weights of an export with the hash it records, see `check_weights_hash`.
@@ -76,6 +77,7 @@ def load_parts(
     manifest = Manifest.load(folder) if needs_manifest or (folder / FILE_NAME).is_file() else None
     if manifest is not None:
         check_weights_hash(folder, manifest.weights_hash, always=check_weights)
+    target = local_device() if device is None else torch.device(device)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -88,8 +90,10 @@ def load_parts(
         raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
     causal_lm, info = loaded
     check_complete(info, str(folder), causal_lm)
+    if dtype == AUTO:
+        causal_lm.to(auto_inference_dtype(causal_lm.dtype, target))
     hidden_size = causal_lm.config.get_text_config().hidden_size
-    causal_lm.to(local_device() if device is None else torch.device(device))  # type: ignore[arg-type]
+    causal_lm.to(target)  # type: ignore[arg-type]
     return Parts(
         causal_lm=causal_lm.eval(),
         tokenizer=tokenizer,
@@ -149,9 +153,11 @@ def _export_of(folder: Path) -> Path:
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype or "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype in (None, AUTO):
+        return "auto"  # transformers' word for the stored type
     resolved = getattr(torch, dtype, None)
     if not isinstance(resolved, torch.dtype):
-        raise ConfigError(f"unknown dtype '{dtype}'; expected float32, bfloat16 or float16.")
+        raise ConfigError(f"unknown dtype '{dtype}'; expected auto, float32, bfloat16 or float16.")
     return resolved

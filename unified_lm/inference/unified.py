@@ -110,7 +110,7 @@ class UnifiedLM:
         name_or_path: str | Path,
         *,
         device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        dtype: str | torch.dtype | None = "auto",
         attention_kernel: str = "auto",
         revision: str | None = None,
         template: str | Template | None = None,
@@ -123,7 +123,8 @@ class UnifiedLM:
         Args:
             name_or_path: a folder, or a Hub name.
             device: where to run; None takes the accelerator if there is one.
-            dtype: of the weights in memory ("float32", "bfloat16"...); None takes the stored one.
+            dtype: of the weights in memory: "float32", "bfloat16"..., None for the stored one, or "auto", which is the stored
+                one too, but float32 (twice the memory) where the device would only emulate bfloat16, several times slower.
             attention_kernel: see `Backbone`.
             revision: Hub revision.
             template: replaces the export's prompt template. Required if the model is not an export.

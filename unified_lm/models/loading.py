@@ -10,7 +10,7 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ from transformers import (
 )
 
 from unified_lm.config.schema import ModelConfig
-from unified_lm.core import distributed
+from unified_lm.core.distributed import is_rank0, local_device
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.models.architecture import check_architecture, override_dropout
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.load_errors import check_complete, explain
+from unified_lm.models.precision import AUTO, auto_dtype
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 from unified_lm.models.weights_hash import check_weights_hash
 
@@ -104,7 +105,8 @@ def load_model(
             the model exactly, or an export whose weights are not those that were exported.
         CheckpointError: the cache of the embedded model cannot be written.
     """
-    dtype = _dtype(config.dtype)
+    config = replace(config, dtype=_dtype_name(config.dtype, device))
+    dtype = DTYPES[config.dtype]
     if config.tiny_random and config.init_from is None:
         return _load_tiny(config, dtype, device, quantize_4bit)
     origin = _locate(config)
@@ -115,7 +117,7 @@ def load_model(
     check_architecture(hf_config, config.family, origin.name)
     if recorded := (origin.extra.get("manifest") or {}).get("weights_hash"):
         # One rank is enough to refuse the run, and days of training on other weights cost more than seconds of reading.
-        check_weights_hash(Path(origin.location), str(recorded), always=distributed.is_rank0())
+        check_weights_hash(Path(origin.location), str(recorded), always=is_rank0())
     own = override_dropout(hf_config, config.attention_dropout)
     causal_lm = _load_weights(origin, config, hf_config, dtype, device, quantize_4bit)
     tokenizer = _load_tokenizer(origin, config)
@@ -154,10 +156,12 @@ def _load_tiny(config: ModelConfig, dtype: torch.dtype, device: torch.device | s
     return _finish(_move(causal_lm, device), tokenizer, config, origin, own)
 
 
-def _dtype(name: str) -> torch.dtype:
+def _dtype_name(name: str, device: torch.device | str | None) -> str:
+    if name == AUTO:
+        return auto_dtype(local_device() if device is None else torch.device(device))[0]
     if name not in DTYPES:
-        raise ModelError(f"unknown model.dtype '{name}'.{did_you_mean(name, DTYPES)}")
-    return DTYPES[name]
+        raise ModelError(f"unknown model.dtype '{name}'.{did_you_mean(name, (*DTYPES, AUTO))}")
+    return name
 
 
 def _locate(config: ModelConfig) -> _Origin:

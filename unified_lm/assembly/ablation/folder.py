@@ -11,18 +11,17 @@ from unified_lm.checkpoint.store import list_checkpoints, remove_checkpoints
 from unified_lm.composition.convert import from_yaml
 from unified_lm.composition.flat import flatten
 from unified_lm.composition.locate import RESOLVED_NAME
+from unified_lm.config.continuation import Change, change_of
 from unified_lm.config.schema import ArmConfig, SweepConfig
 from unified_lm.core.errors import CheckpointError, OutputError
 from unified_lm.core.files import write_json
+from unified_lm.models.precision import AUTO
 from unified_lm.reporting.compare import SWEEP_FILE
 
 FINISHED = "finished.json"
 """Written into an arm's folder when its last step is taken and measured."""
 FAILED = "failed.json"
 """Written into an arm's folder when it fails, with the reason; removed when it finishes."""
-
-_FREE = ("run_dir", "resume", "dry_run", "description", "notices", "logging", "checkpoint", "parallel.timeout_minutes")
-"""What may differ between a started arm and what is asked for now: it changes no number."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +108,17 @@ def _difference(arm: ArmConfig) -> str | None:
     if not file.is_file() or ((folder / FAILED).is_file() and not list_checkpoints(folder / "checkpoints")):
         return None
     before, now = (flatten(config) for config in (from_yaml(file), arm.run))
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and not _is_free(key)]
+    changed = [
+        key
+        for key in {**before, **now}
+        # the machine decided an "auto" when the arm started, and it keeps that
+        if now.get(key) not in (before.get(key), AUTO) and change_of(key) is not Change.FREE
+    ]
     if not changed:
         return None
     listed = ", ".join(f"{key} was {_show(before.get(key))}, is {_show(now.get(key))}" for key in changed[:8])
     more = f", and {len(changed) - 8} more" if len(changed) > 8 else ""
     return f"  {file.parent.name}: {listed}{more}"
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in _FREE)
 
 
 def _show(value: Any) -> str:

@@ -13,6 +13,7 @@ from unified_lm.assembly.ablation.failures import Failures
 from unified_lm.assembly.ablation.folder import begin, mark_finished
 from unified_lm.assembly.build import RunResult
 from unified_lm.assembly.job import Job, free_memory
+from unified_lm.assembly.machine import settle_dtype
 from unified_lm.assembly.stages import rank0_console
 from unified_lm.config.schema import ArmConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
@@ -37,7 +38,7 @@ def arms(sweep: SweepConfig, console: Console | None = None) -> Iterator[Job]:
     """
     console = console or rank0_console()
     if sweep.arms[0].run.dry_run:
-        print_sweep(sweep, Console(quiet=not distributed.is_rank0()))
+        print_sweep(_settled(sweep), Console(quiet=not distributed.is_rank0()))
         return
     begun = run_on_rank0(lambda: begin(sweep))
     failures = Failures(len(sweep.arms), any_finished=bool(begun.finished), console=console)
@@ -65,6 +66,15 @@ def arms(sweep: SweepConfig, console: Console | None = None) -> Iterator[Job]:
         free_memory()
     failures.tell_and_raise()
     console.print(f"compare the arms: unified-lm compare {sweep.run_dir}", highlight=False, soft_wrap=True)
+
+
+def _settled(sweep: SweepConfig) -> SweepConfig:
+    """The ablation with what the machine decides, for an estimate."""
+    arms = []
+    for arm in sweep.arms:
+        run, notices = settle_dtype(arm.run)
+        arms.append(replace(arm, run=replace(run, notices=(*run.notices, *notices))))
+    return replace(sweep, arms=tuple(arms))
 
 
 def _placed(arm: ArmConfig, sweep: SweepConfig) -> RunConfig:

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from unified_lm.config.schema import ModelConfig, RunConfig
+from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import ModelError
 from unified_lm.engine.accounting.state_bytes import Sizes, state_bytes
+from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.lora import apply_lora, linear_module_names
+from unified_lm.models.precision import AUTO, auto_dtype
 from unified_lm.models.tiny import tiny_config
 from unified_lm.objectives.cross_entropy import TILE_BYTES
 
@@ -69,11 +72,13 @@ def estimate(config: RunConfig, world_size: int = 1) -> Estimate:
 
     Args:
         config: the run.
-        world_size: ranks; what each holds depends on `parallel.backend`.
+        world_size: ranks; what each holds depends on `parallel.backend`. "auto" counts as holding everything on each.
 
     Raises:
         ModelError: the family is unknown to transformers, or the model's configuration cannot be found.
     """
+    if config.model.dtype == AUTO:
+        config = replace(config, model=replace(config.model, dtype=auto_dtype(local_device())[0]))
     model_config = model_configuration(config.model)
     model = _build_without_storage(model_config)
     base = sum(parameter.numel() for parameter in model.parameters())
@@ -134,7 +139,7 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
             raise ModelError(f"model.family: transformers knows no family '{model.family}'.") from error
     if model.tiny_random:
         return tiny_config(model.family)
-    place = model.name
+    place = str(embedded_directory(model.name)) if model.source == "embedded" else model.name
     if model.init_from is not None:
         candidates = (Path(model.init_from) / "export", Path(model.init_from))
         place = next((str(folder) for folder in candidates if (folder / "config.json").is_file()), model.init_from)
