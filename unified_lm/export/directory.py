@@ -91,15 +91,7 @@ def export_model(
             "sentence_transformers=False for transformers and UnifiedLM only."
         )
     hidden_size = causal_lm.config.get_text_config().hidden_size
-    complete = replace(
-        manifest,
-        family=causal_lm.config.model_type,
-        template=template.name,
-        template_fields=asdict(template),
-        embedding_dim=(projection.linear.out_features if projection is not None else hidden_size) if manifest.can_embed else 0,
-        projection_dim=projection.linear.out_features if projection is not None else None,
-        versions=library_versions(),
-    )
+    complete = _complete(manifest, causal_lm.config.model_type, template, hidden_size, projection)
     written: list[Manifest] = []
 
     def fill(building: Path) -> None:
@@ -129,6 +121,20 @@ def export_model(
         raise CheckpointError(f"could not write {target}: {error}. What was there before is untouched.") from error
     _log.info("exported to %s (verified: %s)", target, check.value)
     return written[0]
+
+
+def _complete(manifest: Manifest, family: str, template: Template, hidden_size: int, projection: Projection | None) -> Manifest:
+    """The manifest with what follows from the model and the template; `weights_hash` is known once they are written."""
+    projected = projection.linear.out_features if projection is not None else None
+    return replace(
+        manifest,
+        family=family,
+        template=template.name,
+        template_fields=asdict(template),
+        embedding_dim=(projected or hidden_size) if manifest.can_embed else 0,
+        projection_dim=projected,
+        versions=library_versions(),
+    )
 
 
 def _is_write_failure(error: Exception) -> bool:

@@ -93,7 +93,7 @@ def load_parts(
     if dtype == AUTO:
         causal_lm.to(auto_inference_dtype(causal_lm.dtype, target))
     hidden_size = causal_lm.config.get_text_config().hidden_size
-    causal_lm.to(target)  # type: ignore[arg-type]
+    causal_lm.to(target)
     return Parts(
         causal_lm=causal_lm.eval(),
         tokenizer=tokenizer,

@@ -15,8 +15,6 @@ from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
@@ -28,7 +26,7 @@ from unified_lm.inference.generation import Messages, conversation_turns, genera
 from unified_lm.inference.loading import load_parts
 from unified_lm.inference.search import Hit, best_hits, cosine_similarity
 from unified_lm.models.backbone import Backbone
-from unified_lm.models.embedding import embed_samples
+from unified_lm.models.embedding import embed_samples, progress_bar
 from unified_lm.models.pooling import Pooling, Projection
 from unified_lm.models.standardizer import Standardizer, embedding_head
 
@@ -285,7 +283,7 @@ class UnifiedLM:
         text_list = [texts] if isinstance(texts, str) else list(texts)
         encoded = self._encode_prompts(text_list, instruction, self._max_tokens if max_tokens is None else max_tokens)
         samples = [embedding_sample(item, self._attention) for item in encoded]
-        with self._lock, _progress(len(samples), show_progress) as advance:
+        with self._lock, progress_bar(len(samples), show_progress) as advance:
             vectors = embed_samples(
                 self._backbone,
                 samples,
@@ -394,14 +392,3 @@ class UnifiedLM:
             self.num_truncated += truncated
             _log.warning("%d of %d texts were cut to %d tokens", truncated, len(texts), max_tokens)
         return encoded
-
-
-@contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[int], None] | None]:
-    """Yields a function that advances a progress bar on stderr, or None if nothing is shown."""
-    if not show:
-        yield None
-        return
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("embedding", total=total)
-        yield lambda count: bar.update(task, advance=count)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
 from unified_lm.batch import Pack, Sample, make_pack
@@ -123,3 +126,22 @@ def _number(samples: Sequence[Sample], indices: Sequence[int]) -> Pack:
     members = [replace(samples[index], labels=None, token_weights=None) for index in indices]
     assert all(member.pool is not None for member in members), "only samples with a pool span can be embedded"
     return make_pack(members, {id(member): index for member, index in zip(members, indices, strict=True)})
+
+
+@contextmanager
+def progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None] | None]:
+    """Show a progress bar on stderr while texts are embedded.
+
+    Args:
+        total: number of texts.
+        show: whether to show one.
+
+    Yields:
+        A function that advances the bar by a number of texts, or None if nothing is shown.
+    """
+    if not show:
+        yield None
+        return
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("embedding", total=total)
+        yield lambda count: bar.update(task, advance=count)
