@@ -61,6 +61,15 @@ def test_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean 'exact'" in capsys.readouterr().err
 
 
+def test_the_former_spelling_of_a_kind_is_accepted(tmp_path: Path) -> None:
+    rows, report = pairs(tmp_path / "rows.jsonl"), tmp_path / "overlap.yaml"
+    (tmp_path / "eval.tsv").write_text("sentence1\nQuestion 3 about TEA!\n")
+    for spelling in ("normalised", "normalized"):
+        arguments = [str(rows), str(tmp_path / "eval.tsv"), "--report", str(report), "--kinds", f"exact,{spelling}"]
+        assert main(["data", "overlap", *arguments]) == 0
+        assert yaml.safe_load(report.read_text())["kinds"] == {"exact": 0, "normalized": 1, "ngram": 0, "near": 0}
+
+
 def test_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "wiki1m_for_simcse.txt").write_text("One sentence.\n\nAnother one.\n")
     out = tmp_path / "data"

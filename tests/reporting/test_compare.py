@@ -62,3 +62,48 @@ def test_runs_that_are_not_finished_are_left_out_and_named(monkeypatch: pytest.M
     found = compare([])
     assert found.reference.mean(METRIC) == pytest.approx(-0.5)
     assert "Not finished: a-seed1 (step 0 of 20)." in found.notes
+
+
+@pytest.mark.parametrize(
+    ("key", "noted"),
+    [
+        ("objective.margin", True),  # of an objective from outside the package
+        ("objective.beta", True),
+        ("objective.name", True),
+        ("swap_probability", True),  # of a format from outside the package
+        ("masking.probability", True),
+        ("batch_size", True),
+        ("objective.normalization", True),
+        ("objective.weight", False),
+        ("objective.router_aux_loss_coef", False),
+        ("objective.reference", False),
+        ("objective.gradient_scale", False),
+        ("objective.cross_entropy", False),
+        ("sources", False),
+        ("attention", False),
+        ("template", False),
+        ("source_temperature", False),
+    ],
+)
+def test_losses_that_arms_measure_differently_are_named(monkeypatch: pytest.MonkeyPatch, key: str, noted: bool) -> None:
+    changed = f"streams.mine.{key}"
+    assert _notes_of(monkeypatch, changed, {}) == (
+        [f"heldout/mine does not compare: the arms measure it differently ({changed})."] if noted else []
+    )
+
+
+def test_a_common_average_makes_normalizations_comparable(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"validation.normalization": "token"}
+    assert not _notes_of(monkeypatch, "streams.mine.objective.normalization", common)
+    assert _notes_of(monkeypatch, "streams.mine.objective.margin", common)
+
+
+def _notes_of(monkeypatch: pytest.MonkeyPatch, changed: str, common: dict[str, Any]) -> list[str]:
+    """The notes about losses that do not compare, where two arms differ in one setting."""
+    scores = np.linspace(0, 1, 20)
+    runs = [
+        replace(_run(name, 1, scores, {**common, "max_steps": 1, changed: name}), after={"heldout/mine": 0.5})
+        for name in ("a", "b")
+    ]
+    monkeypatch.setattr("unified_lm.reporting.compare._load", lambda folders: runs)
+    return [note for note in compare([]).notes if "does not compare" in note]

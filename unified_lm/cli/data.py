@@ -94,11 +94,14 @@ def _check_outputs(outputs: Sequence[Path], inputs: Sequence[RowFile]) -> None:
 
 
 def _kinds(names: str) -> tuple[OverlapKind, ...]:
-    known = {kind.value: kind for kind in OverlapKind}
+    chosen = set()
     for name in filter(None, names.split(",")):
-        if name not in known:
-            raise UserError(f"--kinds: unknown kind '{name}'.{did_you_mean(name, known)}")
-    return tuple(kind for name, kind in known.items() if name in names.split(","))
+        try:
+            chosen.add(OverlapKind(name))
+        except ValueError:
+            known = [kind.value for kind in OverlapKind]
+            raise UserError(f"--kinds: unknown kind '{name}'.{did_you_mean(name, known)}") from None
+    return tuple(kind for kind in OverlapKind if kind in chosen)
 
 
 def _print_overlap(report: OverlapReport, config: OverlapConfig, console: Console) -> None:

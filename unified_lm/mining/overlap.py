@@ -36,6 +36,10 @@ class OverlapKind(Enum):
     NGRAM = "ngram"
     NEAR = "near"
 
+    @classmethod
+    def _missing_(cls, value: object) -> OverlapKind | None:
+        return cls.NORMALIZED if value == "normalised" else None  # as it was once spelled, in scripts that still run
+
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapConfig:

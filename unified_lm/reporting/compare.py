@@ -29,15 +29,17 @@ _IGNORED = ("run_dir", "resume", "dry_run", "description", "notices", "logging",
 """Parts of a configuration that decide where and how a run is executed, not what it trains."""
 _SEED = "seed"
 _SEED_SUFFIX = re.compile(r"-seed\d+$")
-_CHANGES_LOSS = {
-    *("num_hard_negatives", "batch_size", "mix_sources", "max_query_tokens", "max_document_tokens", "max_tokens"),
-    *("objective.temperature", "objective.matryoshka_dims", "objective.symmetric", "objective.mask_same_text"),
-    *("objective.similarity_dtype", "objective.name"),
+_SAME_MEASURE = {
+    *("sources", "attention", "template", "source_temperature"),
+    *("objective.weight", "objective.router_aux_loss_coef", "objective.reference"),
+    *("objective.gradient_scale", "objective.reference_world_size", "objective.cross_entropy"),
 }
-"""Settings of a stream that change the meaning of its held-out loss."""
+"""Settings of a stream that may change what a model learns, but not what its held-out loss means. Every other one, also of a
+format or an objective from outside the package, counts as changing the loss."""
+_AVERAGING = {"objective.normalization", "objective.micro_batch_size"}
+"""Settings of a stream that change its held-out loss unless `validation.normalization` sets how all arms are averaged."""
 _RETRIEVAL = "validation.retrieval"
 """Prefix of the settings that decide the retrieval queries."""
-_AVERAGING = {"objective.normalization", "objective.micro_batch_size"}
 
 
 @dataclass(frozen=True)
@@ -258,8 +260,8 @@ def _notes(
     for stream in sorted({key.split(".")[1] for key in differing if key.startswith("streams.") and key.count(".") > 1}):
         own = [key for key in differing if key.startswith(f"streams.{stream}.")]
         common = all(arm.setting("validation.normalization") is not None for arm in arms)
-        changing = _CHANGES_LOSS if common else _CHANGES_LOSS | _AVERAGING
-        causes = [key for key in own if key.removeprefix(f"streams.{stream}.") in changing]
+        harmless = _SAME_MEASURE | _AVERAGING if common else _SAME_MEASURE
+        causes = [key for key in own if key.removeprefix(f"streams.{stream}.") not in harmless]
         if causes and any(f"heldout/{stream}" in run.after for run in runs):
             notes.append(f"heldout/{stream} does not compare: the arms measure it differently ({', '.join(causes)}).")
     if any(key.endswith(".attention") for key in differing):
