@@ -203,3 +203,17 @@ def test_composition_needs_no_torch() -> None:
 
 def test_run_config_is_what_a_recipe_gives() -> None:
     assert isinstance(compose(["recipe=grit_smollm2"]), RunConfig)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("chain: ['{file}']", "stage .*: recipe 'own' is a chain"),
+        ("ablation: {{base: {{'{file}': []}}, arms: {{a: []}}}}", "arm a: recipe 'own' is an ablation of several runs"),
+    ],
+)
+def test_a_recipe_that_names_itself_is_refused(tmp_path, content, message):
+    file = tmp_path / "own.yaml"
+    file.write_text(content.format(file=file))
+    with pytest.raises(ConfigError, match=message):
+        compose([f"recipe={file}"])
