@@ -215,3 +215,17 @@ def test_run_config_is_what_a_recipe_gives() -> None:
 def test_another_objective_keeps_the_weight_and_nothing_else(argument: str) -> None:
     objective = compose_run(["recipe=grit_mixtral8x7b", argument]).streams["generation"].objective
     assert (objective.weight, objective.normalization, objective.router_balance) == (0.003, "token", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("chain: ['{file}']", "stage .*: recipe 'own' is a chain"),
+        ("ablation: {{base: {{'{file}': []}}, arms: {{a: []}}}}", "arm a: recipe 'own' is an ablation of several runs"),
+    ],
+)
+def test_a_recipe_that_names_itself_is_refused(tmp_path, content, message):
+    file = tmp_path / "own.yaml"
+    file.write_text(content.format(file=file))
+    with pytest.raises(ConfigError, match=message):
+        compose([f"recipe={file}"])

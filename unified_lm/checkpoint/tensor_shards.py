@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from unified_lm.core import distributed
 from unified_lm.core.errors import CheckpointError
+from unified_lm.core.tracing import trace_span
 
 _DTYPES = {
     torch.float32: "F32",
@@ -114,7 +115,8 @@ def write_shard(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> tu
             continue
         try:
             writer = writer or ShardWriter(folder / shard_name(rank, len(num_bytes)))
-            writer.add(name, tensor)
+            with trace_span(f"write {name}", waits=False):  # the watchdog sees progress tensor by tensor
+                writer.add(name, tensor)
             names.append(name)
         except OSError as error:
             failure = error
@@ -167,7 +169,8 @@ class ShardReader:
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.folder / file, framework="pt")
-            value: torch.Tensor = self._open[file].get_tensor(name)
+            with trace_span(f"read {name}", waits=False):
+                value: torch.Tensor = self._open[file].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"checkpoint {self.folder}: {file} cannot be read: {error}. Remove it to resume from an earlier one."

@@ -87,12 +87,17 @@ def compose_run(argv: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: as `compose`, or the recipe is a chain or an ablation.
     """
+    path = find_recipe(_split_recipe(argv, [])[0])
+    raw = read_yaml(path)  # judged before anything is composed: a chain or an ablation may name itself
+    if "chain" in raw:
+        names = ", ".join(map(str, raw["chain"])) if isinstance(raw["chain"], list) else raw["chain"]
+        raise ConfigError(f"recipe '{path.stem}' is a chain; choose one of its stages: {names}.")
+    if ABLATION in raw:
+        bases = raw[ABLATION].get("base") if isinstance(raw[ABLATION], dict) else None
+        base = next(iter(bases)) if isinstance(bases, dict) and bases else bases
+        raise ConfigError(f"recipe '{path.stem}' is an ablation of several runs; choose its base: {base}.")
     config = compose(argv)
-    if isinstance(config, ChainConfig):
-        names = ", ".join(stage.recipe for stage in config.stages)
-        raise ConfigError(f"recipe '{config.recipe}' is a chain; choose one of its stages: {names}.")
-    if isinstance(config, SweepConfig):
-        raise ConfigError(f"recipe '{config.recipe}' is an ablation of several runs; choose its base: {config.base}.")
+    assert isinstance(config, RunConfig), "neither a chain nor an ablation"
     return config
 
 
