@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.assembly import train
 from unified_lm.cli.main import run_command
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core import distributed

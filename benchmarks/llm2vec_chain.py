@@ -23,10 +23,10 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from unified_lm import UnifiedLM
-from unified_lm.assembly import train
 from unified_lm.assembly.checkpoints import load_run
 from unified_lm.checkpoint.state import PREFIX
 from unified_lm.checkpoint.store import list_checkpoints
+from unified_lm.cli.script import train
 from unified_lm.config.schema import ModelConfig
 from unified_lm.models.loading import load_model
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from unified_lm.assembly import train
 from unified_lm.cli.main import main
+from unified_lm.cli.script import train
 from unified_lm.core.errors import CheckpointError
 from unified_lm.export.manifest import Manifest
 from unified_lm.inference import UnifiedLM

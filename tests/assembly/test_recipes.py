@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 from unified_lm.composition.locate import list_recipes
 from unified_lm.core.errors import UserError
 from unified_lm.export.manifest import Manifest

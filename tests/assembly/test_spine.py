@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from tests.engine.small_run import metrics, small_run
-from unified_lm.assembly import Job, build_run, export_run, fit_run, stages, train, training_session
+from unified_lm.assembly import Job, build_run, export_run, fit_run, stages, training_session
 from unified_lm.assembly.ablation.folder import FAILED, FINISHED
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose, compose_run
 from unified_lm.core.errors import CheckpointError, ConfigError, UserError
 
@@ -32,6 +33,12 @@ def test_train_py_reads_compose_build_fit_export() -> None:
     ]
     assert [name for _, name in sorted(called)] == ["compose", "training_session", "build_run", "fit_run", "export_run"]
     assert len((ROOT / "train.py").read_text().splitlines()) <= 45
+
+
+def test_only_the_command_loads_train_py() -> None:
+    """It imports the command line, so a layer below that loaded it by its path would import upward, unseen by lint-imports."""
+    loaders = [path for path in (ROOT / "unified_lm").rglob("*.py") if "spec_from_file_location" in path.read_text()]
+    assert [str(path.relative_to(ROOT)) for path in loaders] == ["unified_lm/cli/script.py"]
 
 
 def test_one_frame_lies_between_main_and_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.engine.processes import Group
-from unified_lm.assembly import train
 from unified_lm.assembly.ablation.folder import FINISHED
+from unified_lm.cli.script import train
 
 QUIET = ("logging.progress=false", "validation.num_batches=1")
 CHAIN = ("recipe=llm2vec", "model=tiny_random", "max_steps=2", "resume=auto", *QUIET)

@@ -1,5 +1,6 @@
 """Every name that the glossary puts in code type exists."""
 
+import importlib
 import re
 from functools import cache
 
@@ -14,14 +15,24 @@ def sources() -> str:
     return "\n".join(path.read_text(encoding="utf-8") for path in files)
 
 
+def has_attribute(name: str, attribute: str) -> bool:
+    """Whether a class of the package, wherever it is defined, has or declares an attribute."""
+    defines = re.compile(rf"^class {name}\b", re.MULTILINE)
+    files = [path for path in ROOT.rglob("unified_lm/**/*.py") if defines.search(path.read_text(encoding="utf-8"))]
+    modules = [importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)) for path in files]
+    classes = [getattr(module, name) for module in modules]
+    declared = {key for found in classes for parent in found.__mro__ for key in vars(parent).get("__annotations__", {})}
+    return attribute in declared or any(hasattr(found, attribute) for found in classes)
+
+
 def exists(term: str) -> bool:
-    """Whether a term is a file or folder, a dotted module, or a name in the code (`Class.attribute`: both are)."""
+    """Whether a term is a file or folder, a dotted module, a `Class.attribute`, or a name in the code."""
     term = term.rstrip("/")
     if (ROOT / term).exists() or (ROOT / term.replace(".", "/")).is_dir() or (ROOT / f"{term.replace('.', '/')}.py").is_file():
         return True
-    if re.search(rf"(?<![\w.]){re.escape(term)}(?!\w)", sources()):
-        return True
-    return "." in term and all(re.search(rf"\b{re.escape(part)}\b", sources()) for part in term.split("."))
+    if found := re.fullmatch(r"([A-Z]\w*)\.(\w+)", term):
+        return has_attribute(*found.groups())
+    return re.search(rf"(?<![\w.]){re.escape(term)}(?!\w)", sources()) is not None
 
 
 def test_terms_exist() -> None:
@@ -32,6 +43,9 @@ def test_terms_exist() -> None:
 
 def test_unknown_terms_are_found() -> None:
     assert exists("Sample.group")
+    assert exists("Sample.is_control")
+    assert exists("AttentionMode.SPAN")
+    assert not exists("Sample.control"), "both words are in the code, but a sample has no such attribute"
     assert not exists("Sample.place_in_group")
     assert not exists("GradCashStep")
 

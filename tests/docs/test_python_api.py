@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.small_run import metrics
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 from unified_lm.export.manifest import Manifest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "python-api.md"

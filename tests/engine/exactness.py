@@ -28,7 +28,7 @@ from unified_lm.models.lora import apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.tiny import tiny_model
 from unified_lm.objectives import OBJECTIVES, ContrastiveConfig, KTOConfig, build_objective
-from unified_lm.objectives.load_balancing import expert_share
+from unified_lm.objectives.load_balancing import expert_fraction
 
 OPTIM = OptimConfig(eps=1e-3, weight_decay=0.1)  # an epsilon that does not amplify rounding
 RATE = 1e-3
@@ -211,9 +211,9 @@ def _make_balance(case: Case, backend: Backend) -> RouterBalance:
 class _OwnChoices(RouterBalance):
     def couple(self, batch: Batch, seen: Sequence[tuple[Pack, PackOutput]]) -> None:
         super().couple(batch, seen)
-        (rows,) = (rows for _, rows in self._shares.values())
+        (rows,) = (rows for _, rows in self._fractions.values())
         load = torch.stack([output.readouts[RoutingReadout.name]["generation"][0] for _, output in seen]).sum(0)
-        self._shares = {"generation": (expert_share(load, self.top_k)[0], rows)}
+        self._fractions = {"generation": (expert_fraction(load, self.top_k)[0], rows)}
 
 
 class _OwnBaseline(SequenceScoring):

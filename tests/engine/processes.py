@@ -16,7 +16,7 @@ import pytest
 NEEDS_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["unified_lm.assembly"])
+_CONTEXT.set_forkserver_preload(["unified_lm.assembly", "unified_lm.cli.script"])
 
 
 class Group:
@@ -83,8 +83,8 @@ def _train(arguments: list[str], rank: int, size: int, port: int, log: str, prep
     os.dup2(descriptor, 2)
     import torch
 
-    from unified_lm.assembly import train
     from unified_lm.cli.main import run_command
+    from unified_lm.cli.script import train
 
     torch.set_num_threads(1)
     if prepare is not None:

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from tests.engine.processes import NEEDS_DEEPSPEED, Group
 from tests.engine.small_run import equal, metrics, tensors
-from unified_lm.assembly import train
 from unified_lm.assembly.checkpoints import export_checkpoint
+from unified_lm.cli.script import train
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.engine import reference_scores

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.engine.small_run import metrics, tensors
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 from unified_lm.core.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]

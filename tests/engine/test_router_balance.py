@@ -115,8 +115,8 @@ def test_the_choices_of_a_pack_alone_would_be_wrong(monkeypatch):
         """f of the pack, and the step's count."""
         (stream,) = self.weights
         load, probability = output.readouts[RoutingReadout.name][stream]
-        share, rows = load / (load.sum() / self.top_k), self._shares[stream][1]
-        return self.weights[stream] * self.num_experts * (share * probability).sum() / rows
+        fraction, rows = load / (load.sum() / self.top_k), self._fractions[stream][1]
+        return self.weights[stream] * self.num_experts * (fraction * probability).sum() / rows
 
     monkeypatch.setattr(RouterBalance, "share", own)
     _, wrong = run(trainable, batch, weights={"generation": 50.0})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.small_run import tensors
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = ["recipe=grit_smollm2", "model=tiny_random", "max_steps=2", "validation.num_batches=1", "logging.progress=false"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.small_run import small_run
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 from unified_lm.engine.metrics import held_out_lines
 from unified_lm.engine.validation_items import ItemScores, items_path, read_items
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 from unified_lm.config.schema import LoggingConfig
 from unified_lm.core import version
 from unified_lm.core.errors import ConfigError

@@ -46,6 +46,13 @@ def test_nothing_is_claimed_that_is_not_known() -> None:
     assert "## Metrics" not in bare
     assert "Adapters were merged" not in bare
     assert "No training stage is recorded" in bare
+    assert "its license is not recorded here" in bare
+
+
+def test_the_license_is_spelled_as_in_the_front_matter() -> None:
+    text = card(make_manifest())
+    assert "| rows | license |" in text
+    assert "so does its license" in text
 
 
 @pytest.mark.parametrize(("modes", "absent"), [(("embed",), "AutoModelForCausalLM"), (("generate",), "SentenceTransformer")])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
 from unified_lm.config.objectives import ObjectiveConfig
 from unified_lm.config.parts import find_description

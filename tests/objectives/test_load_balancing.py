@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from unified_lm.objectives.load_balancing import expert_share, load_balancing, route
+from unified_lm.objectives.load_balancing import expert_fraction, load_balancing, route
 
 LAYERS, T, E, TOP_K = 3, 24, 8, 2
 
@@ -18,8 +18,8 @@ def logits():
 def loss(logits, positions) -> tuple[torch.Tensor, float]:
     """Over some tokens alone: the loss, and what its sum was divided by."""
     routing = route(logits, TOP_K, positions)
-    share, rows = expert_share(routing.load, TOP_K)
-    return load_balancing(routing.probability, share) / max(rows, 1.0), rows
+    fraction, rows = expert_fraction(routing.load, TOP_K)
+    return load_balancing(routing.probability, fraction) / max(rows, 1.0), rows
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -38,14 +38,14 @@ def test_perfect_balance_gives_the_number_of_chosen_experts():
     assert loss([eye[:1].expand(E, E)], torch.arange(E))[0].item() == pytest.approx(E, rel=1e-4)
 
 
-def test_a_known_share_makes_packs_additive(logits):
+def test_a_known_fraction_makes_packs_additive(logits):
     whole = route(logits, TOP_K, torch.arange(T))
-    share, _ = expert_share(whole.load, TOP_K)
+    fraction, _ = expert_fraction(whole.load, TOP_K)
     parts = [route(logits, TOP_K, torch.arange(start, stop)) for start, stop in ((0, 5), (5, T))]
     torch.testing.assert_close(sum(part.load for part in parts), whole.load)
-    split = sum(load_balancing(part.probability, share) for part in parts)
-    torch.testing.assert_close(split, load_balancing(whole.probability, share))
-    own = sum(load_balancing(part.probability, expert_share(part.load, TOP_K)[0]) for part in parts)
+    split = sum(load_balancing(part.probability, fraction) for part in parts)
+    torch.testing.assert_close(split, load_balancing(whole.probability, fraction))
+    own = sum(load_balancing(part.probability, expert_fraction(part.load, TOP_K)[0]) for part in parts)
     assert abs(own - split) > 1e-3
 
 

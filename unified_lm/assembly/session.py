@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 from rich.console import Console
 
@@ -129,34 +126,6 @@ class Session:
         assert ended is not None, "outside an ablation a failure ends the session"
         self.run_dir = ended.run_dir
         return ended.is_finished
-
-
-def train(argv: Sequence[str]) -> Path:
-    """Compose `key=value` arguments, build, fit and export what they ask for: the `main` of `train.py`.
-
-    A run that a signal stops (see `stages.fit_run`) returns like one that is finished; its export is not written.
-
-    Returns:
-        The folder of the run (`Session.run_dir`).
-    """
-    run_dir: Path = _script().main(argv)
-    return run_dir
-
-
-@cache
-def _script() -> ModuleType:
-    """`train.py`: beside the package in a checkout, and as `_train.py` inside an installed wheel.
-
-    It belongs to the package's program, but stands outside, where a reader looks first and torchrun finds it.
-    """
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "_train.py"
-    spec = spec_from_file_location("unified_lm._train", installed if installed.is_file() else package.parent / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _first_run(config: RunConfig | ChainConfig | SweepConfig) -> RunConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from unified_lm.cli import script
 from unified_lm.cli.arguments import HELP, command_parser, whole
 from unified_lm.composition.compose import compose_run
 from unified_lm.composition.locate import group_options, list_recipes
@@ -23,9 +24,7 @@ _RECIPE = "a recipe's name (`unified-lm recipes` lists them), its file, or the f
 def train(argv: Sequence[str]) -> Path:
     """Train what `recipe=NAME key=value` arguments say; returns the folder of the run (`main` of `train.py`)."""
     show_help_of_train(argv)
-    from unified_lm.assembly import train as run
-
-    return run(argv)
+    return script.train(argv)
 
 
 def show_help_of_train(argv: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import from_yaml
 from unified_lm.config.schema import RunConfig
 from unified_lm.data.rows.records import PairRecord, RecordKind

@@ -216,7 +216,7 @@ class _Saver:
             self._copier = CheckpointCopier(Path(self.settings.copy_to), self.settings.keep_last, self.settings.keep_every)
 
     def __enter__(self) -> _Saver:
-        run_on_rank0(self._sweep)
+        run_on_rank0(self._remove_unfinished)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -241,7 +241,7 @@ class _Saver:
             path = save_state(state, RngState.capture(), training.backend.optimizer_state(), self.folder)
             run_on_rank0(lambda: self._settle(path))
 
-    def _sweep(self) -> None:
+    def _remove_unfinished(self) -> None:
         for folder in (self.folder, *([Path(self.settings.copy_to)] if self.settings.copy_to else [])):
             self._say(f"removed {path.name}, left by a run that was killed" for path in remove_unfinished(folder))
 

@@ -1,10 +1,10 @@
 """Router balance as a coupled term: how often each expert was chosen, known before the first backward.
 
-The loss (`objectives.load_balancing`) multiplies each token's router probabilities by the share of choices f that an expert
-got. With the f of one pack, or of one rank, the split into packs and ranks would change loss and gradients. So every pack of
-the step is forwarded once before anything is differentiated, as GradCache does with pooled ones (`engine.step`), the choices
-are summed over packs and ranks, and f is a constant when packs are forwarded again, with the same random numbers and so the
-same choices.
+The loss (`objectives.load_balancing`) multiplies each token's router probabilities by the fraction of choices f that an
+expert got. With the f of one pack, or of one rank, the split into packs and ranks would change loss and gradients. So every
+pack of the step is forwarded once before anything is differentiated, as GradCache does with pooled ones (`engine.step`), the
+choices are summed over packs and ranks, and f is a constant when packs are forwarded again, with the same random numbers and
+so the same choices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unified_lm.core import distributed
 from unified_lm.engine.coupled import CoupledTerm, TermReport
 from unified_lm.engine.readout import PackStates, Readout
 from unified_lm.engine.training_module import PackOutput
-from unified_lm.objectives.load_balancing import Routing, expert_share, load_balancing, route
+from unified_lm.objectives.load_balancing import Routing, expert_fraction, load_balancing, route
 
 
 class RoutingReadout(Readout):
@@ -61,7 +61,7 @@ class RouterBalance(CoupledTerm):
         self.num_experts = num_experts
         self.top_k = top_k
         self._losses: dict[str, float] = {}
-        self._shares: dict[str, tuple[torch.Tensor, float]] = {}
+        self._fractions: dict[str, tuple[torch.Tensor, float]] = {}
 
     def sees(self, pack: Pack) -> bool:
         """Every pack: f counts all tokens of a stream, and choices are known only after a forward."""
@@ -75,18 +75,18 @@ class RouterBalance(CoupledTerm):
                 sums[index] += output.readouts[RoutingReadout.name][stream]
         distributed.all_reduce_sum(sums)
         for (load, probability), stream in zip(sums, self.weights, strict=True):
-            share, rows = expert_share(load, self.top_k)
-            self._shares[stream] = share, rows
-            self._losses[stream] = float(load_balancing(probability, share)) / rows if rows else 0.0
+            fraction, rows = expert_fraction(load, self.top_k)
+            self._fractions[stream] = fraction, rows
+            self._losses[stream] = float(load_balancing(probability, fraction)) / rows if rows else 0.0
 
     def share(self, pack: Pack, output: PackOutput) -> torch.Tensor:
         """The weighted balance losses of one pack's tokens under the step's f."""
-        shares = []
+        losses = []
         for stream, weight in self.weights.items():
-            share, rows = self._shares[stream]
+            fraction, rows = self._fractions[stream]
             routing = Routing(*output.readouts[RoutingReadout.name][stream])
-            shares.append(load_balancing(routing.probability, share) * (weight / max(rows, 1.0)))
-        return torch.stack(shares).sum()
+            losses.append(load_balancing(routing.probability, fraction) * (weight / max(rows, 1.0)))
+        return torch.stack(losses).sum()
 
     def finish(self) -> TermReport:
         """The unweighted losses as "stream/router_balance"; weighted they are an extra to the total, and no stream's loss."""

@@ -51,7 +51,7 @@ def route(router_logits: Sequence[torch.Tensor], top_k: int, positions: torch.Te
     return Routing(load_E, probability_E)
 
 
-def expert_share(load: torch.Tensor, top_k: int) -> tuple[torch.Tensor, float]:
+def expert_fraction(load: torch.Tensor, top_k: int) -> tuple[torch.Tensor, float]:
     """f of the loss, and what its sum is divided by.
 
     Args:
@@ -65,14 +65,14 @@ def expert_share(load: torch.Tensor, top_k: int) -> tuple[torch.Tensor, float]:
     return load / max(rows, 1.0), rows
 
 
-def load_balancing(probability: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+def load_balancing(probability: torch.Tensor, fraction: torch.Tensor) -> torch.Tensor:
     """The sum of the loss over some tokens and all layers; divided by tokens times layers it is the loss.
 
     Args:
         probability: `[E]`, `Routing.probability` of these tokens.
-        share: `[E]`, f over everything that is balanced together (`expert_share`).
+        fraction: `[E]`, f over everything that is balanced together (`expert_fraction`).
 
     Returns:
         A scalar, additive over tokens.
     """
-    return len(share) * (share.to(probability.dtype) * probability).sum()
+    return len(fraction) * (fraction.to(probability.dtype) * probability).sum()

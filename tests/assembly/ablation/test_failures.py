@@ -11,11 +11,12 @@ from rich.console import Console
 
 from tests.assembly.ablation.run_arms import run_sweep
 from tests.engine.processes import Group
-from unified_lm.assembly import stages, train
+from unified_lm.assembly import stages
 from unified_lm.assembly.ablation import failures as sweep_failures
 from unified_lm.assembly.ablation.folder import FAILED, FINISHED
 from unified_lm.assembly.build import Run, RunResult
 from unified_lm.cli.main import main
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose
 from unified_lm.config.schema import RunConfig, SweepConfig
 from unified_lm.core.errors import CheckpointError, DataError, UserError

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from tests.assembly.ablation.run_arms import run_sweep
-from unified_lm.assembly import train
 from unified_lm.assembly.ablation.folder import FINISHED
 from unified_lm.assembly.build import RunResult
 from unified_lm.cli.main import main
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose
 from unified_lm.config.schema import RunConfig, SweepConfig
 from unified_lm.core.errors import CheckpointError

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.engine.tiny import make_trainable
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import OptimConfig, ParallelConfig
 from unified_lm.core.errors import ConfigError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMON = [
