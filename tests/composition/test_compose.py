@@ -203,3 +203,14 @@ def test_composition_needs_no_torch() -> None:
 
 def test_run_config_is_what_a_recipe_gives() -> None:
     assert isinstance(compose(["recipe=grit_smollm2"]), RunConfig)
+
+
+@pytest.mark.parametrize("recipe", ["grit_smollm2", "llm2vec", "ablation_loss"])
+def test_composing_again_gives_the_same(recipe: str) -> None:
+    """Also after other data were composed in between: nothing that is shared is changed in place."""
+    arguments = [f"recipe={recipe}", "model=tiny_random", "run_dir=runs/test"]
+    first = compose(arguments)
+    held_out = "validation.sources={}" if recipe == "llm2vec" else "data.held_out.pairs=[{path: other}]"
+    compose([*arguments, held_out])
+    compose(["recipe=grit_mistral7b", "data=files", "data.pairs_path=p", "data.chat_path=c"])
+    assert compose(arguments) == first
