@@ -89,7 +89,7 @@ def load_parts(
     causal_lm, info = loaded
     check_complete(info, str(folder), causal_lm)
     hidden_size = causal_lm.config.get_text_config().hidden_size
-    causal_lm.to(local_device() if device is None else torch.device(device))  # type: ignore[arg-type]
+    causal_lm.to(local_device() if device is None else torch.device(device))
     return Parts(
         causal_lm=causal_lm.eval(),
         tokenizer=tokenizer,
