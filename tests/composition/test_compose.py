@@ -229,3 +229,14 @@ def test_a_recipe_that_names_itself_is_refused(tmp_path, content, message):
     file.write_text(content.format(file=file))
     with pytest.raises(ConfigError, match=message):
         compose([f"recipe={file}"])
+
+
+@pytest.mark.parametrize("recipe", ["grit_smollm2", "llm2vec", "ablation_loss"])
+def test_composing_again_gives_the_same(recipe: str) -> None:
+    """Also after other data were composed in between: nothing that is shared is changed in place."""
+    arguments = [f"recipe={recipe}", "model=tiny_random", "run_dir=runs/test"]
+    first = compose(arguments)
+    held_out = "validation.sources={}" if recipe == "llm2vec" else "data.held_out.pairs=[{path: other}]"
+    compose([*arguments, held_out])
+    compose(["recipe=grit_mistral7b", "data=files", "data.pairs_path=p", "data.chat_path=c"])
+    assert compose(arguments) == first

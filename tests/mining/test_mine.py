@@ -307,3 +307,23 @@ def test_the_embedded_model_mines_docstrings(tmp_path: Path, monkeypatch: pytest
     print(report["mean_similarity"], report["filtered"])
     assert report["mean_similarity"]["mined"] > report["mean_similarity"]["random"]
     assert report["rows_with_too_few"] == 0
+
+
+def test_a_damaged_chunk_of_vectors_is_embedded_again(tmp_path: Path) -> None:
+    texts = [Text(f"text {index}") for index in range(5)]
+    calls = []
+
+    def encode(chunk: Sequence[Text]) -> np.ndarray:
+        calls.append(len(chunk))
+        return bag_of_words(chunk)
+
+    cache = VectorCache(tmp_path, "tag", encode)
+    before = np.array(cache.chunk_of(texts))
+    (path,) = tmp_path.glob("*.npy")
+    content = bytearray(path.read_bytes())
+    content[300] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert np.array_equal(cache.chunk_of(texts), before)
+    assert np.array_equal(cache.chunk_of(texts), before)
+    assert calls == [5, 5]

@@ -146,3 +146,19 @@ def test_without_datasketch_the_message_says_what_to_do(monkeypatch: pytest.Monk
     with pytest.raises(DataError, match=r"pip install 'unified_lm\[data\]', or leave them out with --kinds"):
         compare(evaluation, evaluation)
     assert compare(evaluation, evaluation, kinds=(OverlapKind.EXACT,)).counts == {"exact": 2}
+
+
+def test_outputs_that_meet_are_refused_before_the_work(tmp_path: Path) -> None:
+    evaluation = write(tmp_path / "eval.jsonl", EVALUATION)
+    write(tmp_path / "train" / "a.jsonl", TRAIN[3:])
+    (tmp_path / "train" / "a.csv").write_text("query,positive\none two three four,five six seven\n")
+    with pytest.raises(DataError, match="would both be written"):
+        compare(tmp_path / "train", evaluation, tmp_path / "clean")
+    assert not (tmp_path / "clean").exists()
+    (tmp_path / "train" / "sub").mkdir()
+    (tmp_path / "train" / "a.csv").rename(tmp_path / "train" / "sub" / "a.csv")
+    compare(tmp_path / "train", evaluation, tmp_path / "clean")
+    assert sorted(str(path.relative_to(tmp_path / "clean")) for path in (tmp_path / "clean").rglob("*.jsonl")) == [
+        "a.jsonl",
+        "sub/a.jsonl",
+    ]

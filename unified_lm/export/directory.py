@@ -82,8 +82,7 @@ def export_model(
             check fails, or the folder cannot be written.
     """
     check = Verification.parse(verify)
-    check_folder(Path(target))
-    _check_request(causal_lm, manifest, projection)
+    _check_request(causal_lm, manifest, projection, Path(target))
     wanted = manifest.can_embed and sentence_transformers
     if wanted and (obstacle := sentence_transformers_obstacle(manifest, template, tokenizer)):
         raise CheckpointError(
@@ -216,7 +215,8 @@ def stop_token_ids(
     return stop_ids
 
 
-def _check_request(causal_lm: PreTrainedModel, manifest: Manifest, projection: Projection | None) -> None:
+def _check_request(causal_lm: PreTrainedModel, manifest: Manifest, projection: Projection | None, target: Path) -> None:
+    check_folder(target)
     if has_adapters(causal_lm):
         raise CheckpointError("the model still has adapters, which stock tools would not find. Merge first: merge_lora(model).")
     if manifest.pooling not in POOLING_MODES:

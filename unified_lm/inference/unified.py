@@ -128,22 +128,15 @@ class UnifiedLM:
             template: replaces the export's prompt template. Required if the model is not an export.
             pooling: replaces the export's; without an export the default is "mean".
             attention: replaces the export's; without an export the default is "bidirectional".
-            check_weights: whether to compare the weights of an export with the hash that it records: None does for files up to
-                2 GiB together (about three seconds), True for any, False for none.
+            check_weights: whether to compare weights with the hash that an export records; None does up to 2 GiB.
 
         Raises:
             CheckpointError: no such model, a damaged export, or neither an export nor a template.
             ConfigError: unknown template, pooling or attention.
             ModelError: the kernel does not support the model, weights are missing, or are not those that were exported.
         """
-        parts = load_parts(
-            name_or_path,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            needs_manifest=template is None,
-            check_weights=check_weights,
-        )
+        where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
+        parts = load_parts(name_or_path, **where, needs_manifest=template is None, check_weights=check_weights)
         manifest = parts.manifest
         if manifest is None:
             assert template is not None, "load_parts requires a manifest if there is no template"

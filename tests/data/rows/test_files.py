@@ -7,7 +7,8 @@ import pytest
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import DataError
 from unified_lm.core.outputs import RECORD
-from unified_lm.data.rows.files import RowWriter, record_row, write_report, write_rows
+from unified_lm.data.rows.files import RowWriter, output_names, record_row, write_report, write_rows
+from unified_lm.data.rows.readers import read_rows
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
 from unified_lm.data.sources import open_source
 
@@ -42,3 +43,27 @@ def test_other_endings_are_refused(tmp_path: Path) -> None:
         RowWriter(tmp_path / "rows.csv")
     with pytest.raises(DataError, match=r"ends in \.yaml"):
         write_report(tmp_path / "report.json", {})
+
+
+@pytest.mark.parametrize("distance", [1, 5000])
+def test_parquet_has_the_columns_of_all_rows(distance: int, tmp_path: Path) -> None:
+    """Wherever a column appears first, in the first group of rows or in a later one."""
+    rows = (
+        [{"query": "a", "pos": ["b"]}] * distance
+        + [{"query": "c", "pos": ["d"], "neg": ["e"], "score": 1.5}]
+        + [{"neg": ["f"]}]
+    )
+    assert write_rows(tmp_path / "rows.parquet", rows) == distance + 2
+    found = [row for _, row in read_rows(tmp_path / "rows.parquet")]
+    names = ("query", "pos", "neg", "score")
+    assert found == [{name: row.get(name) for name in names} for row in rows]
+
+
+def test_outputs_of_a_folder_do_not_meet() -> None:
+    assert output_names(["s1/a.jsonl.gz", "s2/a.jsonl", "b.v2.csv"], ".jsonl") == [
+        Path("s1/a.jsonl"),
+        Path("s2/a.jsonl"),
+        Path("b.v2.jsonl"),
+    ]
+    with pytest.raises(DataError, match=r"a\.jsonl and a\.csv would both be written to a\.jsonl"):
+        output_names(["a.jsonl", "a.csv"], ".jsonl")

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,17 @@ def test_a_broken_row_leaves_no_file(local: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(name for name, spec in PUBLISHED.items() if spec.hub))
 def test_the_hub_has_it(name: str, tmp_path: Path) -> None:
     assert prepare(name, tmp_path, limit=100).num_rows > 0
+
+
+def test_files_of_one_name_are_kept_apart(local: Path, tmp_path: Path) -> None:
+    source = next(path for path in (local / "medi2").rglob("*.jsonl*") if path.is_file())
+    for part in ("s1", "s2"):
+        (tmp_path / "in" / part).mkdir(parents=True)
+        shutil.copyfile(source, tmp_path / "in" / part / source.name)
+    done = prepare("medi2", tmp_path / "out", local=tmp_path / "in")
+    assert len(set(done.files)) == 2
+    assert done.num_rows == sum(sum(1 for _ in read_rows(path)) for path in done.files)
+    shutil.copyfile(source, tmp_path / "in" / "s1" / source.name.replace(".jsonl", ".json"))
+    with pytest.raises(DataError, match="would both be written"):
+        prepare("medi2", tmp_path / "again", local=tmp_path / "in")
+    assert not (tmp_path / "again").exists()

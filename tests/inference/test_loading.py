@@ -1,0 +1,91 @@
+"""Exports with damaged weights are refused by whoever reads them."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from unified_lm.cli.arguments import command_parser
+from unified_lm.cli.evaluate_model import add_model_options, find_model
+from unified_lm.cli.main import main
+from unified_lm.config.schema import ModelConfig
+from unified_lm.core.errors import ModelError
+from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
+from unified_lm.inference import UnifiedLM
+from unified_lm.mining.embedders import load_embedder
+from unified_lm.models import weights_hash
+from unified_lm.models.loading import load_model
+
+
+def flip(folder: Path) -> Path:
+    """Change one bit of the last weight."""
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(bytes(content))
+    return folder
+
+
+def drop(folder: Path) -> Path:
+    """Remove one weight, and the recorded hash with it."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    manifest = json.loads((folder / "unified_lm.json").read_text())
+    (folder / "unified_lm.json").write_text(json.dumps({**manifest, "weights_hash": ""}))
+    return folder
+
+
+@pytest.fixture
+def copy(exported: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported(), tmp_path / "copy"))
+
+
+def evaluated(folder: Path) -> Any:
+    parser = command_parser("test", "", "")
+    add_model_options(parser)
+    return find_model(str(folder)).load(parser.parse_args([str(folder), "--device", "cpu"]))
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "UnifiedLM": lambda folder: UnifiedLM.from_pretrained(folder, device="cpu"),
+    "training": lambda folder: load_model(ModelConfig(init_from=str(folder), dtype="float32")),
+    "evaluation": evaluated,
+    "analysis": lambda folder: parse_arms([str(folder)], ArmSettings(device="cpu"))[0].load(),
+    "mining": lambda folder: load_embedder(str(folder), device="cpu"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_refuses_damaged_weights(reader: str, copy: Path) -> None:
+    READERS[reader](copy)
+    with pytest.raises(ModelError, match="are not those that were exported"):
+        READERS[reader](flip(copy))
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_refuses_missing_weights(reader: str, copy: Path) -> None:
+    with pytest.raises(ModelError, match=r"1 weights are missing from the checkpoint .they would be random.*up_proj"):
+        READERS[reader](drop(copy))
+
+
+def test_standardizing_refuses_damaged_weights(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "texts.txt").write_text("one\ntwo\nthree\n")
+    flip(copy)
+    arguments = ["standardize", str(copy), "--corpus", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--device", "cpu"]) == 2
+    assert "are not those that were exported" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_large_weights_are_compared_on_request(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip(copy)
+    UnifiedLM.from_pretrained(copy, device="cpu", check_weights=False)
+    monkeypatch.setattr(weights_hash, "CHECKED_BYTES", 10)
+    UnifiedLM.from_pretrained(copy, device="cpu")
+    with pytest.raises(ModelError, match="are not those that were exported"):
+        UnifiedLM.from_pretrained(copy, device="cpu", check_weights=True)
