@@ -283,9 +283,22 @@ def _write_config(building: Path, manifest: Manifest, own: Mapping[str, Any]) ->
     # The root serves generation if the model generates; then the overlay makes embeddings bidirectional.
     text["is_causal"] = causal_embedding or manifest.can_generate
     text["use_cache"] = True
+    _add_older_rope(text)
     write_json(path, config)
     overlay: dict[str, Any] = {"is_causal": causal_embedding}
     return overlay if text is config else {"text_config": overlay}
+
+
+def _add_older_rope(text: dict[str, Any]) -> None:
+    """Repeat the rotary settings where transformers 4 looks for them: it reads the default base otherwise, in silence.
+
+    Only settings that are the same for all layers; those that differ by type of layer have other names in every family.
+    """
+    rope = text.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
+        text["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            text["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
 
 
 def _text_section(config: dict[str, Any]) -> dict[str, Any]:
