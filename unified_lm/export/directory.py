@@ -87,15 +87,7 @@ def export_model(
             "sentence_transformers=False for transformers and UnifiedLM only."
         )
     hidden_size = causal_lm.config.get_text_config().hidden_size
-    complete = replace(
-        manifest,
-        family=causal_lm.config.model_type,
-        template=template.name,
-        template_fields=asdict(template),
-        embedding_dim=(projection.linear.out_features if projection is not None else hidden_size) if manifest.can_embed else 0,
-        projection_dim=projection.linear.out_features if projection is not None else None,
-        versions=library_versions(),
-    )
+    complete = _complete(manifest, causal_lm, template, projection)
     written: list[Manifest] = []
 
     def fill(building: Path) -> None:
@@ -125,6 +117,21 @@ def export_model(
         raise CheckpointError(f"could not write {target}: {error}. What was there before is untouched.") from error
     _log.info("exported to %s (verified: %s)", target, check.value)
     return written[0]
+
+
+def _complete(manifest: Manifest, causal_lm: PreTrainedModel, template: Template, projection: Projection | None) -> Manifest:
+    """The manifest with everything that follows from what is exported, except the hash of its weights."""
+    projection_dim = None if projection is None else projection.linear.out_features
+    size = projection_dim or causal_lm.config.get_text_config().hidden_size
+    return replace(
+        manifest,
+        family=causal_lm.config.model_type,
+        template=template.name,
+        template_fields=asdict(template),
+        embedding_dim=size if manifest.can_embed else 0,
+        projection_dim=projection_dim,
+        versions=library_versions(),
+    )
 
 
 def _is_write_failure(error: Exception) -> bool:
