@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from tests.export.export_cases import make_manifest
@@ -68,6 +68,12 @@ def test_the_files_that_stock_tools_read(tmp_path: Path) -> None:
     assert read(tmp_path / "export" / "1_Pooling" / "config.json") == {
         "embedding_dimension": 64,
         "pooling_mode": "mean",
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": True,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": False,
+        "pooling_mode_lasttoken": False,
         "include_prompt": False,
     }
     modules = read(tmp_path / "export" / "modules.json")
@@ -89,6 +95,16 @@ def test_what_is_causal_follows_mode_and_attention(tmp_path: Path) -> None:
         assert read(tmp_path / "export" / "sentence_bert_config.json")["config_kwargs"] == {"is_causal": overlay}
     write(tmp_path / "generative", modes=("generate",), verify="stock")
     assert not (tmp_path / "generative" / "modules.json").exists()
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 2.0}])
+def test_rotary_settings_stand_where_older_transformers_looks(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    model = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 54321.0} | scaling)
+    write(tmp_path / "export", model, verify="stock")
+    config = read(tmp_path / "export" / "config.json")
+    assert config["rope_theta"] == 54321.0
+    assert config.get("rope_scaling", {}) == scaling
+    assert AutoConfig.from_pretrained(tmp_path / "export").rope_parameters == model.config.rope_parameters
 
 
 def test_an_embedding_export_has_no_chat_template_or_generation_config(tmp_path: Path) -> None:

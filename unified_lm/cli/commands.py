@@ -91,16 +91,43 @@ def recipes(argv: Sequence[str]) -> None:
 
 
 def export(argv: Sequence[str]) -> None:
-    """Export the weights of a checkpoint of a run; the newest one without `--step`."""
-    parser = command_parser("export", "export a checkpoint as a finished run is exported", "runs/grit --step 40")
-    parser.add_argument("run", type=Path, help="folder of a run")
+    """Export the weights of a checkpoint of a run; the newest one without `--step`. With `--for`, a copy for an engine."""
+    parser = command_parser("export", "export a checkpoint as a finished run is exported", "runs/grit --step 40", _ENGINES)
+    parser.add_argument("run", type=Path, help="folder of a run; with --for also of an export")
     parser.add_argument("--step", type=whole, default=None, help="the checkpoint's step; the newest if left out")
     parser.add_argument("--out", type=Path, default=None, help="folder to write; RUN/export (with --step: RUN/export-STEP)")
+    parser.add_argument("--for", dest="engine", default=None, help="write a copy of the export that an engine can serve")
+    parser.add_argument("--pool-prompt", action="store_true", help="with --for: pool prompts with the text, as engines do")
     options = parser.parse_args(list(argv))
+    if options.engine is not None:
+        _export_for(options.run, options.step, options.out, options.engine, options.pool_prompt)
+        return
+    if options.pool_prompt:
+        raise UserError("--pool-prompt says how an engine pools, and no engine is named. Add --for vllm-embed or --for tei.")
     from unified_lm.assembly.checkpoints import export_checkpoint
 
     name = "export" if options.step is None else f"export-{options.step}"
     print(export_checkpoint(options.run, options.out or options.run / name, Console(stderr=True), options.step))
+
+
+_ENGINES = "engines (--for): vllm-embed, vllm-generate, tei; docs/serving.md says what each reads"
+
+
+def _export_for(run: Path, step: int | None, out: Path | None, engine: str, pool_prompt: bool) -> None:
+    """Write an engine's copy of an export that exists, and print its folder and the line that serves it."""
+    from unified_lm.export.manifest import FILE_NAME
+    from unified_lm.export.serving import write_serving
+
+    source = run if (run / FILE_NAME).is_file() else run / ("export" if step is None else f"export-{step}")
+    if not (source / FILE_NAME).is_file():
+        raise UserError(
+            f"{run} is neither an export nor a run with one in {source.name}. Write it first: unified-lm export {run}"
+            + (f" --step {step}" if step is not None else "")
+        )
+    target = out or source.with_name(f"{source.name}-{engine}")
+    launch = write_serving(source, target, engine, pool_prompt=pool_prompt)
+    print(target)
+    Console(stderr=True).print(f"serve it with: {launch}", highlight=False, soft_wrap=True, markup=False)
 
 
 def inspect(argv: Sequence[str]) -> None:

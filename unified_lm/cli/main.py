@@ -21,7 +21,8 @@ COMMANDS: Mapping[str, Command] = {
         "train a recipe: recipe=NAME key=value ... (dry_run=true: only show what it would do)", "unified_lm.cli.commands:train"
     ),
     "export": Command(
-        "export a checkpoint of a run, finished or not: RUN [--step N] [--out DIR]", "unified_lm.cli.commands:export"
+        "export a checkpoint of a run, finished or not: RUN [--step N] [--out DIR] [--for ENGINE]",
+        "unified_lm.cli.commands:export",
     ),
     "inspect": Command(
         "show a recipe's real samples, packs and masks: recipe=NAME [out=DIR] ...", "unified_lm.cli.commands:inspect"

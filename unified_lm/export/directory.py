@@ -90,7 +90,7 @@ def export_model(
             "sentence_transformers=False for transformers and UnifiedLM only."
         )
     hidden_size = causal_lm.config.get_text_config().hidden_size
-    complete = _complete(manifest, causal_lm.config.model_type, template, hidden_size, projection)
+    complete = _complete(manifest, causal_lm, template, projection)
     written: list[Manifest] = []
 
     def fill(building: Path) -> None:
@@ -122,16 +122,17 @@ def export_model(
     return written[0]
 
 
-def _complete(manifest: Manifest, family: str, template: Template, hidden_size: int, projection: Projection | None) -> Manifest:
-    """The manifest with what follows from the model and the template; `weights_hash` is known once they are written."""
-    projected = projection.linear.out_features if projection is not None else None
+def _complete(manifest: Manifest, causal_lm: PreTrainedModel, template: Template, projection: Projection | None) -> Manifest:
+    """The manifest with everything that follows from what is exported, except the hash of its weights."""
+    projection_dim = None if projection is None else projection.linear.out_features
+    size = projection_dim or causal_lm.config.get_text_config().hidden_size
     return replace(
         manifest,
-        family=family,
+        family=causal_lm.config.model_type,
         template=template.name,
         template_fields=asdict(template),
-        embedding_dim=(projected or hidden_size) if manifest.can_embed else 0,
-        projection_dim=projected,
+        embedding_dim=size if manifest.can_embed else 0,
+        projection_dim=projection_dim,
         versions=library_versions(),
     )
 
@@ -293,9 +294,22 @@ def _write_config(building: Path, manifest: Manifest, own: Mapping[str, Any]) ->
     # The root serves generation if the model generates; then the overlay makes embeddings bidirectional.
     text["is_causal"] = causal_embedding or manifest.can_generate
     text["use_cache"] = True
+    _add_older_rope(text)
     write_json(path, config)
     overlay: dict[str, Any] = {"is_causal": causal_embedding}
     return overlay if text is config else {"text_config": overlay}
+
+
+def _add_older_rope(text: dict[str, Any]) -> None:
+    """Repeat the rotary settings where transformers 4 looks for them: it reads the default base otherwise, in silence.
+
+    Only settings that are the same for all layers; those that differ by type of layer have other names in every family.
+    """
+    rope = text.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
+        text["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            text["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
 
 
 def _text_section(config: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,16 @@ from unified_lm.models.pooling import Projection
 POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last_token": "lasttoken", "cls": "cls"}
 """Our name of a pooling -> its name in sentence-transformers."""
 
+_OLDER_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""Key of a pooling in sentence-transformers before version 6 -> its name now."""
+
 
 def write_projection(projection: Projection, dtype: torch.dtype, building: Path) -> None:
     """Write the linear head as a `Dense` module.
@@ -81,8 +91,13 @@ def write_sentence_transformers(
     )
     write_json(
         building / "1_Pooling" / "config.json",
-        # Prompts are read but not pooled, as in training.
-        {"embedding_dimension": hidden_size, "pooling_mode": POOLING_MODES[manifest.pooling], "include_prompt": False},
+        {
+            "embedding_dimension": hidden_size,
+            "pooling_mode": POOLING_MODES[manifest.pooling],
+            # The older spelling, without which Text Embeddings Inference does not start.
+            **{key: mode == POOLING_MODES[manifest.pooling] for key, mode in _OLDER_KEYS.items()},
+            "include_prompt": False,  # prompts are read but not pooled, as in training
+        },
     )
     versions = {
         "sentence_transformers": manifest.versions.get("sentence-transformers", ""),

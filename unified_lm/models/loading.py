@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.distributed import is_rank0, local_device
@@ -110,6 +111,7 @@ def load_model(
     if config.tiny_random and config.init_from is None:
         return _load_tiny(config, dtype, device, quantize_4bit)
     origin = _locate(config)
+    _refuse_adapter(origin)
     with explain(origin.location, "configuration", origin.is_hub):
         hf_config = AutoConfig.from_pretrained(
             origin.location, revision=origin.revision, trust_remote_code=config.trust_remote_code
@@ -184,11 +186,34 @@ def _locate(config: ModelConfig) -> _Origin:
     return _Origin("hub", config.name, config.name, config.revision)
 
 
+def _refuse_adapter(origin: _Origin) -> None:
+    """Refuse an adapter in place of a model, which transformers would put into its base as one that is not trained.
+
+    Raises:
+        ModelError: it names the adapter's base.
+    """
+    with explain(origin.location, "configuration", origin.is_hub):
+        path = find_adapter_config_file(origin.location, revision=origin.revision or "main")
+    if path is None:
+        return
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}). Fetch the adapter again.") from error
+    base = values.get("base_model_name_or_path") or "a base that it does not name"
+    kind = values.get("peft_type", "peft")
+    raise ModelError(
+        f"'{origin.name}' is an adapter ({kind}) of {base}, not a whole model. Merge it first and start from the folder that "
+        "this writes (package peft), with the tokenizer beside it: "
+        "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)."
+    )
+
+
 def _locate_export(init_from: str) -> _Origin:
     """A run's `export` folder, or the export itself, with its manifest."""
     root = Path(init_from).expanduser()
     folder = root / "export" if (root / "export").is_dir() else root
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         found = "no such directory" if not root.is_dir() else "neither an export nor a run with an export inside"
         raise ModelError(
             f"model.init_from={init_from}: {found}. Expected the run_dir of a finished run (with export.enabled=true), or its "
