@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from unified_lm.config.schema import SourceConfig
-from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.errors import DataError
 from unified_lm.core.random import derive_seed
 from unified_lm.data.pydocs.dataset import pydocs_file
 from unified_lm.data.rows.hub_datasets import hub_rows
@@ -218,8 +218,6 @@ def _parts(config: SourceConfig, kind: RecordKind) -> list[_Part]:
         names = [str(Path(root.resolve().name, file.relative_to(root))) for file in files]
         return [_file_part(name, file) for name, file in zip(names, files, strict=True)]
     if config.builtin is not None:
-        if config.builtin != "pydocs":
-            raise DataError(f"unknown built-in data set '{config.builtin}'.{did_you_mean(config.builtin, ['pydocs'])}")
         name, file = pydocs_file(config.subset, config.split_or_train, kind)
         return [_file_part(name, file)]
     assert config.hub is not None

@@ -50,7 +50,8 @@ def files_of_split(root: Path, files: Sequence[Path], split: str | None) -> list
     if split is None:
         if len(found) > 1:
             raise DataError(
-                f"{root} holds files of several splits: {there}. Say which with split=train, or split={EVERY_SPLIT} for all files."
+                f"{root} holds files of several splits: {there}. Say which with split=train, or split={EVERY_SPLIT} for all "
+                "files."
             )
         return list(files)
     wanted = split_of(split) or split
