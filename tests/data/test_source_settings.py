@@ -29,10 +29,11 @@ SETTINGS = {
     "columns": {"query": "other"},
     "ignore": ("label",),
     "on_empty": "skip",
+    "on_unusable": "skip",
     "weight": 2.0,
 }
 """A value of each that differs from the default."""
-CONTENT = {"on_empty": EMPTY, "ignore": LABELED}
+CONTENT = {"on_empty": EMPTY, "ignore": LABELED, "on_unusable": LABELED[:1] + ROWS[1:]}
 """Rows to which a setting matters; `ROWS` for the others."""
 REFUSED = {
     ("path", "subset"),
@@ -128,6 +129,22 @@ def test_instructions_of_other_rows_than_pairs_are_refused(tmp_path, kind):
     for field in ("instruction", "document_instruction"):
         with pytest.raises(DataError, match="only pairs have instructions"):
             open_source(SourceConfig(path=str(tmp_path), **{field: "x"}), kind, 0)
+
+
+def test_unusable_rows_are_counted_by_reason(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    called = [turns[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, *turns]
+    rows = [turns, called, [*turns, {"role": "tool", "content": "4"}], [turns[0], {"role": "assistant", "content": ""}]]
+    rows += [[turns[0], {"role": "assistant", "content": "\ud83d"}], [turns[0], {"role": "assistant", "content": 5}]] * 2
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    source = open_source(SourceConfig(path=str(path), on_unusable="skip"), RecordKind.CHAT, 0)
+    assert len(source) == 1
+    assert sorted(source.rejected.values()) == [1, 1, 1, 2, 2]
+    assert source.rejected["messages[*].tool_calls: a key that bears meaning and is not read"] == 1
+    assert source.rejected["messages[*].content: not valid Unicode text"] == 2
+    with pytest.raises(DataError, match="line 2, field 'messages"):
+        open_source(SourceConfig(path=str(path), on_empty="skip"), RecordKind.CHAT, 0)
 
 
 def test_splits_of_a_folder(make, tmp_path):

@@ -60,6 +60,8 @@ class SourceConfig:
     """Keys of rows or turns to leave out of account although they bear meaning ("label", "weight"); else they are refused."""
     on_empty: str = "error"
     """Rows with an empty text: "error", or "skip" (left out and counted). Running text always skips blank rows."""
+    on_unusable: str = "error"
+    """Rows that break their format in any way: "error", or "skip" (left out, counted by reason; empty texts too)."""
 
     @property
     def split_or_train(self) -> str:
@@ -85,6 +87,7 @@ class SourceConfig:
             yield f"{path}.streaming: reads only the first `limit` rows; set limit."
         yield from above(f"{path}.weight", self.weight, 0)
         yield from choice(f"{path}.on_empty", self.on_empty, ("error", "skip"))
+        yield from choice(f"{path}.on_unusable", self.on_unusable, ("error", "skip"))
         if self.limit is not None:
             yield from at_least(f"{path}.limit", self.limit, 1)
 

@@ -24,7 +24,7 @@ from unified_lm.data.pydocs.dataset import pydocs_file
 from unified_lm.data.rows.hub_datasets import hub_rows
 from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.readers import Rows, data_files, extension, read_rows
-from unified_lm.data.rows.record_cache import Shard, open_shard, shard_key
+from unified_lm.data.rows.record_cache import Shard, Skip, open_shard, shard_key
 from unified_lm.data.rows.records import PairRecord, Record, RecordKind, Text
 from unified_lm.data.rows.splits import files_of_split
 
@@ -186,8 +186,9 @@ def _open_shards(config: SourceConfig, kind: RecordKind) -> tuple[str, list[str]
     parser = RowParser(kind, config.columns, config.ignore)
     # A blank line in running text is not an error; an empty query or answer is.
     skip_empty = config.on_empty == "skip" or kind is RecordKind.TEXT
+    skip: Skip = "all" if config.on_unusable == "skip" else "empty" if skip_empty else "none"
     parts = _parts(config, kind)
-    shards = [open_shard(shard_key(p.content, parser, skip_empty), p.origin, p.rows, parser, skip_empty) for p in parts]
+    shards = [open_shard(shard_key(p.content, parser, skip), p.origin, p.rows, parser, skip) for p in parts]
     whole = parts[0].name if len(parts) == 1 or config.path is None else Path(config.path).expanduser().resolve().name
     return whole, [part.name for part in parts], shards
 
