@@ -90,7 +90,7 @@ def test_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sources_on_the_command_line() -> None:
-    assert source_config("rows.jsonl", "train", "") == SourceConfig(path="rows.jsonl")
+    assert source_config("rows", "dev", "") == SourceConfig(path="rows", split="dev")
     assert source_config("hub:a/b:c", "dev", "query=q,positive=p") == SourceConfig(
         hub="a/b", subset="c", split="dev", columns={"query": "q", "positive": "p"}
     )

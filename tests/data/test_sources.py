@@ -315,7 +315,7 @@ def test_folder_without_data(tmp_path: Path) -> None:
     [
         ({}, r"one of path, hub or builtin: got none of them"),
         ({"path": "a", "hub": "b"}, r"one of path, hub or builtin: got path=a and hub=b"),
-        ({"builtin": "pydoc"}, r"unknown built-in data set 'pydoc'\. Did you mean 'pydocs'\?"),
+        ({"builtin": "pydoc"}, r"source\.builtin: unknown value 'pydoc'\. Did you mean 'pydocs'\?"),
         ({"path": "a", "limit": 0}, r"limit of source a: got 0, expected at least 1 row"),
         ({"path": "a", "on_empty": "drop"}, r"on_empty: got 'drop', expected 'error' or 'skip'"),
         ({"path": "a", "streaming": True}, r"streaming=true is for Hub data sets"),

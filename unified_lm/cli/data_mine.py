@@ -100,7 +100,7 @@ def _outputs(out: Path, names: Sequence[str]) -> list[Path]:
     return [out / name for name in output_names([str(Path(*Path(name).parts[1:])) for name in names], ".jsonl")]
 
 
-def source_config(named: str, split: str, columns: str) -> SourceConfig:
+def source_config(named: str, split: str | None, columns: str) -> SourceConfig:
     """Parse a source on the command line: a path, ``hub:NAME[:SUBSET]`` or ``builtin:pydocs``.
 
     Raises:
@@ -115,7 +115,7 @@ def source_config(named: str, split: str, columns: str) -> SourceConfig:
         return SourceConfig(hub=hub, subset=subset or None, columns=renamed, split=split)
     if named.startswith(BUILTIN_PREFIX):
         return SourceConfig(builtin=named[len(BUILTIN_PREFIX) :], columns=renamed, split=split)
-    return SourceConfig(path=named, columns=renamed)
+    return SourceConfig(path=named, columns=renamed, split=split)
 
 
 def mining_table(report: dict[str, Any]) -> Table:
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shard", default="1/1", metavar="i/n", help="this process's part of the work (1/1)")
     _add_choice(parser.add_argument_group("which negatives"))
     rows = parser.add_argument_group("reading the rows")
-    rows.add_argument("--split", default="train", help="split of a Hub or built-in data set (train)")
+    rows.add_argument("--split", help="split of a Hub or built-in data set (train), or of a folder by the names of its files")
     rows.add_argument("--columns", default="", metavar="FIELD=COLUMN,...", help="where names differ")
     rows.add_argument("--limit", type=positive, help="at most this many rows, a seeded choice")
     rows.add_argument("--instruction", help="instruction for queries without one; written to the rows")

@@ -42,8 +42,8 @@ class SourceConfig:
     """Hub revision of the dataset (branch, tag or commit)."""
     builtin: str | None = None
     """A data set built on the spot: "pydocs"; its `subset` is "pairs", "chats", "preferences", "text" or "sentences"."""
-    split: str = "train"
-    """Split of a Hub or built-in data set."""
+    split: str | None = None
+    """Split of a Hub or built-in data set (null: "train"); of a folder, the files that are named so, or "all"."""
     streaming: bool = False
     """Read only the first `limit` rows of a Hub data set without downloading the rest."""
     weight: float = 1.0
@@ -60,6 +60,13 @@ class SourceConfig:
     """Keys of rows or turns to leave out of account although they bear meaning ("label", "weight"); else they are refused."""
     on_empty: str = "error"
     """Rows with an empty text: "error", or "skip" (left out and counted). Running text always skips blank rows."""
+    on_unusable: str = "error"
+    """Rows that break their format in any way: "error", or "skip" (left out, counted by reason; empty texts too)."""
+
+    @property
+    def split_or_train(self) -> str:
+        """The split of a data set that has splits."""
+        return self.split or "train"
 
     def problems(self, path: str) -> Iterator[str]:
         """What is wrong with a source, one sentence each; `path` is its key."""
@@ -70,12 +77,17 @@ class SourceConfig:
             yield from choice(f"{path}.builtin", self.builtin, ("pydocs",))
         if self.path and self.subset:
             yield f"{path}.subset: belongs to a Hub or built-in data set, got the path {self.path}."
+        if self.revision and not self.hub:
+            yield f"{path}.revision: belongs to a Hub data set (hub=NAME), and none is given."
+        if self.split == "":
+            yield f"{path}.split: is empty; leave it out, or name one, such as train."
         if self.streaming and not self.hub:
             yield f"{path}.streaming: belongs to a Hub data set (hub=NAME), and none is given."
         if self.streaming and self.limit is None:
             yield f"{path}.streaming: reads only the first `limit` rows; set limit."
         yield from above(f"{path}.weight", self.weight, 0)
         yield from choice(f"{path}.on_empty", self.on_empty, ("error", "skip"))
+        yield from choice(f"{path}.on_unusable", self.on_unusable, ("error", "skip"))
         if self.limit is not None:
             yield from at_least(f"{path}.limit", self.limit, 1)
 

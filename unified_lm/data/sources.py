@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 
 from unified_lm.config.schema import SourceConfig
-from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.errors import DataError
 from unified_lm.core.random import derive_seed
 from unified_lm.data.pydocs.dataset import pydocs_file
 from unified_lm.data.rows.hub_datasets import hub_rows
 from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.readers import Rows, data_files, extension, read_rows
-from unified_lm.data.rows.record_cache import Shard, open_shard, shard_key
+from unified_lm.data.rows.record_cache import Shard, Skip, open_shard, shard_key
 from unified_lm.data.rows.records import PairRecord, Record, RecordKind, Text
+from unified_lm.data.rows.splits import files_of_split
 
 logger = logging.getLogger(__name__)
 
@@ -181,17 +182,18 @@ def _report(source: RecordSource) -> None:
 
 def _open_shards(config: SourceConfig, kind: RecordKind) -> tuple[str, list[str], list[Shard]]:
     """Name of the whole source, names of its parts, shards of its parts."""
-    _check(config)
+    _check(config, kind)
     parser = RowParser(kind, config.columns, config.ignore)
     # A blank line in running text is not an error; an empty query or answer is.
     skip_empty = config.on_empty == "skip" or kind is RecordKind.TEXT
+    skip: Skip = "all" if config.on_unusable == "skip" else "empty" if skip_empty else "none"
     parts = _parts(config, kind)
-    shards = [open_shard(shard_key(p.content, parser, skip_empty), p.origin, p.rows, parser, skip_empty) for p in parts]
+    shards = [open_shard(shard_key(p.content, parser, skip), p.origin, p.rows, parser, skip) for p in parts]
     whole = parts[0].name if len(parts) == 1 or config.path is None else Path(config.path).expanduser().resolve().name
     return whole, [part.name for part in parts], shards
 
 
-def _check(config: SourceConfig) -> None:
+def _check(config: SourceConfig, kind: RecordKind) -> None:
     named = {key: value for key in ("path", "hub", "builtin") if (value := getattr(config, key)) is not None}
     if len(named) != 1:
         got = " and ".join(f"{key}={value}" for key, value in named.items()) or "none of them"
@@ -204,18 +206,20 @@ def _check(config: SourceConfig) -> None:
         raise DataError("streaming=true is for Hub data sets (files and built-in data are memory-mapped): remove it.")
     if config.streaming and config.limit is None:
         raise DataError(f"streaming=true reads the first rows of {config.hub} only: say how many with limit=N.")
+    if (config.instruction or config.document_instruction) and kind is not RecordKind.PAIR:
+        raise DataError(f"instruction, document_instruction: only pairs have instructions, and {kind.value} rows are read.")
+    for problem in config.problems("source"):
+        raise DataError(problem)
 
 
 def _parts(config: SourceConfig, kind: RecordKind) -> list[_Part]:
     if config.path is not None:
         root = Path(config.path).expanduser()
-        files = data_files(root)
+        files = files_of_split(root, data_files(root), config.split)
         names = [str(Path(root.resolve().name, file.relative_to(root))) for file in files]
         return [_file_part(name, file) for name, file in zip(names, files, strict=True)]
     if config.builtin is not None:
-        if config.builtin != "pydocs":
-            raise DataError(f"unknown built-in data set '{config.builtin}'.{did_you_mean(config.builtin, ['pydocs'])}")
-        name, file = pydocs_file(config.subset, config.split, kind)
+        name, file = pydocs_file(config.subset, config.split_or_train, kind)
         return [_file_part(name, file)]
     assert config.hub is not None
     name, content, rows = hub_rows(config)

@@ -189,8 +189,9 @@ class Stream:
     def fingerprint(self) -> str:
         """The hash of everything that decides which samples are drawn, but the seed."""
         own = {key: value for key, value in asdict(self.config).items() if key not in ("sources", "objective")}
-        if not own.get("mix_sources"):
-            own.pop("mix_sources", None)  # younger than the first checkpoints: without it they still resume
+        for key, default in (("mix_sources", False), ("on_few_negatives", "error")):
+            if own.get(key) == default:
+                own.pop(key)  # younger than the first checkpoints: without it they still resume
         settings = {**_OTHER_FORMATS, **own}
         return table_key(
             name=self.name, tables=self.table_keys(), settings=settings, probabilities=self.probabilities.round(9).tolist()

@@ -199,3 +199,13 @@ def test_unknown_names_are_refused_with_a_proposal():
         make_stream(pairs(1), "pairs", attention="casual")
     with pytest.raises(ConfigError, match=r"unknown chunking 'records'. Did you mean 'record'"):
         make_stream(texts(1), "text", chunking="records")
+
+
+def test_rows_with_few_negatives_are_left_out_on_request():
+    rows = [*pairs(3, negatives=2), *pairs(2, negatives=1, prefix="short "), *pairs(1, prefix="bare ")]
+    with pytest.raises(DataError, match="on_few_negatives=skip"):
+        make_stream(rows, "pairs", num_hard_negatives=2)
+    stream = make_stream(rows, "pairs", num_hard_negatives=2, on_few_negatives="skip")
+    assert stream.num_rows == 3
+    assert stream.stats.rejected == {"fewer than 2 hard negatives": 3}
+    assert make_stream(rows, "pairs", num_hard_negatives=1, on_few_negatives="skip").num_rows == 5

@@ -26,7 +26,13 @@ class Pairs(Format):
 
     def limits(self) -> dict[str, Any]:
         """See `Format.limits`."""
-        return {"query": self.config.max_query_tokens, "document": self.config.max_document_tokens}
+        limits = {"query": self.config.max_query_tokens, "document": self.config.max_document_tokens}
+        return limits | ({"negatives": self._fewest_negatives} if self._fewest_negatives else {})
+
+    @property
+    def _fewest_negatives(self) -> int:
+        """A row with fewer hard negatives than this is left out."""
+        return self.config.num_hard_negatives if self.config.on_few_negatives == "skip" else 0
 
     def rows(self, source: Any, rejected: Counter[str]) -> Iterator[Row]:
         """See `Format.rows`."""
@@ -41,7 +47,10 @@ class Pairs(Format):
                 parts = [(record.query, Role.QUERY, query), *zip(texts, roles, encoded)]
                 row = Row(number, [Item(e, role, hash_text(t.text)) for t, role, e in parts if isinstance(e, Encoded)])
                 failed = [(role, e) for _, role, e in parts if isinstance(e, Rejection)]
-                if {Role.QUERY, Role.POSITIVE} <= {item.role for item in row.items}:
+                found = Counter(item.role for item in row.items)
+                if {Role.QUERY, Role.POSITIVE} <= found.keys() and found[Role.NEGATIVE] < self._fewest_negatives:
+                    rejected[f"fewer than {self._fewest_negatives} hard negatives"] += 1
+                elif {Role.QUERY, Role.POSITIVE} <= found.keys():
                     rejected.update(f"{role.name.lower()}: {reason.value}" for role, reason in failed)
                     yield row
                 else:
@@ -65,7 +74,7 @@ class Pairs(Format):
             raise DataError(
                 f"{source_name}, row {record + 1}: {int(found[short[0]])} hard negatives, but "
                 f"streams.{self.name}.num_hard_negatives asks for {wanted} ({len(short)} of {len(table)} rows have fewer). "
-                "Mine more negatives, or lower the setting."
+                f"Mine more negatives, lower the setting, or leave such rows out: streams.{self.name}.on_few_negatives=skip."
             )
 
     def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from unified_lm.config.checks import at_least
+from unified_lm.config.checks import at_least, choice
 from unified_lm.config.objectives import ObjectiveKind
 from unified_lm.config.parts import RehearsalSizes, RunFacts
 from unified_lm.config.streams import EMBED, RecordKind, StreamConfig
@@ -43,7 +43,9 @@ class PairsStream(GroupStream):
     format: str = "pairs"
     """The format."""
     num_hard_negatives: int = 0
-    """Hard negatives per query; rows with fewer are an error, rows with more are sampled from."""
+    """Hard negatives per query; rows with more are sampled from."""
+    on_few_negatives: str = "error"
+    """Rows with fewer hard negatives than that: "error", or "skip" (left out and counted)."""
     max_query_tokens: int = 256
     """Limit of a query, in tokens; the text is cut, never the instruction or the template."""
     max_document_tokens: int = 256
@@ -68,6 +70,7 @@ class PairsStream(GroupStream):
         """See `StreamConfig.problems`."""
         yield from super().problems(path)
         yield from at_least(f"{path}.num_hard_negatives", self.num_hard_negatives, 0)
+        yield from choice(f"{path}.on_few_negatives", self.on_few_negatives, ("error", "skip"))
 
     @classmethod
     def rehearsal_changes(

@@ -28,9 +28,9 @@ def hub_rows(config: SourceConfig) -> tuple[str, str, Any]:
     Raises:
         DataError: not found, not reachable, or no such subset or split.
     """
-    name = "/".join(filter(None, (config.hub, config.subset, config.split)))
+    name = "/".join(filter(None, (config.hub, config.subset, config.split_or_train)))
     if config.streaming:
-        request = [config.hub, config.subset, config.split, config.revision, config.limit]
+        request = [config.hub, config.subset, config.split_or_train, config.revision, config.limit]
         return name, f"stream:{json.dumps(request)}", lambda: _stream(config, name)
     dataset = _load(config, name)
     return name, f"hub:{dataset._fingerprint}", lambda: _numbered(dataset, name)
@@ -48,7 +48,7 @@ def hub_label_names(config: SourceConfig) -> dict[str, list[str]]:
     Raises:
         DataError: as in `hub_rows`.
     """
-    name = "/".join(filter(None, (config.hub, config.subset, config.split)))
+    name = "/".join(filter(None, (config.hub, config.subset, config.split_or_train)))
     features = _load(config, name).features or {}
     inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
     return {column: list(feature.names) for column, feature in inner.items() if hasattr(feature, "names")}
@@ -59,7 +59,7 @@ def _load(config: SourceConfig, name: str) -> Any:
 
     try:
         return datasets.load_dataset(
-            config.hub, config.subset, split=config.split, revision=config.revision, streaming=config.streaming
+            config.hub, config.subset, split=config.split_or_train, revision=config.revision, streaming=config.streaming
         )
     except Exception as error:  # every layer below (datasets, hub client, HTTP, parsers) has exceptions of its own
         raise _unreadable(name, error) from error

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from filelock import FileLock
@@ -130,16 +130,17 @@ class Shard:
         return self._batches[batch].slice(row, 1)
 
 
+Skip = Literal["none", "empty", "all"]
 _Located = tuple[str, dict[str, Any]]
 
 
-def shard_key(content: str, parser: RowParser, skip_empty: bool) -> str:
+def shard_key(content: str, parser: RowParser, skip: Skip) -> str:
     """The cache key of the parsed form of a content."""
-    settings = [VERSION, content, parser.kind.value, sorted(parser.columns.items()), sorted(parser.ignore), skip_empty]
+    settings = [VERSION, content, parser.kind.value, sorted(parser.columns.items()), sorted(parser.ignore), skip]
     return blake2b(json.dumps(settings).encode(), digest_size=16).hexdigest()
 
 
-def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParser, skip_empty: bool) -> Shard:
+def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParser, skip: Skip) -> Shard:
     """Open the shard of a key, after parsing and validating the rows if it is not cached yet, or damaged.
 
     Args:
@@ -147,7 +148,7 @@ def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParse
         origin: the file or data set, for error messages.
         rows: starts reading.
         parser: parses rows into records.
-        skip_empty: count rows with an empty text instead of raising.
+        skip: rows to count instead of raising: "none", "empty" (those with an empty text) or "all" that break their format.
 
     Raises:
         DataError: a row violates its format, or no row is left.
@@ -161,7 +162,7 @@ def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParse
             with FileLock(directory.with_suffix(".lock")):
                 shard = _read(directory, parser.kind, origin)
                 if shard is None:
-                    write_directory(directory, lambda target: _write(target, origin, rows(), parser, skip_empty))
+                    write_directory(directory, lambda target: _write(target, origin, rows(), parser, skip))
                     shard = Shard(directory, parser.kind, origin)
     except OSError as error:
         raise DataError(f"cannot write the cache of parsed rows, {directory}: {error}. Set UNIFIED_LM_CACHE.") from error
@@ -182,7 +183,7 @@ def _read(directory: Path, kind: RecordKind, origin: str) -> Shard | None:
         return None
 
 
-def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty: bool) -> None:
+def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip: Skip) -> None:
     """Validate all rows and write them to the folder of a shard."""
     schema = _SCHEMAS[parser.kind].append(pa.field(_LOCATION, pa.string()))
     digest = blake2b(parser.kind.value.encode(), digest_size=16)
@@ -190,7 +191,7 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty:
     num_rows = 0
     parser.ignored.clear()
     with pa.OSFile(str(target / "records.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch in _batched(_valid_rows(origin, rows, parser, skip_empty, rejected)):
+        for batch in _batched(_valid_rows(origin, rows, parser, skip, rejected)):
             # The hash covers records only: the same records from another format or location continue a run unchanged.
             for _, row in batch:
                 digest.update(repr(row).encode())
@@ -215,17 +216,20 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip_empty:
     )
 
 
-def _valid_rows(origin: str, rows: Rows, parser: RowParser, skip_empty: bool, rejected: Counter[str]) -> Iterator[_Located]:
+def _valid_rows(origin: str, rows: Rows, parser: RowParser, skip: Skip, rejected: Counter[str]) -> Iterator[_Located]:
     for number, (location, row) in enumerate(rows, 1):
         if number % _ROWS_BETWEEN_MESSAGES == 0:
             logger.info("checking %s: %d rows so far (only the first time; cached afterwards)", origin, number)
         try:
             yield location, _encode(parser(row))
         except EmptyTextError as error:
-            if not skip_empty:
+            if skip == "none":
                 raise DataError(f"{origin}, {location}, {error}") from error
             rejected[error.reason] += 1
         except RowError as error:
+            if skip == "all":
+                rejected[error.reason] += 1
+                continue
             raise DataError(f"{origin}, {location}, {error}") from error
 
 

@@ -15,11 +15,15 @@ class RowError(Exception):
         got: the value, in words.
         expected: the expected value, in words.
         hint: how to fix it ("" for no hint).
+
+    Attributes:
+        reason: what rows like it are counted under where they are left out.
     """
 
     def __init__(self, field: str, got: str, expected: str, hint: str = "") -> None:
         self.field = field
         self.got = got
+        self.reason = f"{_any_number(field)}: not {expected}"
         super().__init__(f"field '{field}': got {got}, expected {expected}.{hint}")
 
 
@@ -30,7 +34,7 @@ class EmptyTextError(RowError):
         super().__init__(
             field, got, "text with something besides whitespace", " on_empty=skip leaves such rows out and counts them."
         )
-        self.reason = f"empty {re.sub(r'[0-9]+', '*', field)} after stripping"
+        self.reason = f"empty {_any_number(field)} after stripping"
 
 
 class MeaningfulKeyError(RowError):
@@ -38,6 +42,12 @@ class MeaningfulKeyError(RowError):
 
     def __init__(self, field: str, value: object, says: str, fix: str) -> None:
         super().__init__(field, describe(value), f"no such key: it seems to say {says}, which is not read", f" Fix: {fix}.")
+        self.reason = f"{_any_number(field)}: a key that bears meaning and is not read"
+
+
+def _any_number(field: str) -> str:
+    """The path of a value without its indices, so that equal mistakes count as one."""
+    return re.sub(r"[0-9]+", "*", field)
 
 
 def describe(value: object) -> str:
