@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tests.engine.small_run import small_run
-from unified_lm.assembly import train
 from unified_lm.assembly.continuation import check_continuation
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
 from unified_lm.composition.convert import schema_keys
 from unified_lm.config.continuation import CHANGES, Change, change_of

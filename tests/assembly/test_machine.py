@@ -14,9 +14,10 @@ from rich.console import Console
 
 from tests.engine.processes import NEEDS_DEEPSPEED, Group
 from tests.engine.small_run import small_run
-from unified_lm.assembly import build_run, fit_run, train
+from unified_lm.assembly import build_run, fit_run
 from unified_lm.assembly import machine as machine_module
 from unified_lm.assembly.machine import choose_backend, device_memory, settle_backend, settle_dtype
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import RunConfig
 from unified_lm.core.errors import ConfigError

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.engine.small_run import small_run
-from unified_lm.assembly import build_run, train
+from unified_lm.assembly import build_run
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.errors import CheckpointError, ConfigError

@@ -7,8 +7,8 @@ import pytest
 
 from tests.core.test_folder_lock import holder
 from tests.engine.small_run import small_run
-from unified_lm.assembly import train
 from unified_lm.assembly.ablation.folder import begin
+from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose
 from unified_lm.config.schema import SweepConfig
 from unified_lm.core.errors import CheckpointError, OutputError

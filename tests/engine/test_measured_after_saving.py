@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.engine.small_run import equal, metrics, tensors
-from unified_lm.assembly import train
+from unified_lm.cli.script import train
 from unified_lm.engine.validation import Validator
 
 COMMON = [

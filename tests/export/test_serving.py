@@ -14,10 +14,11 @@ from unified_lm.cli.main import main
 from unified_lm.core.errors import CheckpointError
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.export.directory import export_model
-from unified_lm.export.manifest import Manifest, hash_weights
+from unified_lm.export.manifest import Manifest
 from unified_lm.export.serving import ENGINES, write_serving
 from unified_lm.models.pooling import Projection
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
+from unified_lm.models.weights_hash import hash_weights
 
 TEXTS = ["a short text", "A rather longer text, of more tokens than a sliding window of eight has.", "Zwölf – 十二"]
 
