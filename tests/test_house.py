@@ -14,7 +14,6 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 SMALL_WITH_A_REASON = {
     "core/allocator.py": "settles one thing about the process, which belongs to no layer above",
-    "engine/schedule.py": "a pure function of the step, tested as one",
 }
 """Modules under 40 lines with one caller, and why they are apart. Commands always are: `cli/main.py` has their table."""
 

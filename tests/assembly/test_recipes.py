@@ -67,7 +67,7 @@ def test_mixtral_trains_with_router_balance(tmp_path):
                 "streams.embedding.objective.router_aux_loss_coef=0.1",
                 "~validation.retrieval",
             ],
-            "streams.embedding.objective.router_aux_loss_coef: applies to token losses",
+            "streams.embedding.objective.router_aux_loss_coef: does not apply to the objective contrastive",
         ),
     ],
 )

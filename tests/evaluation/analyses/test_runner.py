@@ -132,4 +132,4 @@ def test_mistakes(folder: Path, files: dict[str, Path], tmp_path: Path, capsys: 
         analyze(["norms", str(folder), "--corpus", str(files["texts"]), "--corpus", "texts=pydocs"])
     (tmp_path / "norms.json").write_text('{"arms": [1]}')
     assert main(["analyze", "norms", str(folder), *_arguments(files, tmp_path)]) == 2
-    assert "is not the result of an analysis" in capsys.readouterr().err
+    assert "unified_lm did not write it" in capsys.readouterr().err
