@@ -1,5 +1,7 @@
 """Arguments -> configuration: groups, dotted keys, every problem at once."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -240,3 +242,12 @@ def test_composing_again_gives_the_same(recipe: str) -> None:
     compose([*arguments, held_out])
     compose(["recipe=grit_mistral7b", "data=files", "data.pairs_path=p", "data.chat_path=c"])
     assert compose(arguments) == first
+
+
+def test_composing_imports_neither_torch_nor_transformers() -> None:
+    """Descriptions of formats and objectives stand apart from what they describe; a mistake in an argument is told at once."""
+    code = (
+        "import sys; from unified_lm.composition.compose import compose; compose(['recipe=grit_smollm2']); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "peft"} & set(done.stdout.split())
