@@ -12,8 +12,8 @@ import torch
 import yaml
 from rich.console import Console
 
-from tests.engine.processes import NEEDS_DEEPSPEED, Group
 from tests.engine.small_run import small_run
+from tests.processes import NEEDS_DEEPSPEED, Group
 from unified_lm.assembly import build_run, fit_run
 from unified_lm.assembly import machine as machine_module
 from unified_lm.assembly.machine import choose_backend, device_memory, settle_backend, settle_dtype

@@ -9,9 +9,6 @@ hashes are not compared; `recorded/runs.json` says what machine it is of. A chan
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from hashlib import sha256
 from importlib.metadata import version
@@ -19,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.processes import Group
 
 RECORDED = Path(__file__).parent / "recorded" / "runs.json"
 QUIET = ("logging.progress=false", "max_steps=3", "streams.{}.sources=[{{path: {}}}]")
@@ -110,17 +109,12 @@ def measured(run_dir: Path) -> dict[str, list[str] | str]:
 
 
 def run(name: str, folder: Path) -> dict[str, list[str] | str]:
-    """Run one of `RUNS`, or the one of two processes, in a process of its own with one thread."""
+    """Run one of `RUNS`, or the one of two processes, in processes of its own with one thread each."""
     write_rows(folder)
     two = name == "grit_smollm2 with ZeRO-2 and two processes"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if two else [sys.executable]
     arguments = arguments_of("grit_smollm2" if two else name, folder) + (["parallel=zero2"] if two else [])
-    root = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [*command, str(root / "train.py"), *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    group = Group(arguments, 2 if two else 1, folder / "log")
+    assert set(group.wait()) == {0}, group.output()
     return measured(folder / "run")
 
 

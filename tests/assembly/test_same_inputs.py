@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.processes import Group
 from tests.engine.small_run import small_run
+from tests.processes import Group
 from unified_lm.assembly.same_inputs import require_same
 from unified_lm.core import distributed
 from unified_lm.core.errors import DataError

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.processes import Group
+from tests.processes import Group
 from unified_lm.assembly.ablation.folder import FINISHED
 from unified_lm.cli.script import train
 

@@ -5,75 +5,82 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from unified_lm.core import failures
+from tests.processes import Group
+from unified_lm.core import distributed, failures
+from unified_lm.core.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SCRIPT = """
-import os, sys
-from unified_lm.cli.main import run_command
-from unified_lm.core import distributed
-from unified_lm.core.errors import DataError
 
-def command():
+def group(prepare: Callable[[int], None] | None, log: Path, *arguments: str) -> str:
+    """What two ranks print that fail, with the store of torchrun's agent."""
+    ranks = Group(["recipe=grit_smollm2", "model=tiny_random", *arguments], 2, log, prepare, agent_store=True)
+    assert all(ranks.wait()), ranks.output()
+    return ranks.output()
+
+
+def lose_a_file_on_rank_1(rank: int) -> None:
     distributed.initialize(1.0)
-    if {alone} and os.environ["RANK"] == "0":
+    if rank == 0:
         distributed.barrier()  # fails when the other rank ends
-    raise {error}
-
-sys.exit(run_command(command))
-"""
+    raise DataError("no such file: shard-7.jsonl")
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+def divide_by_zero_on_rank_1(rank: int) -> None:
+    distributed.initialize(1.0)
+    if rank == 0:
+        distributed.barrier()
+    raise ZeroDivisionError("a bug")
 
 
-def ours(stderr: str) -> str:
-    """What the ranks printed, before torchrun's own summary."""
-    return stderr.split("torch/distributed/elastic")[0]
+def lose_two_files(rank: int) -> None:
+    distributed.initialize(1.0)
+    raise DataError(f"file of rank {rank}")
 
 
-@pytest.mark.parametrize("argument", ["streams.embedding.sources=[{path: nowhere.jsonl}]", "max_stepss=3"])
-def test_a_mistake_of_every_rank_is_printed_once(argument: str, tmp_path: Path) -> None:
+def test_under_torchrun_a_mistake_of_every_rank_is_printed_once() -> None:
     """Also one that is found before the ranks know each other (an unknown key)."""
-    done = torchrun("train.py", "recipe=grit_smollm2", "model=tiny_random", argument, f"run_dir={tmp_path}/run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py", "recipe=grit_smollm2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "max_stepss=3"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1, done.stderr
     assert "error on rank" not in done.stderr
-    assert "Traceback" not in ours(done.stderr)
+    assert "Traceback" not in done.stderr.split("torch/distributed/elastic")[0]
     assert "exitcode  : 2" in done.stderr  # torchrun ends a rank that is still on its way out with SIGTERM
 
 
+def test_a_mistake_of_every_rank_is_printed_once(tmp_path: Path) -> None:
+    printed = group(None, tmp_path / "log", "streams.embedding.sources=[{path: nowhere.jsonl}]", f"run_dir={tmp_path}/run")
+    assert printed.count("error: ") == 1, printed
+    assert "error on rank" not in printed
+    assert "Traceback" not in printed
+
+
 def test_a_rank_that_fails_alone_is_named_and_the_waiting_one_keeps_quiet(tmp_path: Path) -> None:
-    script = tmp_path / "alone.py"
-    script.write_text(SCRIPT.format(alone=True, error="DataError('no such file: shard-7.jsonl')"))
-    done = torchrun(str(script))
-    assert ours(done.stderr).count("error") == 1, done.stderr
-    assert "error on rank 1 of 2: no such file: shard-7.jsonl" in done.stderr
-    assert "Traceback" not in ours(done.stderr)
+    printed = group(lose_a_file_on_rank_1, tmp_path / "log")
+    assert printed.count("error") == 1, printed
+    assert "error on rank 1 of 2: no such file: shard-7.jsonl" in printed
+    assert "Traceback" not in printed
 
 
 def test_a_bug_keeps_its_traceback_and_only_its_own(tmp_path: Path) -> None:
-    script = tmp_path / "bug.py"
-    script.write_text(SCRIPT.format(alone=True, error="ZeroDivisionError('a bug')"))
-    done = torchrun(str(script))
-    assert done.stderr.count("ZeroDivisionError: a bug") == 1
-    assert ours(done.stderr).count("Traceback") == 1, done.stderr
+    printed = group(divide_by_zero_on_rank_1, tmp_path / "log")
+    assert printed.count("ZeroDivisionError: a bug") == 1
+    assert printed.count("Traceback") == 1, printed
 
 
 def test_ranks_that_say_different_things_are_all_heard(tmp_path: Path) -> None:
-    script = tmp_path / "different.py"
-    script.write_text(SCRIPT.format(alone=False, error="DataError('file of rank ' + os.environ['RANK'])"))
-    done = torchrun(str(script))
+    printed = group(lose_two_files, tmp_path / "log")
     for rank in range(2):
-        assert f"error on rank {rank} of 2: file of rank {rank}" in done.stderr
+        assert f"error on rank {rank} of 2: file of rank {rank}" in printed
 
 
 def test_a_single_process_needs_no_store(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.engine.processes import Group
 from tests.engine.small_run import small_run
+from tests.processes import Group
 from unified_lm.core.tracing import current_span, trace_span
 from unified_lm.core.watchdog import HUNG
 
@@ -33,7 +33,7 @@ def sleep_in_the_export(rank: int) -> None:
     from unified_lm.assembly import stages
 
     stages.check_export = lambda run: None
-    stages.write_export = lambda run, console: time.sleep(3 * TIMEOUT * 60)
+    stages.write_export = lambda run, console: time.sleep(1.5 * TIMEOUT * 60)
 
 
 def fail_in_the_export(rank: int) -> None:

@@ -8,11 +8,11 @@ Every bash block runs in order. As the tutorial's own note says, a tiny random m
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import command_server
 from tests.docs.pages import DOCS, ROOT, Block, blocks
 
 PAGE = DOCS / "tutorial.md"
@@ -47,18 +47,16 @@ def check(block: Block, shown: str, result: subprocess.CompletedProcess[str]) ->
 
 
 def test_tutorial(tmp_path: Path) -> None:
-    folder, bin_dir = tmp_path / "empty", tmp_path / "bin"
+    folder = tmp_path / "empty"
     folder.mkdir()
-    bin_dir.mkdir()
-    for name, arguments in (("unified-lm", "-m unified_lm"), ("python", "")):
-        (bin_dir / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n')
-        (bin_dir / name).chmod(0o755)
     every = blocks(PAGE)
     commands = [index for index, block in enumerate(every) if block.language == "bash"]
     assert len(commands) > 8
     assert sum(every[index].directive == "test: fails" for index in commands) == 2
-    for index in commands:
-        check(every[index], every[index + 1].code if index + 1 < len(every) else "", run(every[index].code, folder, bin_dir))
+    with command_server.commands(tmp_path / "bin") as bin_dir:
+        for index in commands:
+            shown = every[index + 1].code if index + 1 < len(every) else ""
+            check(every[index], shown, run(every[index].code, folder, bin_dir))
     assert (folder / "runs" / "shop" / "export" / "modules.json").is_file()
     assert (folder / "runs" / "inspect" / "attention_mask.png").is_file()
 

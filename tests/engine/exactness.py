@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -261,19 +259,6 @@ def distance(first: State, second: State, prefix: str) -> float:
     assert names == [name for name in first if name.startswith(prefix)]
     difference = sum((first[name].double() - second[name].double()).square().sum() for name in names)
     return float((difference / sum(second[name].double().square().sum() for name in names)).sqrt())
-
-
-def work(rank: int, ranks: int, port: int, folder: str, job: Callable[[], State]) -> None:
-    """The body of a process: join the group, run a job, and leave its result of rank 0 as `result.pt`."""
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    distributed.initialize(timeout_minutes=2)
-    result = job()
-    if rank == 0:
-        torch.save(result, Path(folder) / "result.pt")
-    distributed.shutdown()
 
 
 def held_bytes(case: Case) -> dict[str, int]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
-from tests.engine.exactness import OPTIM, RATE, State, copy_state, work
-from tests.engine.processes import NEEDS_DEEPSPEED
+from tests.engine.exactness import OPTIM, RATE, State, copy_state
 from tests.engine.test_step import distance
 from tests.engine.tiny import WEIGHTS, embedding_terms, make_samples, make_trainable
+from tests.processes import NEEDS_DEEPSPEED, run_on_ranks
 from unified_lm.batch import Batch, Pack, Sample, make_batch
 from unified_lm.config.schema import ParallelConfig
 from unified_lm.core import distributed
@@ -260,11 +258,7 @@ def zero() -> dict[str, State]:
 @pytest.mark.parametrize("job", [ddp, pytest.param(zero, marks=NEEDS_DEEPSPEED)], ids=lambda job: job.__name__)
 def test_two_ranks_take_the_gradient_of_one(job, tmp_path):
     expected = first_gradient("single", ONE_PACK)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(2, port, str(tmp_path), job), nprocs=2)
-    for state in torch.load(tmp_path / "result.pt", weights_only=False).values():
+    for state in run_on_ranks(job, 2, tmp_path)[0].values():
         assert float(state.pop("total")) == pytest.approx(float(expected["total"]), rel=1e-5)
         assert distance(state, {name: value for name, value in expected.items() if name != "total"}) < 1e-5
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.engine.tiny import WEIGHTS, embedding_terms, make_samples, make_trainable
+from tests.processes import run_on_ranks
 from unified_lm.batch import make_batch
 from unified_lm.config.schema import OptimConfig
 from unified_lm.core import distributed
@@ -31,24 +29,15 @@ def step(rank: int, ranks: int, budget: int) -> tuple[float, dict[str, torch.Ten
     return losses.total, {name: master.grad for name, master in backend.optimizer.masters.items()}
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    distributed.initialize(timeout_minutes=1)
-    loss, gradients = step(rank, 2, 60)
-    torch.save({"loss": loss, "gradients": gradients}, Path(folder) / f"{rank}.pt")
-    distributed.shutdown()
+def work() -> dict[str, Any]:
+    loss, gradients = step(distributed.rank(), 2, 60)
+    return {"loss": loss, "gradients": gradients}
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_ranks_equal_one_process(tmp_path):
     loss, expected = step(0, 1, 10_000)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for result in run_on_ranks(work, 2, tmp_path):
         assert result["loss"] == pytest.approx(loss, rel=1e-6)
         difference = sum((result["gradients"][n] - expected[n]).double().square().sum() for n in expected)
         norm = sum(g.double().square().sum() for g in expected.values())

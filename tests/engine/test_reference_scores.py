@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.engine.processes import NEEDS_DEEPSPEED, Group
 from tests.engine.small_run import equal, metrics, tensors
+from tests.processes import NEEDS_DEEPSPEED, Group
 from unified_lm.assembly.checkpoints import export_checkpoint
 from unified_lm.cli.script import train
 from unified_lm.core.errors import ConfigError

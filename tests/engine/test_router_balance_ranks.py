@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.engine.backends.test_zero import Results, assert_same_steps, spawn
+from tests.engine.backends.test_zero import Results, assert_same_steps
 from tests.engine.exactness import MANY_PACKS, ONE_PACK, Case, State, distance, run
+from tests.processes import run_on_ranks
 
 WEIGHT = 20.0
 """Large: the term has to show in the gradient next to the others."""
@@ -37,7 +38,7 @@ def alone() -> State:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> Results:
     pytest.importorskip("deepspeed")
-    return spawn(two_processes, 2, tmp_path_factory.mktemp("two"))
+    return run_on_ranks(two_processes, 2, tmp_path_factory.mktemp("two"))[0]
 
 
 @pytest.mark.parametrize("case", [*EXACT, *RECOMPUTED], ids=lambda c: f"{c.backend}-{c.budget}-{c.checkpointing}")

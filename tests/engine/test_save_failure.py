@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 
-from tests.engine.processes import Group
 from tests.engine.small_run import small_run
+from tests.processes import Group
 from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.engine.exactness import (
     MANY_PACKS,
@@ -22,9 +19,8 @@ from tests.engine.exactness import (
     make_trainable,
     run,
     start,
-    work,
 )
-from tests.engine.processes import NEEDS_DEEPSPEED
+from tests.processes import NEEDS_DEEPSPEED, run_on_ranks
 from unified_lm.batch import Pack, Sample, make_batch, make_pack
 from unified_lm.engine.sequences import SequenceReadout
 from unified_lm.engine.training_module import TrainingModule
@@ -38,14 +34,6 @@ ZERO = [Case(backend, "kto", MANY_PACKS, steps=STEPS) for backend in ("zero1", "
 OWN_BASELINE = Case("ddp", "kto", own_baseline=True, steps=1)
 
 Results = dict[Case, State]
-
-
-def spawn(job: Callable[[], Results], folder: Path) -> Results:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, args=(2, port, str(folder), job), nprocs=2)
-    return torch.load(folder / "result.pt", weights_only=False)
 
 
 def ddp_cases() -> Results:
@@ -63,7 +51,7 @@ def alone() -> State:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory) -> Results:
-    return spawn(ddp_cases, tmp_path_factory.mktemp("ddp"))
+    return run_on_ranks(ddp_cases, 2, tmp_path_factory.mktemp("ddp"))[0]
 
 
 def assert_same_steps(result: State, expected: State) -> None:
@@ -85,7 +73,7 @@ def test_a_baseline_per_rank_would_be_wrong(alone, together):
 
 @NEEDS_DEEPSPEED
 def test_zero_takes_the_steps_of_one_process(alone, tmp_path):
-    for result in spawn(zero_cases, tmp_path).values():
+    for result in run_on_ranks(zero_cases, 2, tmp_path)[0].values():
         assert_same_steps(result, alone)
 
 

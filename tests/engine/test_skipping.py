@@ -9,9 +9,9 @@ from typing import ClassVar
 import pytest
 import torch
 
-from tests.engine.processes import NEEDS_DEEPSPEED, Group
 from tests.engine.small_run import metrics, small_run
 from tests.engine.tiny import WEIGHTS, embedding_objectives, make_samples, make_trainable
+from tests.processes import NEEDS_DEEPSPEED, Group
 from unified_lm.batch import make_batch
 from unified_lm.config.schema import OptimConfig
 from unified_lm.core.errors import ModelError

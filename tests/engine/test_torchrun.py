@@ -14,7 +14,14 @@ from tests.engine.small_run import tensors
 from unified_lm.cli.script import train
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMON = ["recipe=grit_smollm2", "model=tiny_random", "max_steps=2", "validation.num_batches=1", "logging.progress=false"]
+COMMON = [
+    "recipe=grit_smollm2",
+    "model=tiny_random",
+    "max_steps=2",
+    "streams.embedding.batch_size=8",
+    "validation.num_batches=1",
+    "logging.progress=false",
+]
 
 
 def test_two_processes_train_and_export(tmp_path):

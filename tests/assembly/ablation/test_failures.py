@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.assembly.ablation.run_arms import run_sweep
-from tests.engine.processes import Group
+from tests.processes import Group
 from unified_lm.assembly import stages
 from unified_lm.assembly.ablation import failures as sweep_failures
 from unified_lm.assembly.ablation.folder import FAILED, FINISHED

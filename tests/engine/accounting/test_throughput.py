@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.engine.tiny import WEIGHTS, embedding_terms, make_samples, make_trainable
+from tests.processes import run_on_ranks
 from unified_lm.batch import Sample, make_batch
 from unified_lm.batch.pack import padded_tokens
 from unified_lm.core import distributed
@@ -99,26 +97,18 @@ def test_memory_grows_with_what_is_held() -> None:
     assert held.numel()
 
 
-def _two_ranks(rank: int, port: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    distributed.initialize(1.0)
+def _of_a_rank() -> tuple[int, dict[str, float]]:
+    rank = distributed.rank()
     clock = ComputeClock()
     meter = make_meter(clock=clock)
     batch = make_batch(make_samples(num_groups=2 + 2 * rank, num_chats=2)[0], 64, {"generation": 10.0})
     slow = clock.timed(lambda: time.sleep(0.1 + 0.2 * rank))
     slow()
-    values = meter(batch, seconds=1.0 + rank, data_seconds=0.1)
-    Path(folder, f"{rank}.txt").write_text(repr([batch.num_tokens, values]))
-    distributed.shutdown()
+    return batch.num_tokens, meter(batch, seconds=1.0 + rank, data_seconds=0.1)
 
 
 def test_two_ranks_report_the_same_and_name_the_imbalance(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_two_ranks, args=(port, str(tmp_path)), nprocs=2)
-    (first, values), (second, other) = (eval((tmp_path / f"{rank}.txt").read_text()) for rank in range(2))
+    (first, values), (second, other) = run_on_ranks(_of_a_rank, 2, tmp_path)
     assert values == other
     assert values["tokens"] == first + second
     assert values["tokens_per_second"] == pytest.approx((first + second) / 2.0)  # the slower rank's time counts
