@@ -59,7 +59,14 @@ def test_a_resume_elsewhere_keeps_what_the_first_machine_chose(
 
 
 def test_an_ablation_goes_on_with_arms_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet = ["model=tiny_random", "model.dtype=auto", "max_steps=1", "logging.progress=false", "validation.num_batches=1"]
+    quiet = [
+        "model=tiny_random",
+        "model.dtype=auto",
+        "max_steps=1",
+        "logging.progress=false",
+        "validation.num_batches=1",
+        "~validation.retrieval",
+    ]
     machine(monkeypatch, "AMX")
     train(["recipe=ablation_precision", "arms=[float32]", *quiet, f"run_dir={tmp_path}"])
     machine(monkeypatch, None)

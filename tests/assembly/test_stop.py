@@ -17,7 +17,7 @@ from unified_lm.cli.script import train
 
 QUIET = ("logging.progress=false", "validation.num_batches=1")
 CHAIN = ("recipe=llm2vec", "model=tiny_random", "max_steps=2", "resume=auto", *QUIET)
-SWEEP = ("recipe=ablation_precision", "model=tiny_random", "max_steps=2", "resume=auto", *QUIET)
+SWEEP = ("recipe=ablation_precision", "model=tiny_random", "max_steps=2", "resume=auto", "~validation.retrieval", *QUIET)
 LAST = 2
 
 MOMENTS = {

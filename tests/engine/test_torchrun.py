@@ -20,6 +20,7 @@ COMMON = [
     "max_steps=2",
     "streams.embedding.batch_size=8",
     "validation.num_batches=1",
+    "~validation.retrieval",
     "logging.progress=false",
 ]
 

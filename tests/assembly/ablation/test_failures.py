@@ -22,7 +22,7 @@ from unified_lm.config.schema import RunConfig, SweepConfig
 from unified_lm.core.errors import CheckpointError, DataError, UserError
 from unified_lm.reporting.compare import compare
 
-SMALL = ("model=tiny_random", "max_steps=2", "logging.progress=false", "validation.num_batches=1")
+SMALL = ("model=tiny_random", "max_steps=2", "logging.progress=false", "validation.num_batches=1", "~validation.retrieval")
 LOSS = ("recipe=ablation_loss", *SMALL)
 HEAD = ("recipe=ablation_head", *SMALL, "arms=[none,projection_64,matryoshka]")
 
