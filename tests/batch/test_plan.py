@@ -1,10 +1,11 @@
 """The attention plan: modes, runs, and the reference mask against a definition written out token by token."""
 
+import numpy as np
 import pytest
 import torch
 
-from unified_lm.batch import AttentionMode, AttentionPlan
-from unified_lm.batch.plan import mode_of, sequence_mask
+from unified_lm.batch import AttentionMode, AttentionPlan, Block, Sample
+from unified_lm.batch.plan import free_stretches, mode_of, sequence_mask
 
 CASES = [
     ([5], [(0, 0)]),
@@ -41,6 +42,47 @@ def test_no_sequence_sees_another_and_every_token_sees_itself():
     assert not mask[3:7, :3].any()
     assert not mask[3:7, 7:].any()
     assert not mask[7:, :7].any()
+
+
+def test_a_block_sees_itself_and_what_lies_outside_sees_all_before():
+    blocks = (Block(1, 3), Block(3, 6, bidirectional=True))
+    plan = AttentionPlan.build([8], [(0, 0)], blocks=[blocks])
+    expected = [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+    ]
+    assert torch.equal(plan.dense_mask(), torch.tensor(expected, dtype=torch.bool))
+    expected[6] = [0, 0, 0, 0, 0, 1, 1, 0]
+    expected[7] = [0, 0, 0, 0, 0, 0, 1, 1]
+    assert torch.equal(plan.dense_mask(2), torch.tensor(expected, dtype=torch.bool))
+    assert (plan.mode(0), plan.runs[0].mode) == (AttentionMode.BLOCKS, AttentionMode.BLOCKS)
+    assert free_stretches(8, blocks) == [(0, 1), (6, 8)]
+    assert free_stretches(6, blocks) == [(0, 1)]
+
+
+def test_blocks_that_fill_a_sequence_are_sequences_of_their_own():
+    together = AttentionPlan.build([9], [(0, 0)], blocks=[(Block(0, 4), Block(4, 9, bidirectional=True))])
+    assert torch.equal(together.dense_mask(), AttentionPlan.build([4, 5], [(0, 0), (0, 5)]).dense_mask())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "span", "text"),
+    [
+        ((Block(0, 3), Block(2, 4)), (0, 0), "overlap"),
+        ((Block(4, 6),), (0, 0), "outside"),
+        ((Block(2, 2),), (0, 0), "empty"),
+        ((Block(0, 2),), (0, 5), "not both"),
+    ],
+)
+def test_blocks_that_cannot_be_are_refused(blocks, span, text):
+    with pytest.raises(AssertionError, match=text):
+        Sample(input_ids=np.arange(5), stream="s", bidirectional=span, blocks=blocks)
 
 
 def test_modes():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from unified_lm.batch import AttentionPlan
+from unified_lm.batch import AttentionPlan, Block
 from unified_lm.batch.plan import sequence_mask
 from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
@@ -31,6 +31,19 @@ from unified_lm.models.attention.grouped import LENGTH_MULTIPLE, group_by_length
 
 LENGTHS = (7, 1, 20, 3, 20, 33, 12, 5)
 SPANS = ((0, 0), (0, 0), (0, 0), (1, 3), (4, 15), (0, 20), (0, 12), (0, 5))
+BLOCKS = AttentionPlan.build(
+    [9, 20, 6, 15, 31, 4],
+    [(0, 0), (0, 20), (0, 0), (0, 0), (0, 0), (0, 0)],
+    blocks=[
+        (),
+        (),
+        (Block(0, 4),),
+        (Block(2, 6, bidirectional=True), Block(6, 11, bidirectional=True)),
+        (Block(0, 8, bidirectional=True), Block(8, 13), Block(20, 25, bidirectional=True)),
+        (Block(0, 4, bidirectional=True),),
+    ],
+)
+"""Blocks at the start, next to each other, apart, at the end, both kinds in one sequence, and nothing else."""
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -119,6 +132,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "narrow values": {"value_size": 4},
     "sinks": {"sinks_H": torch.linspace(-2, 2, 6)},
+    "blocks": {"plan": BLOCKS},
+    "blocks and a window": {"plan": BLOCKS, "sliding_window": 4},
 }
 
 

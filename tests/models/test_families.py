@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from unified_lm.batch import Pack, Sample, make_pack
+from unified_lm.batch import Block, Pack, Sample, make_pack
 from unified_lm.core.errors import ModelError
 from unified_lm.models.attention import ATTENTION_NAME, AttentionKernel, FlashKernel, FlexKernel, ReferenceKernel, SdpaKernel
 from unified_lm.models.backbone import Backbone
@@ -127,8 +127,11 @@ def test_law_1_a_layer_lets_exactly_the_masks_tokens_through(family: str, values
     spans = [(0, 0), (2, 7), (0, 10), (0, 0)]
     pack = make_pack(
         [
-            Sample(input_ids=np.arange(length) + 3, stream="s", bidirectional=span)
-            for length, span in zip((10, 10, 10, 1), spans, strict=True)
+            *(
+                Sample(input_ids=np.arange(length) + 3, stream="s", bidirectional=span)
+                for length, span in zip((10, 10, 10, 1), spans, strict=True)
+            ),
+            Sample(input_ids=np.arange(10) + 3, stream="s", blocks=(Block(0, 3), Block(3, 7, bidirectional=True))),
         ]
     )
     expected = pack.plan.dense_mask(window)

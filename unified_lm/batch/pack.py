@@ -14,7 +14,7 @@ import torch
 from unified_lm.batch.plan import AttentionPlan, mode_of
 from unified_lm.batch.sample import IGNORE, Sample
 
-_MODE_ORDER = ("causal", "span", "bidirectional")
+_MODE_ORDER = ("causal", "span", "blocks", "bidirectional")
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,16 +169,17 @@ def make_pack(samples: Sequence[Sample], rows: Mapping[int, int] | None = None) 
         rows = {id(s): row for row, s in enumerate(s for s in samples if s.pool is not None)}
     # Equal modes next to each other: a kernel then needs one call per mode and layer. The sort is stable, so that a pack
     # depends on the order of its samples alone.
-    ordered = sorted(samples, key=lambda s: _MODE_ORDER.index(mode_of(len(s), s.bidirectional).value))
-    plan = AttentionPlan.build([len(s) for s in ordered], [s.bidirectional for s in ordered])
+    ordered = sorted(samples, key=lambda s: _MODE_ORDER.index(mode_of(len(s), s.bidirectional, s.blocks).value))
+    spans, blocks = [s.bidirectional for s in ordered], [s.blocks for s in ordered]
+    plan = AttentionPlan.build([len(s) for s in ordered], spans, blocks=blocks)
     pooled = [(s, offset) for s, offset in zip(ordered, plan.offsets, strict=False) if s.pool is not None]
-    spans = [(offset + s.pool[0], offset + s.pool[1]) for s, offset in pooled if s.pool is not None]
+    pool_spans = [(offset + s.pool[0], offset + s.pool[1]) for s, offset in pooled if s.pool is not None]
     return Pack(
         input_ids=torch.from_numpy(np.concatenate([np.asarray(s.input_ids, dtype=np.int64) for s in ordered])),
         # From 0 for every sample: positions that ran on would make a sample's states depend on its neighbors.
         position_ids=torch.cat([torch.arange(len(s)) for s in ordered]),
         plan=plan,
-        pool_spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 2),
+        pool_spans=torch.tensor(pool_spans, dtype=torch.int64).reshape(-1, 2),
         pool_rows=tuple(rows[id(s)] for s, _ in pooled),
         pool_streams=tuple(s.stream for s, _ in pooled),
         supervised=_supervise(ordered, plan.offsets),

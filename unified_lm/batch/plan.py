@@ -20,6 +20,23 @@ class AttentionMode(Enum):
     CAUSAL = "causal"
     BIDIRECTIONAL = "bidirectional"
     SPAN = "span"
+    BLOCKS = "blocks"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A stretch of a sequence that sees nothing outside itself, as a document that is computed alone and read from a cache.
+
+    Tokens outside all blocks are causal and see everything before them, blocks included.
+
+    Attributes:
+        start, stop: its tokens `[start, stop)`, in sample coordinates.
+        bidirectional: whether its tokens see the whole block; else they are causal inside it.
+    """
+
+    start: int
+    stop: int
+    bidirectional: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,7 @@ class AttentionPlan:
     Attributes:
         lengths: tokens of each sequence, `S` host integers.
         spans: per sequence the bidirectional span `[start, stop)` in sample coordinates (see `Sample.bidirectional`).
+        blocks: per sequence its blocks, in order; a sequence with blocks has an empty span.
         cu_seqlens: int32 `[S + 1]`, where each sequence starts in the pack, and the total.
         max_seqlen: the longest sequence, in tokens.
         runs: maximal stretches of sequences of equal mode, in pack order.
@@ -58,6 +76,7 @@ class AttentionPlan:
 
     lengths: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
+    blocks: tuple[tuple[Block, ...], ...]
     cu_seqlens: torch.Tensor
     max_seqlen: int
     runs: tuple[ModeRun, ...]
@@ -69,13 +88,15 @@ class AttentionPlan:
         lengths: Sequence[int],
         spans: Sequence[tuple[int, int]],
         device: torch.device | str = "cpu",
+        blocks: Sequence[tuple[Block, ...]] | None = None,
     ) -> AttentionPlan:
-        """Make a plan from sequence lengths and bidirectional spans (both per sequence, in pack order)."""
-        assert len(lengths) == len(spans) > 0
+        """Make a plan from sequence lengths, bidirectional spans and blocks (all per sequence, in pack order)."""
+        blocks = [()] * len(lengths) if blocks is None else blocks
+        assert len(lengths) == len(spans) == len(blocks) > 0
         offsets = [0]
         for length in lengths:
             offsets.append(offsets[-1] + length)
-        modes = [mode_of(length, span) for length, span in zip(lengths, spans, strict=True)]
+        modes = [mode_of(*sequence) for sequence in zip(lengths, spans, blocks, strict=True)]
         runs = []
         for mode, members in groupby(range(len(lengths)), key=modes.__getitem__):
             indices = list(members)
@@ -86,6 +107,7 @@ class AttentionPlan:
         return cls(
             lengths=tuple(lengths),
             spans=tuple(spans),
+            blocks=tuple(blocks),
             cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
             max_seqlen=max(lengths),
             runs=tuple(runs),
@@ -106,7 +128,11 @@ class AttentionPlan:
 
     def mode(self, index: int) -> AttentionMode:
         """The mode of sequence `index`."""
-        return mode_of(self.lengths[index], self.spans[index])
+        return mode_of(self.lengths[index], self.spans[index], self.blocks[index])
+
+    def mask(self, index: int, sliding_window: int | None = None) -> torch.Tensor:
+        """The mask of sequence `index` alone, bool `[length, length]`; see `sequence_mask`."""
+        return sequence_mask(self.lengths[index], self.spans[index], sliding_window, self.blocks[index])
 
     def to(self, device: torch.device) -> AttentionPlan:
         """The same plan with its tensors on `device` and an empty kernel cache."""
@@ -124,17 +150,19 @@ class AttentionPlan:
         """
         total, offsets = self.num_tokens, self.offsets
         mask = torch.zeros(total, total, dtype=torch.bool)
-        for index, length in enumerate(self.lengths):
+        for index in range(len(self.lengths)):
             begin, end = offsets[index], offsets[index + 1]
-            mask[begin:end, begin:end] = sequence_mask(length, self.spans[index], sliding_window)
+            mask[begin:end, begin:end] = self.mask(index, sliding_window)
         return mask
 
 
-def mode_of(length: int, span: tuple[int, int]) -> AttentionMode:
-    """The mode of a sequence of `length` tokens with the given bidirectional span.
+def mode_of(length: int, span: tuple[int, int], blocks: Sequence[Block] = ()) -> AttentionMode:
+    """The mode of a sequence of `length` tokens with the given bidirectional span and blocks.
 
     A span of one token changes nothing: it is causal.
     """
+    if blocks:
+        return AttentionMode.BLOCKS
     start, stop = span
     if stop - start <= 1:
         return AttentionMode.CAUSAL
@@ -147,6 +175,7 @@ def visible(
     start: torch.Tensor | int,
     stop: torch.Tensor | int,
     sliding_window: int | None = None,
+    first: torch.Tensor | int = 0,
 ) -> torch.Tensor:
     """The one definition of who sees whom inside a sequence. Every mask of every kernel is made from it.
 
@@ -157,31 +186,52 @@ def visible(
     Args:
         query: integer positions of the rows' tokens in their sequence; broadcasts against `key`.
         key: integer positions of the columns' tokens.
-        start: first token of the sequence's bidirectional span; broadcasts.
+        start: first token of the bidirectional span of the query's sequence or block; broadcasts.
         stop: one past its last token.
         sliding_window: the window in tokens; None: no limit.
+        first: the first token that the query may see: where its block starts, 0 outside all blocks.
 
     Returns:
         bool, of the broadcast shape, True where the query sees the key.
     """
     causal = key <= query
     inside = (query >= start) & (query < stop) & (key >= start) & (key < stop)
-    if sliding_window is None:
-        return causal | inside
-    distance = query - key
-    return (causal & (distance < sliding_window)) | (inside & (distance.abs() <= sliding_window))
+    if sliding_window is not None:
+        distance = query - key
+        causal = causal & (distance < sliding_window)
+        inside = inside & (distance.abs() <= sliding_window)
+    return (causal | inside) & (key >= first)
 
 
-def sequence_mask(length: int, span: tuple[int, int], sliding_window: int | None = None) -> torch.Tensor:
+def sight(length: int, span: tuple[int, int], blocks: Sequence[Block] = ()) -> torch.Tensor:
+    """What `visible` asks about every token of a sequence: int64 `[3, length]`, its `start`, `stop` and `first`."""
+    found = torch.tensor([*span, 0])[:, None].repeat(1, length)
+    for block in blocks:
+        inner = (block.start, block.stop) if block.bidirectional else (0, 0)
+        found[:, block.start : block.stop] = torch.tensor([*inner, block.start])[:, None]
+    return found
+
+
+def sequence_mask(
+    length: int, span: tuple[int, int], sliding_window: int | None = None, blocks: Sequence[Block] = ()
+) -> torch.Tensor:
     """The mask of one sequence alone.
 
     Args:
         length: tokens of the sequence.
         span: its bidirectional span `[start, stop)`.
         sliding_window: limit of the distance, see `visible`.
+        blocks: its blocks.
 
     Returns:
         bool `[length, length]`, True where the row's token sees the column's token.
     """
     position = torch.arange(length)
-    return visible(position[:, None], position[None, :], *span, sliding_window)
+    start, stop, first = sight(length, span, blocks)[:, :, None]
+    return visible(position[:, None], position[None, :], start, stop, sliding_window, first)
+
+
+def free_stretches(length: int, blocks: Sequence[Block]) -> list[tuple[int, int]]:
+    """The stretches `[start, stop)` of a sequence outside its blocks, none of them empty."""
+    borders = [0, *(border for block in blocks for border in (block.start, block.stop)), length]
+    return [(start, stop) for start, stop in zip(borders[::2], borders[1::2], strict=True) if start < stop]

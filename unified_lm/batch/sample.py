@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unified_lm.batch.plan import Block
+
 IGNORE = -100
 """The label of a position that is not supervised."""
 
@@ -33,6 +35,8 @@ class Sample:
         bidirectional: `[start, stop)`, the span inside which every token sees every other. Empty: causal throughout.
             The whole sample: an encoder. Partial: tokens of the span see the whole span and all that precedes it, all
             other tokens are causal.
+        blocks: stretches that see nothing outside themselves, in order and apart from one another. Tokens outside them are
+            causal and see all that precedes. Empty: none. A sample has a bidirectional span, or blocks, or neither.
         pool: `[start, stop)`, the tokens whose states are pooled into an embedding; None where none is wanted.
         labels: int64 `[T]`, the token expected *at* each position (predicted from the state one position earlier), or
             `IGNORE`. A label at position 0 has no predecessor and is never allowed. None where nothing is supervised.
@@ -48,6 +52,7 @@ class Sample:
     input_ids: np.ndarray
     stream: str
     bidirectional: tuple[int, int] = (0, 0)
+    blocks: tuple[Block, ...] = ()
     pool: tuple[int, int] | None = None
     labels: np.ndarray | None = None
     token_weights: np.ndarray | None = None
@@ -62,6 +67,10 @@ class Sample:
         assert length > 0, "a sample has at least one token"
         start, stop = self.bidirectional
         assert 0 <= start <= stop <= length, f"bidirectional span {self.bidirectional} outside [0, {length})"
+        borders = [0, *(border for block in self.blocks for border in (block.start, block.stop)), length]
+        assert borders == sorted(borders), f"blocks {self.blocks} overlap, are out of order or outside [0, {length})"
+        assert all(block.start < block.stop for block in self.blocks), f"blocks {self.blocks} are empty"
+        assert not (self.blocks and stop > start), "a sample has a bidirectional span or blocks, not both"
         if self.pool is not None:
             assert 0 <= self.pool[0] < self.pool[1] <= length, f"pool span {self.pool} is empty or outside [0, {length})"
         if self.labels is not None:

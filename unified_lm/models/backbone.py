@@ -19,7 +19,7 @@ from unified_lm.batch import OutputHead, Pack
 from unified_lm.core import distributed
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.models import families
-from unified_lm.models.attention import ATTENTION_NAME, KERNELS, AttentionKernel, register
+from unified_lm.models.attention import ATTENTION_NAME, KERNELS, AttentionKernel, Heads, register
 from unified_lm.models.attention.padded import pad
 from unified_lm.models.positions import position_limit
 
@@ -101,6 +101,39 @@ class Backbone(nn.Module):
                 "its layers cannot be compared."
             )
         return torch.stack([layer[0] for layer in states], dim=1)
+
+    def key_values(self, pack: Pack) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Run the decoder over a pack and return what its layers attend to.
+
+        Args:
+            pack: on the model's device.
+
+        Returns:
+            The hidden states `[T, D]`, and for each layer its keys `[T, K, d]`, at their positions, and values `[T, K, e]`.
+
+        Raises:
+            ModelError: a layer has no keys (state-space layers, for example), or the model runs padded.
+        """
+        if self._attention is None:
+            raise ModelError(f"kernel '{PADDED}' keeps no keys and values. Use a family with the attention interface.")
+        recorder = _Recorder(self._attention)
+        hidden = self._run(pack, attention_kernel=recorder).last_hidden_state[0]
+        if len(recorder.layers) != int(self._config.num_hidden_layers):
+            raise ModelError(
+                f"family '{self._config.model_type}' has keys and values in {len(recorder.layers)} of "
+                f"{self._config.num_hidden_layers} layers: what it has read cannot be cached."
+            )
+        return hidden, recorder.layers
+
+    def check_length(self, tokens: int) -> None:
+        """Refuse a sample, or a prompt joined of cached ones, that the model's positions cannot serve.
+
+        Raises:
+            ModelError: it has more tokens than `models.positions.position_limit` allows.
+        """
+        if self._limit is not None and tokens > self._limit.tokens:
+            limit = self._limit
+            raise ModelError(f"a sample has {tokens} tokens, but {limit.reason}. Cut texts to {limit.tokens} tokens.")
 
     def router_logits(self, pack: Pack) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Run the decoder of a mixture of experts and return its router logits.
@@ -189,9 +222,7 @@ class Backbone(nn.Module):
             )
 
     def _run(self, pack: Pack, **options: Any) -> Any:
-        limit, longest = self._limit, pack.plan.max_seqlen
-        if limit is not None and longest > limit.tokens:
-            raise ModelError(f"a sample has {longest} tokens, but {limit.reason}. Cut texts to {limit.tokens} tokens.")
+        self.check_length(pack.plan.max_seqlen)
         # The decoder without the head: losses compute logits themselves, at supervised positions only.
         decoder = self.causal_lm.get_decoder()
         if self._attention is None:
@@ -218,9 +249,22 @@ class Backbone(nn.Module):
             position_ids=pack.position_ids[None],
             use_cache=False,  # with a cache transformers treats the pack as one growing sequence
             plan=pack.plan,
-            attention_kernel=self._attention,
-            **options,
+            **{"attention_kernel": self._attention, **options},
         )
+
+
+class _Recorder:
+    """A kernel that keeps the keys and values that pass through it, layer after layer."""
+
+    def __init__(self, kernel: AttentionKernel) -> None:
+        self.kernel = kernel
+        self.name = kernel.name
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, heads: Heads) -> torch.Tensor:
+        """Return `[T, H, e]`; see `AttentionKernel`."""
+        self.layers.append((heads.k_TKd, heads.v_TKe))
+        return self.kernel(heads)
 
 
 def _make_kernel(kernel: str | AttentionKernel) -> AttentionKernel:

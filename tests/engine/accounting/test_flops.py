@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.engine.tiny import NEXT_TOKEN, make_samples
-from unified_lm.batch import Sample, make_batch, make_pack
+from unified_lm.batch import Block, Sample, make_batch, make_pack
 from unified_lm.config.schema import LoraConfig
 from unified_lm.engine.accounting.flops import ModelFlops, visible_pairs
 from unified_lm.engine.accounting.peaks import device_peak, listed_peak, measured_gemm
@@ -34,7 +35,9 @@ def sequence(length: int, span: tuple[int, int] = (0, 0)) -> Sample:
 
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 40])
 def test_visible_pairs_are_those_of_the_mask(window: int | None) -> None:
-    pack = make_pack([sequence(1), sequence(9), sequence(9, (0, 9)), sequence(12, (2, 9)), sequence(7, (0, 1))])
+    samples = [sequence(1), sequence(9), sequence(9, (0, 9)), sequence(12, (2, 9)), sequence(7, (0, 1))]
+    blocks = (Block(0, 5), Block(5, 9, bidirectional=True), Block(11, 14, bidirectional=True))
+    pack = make_pack([*samples, replace(sequence(16), blocks=blocks)])
     assert visible_pairs(pack, window) == int(pack.plan.dense_mask(window).sum())
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from unified_lm.batch import Pack
+from unified_lm.batch.plan import free_stretches
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models import families
 
@@ -84,8 +85,17 @@ def visible_pairs(pack: Pack, window: int | None = None) -> int:
         pack: the pack.
         window: the layer's sliding window in tokens; None: no limit.
     """
-    kinds = Counter(zip(pack.plan.lengths, (stop - start for start, stop in pack.plan.spans), strict=True))
-    return sum(count * _pairs(length, span, window) for (length, span), count in kinds.items())
+    plan = pack.plan
+    plain = [i for i, blocks in enumerate(plan.blocks) if not blocks]
+    kinds = Counter((plan.lengths[i], plan.spans[i][1] - plan.spans[i][0]) for i in plain)
+    pairs = sum(count * _pairs(length, span, window) for (length, span), count in kinds.items())
+    for length, blocks in zip(plan.lengths, plan.blocks, strict=True):
+        if blocks:
+            sizes = [(block.stop - block.start, block.bidirectional) for block in blocks]
+            pairs += sum(_pairs(size, size if whole else 0, window) for size, whole in sizes)
+            # What lies outside sees all that comes before, as the same rows of a causal sequence do.
+            pairs += sum(_pairs(b, 0, window) - _pairs(a, 0, window) for a, b in free_stretches(length, blocks))
+    return pairs
 
 
 def _pairs(length: int, span: int, window: int | None) -> int:

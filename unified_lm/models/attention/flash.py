@@ -7,7 +7,7 @@ Legend: `attention/__init__.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from unified_lm.batch import AttentionMode, AttentionPlan, ModeRun
+from unified_lm.batch.plan import free_stretches
 from unified_lm.core.errors import ModelError
 from unified_lm.models.attention.heads import Heads
 
@@ -56,6 +57,8 @@ class FlashKernel:
             part = slice(run.start, run.stop)
             if run.mode is AttentionMode.SPAN:
                 output = self._spans(heads, run, q[part], k[part], v[part])
+            elif run.mode is AttentionMode.BLOCKS:
+                output = self._blocks(heads, run, q[part], k[part], v[part])
             else:
                 output = self._call(heads, run.cu_seqlens, run.max_seqlen, run.mode, q[part], k[part], v[part])
             outputs.append(output)
@@ -88,7 +91,19 @@ class FlashKernel:
         causal = self._call(heads, run.cu_seqlens, run.max_seqlen, AttentionMode.CAUSAL, q, k, v)
         rows = _span_rows(heads.plan, run, q.device)
         # Not causal: a span's token sees every key from the sequence's start to the span's end.
-        within = self._varlen(
+        return causal.index_copy(0, rows.queries, self._call_rows(heads, rows, q, k, v, causal=False))
+
+    def _blocks(self, heads: Heads, run: ModeRun, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        output = q.new_empty(*q.shape[:2], v.shape[-1])
+        for causal, rows in _block_rows(heads.plan, run, q.device):
+            output = output.index_copy(0, rows.queries, self._call_rows(heads, rows, q, k, v, causal=causal))
+        return output
+
+    def _call_rows(
+        self, heads: Heads, rows: _Rows, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool
+    ) -> torch.Tensor:
+        # With fewer queries than keys, flash aligns the last query with the last key: causal is what comes before either.
+        return self._varlen(
             q.index_select(0, rows.queries),
             k.index_select(0, rows.keys),
             v.index_select(0, rows.keys),
@@ -96,11 +111,10 @@ class FlashKernel:
             cu_seqlens_k=rows.cu_keys,
             max_seqlen_q=rows.longest_queries,
             max_seqlen_k=rows.longest_keys,
-            window_size=(-1, -1),
-            causal=False,
+            window_size=_window(heads.sliding_window, rows.longest_keys, causal),
+            causal=causal,
             **_softmax_options(heads),
         )
-        return causal.index_copy(0, rows.queries, within)
 
 
 def find_varlen() -> VarlenFunction:
@@ -188,16 +202,16 @@ def _varlen_parameters() -> frozenset[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class _SpanRows:
-    """Second call of a run of partial spans.
+class _Rows:
+    """A call over parts of sequences: some of their queries see some of their keys.
 
     Attributes:
-        queries: int64, the spans' tokens, relative to the start of the run.
-        keys: int64, of each sequence the tokens up to the span's end, relative to the start of the run.
-        cu_queries: int32 `[S + 1]`, cumulative number of queries per sequence.
-        cu_keys: int32 `[S + 1]`, cumulative number of keys per sequence.
-        longest_queries: most queries of a sequence.
-        longest_keys: most keys of a sequence.
+        queries: int64, the parts' queries, relative to the start of the run.
+        keys: int64, the parts' keys, likewise.
+        cu_queries: int32 `[parts + 1]`, cumulative number of queries per part.
+        cu_keys: int32 `[parts + 1]`, cumulative number of keys per part.
+        longest_queries: most queries of a part.
+        longest_keys: most keys of a part.
     """
 
     queries: torch.Tensor
@@ -207,18 +221,43 @@ class _SpanRows:
     longest_queries: int
     longest_keys: int
 
+    @classmethod
+    def build(cls, parts: Sequence[tuple[int, int, int]], device: torch.device) -> _Rows:
+        """Rows of parts `(first key, first query, stop)`: queries and keys end at the same token."""
+        queries = torch.cat([torch.arange(query, stop) for _, query, stop in parts])
+        keys = torch.cat([torch.arange(key, stop) for key, _, stop in parts])
+        num_queries, num_keys = [stop - query for _, query, stop in parts], [stop - key for key, _, stop in parts]
+        cu_queries, cu_keys = (torch.tensor([0, *counts]).cumsum(0).int() for counts in (num_queries, num_keys))
+        queries, keys, cu_queries, cu_keys = (tensor.to(device) for tensor in (queries, keys, cu_queries, cu_keys))
+        return cls(queries, keys, cu_queries, cu_keys, max(num_queries), max(num_keys))
 
-def _span_rows(plan: AttentionPlan, run: ModeRun, device: torch.device) -> _SpanRows:
+
+def _span_rows(plan: AttentionPlan, run: ModeRun, device: torch.device) -> _Rows:
+    """Second call of a run of partial spans: of each sequence the span's queries, and the keys up to the span's end."""
     key = ("flash spans", run.first, device)
     if key not in plan.kernel_cache:
         starts = [plan.offsets[i] - run.start for i in range(run.first, run.last)]
         spans = plan.spans[run.first : run.last]
-        queries = torch.cat([torch.arange(at + start, at + stop) for at, (start, stop) in zip(starts, spans, strict=True)])
-        keys = torch.cat([torch.arange(at, at + stop) for at, (_, stop) in zip(starts, spans, strict=True)])
-        num_queries, num_keys = [stop - start for start, stop in spans], [stop for _, stop in spans]
-        cu_queries, cu_keys = (torch.tensor([0, *counts]).cumsum(0).int() for counts in (num_queries, num_keys))
-        queries, keys, cu_queries, cu_keys = (tensor.to(device) for tensor in (queries, keys, cu_queries, cu_keys))
-        plan.kernel_cache[key] = _SpanRows(queries, keys, cu_queries, cu_keys, max(num_queries), max(num_keys))
+        parts = [(at, at + start, at + stop) for at, (start, stop) in zip(starts, spans, strict=True)]
+        plan.kernel_cache[key] = _Rows.build(parts, device)
+    return plan.kernel_cache[key]
+
+
+def _block_rows(plan: AttentionPlan, run: ModeRun, device: torch.device) -> list[tuple[bool, _Rows]]:
+    """The calls of a run of sequences with blocks: causal blocks and what lies outside all blocks, then bidirectional blocks.
+
+    Returns:
+        Whether a call is causal, and its rows.
+    """
+    key = ("flash blocks", run.first, device)
+    if key not in plan.kernel_cache:
+        parts: dict[bool, list[tuple[int, int, int]]] = {True: [], False: []}
+        for i in range(run.first, run.last):
+            at = plan.offsets[i] - run.start
+            for block in plan.blocks[i]:
+                parts[not block.bidirectional].append((at + block.start, at + block.start, at + block.stop))
+            parts[True] += [(at, at + start, at + stop) for start, stop in free_stretches(plan.lengths[i], plan.blocks[i])]
+        plan.kernel_cache[key] = [(causal, _Rows.build(found, device)) for causal, found in parts.items() if found]
     return plan.kernel_cache[key]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from unified_lm.batch import AttentionPlan
-from unified_lm.batch.plan import visible
+from unified_lm.batch.plan import sight, visible
 from unified_lm.core.errors import ModelError
 from unified_lm.models.attention.heads import Heads
 
@@ -94,14 +94,14 @@ def _block_mask(plan: AttentionPlan, sliding_window: int | None, device: torch.d
         lengths = torch.tensor(plan.lengths, device=device)
         sequence = torch.repeat_interleave(torch.arange(len(plan.lengths), device=device), lengths)
         position = torch.cat([torch.arange(length) for length in plan.lengths]).to(device)
-        start, stop = torch.tensor(plan.spans, device=device).T.contiguous()
+        sequences = zip(plan.lengths, plan.spans, plan.blocks, strict=True)
+        start, stop, first = torch.cat([sight(*own) for own in sequences], dim=1).to(device)
 
         def mask_mod(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             """Whether a query sees a key, both as token indices of the pack."""
-            own = sequence[query]
-            seen = visible(position[query], position[key], start[own], stop[own], sliding_window)
+            seen = visible(position[query], position[key], start[query], stop[query], sliding_window, first[query])
             # `visible` only knows positions within a sequence, so tokens of other sequences are excluded here.
-            return (own == sequence[key]) & seen
+            return (sequence[query] == sequence[key]) & seen
 
         total = plan.num_tokens
         plan.kernel_cache[key] = create_block_mask(mask_mod, B=None, H=None, Q_LEN=total, KV_LEN=total, device=str(device))

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from unified_lm.batch.plan import visible
 from unified_lm.models.dropout import draw_keep_mask, keep_probability
@@ -103,7 +104,7 @@ def group_by_length(lengths: Sequence[int], overhead: int = GROUP_OVERHEAD) -> l
 
 def build_layout(
     lengths: Sequence[int],
-    spans: Sequence[tuple[int, int]],
+    sights: Sequence[torch.Tensor],
     heads: tuple[int, int],
     sliding_window: int | None,
     like: torch.Tensor,
@@ -112,7 +113,7 @@ def build_layout(
 
     Args:
         lengths: tokens of each sequence.
-        spans: their bidirectional spans.
+        sights: what their tokens see (`batch.plan.sight`).
         heads: H and K, query and key heads.
         sliding_window: as in `Heads`.
         like: a tensor whose device and dtype the masks take.
@@ -131,7 +132,7 @@ def build_layout(
         q_rows.append((token_nL[:, None] * num_q + torch.arange(num_q)[:, None]).flatten())
         kv_rows.append((token_nL[:, None] * num_kv + torch.arange(num_kv)[:, None]).flatten())
         valid.append(real_nL)
-        mask = _additive_mask(size_n1, [spans[i] for i in members], length, sliding_window, like.dtype)
+        mask = _additive_mask(size_n1, [sights[i] for i in members], length, sliding_window, like.dtype)
         groups.append(Group(len(members), length, None if mask is None else mask.to(like.device)))
     q_valid = torch.cat([real[:, None].expand(-1, num_q, -1).flatten() for real in valid])
     kv_valid = torch.cat([real[:, None].expand(-1, num_kv, -1).flatten() for real in valid])
@@ -178,12 +179,14 @@ def _invert(rows: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
 
 
 def _additive_mask(
-    size_n1: torch.Tensor, spans: Sequence[tuple[int, int]], length: int, sliding_window: int | None, dtype: torch.dtype
+    size_n1: torch.Tensor, sights: Sequence[torch.Tensor], length: int, sliding_window: int | None, dtype: torch.dtype
 ) -> torch.Tensor | None:
     """The mask of `Group`, on the CPU; None where every token sees every other."""
     position = torch.arange(length)
-    start_n11, stop_n11 = torch.tensor(spans, dtype=torch.int64)[:, :, None, None].unbind(1)
-    seen_nLL = visible(position[:, None], position, start_n11, stop_n11, sliding_window)
+    # What padding rows see is set below.
+    padded = torch.stack([functional.pad(sight, (0, length - sight.shape[1])) for sight in sights])
+    start_nL1, stop_nL1, first_nL1 = padded[..., None].unbind(1)
+    seen_nLL = visible(position[:, None], position, start_nL1, stop_nL1, sliding_window, first_nL1)
     seen_nLL = seen_nLL & (position < size_n1)[:, None, :]
     # Rows of padding see key 0: a row of minus infinities would become NaN in the softmax and in the gradients of its keys.
     seen_nLL[:, :, 0] |= position >= size_n1

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from unified_lm.batch import Pack
-from unified_lm.batch.plan import sequence_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +77,6 @@ def _additive_mask(pack: Pack, sliding_window: int | None, dtype: torch.dtype) -
     seen = torch.zeros(len(plan.lengths), 1, plan.max_seqlen, plan.max_seqlen, dtype=torch.bool)
     seen[..., 0] = True  # a padding row sees its sequence's first token, so that no row is empty
     for index, length in enumerate(plan.lengths):
-        seen[index, 0, :length, :length] = sequence_mask(length, plan.spans[index], sliding_window)
+        seen[index, 0, :length, :length] = plan.mask(index, sliding_window)
     # The dtype's minimum instead of minus infinity, as in transformers' own masks.
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from unified_lm.batch.plan import sequence_mask
 from unified_lm.models.attention.heads import Heads
 
 
@@ -22,7 +21,7 @@ class ReferenceKernel:
         """Return `[T, H, e]`; see `AttentionKernel`."""
         plan, outputs = heads.plan, []
         for index, (begin, length) in enumerate(zip(plan.offsets, plan.lengths, strict=False)):
-            mask = sequence_mask(length, plan.spans[index], heads.sliding_window).to(heads.q_THd.device)
+            mask = plan.mask(index, heads.sliding_window).to(heads.q_THd.device)
             part = slice(begin, begin + length)
             outputs.append(_attend(heads, heads.q_THd[part], heads.k_TKd[part], heads.v_TKe[part], mask))
         return torch.cat(outputs)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from unified_lm.batch import AttentionMode, AttentionPlan
-from unified_lm.batch.plan import sequence_mask
+from unified_lm.batch.plan import free_stretches, sight
 from unified_lm.models.attention.grouped import Layout, build_layout, grouped_attention
 from unified_lm.models.attention.heads import Heads
 from unified_lm.models.attention.reference import ReferenceKernel
@@ -67,8 +67,9 @@ class SdpaKernel:
         key = ("grouped layout", split.short, num_heads, window, q.dtype, q.device)
         layout: Layout | None = plan.kernel_cache.get(key)
         if layout is None:
-            lengths, spans = [plan.lengths[i] for i in split.short], [plan.spans[i] for i in split.short]
-            layout = plan.kernel_cache[key] = build_layout(lengths, spans, num_heads, window, q)
+            lengths = [plan.lengths[i] for i in split.short]
+            sights = [sight(plan.lengths[i], plan.spans[i], plan.blocks[i]) for i in split.short]
+            layout = plan.kernel_cache[key] = build_layout(lengths, sights, num_heads, window, q)
         return grouped_attention(q, k, v, layout, heads.scaling, heads.dropout)
 
 
@@ -102,23 +103,49 @@ class _Split:
 def _fused(heads: Heads, index: int) -> torch.Tensor:
     """Attention of one long sequence by torch's fused function; returns `[L, H, e]`."""
     plan, window = heads.plan, heads.sliding_window
-    begin, length = plan.offsets[index], plan.lengths[index]
+    length, blocks = plan.lengths[index], plan.blocks[index]
     # Without a mask torch can use its flash kernel, so a window that never cuts anything is dropped.
     window = None if window is not None and window >= length else window
     mode, mask = plan.mode(index), None
-    if mode is AttentionMode.SPAN or window is not None:
+    if mode in (AttentionMode.SPAN, AttentionMode.BLOCKS) or window is not None:
         key = ("sequence mask", index, window, heads.q_THd.device)
         if key not in plan.kernel_cache:
-            plan.kernel_cache[key] = sequence_mask(length, plan.spans[index], window).to(heads.q_THd.device)
+            plan.kernel_cache[key] = plan.mask(index, window).to(heads.q_THd.device)
         mask = plan.kernel_cache[key]
-    q, k, v = (x[begin : begin + length].transpose(0, 1)[None] for x in (heads.q_THd, heads.k_TKd, heads.v_TKe))
+    if mode is not AttentionMode.BLOCKS:
+        return _attend(heads, index, (0, 0, length), mask, causal=mode is AttentionMode.CAUSAL)
+    # A block is a sequence of its own, without a mask; what lies outside all blocks sees every key before its end.
+    own = None if window is None else mask
+    outputs = {b.start: _attend(heads, index, (b.start, b.start, b.stop), own, causal=not b.bidirectional) for b in blocks}
+    for start, stop in free_stretches(length, blocks):
+        outputs[start] = _attend(heads, index, (0, start, stop), mask, causal=False)
+    return torch.cat([outputs[start] for start in sorted(outputs)])
+
+
+def _attend(heads: Heads, index: int, part: tuple[int, int, int], mask: torch.Tensor | None, *, causal: bool) -> torch.Tensor:
+    """Attention within a part of a sequence.
+
+    Args:
+        heads: of the pack.
+        index: of the sequence.
+        part: its first key, its first query, and where both stop, in sample coordinates.
+        mask: bool `[L, L]` of the whole sequence, or None.
+        causal: whether to be causal where there is no mask; keys and queries then begin at the same token.
+
+    Returns:
+        `[queries, H, e]`.
+    """
+    key, query, stop = part
+    begin = heads.plan.offsets[index]
+    q = heads.q_THd[begin + query : begin + stop].transpose(0, 1)[None]
+    k, v = (x[begin + key : begin + stop].transpose(0, 1)[None] for x in (heads.k_TKd, heads.v_TKe))
     output = functional.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=mask,
+        attn_mask=None if mask is None else mask[query:stop, key:stop],
         dropout_p=heads.dropout,
-        is_causal=mode is AttentionMode.CAUSAL and mask is None,  # torch accepts either this or a mask
+        is_causal=causal and mask is None,  # torch accepts either this or a mask
         scale=heads.scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )
