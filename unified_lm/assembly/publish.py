@@ -191,6 +191,7 @@ def _stage(run: Run) -> StageRecord:
             alpha=config.lora.alpha,
             target_modules=tuple(sorted({name.rpartition(".")[2] for name in run.lora.targets})),
             dropout=config.lora.dropout,
+            tokens=run.lora.tokens,
         )
     settings = {
         "learning_rate": config.optim.learning_rate,

@@ -27,7 +27,7 @@ from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.data.prompts.echo import EchoPrompt, encode_echo
 from unified_lm.data.prompts.encoded import Encoded, Fragment, Rejection, assemble, truncate_chat
 from unified_lm.data.prompts.plain_tokenizers import plain_tokenizers
-from unified_lm.data.prompts.templates import Template, added_ids
+from unified_lm.data.prompts.templates import Template, added_ids, special_tokens
 
 __all__ = ["Encoded", "PromptEncoder", "Rejection"]
 
@@ -55,8 +55,7 @@ class PromptEncoder:
             raise ConfigError(f"{type(tokenizer).__name__} is not a fast tokenizer (no tokenizer.json); convert it first")
         self.template = template
         self.tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder.items()
-        self._special = {token.content: index for index, token in added if token.special}
+        self._special = special_tokens(tokenizer)
         # Longest first: a special token may be a prefix of another. Without any, (?!) matches nothing.
         self._splitter = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r"(?!)")
         description = tokenizer.backend_tokenizer.to_str()

@@ -188,6 +188,19 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in added_ids(tokenizer)[0]
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Every special token of a tokenizer, with its id."""
+    return {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def template_tokens(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens of a tokenizer that a template writes out, with their ids; those that it adds by itself are none."""
+    strings = [template.instruction_prompt, template.bare_prompt, template.separator, template.end_token(tokenizer)]
+    strings += [turn.opening + template.closing(role, tokenizer) for role, turn in template.turns.items()]
+    strings.append((tokenizer.bos_token or "") if template.literal_bos else "")
+    return {text: index for text, index in special_tokens(tokenizer).items() if any(text in string for string in strings)}
+
+
 TEMPLATES: dict[str, Template] = {
     "grit": Template(
         name="grit",
