@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.engine.small_run import small_run
 from unified_lm.assembly import build_run
@@ -56,3 +58,30 @@ def test_a_tokenizer_that_is_read_differently_is_refused_before_training(tmp_pat
     more = [f"model.name={tmp_path}/weights", f"model.tokenizer={tmp_path}/tokenizer"]
     with pytest.raises(CheckpointError, match=r"encodes .* differently once saved and loaded"):
         build_run(compose_run([*arguments, *more]))
+
+
+def embedding_run(folder: Path, *more: str) -> list[str]:
+    """Arguments of a run that only embeds, with the last token."""
+    kept = [a for a in small_run(folder, folder / "run") if "generation" not in a and not a.startswith(("recipe", "export"))]
+    embedding = ["model.pooling=last_token", "streams.embedding.num_hard_negatives=0"]
+    return ["recipe=embedding_only", *kept, *embedding, "max_steps=1", *more]
+
+
+def test_a_run_with_a_joined_prompt_and_an_end_token_is_exported_for_stock_tools(tmp_path: Path) -> None:
+    instructed = "streams.embedding.sources.0.instruction='Find it.'"
+    train(embedding_run(tmp_path, "streams.embedding.template=e5_instruct", instructed))  # checked with stock tools there
+    manifest = json.loads((tmp_path / "run" / "export" / "unified_lm.json").read_text())
+    assert manifest["template_fields"]["embedding_end"] == "{eos}"
+    prompts = json.loads((tmp_path / "run" / "export" / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts == {"query": "Instruct: Find it.\nQuery: ", "document": ""}
+
+
+def test_the_last_token_without_an_end_token_is_announced(tmp_path: Path) -> None:
+    said = {}
+    for template in ("grit", "grit+eos"):
+        console = Console(file=StringIO(), width=200)
+        own = (f"streams.embedding.template={template}", f"run_dir={tmp_path}/{template}")
+        build_run(compose_run(embedding_run(tmp_path, *own)), console)
+        said[template] = console.file.getvalue()
+    assert "streams.embedding.template=grit+eos adds the end of text" in said["grit"]
+    assert "last_token" not in said["grit+eos"]

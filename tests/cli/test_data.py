@@ -76,7 +76,7 @@ def test_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "prepare", "wiki1m", "--out", str(out), "--from", str(tmp_path / "wiki1m_for_simcse.txt")]) == 0
     told = capsys.readouterr().out
     assert "2 rows in 1 file(s), 0 left out" in told
-    assert f"data=wiki1m data.wiki1m_path={out}/wiki1m_for_simcse.txt" in told
+    assert f"data=wiki1m data.wiki1m={out}/wiki1m_for_simcse.txt" in told
     assert (out / "wiki1m_for_simcse.txt").read_text() == "One sentence.\nAnother one.\n"
     assert main(["data", "prepare", "wiki2m", "--out", str(out)]) == 2
     assert "Did you mean 'wiki1m'" in capsys.readouterr().err

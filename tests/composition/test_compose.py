@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from unified_lm.composition.compose import compose, compose_run, from_yaml, to_yaml
+from unified_lm.composition.locate import group_options
 from unified_lm.config.schema import ChainConfig, RunConfig, SourceConfig
 from unified_lm.core.errors import ConfigError
 
@@ -251,3 +252,44 @@ def test_composing_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "peft"} & set(done.stdout.split())
+
+
+def sources_of(*argv: str) -> dict[str, tuple[SourceConfig, ...]]:
+    return {name: stream.sources for name, stream in compose_run(list(argv)).streams.items()}
+
+
+def test_a_source_may_be_one_text() -> None:
+    found = sources_of("recipe=grit_mistral7b", "data.tulu2=chats.jsonl", "streams.embedding.sources=[a b.csv,hub:x/y:c:dev]")
+    tulu, hub = SourceConfig(path="chats.jsonl"), SourceConfig(hub="x/y", subset="c", split="dev")
+    assert found == {"embedding": (SourceConfig(path="a b.csv"), hub), "generation": (tulu,)}
+    config = compose_run(
+        ["recipe=grit_mistral7b", "data.held_out.pairs=t.jsonl", "validation.retrieval={queries: builtin:pydocs}"]
+    )
+    assert config.validation.sources == {"embedding": (SourceConfig(path="t.jsonl"),)}
+    assert config.validation.retrieval is not None
+    assert config.validation.retrieval.queries == SourceConfig(builtin="pydocs")
+    found = sources_of("recipe=grit_mistral7b", "data.e5=rows", "streams.embedding.sources.0.instruction=Find it")
+    assert found["embedding"] == (SourceConfig(path="rows", instruction="Find it"),)
+
+
+def test_every_published_data_group_takes_rows_by_its_own_name() -> None:
+    """`data.NAME=FILE`, and the older `data.NAME_path=FILE` where there was one."""
+    recipes = {"e5": "embedding_only", "echo": "llm2vec_supervised", "tulu2": "generative_only", "wiki1m": "llm2vec_simcse"}
+    recipes |= {"ultrafeedback": "kto_gritlm7b", "wikitext103": "llm2vec_mntp"}
+    assert {*recipes, "pydocs", "files"} == set(group_options()["data"])
+    for group, recipe in recipes.items():
+        (sources,) = sources_of(f"recipe={recipe}", f"data.{group}=mine").values()
+        assert sources == (SourceConfig(path="mine"),), group
+    for group in ("e5", "echo", "wiki1m"):
+        (sources,) = sources_of(f"recipe={recipes[group]}", f"data.{group}_path=mine").values()
+        assert sources == (SourceConfig(path="mine"),), group
+
+
+def test_a_mistyped_key_of_the_data_is_corrected_with_its_section() -> None:
+    found = problems_of("recipe=grit_mistral7b", "data.tulu=x", "tulu2=x", "data.e.x=x", "data.held_out.pair=x")
+    assert list(found) == [
+        "unknown key 'data.tulu'. Did you mean 'data.tulu2'?",
+        "unknown key 'tulu2'. Did you mean 'data.tulu2'?",
+        "unknown key 'data.e.x'. Did you mean 'data.e5'?",
+        "unknown key 'data.held_out.pair'. Did you mean 'data.held_out.pairs'?",
+    ]

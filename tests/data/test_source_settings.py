@@ -147,6 +147,21 @@ def test_unusable_rows_are_counted_by_reason(tmp_path):
         open_source(SourceConfig(path=str(path), on_empty="skip"), RecordKind.CHAT, 0)
 
 
+def test_half_a_surrogate_in_an_instruction_is_a_row_to_refuse_or_skip(tmp_path):
+    rows = [
+        {"query": ["Find \ud83d", "q"], "pos": ["p"]},
+        {"query": "q", "instruction": "\udfff", "pos": ["p"]},
+        {"query": "q", "pos": ["p"]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(SourceConfig(path=str(path), on_unusable="skip"), RecordKind.PAIR, 0)
+    assert len(source) == 1
+    assert source.rejected == {"query[*]: not valid Unicode text": 1, "instruction: not valid Unicode text": 1}
+    with pytest.raises(DataError, match=r"line 1, field 'query\[0\]': .*half of a surrogate pair"):
+        open_source(SourceConfig(path=str(path)), RecordKind.PAIR, 0)
+
+
 def test_splits_of_a_folder(make, tmp_path):
     config = make("folder", ROWS)
     folder = tmp_path / "folder"

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.engine.tiny import make_samples
-from unified_lm.batch import IGNORE, Batch, Pack, Sample, SequenceLabel, make_batch
+from unified_lm.batch import IGNORE, MISSING, Batch, Pack, Sample, SequenceLabel, make_batch
 from unified_lm.batch.normalization import normalize
 from unified_lm.config.schema import LoraConfig, OptimConfig, ParallelConfig
 from unified_lm.core import distributed
@@ -99,8 +99,8 @@ def make_trainable(case: Case) -> TrainingModule:
 
 
 def adapt(model: PreTrainedModel, dropout: float = 0.0) -> None:
-    """Give a model adapters that do something, as after some training."""
-    apply_lora(model, LoraConfig(r=4, alpha=16.0, dropout=dropout), seed=0)
+    """Give a model adapters that do something, as after some training; the rows of some tokens are trained too."""
+    apply_lora(model, LoraConfig(r=4, alpha=16.0, dropout=dropout), 0, {str(index): index for index in (5, 9, 40)})
     random = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -136,9 +136,9 @@ def draw(kind: str, seed: int) -> tuple[list[Sample], Mapping[str, float]]:
     """One step's samples, of uneven lengths, and what their loss sums are divided by."""
     if kind == "grit":
         return make_samples(num_groups=7, num_chats=5, seed=seed)
-    if kind == "supervised":  # with queries that occur twice, on different ranks
+    if kind == "supervised":  # with queries that occur twice, on different ranks, and rows without their hard negative
         pairs = make_samples(num_groups=7, num_chats=0, seed=seed)[0]
-        return [replace(s, text_id=1 + (s.group % 4 if s.slot == 0 else 10 * s.group + 10 + s.slot)) for s in pairs], {}
+        return [replace(s, text_id=_text_id(s)) for s in pairs], {}
     if kind == "kto":
         pairs = make_samples(num_groups=7, num_chats=0, seed=seed)[0]
         return [*pairs, *make_preferences(9, seed)], {"preference": 9.0}
@@ -165,6 +165,12 @@ def draw(kind: str, seed: int) -> tuple[list[Sample], Mapping[str, float]]:
         )
     masked, count = normalize(masked, "token")
     return masked, {"generation": count}
+
+
+def _text_id(sample: Sample) -> int:
+    if sample.slot == 2 and sample.group % 3 == 1:
+        return MISSING
+    return 1 + (sample.group % 4 if sample.slot == 0 else 10 * sample.group + 10 + sample.slot)
 
 
 def share(case: Case, seed: int) -> Batch:

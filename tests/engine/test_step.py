@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.engine.tiny import WEIGHTS, embedding_terms, make_samples, make_trainable
-from unified_lm.batch import Batch, make_batch
+from tests.engine.tiny import CONTRASTIVE, WEIGHTS, embedding_terms, make_samples, make_trainable
+from unified_lm.batch import MISSING, Batch, make_batch
 from unified_lm.engine.step import GradCacheStep, StepLosses
 from unified_lm.engine.training_module import TrainingModule
 
@@ -72,6 +74,34 @@ def test_gradcache_equals_direct(dropout, num_retained):
     cached_losses, cached = run(trainable, batch, num_retained=num_retained)
     assert cached_losses.by_stream["embedding"] == pytest.approx(losses.by_stream["embedding"], rel=1e-6)
     assert distance(cached, direct) < 1e-5
+
+
+def test_missing_negatives_count_in_no_pack():
+    """Rows with their own numbers of negatives: the loss by hand, GradCache = direct, and an empty place changes nothing."""
+    trainable = make_trainable(dtype=torch.float64)
+    samples, counts = make_samples(num_chats=0)
+    lacking = [replace(s, text_id=MISSING) if s.slot == 2 and s.group % 2 else s for s in samples]
+    batch = make_batch(lacking, 60, counts)
+    assert len(batch.packs) > 3
+    losses, direct = run(trainable, batch, num_retained=len(batch.packs))
+    _, cached = run(trainable, batch, num_retained=1)
+    assert distance(cached, direct) < 1e-6
+    with torch.no_grad():
+        whole = make_batch([replace(s, text_id=0) for s in samples], 10_000, counts)
+        vectors = torch.nn.functional.normalize(trainable(whole.packs[0]).embeddings, dim=-1)
+    at = {row: index for index, row in enumerate(whole.packs[0].pool_rows)}
+    kept = [at[3 * group + slot] for group in range(6) for slot in (1, 2) if slot == 1 or group % 2 == 0]
+    expected = 0.0
+    for group in range(6):
+        scores = vectors[at[3 * group]] @ vectors[kept].T / CONTRASTIVE.temperature
+        expected += float(scores.logsumexp(0) - scores[kept.index(at[3 * group + 1])]) / 6
+    assert losses.by_stream["embedding"] == pytest.approx(expected, rel=1e-9)
+    shorter = [
+        replace(s, input_ids=s.input_ids[:1], pool=(0, 1), bidirectional=(0, 1)) if s.text_id < 0 else s for s in lacking
+    ]
+    other_losses, other = run(trainable, make_batch(shorter, 60, counts))
+    assert other_losses.total == pytest.approx(losses.total, rel=1e-12)
+    assert distance(other, direct) < 1e-9
 
 
 def test_gradcache_without_replaying_the_random_state_would_be_wrong(monkeypatch):

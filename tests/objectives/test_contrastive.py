@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from unified_lm.batch import MISSING
 from unified_lm.core.errors import ConfigError
 from unified_lm.objectives import ContrastiveConfig
 from unified_lm.objectives.contrastive import Contrastive
@@ -221,3 +222,30 @@ def test_similarities_in_bfloat16_are_near_and_not_equal() -> None:
 def test_an_unknown_similarity_dtype_is_refused() -> None:
     with pytest.raises(ConfigError, match="bfloat16"):
         Contrastive(ContrastiveConfig(similarity_dtype="bfloat"))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("score_bytes", [2**28, 1])
+def test_missing_negatives_are_in_no_sum(embeddings, symmetric, mask, score_bytes):
+    """The loss is that over each row's own number of negatives, whatever the empty places hold."""
+    ids = torch.arange(1, 1 + G * K).reshape(G, K)
+    ids[1, 2] = ids[4, 2] = MISSING
+    loss = objective(score_bytes, temperature=0.2, symmetric=symmetric, mask_same_text=mask)
+    term = loss(embeddings, ids)
+    expected = by_hand(embeddings, 0.2, {(query, group, 2) for query in range(G) for group in (1, 4)})
+    if symmetric:
+        expected = (expected + by_hand(embeddings[:, [1, 0]], 0.2)) / 2
+    torch.testing.assert_close(term.sum, expected)
+    gradients = torch.autograd.grad(term.sum, embeddings, retain_graph=True)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, embeddings))
+    assert not gradients[0][[1, 4], 2].any()
+    unit = F.normalize(embeddings.detach(), dim=-1)
+    cosines = unit[:, 0] @ unit[:, 1:].flatten(0, 1).T
+    kept = [i for i in range(2 * G) if i not in (3, 9)]
+    negative = (cosines[:, kept].sum() - (unit[:, 0] * unit[:, 1]).sum()) / (G * (len(kept) - 1))
+    assert loss.metrics["negative_similarity"] == pytest.approx(float(negative))
+    moved = embeddings.detach().clone()
+    moved[1, 2] = -moved[1, 0]
+    torch.testing.assert_close(loss(moved, ids).sum, expected.detach())
+    assert abs(loss(moved, ids.abs() * 2).sum - expected) > 1e-3, "as texts they would count"

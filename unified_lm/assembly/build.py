@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from unified_lm.assembly.same_inputs import model_facts, require_same, setting_facts, stream_facts
+from unified_lm.assembly.trained_tokens import trained_tokens, untrained_notices
 from unified_lm.batch import Batch
 from unified_lm.checkpoint.state import Identity, load_state
 from unified_lm.checkpoint.store import find_checkpoint, restore_metrics
@@ -48,7 +49,7 @@ from unified_lm.models.lora import LoraReport, apply_lora
 from unified_lm.models.pooling import Projection
 from unified_lm.models.positions import check_lengths
 from unified_lm.models.probe import probe_attention
-from unified_lm.models.sharded import load_sharded
+from unified_lm.models.sharded import GatherParameters, load_sharded, no_gathering
 from unified_lm.objectives import ObjectiveKind
 from unified_lm.objectives.protocol import EmbeddingObjective, SequenceObjective, TokenObjective
 from unified_lm.objectives.trial import tried_objective
@@ -108,12 +109,16 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     if device.type == "cpu":
         keep_freed_memory()
     quantize = config.lora is not None and config.lora.quantize_4bit
+    whole: GatherParameters = no_gathering
     if config.parallel.zero_stage == 3:
-        loaded = load_sharded(config.model, ZeroSharding(config.parallel))
+        sharding = ZeroSharding(config.parallel)
+        loaded, whole = load_sharded(config.model, sharding), sharding.filling
     else:
         loaded = load_model(config.model, quantize_4bit=quantize)
     check_lengths(loaded.causal_lm, _lengths(config))
-    lora = apply_lora(loaded.causal_lm, config.lora, config.seed) if config.lora else None
+    tokens = trained_tokens(config, loaded.tokenizer)
+    loaded.provenance["notices"] += untrained_notices(config, loaded, tokens, whole)
+    lora = apply_lora(loaded.causal_lm, config.lora, config.seed, tokens, whole) if config.lora else None
     backbone = Backbone(loaded.causal_lm, config.model.attention_kernel).to(device)
     if config.model.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()

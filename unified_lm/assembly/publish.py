@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from unified_lm.assembly.run_folder import EXPORT
 from unified_lm.config.schema import RunConfig, StreamConfig
 from unified_lm.config.streams import EMBED, GENERATE, MODES
 from unified_lm.core.errors import ConfigError
-from unified_lm.data.prompts.templates import get_template
+from unified_lm.data.prompts.templates import Template, get_template
 from unified_lm.engine.metrics import held_out
 from unified_lm.export.directory import check_tokenizer, export_model, sentence_transformers_obstacle
 from unified_lm.export.hub_upload import push_to_hub
@@ -21,6 +21,9 @@ from unified_lm.export.manifest import AdapterRecord, DataRecord, Manifest, Stag
 from unified_lm.export.merge import merge_lora
 from unified_lm.models import families
 from unified_lm.models.probe import stock_attention_sees_future
+
+_EMBEDDING_FIELDS = ("instruction_prompt", "bare_prompt", "literal_bos", "embedding_end", "joined", "pools_prompt")
+"""Fields of a template that decide how texts are embedded."""
 
 
 def check_export(run: Run) -> None:
@@ -69,8 +72,10 @@ def _check_kept_prompts(run: Run, manifest: Manifest) -> None:
     earlier: dict[str, Any] = run.loaded.provenance.get("manifest") or {}
     if not _only_adjusts(run.training.config) or EMBED not in earlier.get("modes", ()):
         return
-    template, kept = asdict(get_template(manifest.template)), earlier.get("template_fields") or {}
-    if any(kept.get(name, template[name]) != template[name] for name in ("instruction_prompt", "bare_prompt", "literal_bos")):
+    # Fields that templates got later are absent from older manifests, which had what is now their default.
+    template, recorded = asdict(get_template(manifest.template)), earlier.get("template_fields") or {}
+    kept = {**{item.name: item.default for item in fields(Template)}, **recorded} if recorded else template
+    if any(kept[name] != template[name] for name in _EMBEDDING_FIELDS):
         raise ConfigError(
             f"{run.training.config.model.init_from} embeds with template '{earlier.get('template')}', but the preferences have "
             f"template '{manifest.template}': the export would embed with prompts that were never trained. Give the streams "
@@ -186,6 +191,7 @@ def _stage(run: Run) -> StageRecord:
             alpha=config.lora.alpha,
             target_modules=tuple(sorted({name.rpartition(".")[2] for name in run.lora.targets})),
             dropout=config.lora.dropout,
+            tokens=run.lora.tokens,
         )
     settings = {
         "learning_rate": config.optim.learning_rate,

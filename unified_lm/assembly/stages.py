@@ -7,7 +7,7 @@ ablations are several such runs (`assembly.session`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,11 +28,13 @@ from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.core.files import write_text
 from unified_lm.core.tracing import trace_span, traced
 from unified_lm.core.watchdog import run_long_on_rank0
+from unified_lm.data.prompts.templates import WITH_EOS
 from unified_lm.engine.fit import fit
 from unified_lm.engine.interruption import stop_message
 from unified_lm.engine.reference_scores import ReferenceCache
 from unified_lm.engine.wandb_run import check_wandb
 from unified_lm.models.identity import identity_key
+from unified_lm.models.pooling import Pooling
 
 
 def build_run(config: RunConfig, console: Console | None = None) -> Run:
@@ -193,7 +195,7 @@ def _score_references(run: Run) -> None:
 
 def _report(run: Run, console: Console) -> None:
     """Say what became of every source's rows, and what loading and adapting changed."""
-    _say((*run.loaded.provenance["notices"], *(run.lora.notices if run.lora else ())), console)
+    _say((*run.loaded.provenance["notices"], *(run.lora.notices if run.lora else ()), *_pooling_notices(run)), console)
     for name, stream in run.streams.items():
         stats = stream.stats
         for source, rows in stats.rows.items():
@@ -201,3 +203,15 @@ def _report(run: Run, console: Console) -> None:
             console.print(f"{name}: {source}, {rows:,} rows{cut}", highlight=False, soft_wrap=True)
         for reason, count in stats.rejected.items():
             console.print(f"{name}: {count:,} left out: {reason}", highlight=False, soft_wrap=True)
+
+
+def _pooling_notices(run: Run) -> Iterator[str]:
+    """Say where the last token that is pooled is one of the text itself, a truncated text's among them."""
+    if Pooling.parse(run.training.config.model.pooling) is not Pooling.LAST_TOKEN:
+        return
+    for name, stream in run.streams.items():
+        if stream.pooled and not stream.encoder.ends_texts:
+            yield (
+                f"stream {name}: pooling last_token takes a text's own last word, since neither tokenizer nor template ends "
+                f"texts with a token for it; streams.{name}.template={stream.config.template}{WITH_EOS} adds the end of text."
+            )

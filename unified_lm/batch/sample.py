@@ -11,6 +11,9 @@ from unified_lm.batch.plan import Block
 IGNORE = -100
 """The label of a position that is not supervised."""
 
+MISSING = -1
+"""The text id of a place of a group that no text fills: it holds a token that is embedded and compared with nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceLabel:
@@ -44,7 +47,8 @@ class Sample:
         stream: name of the stream that the sample belongs to.
         group: index of its group within this step's batch of the stream, over all ranks.
         slot: place inside the group: 0 query, 1 positive, 2 and up hard negatives. 0 for samples that stand alone.
-        text_id: a 63-bit hash of the embedded text, for masking equal texts among the negatives; 0 where unused.
+        text_id: a 63-bit hash of the embedded text, for masking equal texts among the negatives; 0 where unused, `MISSING`
+            where there is no text.
         truncated: whether the text was cut to its limit.
         sequence: what an objective over whole sequences knows about it; None elsewhere.
     """

@@ -21,14 +21,11 @@ from unified_lm.core.errors import UserError
 from unified_lm.core.files import cache_dir
 from unified_lm.data.rows.files import output_names
 from unified_lm.data.rows.records import RecordKind
-from unified_lm.data.rows.texts import HUB_PREFIX
 from unified_lm.data.sources import open_source, open_sources
 from unified_lm.mining.embedders import load_embedder
 from unified_lm.mining.mine import Mining, WorkShard
 from unified_lm.mining.mine import Progress as Report
 from unified_lm.mining.negatives import Given, MiningConfig, Sampling
-
-BUILTIN_PREFIX = "builtin:"
 
 
 def mine(argv: Sequence[str]) -> None:
@@ -101,7 +98,7 @@ def _outputs(out: Path, names: Sequence[str]) -> list[Path]:
 
 
 def source_config(named: str, split: str | None, columns: str) -> SourceConfig:
-    """Parse a source on the command line: a path, ``hub:NAME[:SUBSET]`` or ``builtin:pydocs``.
+    """Parse a source on the command line, see `SourceConfig`; `split` replaces that of the text.
 
     Raises:
         UserError: columns in a form other than ``field=column,...``.
@@ -110,12 +107,8 @@ def source_config(named: str, split: str | None, columns: str) -> SourceConfig:
     if any(not name or not column for name, _, column in pairs):
         raise UserError(f"--columns: got '{columns}', expected field=column,... such as query=question,positive=answer.")
     renamed = {name: column for name, _, column in pairs}
-    if named.startswith(HUB_PREFIX):
-        hub, _, subset = named[len(HUB_PREFIX) :].partition(":")
-        return SourceConfig(hub=hub, subset=subset or None, columns=renamed, split=split)
-    if named.startswith(BUILTIN_PREFIX):
-        return SourceConfig(builtin=named[len(BUILTIN_PREFIX) :], columns=renamed, split=split)
-    return SourceConfig(path=named, columns=renamed, split=split)
+    source = SourceConfig.from_text(named)
+    return replace(source, columns=renamed, split=split or source.split)
 
 
 def mining_table(report: dict[str, Any]) -> Table:

@@ -23,7 +23,7 @@ from unified_lm.composition.ablation_plan import KEY as ABLATION
 from unified_lm.composition.ablation_plan import read_plan
 from unified_lm.composition.convert import build_config, from_yaml, to_yaml, without_idle
 from unified_lm.composition.locate import configs_dir, find_recipe, group_options, read_yaml, recipes_dir
-from unified_lm.composition.overrides import apply_override, overlay
+from unified_lm.composition.overrides import apply_override, overlay, spell_out_sources
 from unified_lm.composition.rehearsal import rehearse
 from unified_lm.composition.validate import find_notices, find_problems
 from unified_lm.config.schema import ArmConfig, ChainConfig, RunConfig, SweepConfig
@@ -195,6 +195,7 @@ def _compose_values(
         tree["data"] = overlay(_absent_data(), tree.get("data") or {})
     late = [item for item in arguments.overrides if not apply_override(tree, *item, problems)]
     tree = _resolve(tree, problems)
+    spell_out_sources(tree)
     for item in late:
         apply_override(tree, *item, problems)
     if not resolved:

@@ -147,7 +147,11 @@ def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
     if origin in (Union, types.UnionType):
         return _union(args, value, path, problems)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if isinstance(value, str) and hasattr(kind, "from_text"):
+            return kind.from_text(value)
         return _dataclass(kind, value, path, problems)
+    if origin is tuple and isinstance(value, (str, Mapping)) and hasattr(args[0], "from_text"):
+        value = [value]  # one source is a list of one
     if origin is tuple and isinstance(value, (list, tuple)):
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(kinds) != len(value):

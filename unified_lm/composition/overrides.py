@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from unified_lm.composition.convert import schema_keys
+from unified_lm.config.streams import source_values
 from unified_lm.core.errors import did_you_mean
 
 
@@ -64,10 +65,29 @@ def apply_override(tree: dict[str, Any], key: str, value: Any, delete: bool, pro
     elif isinstance(node, list):
         _set_item(node, leaf, value, key, problems)
     elif parents[:1] == ["data"] and leaf not in node:
-        problems.append(f"unknown key '{key}'.{did_you_mean(leaf, node)}")
+        problems.append(f"unknown key '{key}'.{did_you_mean(key, _paths(node, parents))}")
+    elif not parents and leaf not in node and leaf in (node.get("data") or {}):
+        problems.append(f"unknown key '{key}'. Did you mean 'data.{key}'?")
     else:
         node[leaf] = _over(leaf, node.get(leaf), value)
     return True
+
+
+def spell_out_sources(tree: dict[str, Any]) -> None:
+    """Write sources that are given as one text, or as one mapping, as lists of mappings, in place: keys lead into those."""
+    streams, held_out = tree.get("streams"), (tree.get("validation") or {}).get("sources")
+    holders = [(stream, "sources") for stream in (streams if isinstance(streams, dict) else {}).values()]
+    holders += [(held_out, name) for name in (held_out if isinstance(held_out, dict) else {})]
+    for holder, key in holders:
+        given = holder.get(key) if isinstance(holder, dict) else None
+        if isinstance(given, (str, dict)):
+            holder[key] = [given]
+        if isinstance(given, (str, dict, list)):
+            holder[key] = [source_values(item) if isinstance(item, str) else item for item in holder[key]]
+
+
+def _paths(node: Any, parents: list[str]) -> list[str]:
+    return [".".join([*parents, str(name)]) for name in node]
 
 
 def _child(node: Any, name: str, missing: Any = None) -> Any:
@@ -88,8 +108,10 @@ def _missing_parent(tree: dict[str, Any], node: Any, parents: list[str], key: st
     path = ".".join(parents)
     if parents[0] == "streams" and len(parents) == 2:
         return f"unknown stream in '{key}'.{did_you_mean(parents[1], tree.get('streams') or {})}"
-    if isinstance(node, list) or (parents[0] == "data" and parents[-1] not in node):
+    if isinstance(node, list):
         return f"unknown key '{key}'."
+    if parents[0] == "data" and parents[-1] not in node:
+        return f"unknown key '{key}'.{did_you_mean(path, _paths(node, parents[:-1]))}"
     if parents == ["lora"]:
         return f"'{key}': no adapter is trained here (lora is none); choose one first, such as lora=llm2vec."
     if parents[-1] in node:

@@ -234,6 +234,8 @@ class EmbeddingObjectiveConfig(ObjectiveConfig):
 
     kind: ClassVar[ObjectiveKind] = ObjectiveKind.EMBEDDING
     uses_logits: ClassVar[bool] = False
+    leaves_out_missing: ClassVar[bool] = False
+    """Whether places of a group without a text (`MISSING` among the text ids) are in no sum: rows may lack hard negatives."""
 
     @property
     def recompute(self) -> Recompute:

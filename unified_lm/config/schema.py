@@ -80,6 +80,10 @@ class ModelConfig:
         return KERNELS.get(self.attention_kernel, KernelFacts())
 
 
+TEMPLATE_TOKENS = "template"
+"""What `lora.trainable_tokens` may be instead of a list."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank adapters through peft. Absent: full fine-tuning."""
@@ -92,6 +96,8 @@ class LoraConfig:
     """Probability of dropping an input of the adapter."""
     target_modules: tuple[str, ...] | str = "all-linear"
     """Module names (suffixes) to adapt, or "all-linear": every linear layer but the output head."""
+    trainable_tokens: tuple[str, ...] | str = ()
+    """Tokens whose rows of the embedding table and the output head are trained too, or "template": the special ones in it."""
     quantize_4bit: bool = False
     """QLoRA: frozen weights in 4-bit NF4 with double quantization (needs bitsandbytes and CUDA)."""
 

@@ -28,9 +28,22 @@ class RecordKind(Enum):
     PREFERENCE = "preference"
 
 
+HUB_PREFIX, BUILTIN_PREFIX = "hub:", "builtin:"
+"""What a source that is given as one text begins with where it is no path."""
+
+
+def source_values(text: str) -> dict[str, str]:
+    """The settings of a source given as one text: a path, ``hub:NAME[:SUBSET[:SPLIT]]``, or ``builtin:pydocs[:SUBSET]``."""
+    for key, prefix in (("hub", HUB_PREFIX), ("builtin", BUILTIN_PREFIX)):
+        if text.startswith(prefix):
+            parts = text.removeprefix(prefix).split(":", 2)
+            return {name: part for name, part in zip((key, "subset", "split"), parts, strict=False) if part}
+    return {"path": text}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One place that rows come from."""
+    """One place that rows come from. As one text: a path, ``hub:NAME[:SUBSET[:SPLIT]]``, or ``builtin:pydocs[:SUBSET]``."""
 
     path: str | None = None
     """A jsonl, jsonl.gz, parquet, csv, tsv or txt file, or a folder of them."""
@@ -62,6 +75,11 @@ class SourceConfig:
     """Rows with an empty text: "error", or "skip" (left out and counted). Running text always skips blank rows."""
     on_unusable: str = "error"
     """Rows that break their format in any way: "error", or "skip" (left out, counted by reason; empty texts too)."""
+
+    @classmethod
+    def from_text(cls, text: str) -> SourceConfig:
+        """The source that one text names, see `source_values`."""
+        return cls(**source_values(text))  # type: ignore[arg-type]
 
     @property
     def split_or_train(self) -> str:
@@ -197,7 +215,7 @@ class StreamConfig(PartConfig):
     def problems(self, path: str) -> Iterator[str]:
         """What is wrong with a stream, its sources and its objective, one sentence each; `path` is its key."""
         if not self.sources:
-            yield f"{path}.sources: is empty; choose data=... that offers such rows, or give {path}.sources=[{{path: FILE}}]."
+            yield f"{path}.sources: is empty; choose data=... that offers such rows, or give {path}.sources=FILE."
         for index, source in enumerate(self.sources):
             yield from source.problems(f"{path}.sources.{index}")
             if (source.instruction or source.document_instruction) and not self.instructed:

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_json, write_text
@@ -30,15 +30,13 @@ from unified_lm.export.manifest import Manifest, library_versions
 from unified_lm.export.merge import has_adapters
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import POOLING_MODES, write_projection, write_sentence_transformers
+from unified_lm.export.tokenizer_files import embedding_settings, write_tokenizer
 from unified_lm.export.verify import Verification, quiet_transformers, verify_export
 from unified_lm.models.pooling import Projection
 from unified_lm.models.weights_hash import hash_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Storage dtypes of exported weights, by name."""
-
-_TOKENIZER_PROBES = ("What is it?", "the (__second) _text_ 12", "Zwölf – 十二", "  two  spaces\n\nlines")
-"""Texts with the cases that conversions of tokenizers get wrong: punctuation, digits, non-ASCII and white space."""
 
 _log = logging.getLogger(__name__)
 
@@ -96,14 +94,15 @@ def export_model(
     def fill(building: Path) -> None:
         """Write every file of the export into `building`, and verify it there."""
         _write_model(causal_lm, building, complete.dtype, max_shard_size)
-        saved_tokenizer = _write_tokenizer(tokenizer, template, complete, building)
+        saved_tokenizer = write_tokenizer(tokenizer, template, complete, building)
         overlay = _write_config(building, complete, own_config or {})
         _write_generation_config(causal_lm, saved_tokenizer, template, complete, building)
         if projection is not None:
             write_projection(projection, DTYPES[complete.dtype], building)
         if complete.can_embed and sentence_transformers:
             strings = prompts(complete, template, saved_tokenizer)
-            write_sentence_transformers(complete, strings, hidden_size, overlay, building)
+            settings = embedding_settings(tokenizer, template, complete)
+            write_sentence_transformers(complete, strings, hidden_size, overlay, settings, building)
         final = replace(complete, weights_hash=hash_weights(building))
         final.save(building)
         write_text(building / "README.md", model_card(final, prompts(final, template, saved_tokenizer), sentence_transformers))
@@ -153,6 +152,8 @@ def sentence_transformers_obstacle(manifest: Manifest, template: Template, token
 
     It is known before training, so that a run whose export cannot work is refused at once.
     """
+    if template.pools_prompt:
+        return None
     if manifest.pooling == "weighted_mean" and any(prompts(manifest, template, tokenizer).values()):
         return (
             "its weighted mean counts positions from the start of the prompt, ours from the start of the text, and "
@@ -177,7 +178,7 @@ def check_tokenizer(
     """
     with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", {"model_type": causal_lm.config.model_type})
-        _write_tokenizer(tokenizer, template, replace(manifest, family=causal_lm.config.model_type), Path(folder))
+        write_tokenizer(tokenizer, template, replace(manifest, family=causal_lm.config.model_type), Path(folder))
 
 
 def template_of(manifest: Manifest) -> Template:
@@ -316,36 +317,6 @@ def _text_section(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that the language model reads; multimodal models nest it."""
     nested = config.get("text_config")
     return cast("dict[str, Any]", nested) if isinstance(nested, dict) else config
-
-
-def _write_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, template: Template, manifest: Manifest, building: Path
-) -> PreTrainedTokenizerBase:
-    """Save a copy of the tokenizer with pad token and chat template, and check that it reloads unchanged; returns the copy."""
-    saved = copy.deepcopy(tokenizer)
-    # `generate` continues the last column of a batch, which must not be padding; sentence-transformers is told to pad right.
-    saved.padding_side = "left" if manifest.can_generate else "right"
-    if saved.pad_token is None:
-        saved.pad_token = saved.eos_token or saved.bos_token
-    if manifest.can_generate and template.turns:
-        saved.chat_template = template.chat_template(saved)
-    own = {token.content for token in saved.added_tokens_decoder.values()}
-    made_special = [token for token in saved.all_special_tokens if token not in own]
-    if made_special:
-        raise CheckpointError(
-            f"the tokenizer declares ordinary tokens as special: {', '.join(map(repr, made_special))}. Once saved it would "
-            "split texts at them. Remove them; for a mask token set tokenizer.mask_token = None."
-        )
-    saved.save_pretrained(building)
-    back = AutoTokenizer.from_pretrained(building, local_files_only=True)
-    for text in (*_TOKENIZER_PROBES, template.embedding_prompt(saved, "Find it.") + "the text"):
-        if back(text)["input_ids"] != tokenizer(text)["input_ids"]:
-            raise CheckpointError(
-                f"the tokenizer encodes {text!r} differently once saved and loaded: AutoTokenizer loads it as a "
-                f"{type(back).__name__} with special tokens {back.all_special_tokens}. This happens with a tokenizer of "
-                f"another kind than transformers expects for family '{manifest.family}'."
-            )
-    return saved
 
 
 def _write_generation_config(

@@ -41,12 +41,14 @@ class AdapterRecord:
         alpha: scaling numerator; the update was multiplied by alpha / r.
         target_modules: suffixes of the adapted modules.
         dropout: probability of dropping an element of the adapter's input while training.
+        tokens: those whose embedding rows were trained too.
     """
 
     r: int
     alpha: float
     target_modules: tuple[str, ...]
     dropout: float = 0.0
+    tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +236,8 @@ def _stage(value: Any, path: Path) -> StageRecord:
     if stage.adapter is None:
         return stage
     adapter = _build(AdapterRecord, stage.adapter, f"{path}: stages.adapter")
-    adapter = _build(AdapterRecord, {**asdict(adapter), "target_modules": tuple(adapter.target_modules)}, str(path))
+    lists = {"target_modules": tuple(adapter.target_modules), "tokens": tuple(adapter.tokens)}
+    adapter = _build(AdapterRecord, {**asdict(adapter), **lists}, str(path))
     return _build(StageRecord, {**value, "adapter": adapter}, str(path))
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from unified_lm.core.errors import CheckpointError
 from unified_lm.models.lora import lora_deltas, remove_lora
+from unified_lm.models.token_rows import TokenRows, TokenRowsHead, merge_token_rows, token_row_layers
 
 TOLERANCE = 1e-5
 """Largest allowed difference between an adapted layer's outputs before and after merging, for the same inputs, in float32 and
@@ -26,11 +27,12 @@ compared one by one because depth amplifies rounding: over SmolLM2's 30 layers i
 adapter."""
 
 _PROBE_SHAPE = (2, 24)
+_ADAPTED = (BaseTunerLayer, TokenRows, TokenRowsHead)
 
 
 def has_adapters(causal_lm: nn.Module) -> bool:
-    """Whether any layer has a peft adapter."""
-    return any(isinstance(module, BaseTunerLayer) for module in causal_lm.modules())
+    """Whether any layer has a peft adapter, or rows of tokens that are trained."""
+    return any(isinstance(module, _ADAPTED) for module in causal_lm.modules())
 
 
 @torch.no_grad()
@@ -56,6 +58,7 @@ def merge_lora(causal_lm: PreTrainedModel, *, verify: bool = True) -> PreTrained
     calls = _record_calls(model) if verify else {}
     for update in lora_deltas(model):
         update.base.add_(update.delta)  # in float32: `base` is the copy's weight itself
+    merge_token_rows(model)
     remove_lora(model)
     _drop_peft_traces(model)
     _check_equal(model, calls)
@@ -133,7 +136,7 @@ def _record_calls(model: PreTrainedModel) -> dict[str, _Call]:
     calls: dict[str, _Call] = {}
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and "base_layer" not in name.split("."):
+        if isinstance(module, _ADAPTED) and "base_layer" not in name.split("."):
 
             def record(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor, name: str = name) -> None:
                 """A forward hook that stores a layer's arguments and output."""
@@ -142,7 +145,11 @@ def _record_calls(model: PreTrainedModel) -> dict[str, _Call]:
             handles.append(model.get_submodule(name).register_forward_hook(record, with_kwargs=True))
     vocabulary = int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
     tokens = torch.randint(vocabulary, _PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
-    model.base_model(input_ids=tokens, use_cache=False)
+    for layer in token_row_layers(model):
+        tokens[0, : len(layer.ids)] = layer.ids[: tokens.shape[1]]
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    if isinstance(head := model.get_output_embeddings(), TokenRowsHead):
+        head(hidden)
     for handle in handles:
         handle.remove()
     return calls

@@ -135,4 +135,6 @@ def _trained(stage: object) -> str:
     adapter = getattr(stage, "adapter", None)
     if adapter is None:
         return "all weights"
-    return f"LoRA r={adapter.r}, alpha={adapter.alpha:g}, dropout={adapter.dropout:g}, on {', '.join(adapter.target_modules)}"
+    rows = f", and the rows of {', '.join(adapter.tokens)}" if adapter.tokens else ""
+    targets = ", ".join(adapter.target_modules) + rows
+    return f"LoRA r={adapter.r}, alpha={adapter.alpha:g}, dropout={adapter.dropout:g}, on {targets}"

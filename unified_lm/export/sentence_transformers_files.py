@@ -67,7 +67,12 @@ def sentence_transformers_modules(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def write_sentence_transformers(
-    manifest: Manifest, prompt_strings: dict[str, str], hidden_size: int, overlay: dict[str, Any], building: Path
+    manifest: Manifest,
+    prompt_strings: dict[str, str],
+    hidden_size: int,
+    overlay: dict[str, Any],
+    tokenizer_settings: dict[str, Any],
+    building: Path,
 ) -> None:
     """Write the JSON files that sentence-transformers reads.
 
@@ -76,6 +81,7 @@ def write_sentence_transformers(
         prompt_strings: prompt name -> string that precedes a text.
         hidden_size: D.
         overlay: what differs from config.json when the model embeds.
+        tokenizer_settings: arguments with which the tokenizer is read (`export.tokenizer_files`).
         building: the export.
     """
     write_json(building / "modules.json", sentence_transformers_modules(manifest))
@@ -85,8 +91,7 @@ def write_sentence_transformers(
             "max_seq_length": manifest.max_tokens,
             "do_lower_case": False,
             "config_kwargs": overlay,
-            # The tokenizer of a model that generates pads left, which would shift learned positions (GPT-2) of embedded texts.
-            "processor_kwargs": {"padding_side": "right"},
+            "processor_kwargs": tokenizer_settings,
         },
     )
     write_json(
@@ -96,7 +101,8 @@ def write_sentence_transformers(
             "pooling_mode": POOLING_MODES[manifest.pooling],
             # The older spelling, without which Text Embeddings Inference does not start.
             **{key: mode == POOLING_MODES[manifest.pooling] for key, mode in _OLDER_KEYS.items()},
-            "include_prompt": False,  # prompts are read but not pooled, as in training
+            # prompts are read but not pooled, unless training pooled them
+            "include_prompt": bool(manifest.template_fields.get("pools_prompt", False)),
         },
     )
     versions = {

@@ -16,10 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_directory, write_json, write_text
 from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.model_card import model_card
+from unified_lm.export.tokenizer_files import with_end
 
 _SENTENCE_TRANSFORMERS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 _GENERATION = ("generation_config.json", "chat_template.jinja")
@@ -91,7 +94,8 @@ def write_serving(source: Path, target: Path, engine_name: str, *, pool_prompt: 
     engine = ENGINES[engine_name]
     manifest = Manifest.load(source)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    obstacles = _obstacles(engine, manifest, config, _prompts(source), pool_prompt=pool_prompt)
+    pools_prompt = pool_prompt or bool(manifest.template_fields.get("pools_prompt", False))
+    obstacles = _obstacles(engine, manifest, config, _prompts(source), pool_prompt=pools_prompt)
     if obstacles:
         raise CheckpointError(f"{source} cannot be served by {engine_name}: " + " ".join(obstacles))
     launch = engine.launch.format(folder=target, pooling=dict(engine.poolings).get(manifest.pooling, ""))
@@ -104,6 +108,7 @@ def write_serving(source: Path, target: Path, engine_name: str, *, pool_prompt: 
         if engine.mode == "embed":
             pooling = json.loads((source / _POOLING).read_text(encoding="utf-8"))
             write_json(building / _POOLING, pooling | {"include_prompt": pool_prompt or pooling["include_prompt"]})
+            _end_texts(source, building)
         complete.save(building)
         card = model_card(complete, _prompts(source), engine.mode == "embed")
         write_text(building / "README.md", f"{card.rstrip()}\n\n{_card_section(engine_name, engine, launch, pool_prompt)}")
@@ -172,6 +177,14 @@ def _copy(source: Path, building: Path, engine: Engine) -> None:
             os.link(path.resolve(), target)
         except OSError:  # another file system, or one without links
             shutil.copyfile(path, target)
+
+
+def _end_texts(source: Path, building: Path) -> None:
+    """Have the tokenizer add the end token that sentence-transformers is told to add: engines read its own file alone."""
+    settings = json.loads((source / "sentence_bert_config.json").read_text(encoding="utf-8")).get("processor_kwargs") or {}
+    if settings.get("add_eos_token"):
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        with_end(tokenizer, settings.get("eos_token") or str(tokenizer.eos_token)).save_pretrained(building)
 
 
 def _prompts(source: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ from unified_lm.models import families
 from unified_lm.models.attention import ATTENTION_NAME, KERNELS, AttentionKernel, Heads, register
 from unified_lm.models.attention.padded import pad
 from unified_lm.models.positions import position_limit
+from unified_lm.models.token_rows import TokenRowsHead
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class Backbone(nn.Module):
         _set_attention(causal_lm, self._packed)
         self.kernel = PADDED if self._attention is None else self._attention.name
         self.hidden_size = int(self._config.hidden_size)
-        self.vocab_size = distributed.full_shape(self.output_head().weight)[0]
+        self.vocab_size = distributed.full_shape(self.head_weight)[0]
 
     def forward(self, pack: Pack) -> torch.Tensor:
         """Run the decoder over a pack.
@@ -169,19 +170,37 @@ class Backbone(nn.Module):
         Raises:
             ModelError: the model has no plain linear head (none at all, or an adapter wraps it).
         """
-        head = self.causal_lm.get_output_embeddings()
-        # An adapter's wrapper has a weight too, but the loss would use it without the adapter.
-        if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor) or hasattr(head, "base_layer"):
-            raise ModelError(
-                f"{type(self.causal_lm).__name__} has no plain linear output head (got {type(head).__name__}). "
-                "Adapt other layers than the head (lora.target_modules)."
-            )
+        head = self._plain_head()
         return OutputHead(
             weight=head.weight,
             bias=getattr(head, "bias", None),
             scale=families.logit_scale(self._config),
             softcap=families.logit_softcap(self._config),
         )
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """The stored weight of the output head `[V, D]`, without the rows that are trained apart (`models.token_rows`).
+
+        Raises:
+            ModelError: as `output_head`.
+        """
+        head = self._plain_head()
+        weight: nn.Parameter = getattr(head, "base_layer", head).weight
+        return weight
+
+    def _plain_head(self) -> Any:
+        head = self.causal_lm.get_output_embeddings()
+        own_rows = isinstance(head, TokenRowsHead)
+        # An adapter's wrapper has a weight too, but the loss would use it without the adapter. (Not asked for its weight here:
+        # that of `TokenRowsHead` is computed.)
+        linear = own_rows or (isinstance(getattr(head, "weight", None), torch.Tensor) and not hasattr(head, "base_layer"))
+        if not linear:
+            raise ModelError(
+                f"{type(self.causal_lm).__name__} has no plain linear output head (got {type(head).__name__}). "
+                "Adapt other layers than the head (lora.target_modules)."
+            )
+        return head
 
     @contextmanager
     def stock_attention(self) -> Iterator[PreTrainedModel]:

@@ -8,7 +8,7 @@ multiplied in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,6 +28,8 @@ from unified_lm.core import distributed
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.core.random import derive_seed
 from unified_lm.models.dropout import adapted_linear
+from unified_lm.models.sharded import GatherParameters, no_gathering
+from unified_lm.models.token_rows import remove_token_rows, token_row_layers, train_token_rows
 
 ADAPTER = "default"
 """peft's name for the only adapter of a model."""
@@ -45,12 +47,14 @@ class LoraReport:
         num_trainable: trainable parameters (elements).
         num_total: all parameters (elements), adapters included.
         notices: messages for the user about modules that are not adapted, or adapted without dropout.
+        tokens: those whose rows are trained.
     """
 
     targets: tuple[str, ...]
     num_trainable: int
     num_total: int
     notices: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +100,13 @@ class LoraLinear(PeftLinear):
         return out.view(*x.shape[:-1], out.shape[-1])
 
 
-def apply_lora(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> LoraReport:
+def apply_lora(
+    causal_lm: PreTrainedModel,
+    config: LoraConfig,
+    seed: int,
+    tokens: Mapping[str, int] | None = None,
+    whole: GatherParameters = no_gathering,
+) -> LoraReport:
     """Inject adapters in place and freeze all other parameters. The inner decoder uses them too when called directly.
 
     A is drawn from U(-1/sqrt(I), 1/sqrt(I)) as in peft and B is zero, so the model's function is unchanged at first. The draw
@@ -108,6 +118,8 @@ def apply_lora(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> Lor
             "mlp.down_proj"), or for mixture-of-experts models a fused expert parameter ("experts.down_proj"): peft adapts
             those per expert, without dropout.
         seed: for drawing A.
+        tokens: whose rows of the embedding table and the output head are trained too, with their ids (`models.token_rows`).
+        whole: gathers parameters that are partitioned (ZeRO-3).
 
     Raises:
         ModelError: a target matches nothing or is the output head, or the model already has adapters.
@@ -130,11 +142,14 @@ def apply_lora(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> Lor
     causal_lm.requires_grad_(False)
     for name, layer in _lora_layers(causal_lm):
         _initialize(layer, derive_seed("lora", seed, name))
+    if tokens:
+        train_token_rows(causal_lm, tokens.values(), whole)
     return LoraReport(
         targets=tuple(name.removesuffix(".weight") for name, _ in _lora_layers(causal_lm)),
         num_trainable=sum(p.numel() for p in causal_lm.parameters() if p.requires_grad),
         num_total=sum(_num_elements(p) for p in causal_lm.parameters()),
         notices=_notices(causal_lm, config, experts),
+        tokens=tuple(tokens or ()),
     )
 
 
@@ -283,13 +298,18 @@ def without_adapters(causal_lm: nn.Module) -> Iterator[None]:
     layers = [layer for _, layer in _lora_layers(causal_lm)]
     if not layers:
         raise ModelError("the model has no adapter to switch off. Call apply_lora first.")
+    tables = list(token_row_layers(causal_lm))
     for layer in layers:
         layer._disable_adapters = True
+    for table in tables:
+        table.is_disabled = True
     try:
         yield
     finally:
         for layer in layers:
             layer._disable_adapters = False
+        for table in tables:
+            table.is_disabled = False
 
 
 @torch.no_grad()
@@ -324,6 +344,7 @@ def remove_lora(causal_lm: PreTrainedModel) -> None:
     for name, module in list(causal_lm.named_modules()):
         if isinstance(module, LoraLayer) and "base_layer" not in name.split("."):
             _replace(causal_lm, name, module.get_base_layer())
+    remove_token_rows(causal_lm)
     for parameter in causal_lm.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)

@@ -69,6 +69,7 @@ def _learned(causal_lm: PreTrainedModel, rows: int | None) -> PositionLimit | No
     if rows is None:
         return None
     tokens = causal_lm.get_input_embeddings()
+    tokens = getattr(tokens, "base_layer", tokens)
     tables = (module for module in causal_lm.modules() if isinstance(module, nn.Embedding) and module is not tokens)
     # GPT-J and CodeGen keep the sines of every position in a buffer of this name.
     computed = any(name.rpartition(".")[2] == "embed_positions" for name, _ in causal_lm.named_buffers())

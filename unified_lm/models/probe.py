@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from unified_lm.batch import AttentionMode, Pack, Sample, make_pack
 from unified_lm.core.errors import ModelError
@@ -181,12 +180,13 @@ def _check_changes(backbone: Backbone, pack: Pack, index: int, change_T: torch.T
 
 def _probe_head(backbone: Backbone, whole: GatherParameters) -> None:
     """Check that logits are the linear map, scale and cap that losses compute from `Backbone.output_head`."""
-    head = backbone.output_head()
+    dtype = backbone.head_weight.dtype
     with backbone.stock_attention() as causal_lm:
         tokens = torch.arange(3, 3 + _LENGTH, device=causal_lm.device)[None] % backbone.vocab_size
-        hidden = causal_lm.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0].to(head.weight.dtype)
+        hidden = causal_lm.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0].to(dtype)
         expected = causal_lm(input_ids=tokens, use_cache=False).logits[0].float()
-    with whole([tensor for tensor in (head.weight, head.bias) if isinstance(tensor, nn.Parameter)]):
+    with whole(list(backbone.causal_lm.get_output_embeddings().parameters())):
+        head = backbone.output_head()
         logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float() * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from unified_lm.batch import LossTerm
+from unified_lm.batch import MISSING, LossTerm
 from unified_lm.core.errors import ConfigError, did_you_mean
 from unified_lm.core.tables import choose
 from unified_lm.objectives.contrastive_config import ContrastiveConfig
@@ -117,7 +117,7 @@ class Contrastive:
         Args:
             embeddings: `[G, K, D]`, K at least 2; normalized here. G may be 0.
             text_ids: int64 `[G, K]` of the whole batch (all ranks); needed with `mask_same_text`, where 0 equals nothing, not
-                even 0.
+                even 0. A hard negative whose id is `MISSING` is in no sum.
 
         Returns:
             Sum over the G queries, and G.
@@ -138,22 +138,27 @@ class Contrastive:
         if max(dims) > dim:
             raise ConfigError(f"matryoshka_dims: got {max(dims)}, but embeddings have only {dim} dimensions.")
         ids = text_ids if self.mask_same_text else None
+        missing = None if text_ids is None else text_ids[:, 1:].T.flatten() == MISSING
+        if missing is not None and not bool(missing.any()):
+            missing = None
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.to(self.similarity_dtype or torch.promote_types(embeddings.dtype, torch.float32))
-            losses = [self._loss(embeddings[..., :part], ids, record=part == max(dims)) for part in dims]
+            losses = [self._loss(embeddings[..., :part], ids, missing, record=part == max(dims)) for part in dims]
             loss = torch.stack(losses).mean()
         if self.gradient_factor != 1.0:
             loss = loss * self.gradient_factor + loss.detach() * (1.0 - self.gradient_factor)
         return LossTerm(loss, float(num_groups))
 
-    def _loss(self, embeddings_GKD: torch.Tensor, ids_GK: torch.Tensor | None, *, record: bool) -> torch.Tensor:
+    def _loss(
+        self, embeddings_GKD: torch.Tensor, ids_GK: torch.Tensor | None, missing_M: torch.Tensor | None, *, record: bool
+    ) -> torch.Tensor:
         query_GD, positive_GD = embeddings_GKD[:, 0], embeddings_GKD[:, 1]
         document_MD = embeddings_GKD[:, 1:].transpose(0, 1).flatten(0, 1)  # slot-major: the positive of query i is row i
         document_ids = None if ids_GK is None else ids_GK[:, 1:].T.flatten()
         own_ids = None if ids_GK is None else ids_GK[:, :2]
-        forward = info_nce(query_GD, document_MD, self.temperature, own_ids, document_ids, self.score_bytes)
+        forward = info_nce(query_GD, document_MD, self.temperature, own_ids, document_ids, self.score_bytes, missing_M)
         if record:
-            self._record(forward, len(query_GD), len(document_MD))
+            self._record(forward, len(query_GD), len(document_MD) if missing_M is None else int((~missing_M).sum()))
         if not self.symmetric:
             return forward.loss
         query_ids = None if ids_GK is None else ids_GK[:, 0]
@@ -177,6 +182,7 @@ def info_nce(
     own_ids: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     score_bytes: int | None = None,
+    missing: torch.Tensor | None = None,
 ) -> ContrastiveSums:
     """Cross-entropy of every query over all documents, query i's positive being document i.
 
@@ -188,13 +194,14 @@ def info_nce(
         document_ids: int64 `[M]`, text ids of the documents; the first G are those of the positives. See `_SameTexts` for what
             is left out of a query's sum.
         score_bytes: see `Contrastive`.
+        missing: bool `[M]`, True for rows of `documents` that are none: they are in no sum. None: there is no such row.
     """
     same = None if own_ids is None or document_ids is None else _SameTexts(own_ids, document_ids)
     left_GD, right_MD = F.normalize(queries, dim=-1), F.normalize(documents, dim=-1)
     chunks = list(_row_chunks(len(left_GD), len(right_MD) * left_GD.element_size(), score_bytes))
     parts = []
     for rows in chunks:
-        arguments = (left_GD[rows], right_MD, same, rows.start, temperature)
+        arguments = (left_GD[rows], right_MD, same, missing, rows.start, temperature)
         if len(chunks) > 1 and torch.is_grad_enabled():
             parts.append(checkpoint(_score_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
@@ -206,6 +213,7 @@ def _score_rows(
     left_RD: torch.Tensor,
     right_MD: torch.Tensor,
     same: _SameTexts | None,
+    missing_M: torch.Tensor | None,
     first: int,
     temperature: float,
 ) -> ContrastiveSums:
@@ -216,6 +224,8 @@ def _score_rows(
     score_RM = similarity_RM / temperature
     if same is not None:
         score_RM = score_RM.masked_fill(same.excluded(target_R), -torch.inf)
+    if missing_M is not None:
+        similarity_RM, score_RM = similarity_RM.masked_fill(missing_M, 0.0), score_RM.masked_fill(missing_M, -torch.inf)
     loss = F.cross_entropy(score_RM, target_R, reduction="sum")
     with torch.no_grad():
         positive_R = similarity_RM.gather(1, target_R[:, None])[:, 0]

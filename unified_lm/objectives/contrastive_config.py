@@ -16,6 +16,7 @@ class ContrastiveConfig(EmbeddingObjectiveConfig):
     """InfoNCE over the positives and hard negatives of the whole global batch."""
 
     implementation: ClassVar[str] = "unified_lm.objectives.contrastive.Contrastive"
+    leaves_out_missing: ClassVar[bool] = True
 
     name: str = "contrastive"
     """The objective."""

@@ -53,7 +53,8 @@ class EmbeddingObjective(Protocol):
         Args:
             embeddings: `[G, K, D]` float32 (or float64), not normalized, every group of the global batch in one order on all
                 ranks: slot 0 query, 1 positive, 2 and up hard negatives. Ranks may hold different numbers of groups.
-            text_ids: int64 `[G, K]`, hashes of the texts, 0 where unknown; None where nothing is known.
+            text_ids: int64 `[G, K]`, hashes of the texts, 0 where unknown; None where nothing is known. `MISSING` (from slot 2
+                on, and only where its `Config` says `leaves_out_missing`): there is no text, and the embedding must not count.
 
         Returns:
             The sum over queries, and G.

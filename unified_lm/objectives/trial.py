@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from unified_lm.batch import LossTerm, OutputHead, SequenceScores, Supervision
+from unified_lm.batch import MISSING, LossTerm, OutputHead, SequenceScores, Supervision
 from unified_lm.config.objectives import ObjectiveKind
 from unified_lm.config.streams import StreamConfig
 from unified_lm.core.errors import ConfigError, UserError
@@ -58,8 +58,13 @@ def _try_embeddings(objective: Any, stream: StreamConfig, dim: int, device: torc
     shape = (_NUM, stream.group_size, dim)
     embeddings = torch.randn(shape, device=device, requires_grad=True)
     ids = torch.arange(1, 1 + _NUM * stream.group_size, device=device).reshape(shape[:2])
+    lacks_one = getattr(stream.objective, "leaves_out_missing", False) and stream.group_size > 2
+    if lacks_one:
+        ids[-1, -1] = MISSING
     term = objective(embeddings, ids)
-    torch.autograd.grad(term.sum, embeddings)
+    (gradient,) = torch.autograd.grad(term.sum, embeddings)
+    if lacks_one and bool(gradient[-1, -1].any()):
+        raise ValueError("`leaves_out_missing` is true, and an embedding whose text id is MISSING has a gradient")
     if not isinstance(objective.metrics, Mapping):
         raise TypeError(f"`metrics` is {objective.metrics!r}, expected numbers by name")
     return term

@@ -1,19 +1,24 @@
 """Records become samples with the right slots, spans, labels and masks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.data.fake_source import FakeSource, chats, pairs, stream_config, texts
 from tests.data.prompts.tokenizers_for_tests import metaspace
-from unified_lm.batch import IGNORE, Sample
+from unified_lm.batch import IGNORE, MISSING, Sample
+from unified_lm.config.objectives import EmbeddingObjectiveConfig
 from unified_lm.config.parts import find_description
-from unified_lm.config.streams import StreamConfig
+from unified_lm.config.streams import SourceConfig, StreamConfig
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.data.formats import FORMATS, MaskingConfig
 from unified_lm.data.formats.base import hash_text
+from unified_lm.data.formats.embedded_config import PairsStream
 from unified_lm.data.rows.records import ChatRecord, PairRecord, Record, Text, TextRecord
 from unified_lm.data.streams import Stream
 from unified_lm.models.tiny import tiny_tokenizer
+from unified_lm.objectives import ContrastiveConfig
 
 TOKENIZER = tiny_tokenizer()
 
@@ -209,3 +214,35 @@ def test_rows_with_few_negatives_are_left_out_on_request():
     assert stream.num_rows == 3
     assert stream.stats.rejected == {"fewer than 2 hard negatives": 3}
     assert make_stream(rows, "pairs", num_hard_negatives=1, on_few_negatives="skip").num_rows == 5
+
+
+def test_rows_with_few_negatives_are_padded_on_request():
+    rows = [*pairs(2, negatives=3), *pairs(1, negatives=1, prefix="short "), *pairs(1, prefix="bare ")]
+    stream = make_stream(rows, "pairs", num_hard_negatives=2, on_few_negatives="pad")
+    assert stream.num_rows == 4
+    assert not stream.stats.rejected
+    samples = stream.draw(4)
+    assert [sample.slot for sample in samples] == [0, 1, 2, 3] * 4
+    missing = {group: sum(s.text_id == MISSING for s in samples if s.group == group) for group in range(4)}
+    assert sorted(missing.values()) == [0, 0, 1, 2]
+    for sample in samples:
+        if sample.text_id == MISSING:
+            assert sample.slot >= 2
+            assert len(sample) == 1
+            assert sample.pool == (0, 1)
+    # rows that have enough draw the same negatives as without the setting
+    plain = make_stream(rows[:2], "pairs", num_hard_negatives=2).draw(2)
+    padded = make_stream(rows[:2], "pairs", num_hard_negatives=2, on_few_negatives="pad").draw(2)
+    assert [s.input_ids.tolist() for s in plain] == [s.input_ids.tolist() for s in padded]
+
+
+def test_hard_negatives_that_no_row_has_are_an_error():
+    with pytest.raises(DataError, match=r"num_hard_negatives is 2, and no row has a hard negative \(fake\.jsonl\)"):
+        make_stream(pairs(3), "pairs", num_hard_negatives=2, on_few_negatives="pad")
+
+
+def test_padding_needs_an_objective_that_leaves_empty_places_out():
+    own, sources = EmbeddingObjectiveConfig(name="own"), (SourceConfig(path="x"),)
+    stream = PairsStream(num_hard_negatives=1, on_few_negatives="pad", sources=sources, objective=own)
+    assert any("does not say that it leaves them out" in problem for problem in stream.problems("streams.s"))
+    assert not list(replace(stream, objective=ContrastiveConfig()).problems("streams.s"))

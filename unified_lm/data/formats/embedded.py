@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from unified_lm.batch.sample import Sample
+from unified_lm.batch.sample import MISSING, Sample
 from unified_lm.config.streams import StreamConfig
 from unified_lm.core.errors import DataError
 from unified_lm.data.formats.base import Format, hash_text
@@ -65,7 +65,7 @@ class Pairs(Format):
     def check(self, table: TokenTable, source_name: str) -> None:
         """Raise DataError when a row has fewer hard negatives than `num_hard_negatives`."""
         wanted = self.config.num_hard_negatives
-        if not wanted or not len(table):
+        if not wanted or not len(table) or self.config.on_few_negatives == "pad":
             return
         found = np.add.reduceat((table.roles == Role.NEGATIVE).astype(np.int64), table.row_starts[:-1])
         short = np.flatnonzero(found < wanted)
@@ -74,18 +74,31 @@ class Pairs(Format):
             raise DataError(
                 f"{source_name}, row {record + 1}: {int(found[short[0]])} hard negatives, but "
                 f"streams.{self.name}.num_hard_negatives asks for {wanted} ({len(short)} of {len(table)} rows have fewer). "
-                f"Mine more negatives, lower the setting, or leave such rows out: streams.{self.name}.on_few_negatives=skip."
+                f"Mine more negatives, lower the setting, leave such rows out (streams.{self.name}.on_few_negatives=skip), or "
+                "train on those that they have (=pad)."
+            )
+
+    def check_together(self, tables: Sequence[TokenTable], source_names: Sequence[str]) -> None:
+        """Raise DataError when hard negatives are asked for and no row of any source has one."""
+        if self.config.num_hard_negatives and not any((table.roles == Role.NEGATIVE).any() for table in tables):
+            raise DataError(
+                f"streams.{self.name}.num_hard_negatives is {self.config.num_hard_negatives}, and no row has a hard negative "
+                f"({', '.join(source_names)}). Mine some (`unified-lm data mine`), or set it to 0."
             )
 
     def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
         """See `Format.samples`."""
         positives, negatives = table.items(row, Role.POSITIVE), table.items(row, Role.NEGATIVE)
         chosen = [table.items(row, Role.QUERY)[0], positives[rng.integers(len(positives))]]
-        if self.config.num_hard_negatives:
-            chosen += list(rng.choice(negatives, size=self.config.num_hard_negatives, replace=False))
-        return [
+        wanted = self.config.num_hard_negatives
+        if wanted:
+            chosen += list(rng.choice(negatives, size=min(wanted, len(negatives)), replace=False))
+        samples = [
             self._pooled_sample(table.encoded(item), group, slot, int(table.text_ids[item])) for slot, item in enumerate(chosen)
         ]
+        # One token for each negative that a row lacks: groups of one size, whatever the rows have.
+        empty = Encoded(table.encoded(int(chosen[0])).ids[:1], ((0, 1),))
+        return samples + [self._pooled_sample(empty, group, slot, MISSING) for slot in range(len(samples), 2 + wanted)]
 
 
 class Views(Format):

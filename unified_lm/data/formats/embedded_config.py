@@ -45,7 +45,7 @@ class PairsStream(GroupStream):
     num_hard_negatives: int = 0
     """Hard negatives per query; rows with more are sampled from."""
     on_few_negatives: str = "error"
-    """Rows with fewer hard negatives than that: "error", or "skip" (left out and counted)."""
+    """Rows with fewer hard negatives than that: "error", "skip" (left out and counted), or "pad" (those they have count)."""
     max_query_tokens: int = 256
     """Limit of a query, in tokens; the text is cut, never the instruction or the template."""
     max_document_tokens: int = 256
@@ -70,7 +70,12 @@ class PairsStream(GroupStream):
         """See `StreamConfig.problems`."""
         yield from super().problems(path)
         yield from at_least(f"{path}.num_hard_negatives", self.num_hard_negatives, 0)
-        yield from choice(f"{path}.on_few_negatives", self.on_few_negatives, ("error", "skip"))
+        yield from choice(f"{path}.on_few_negatives", self.on_few_negatives, ("error", "skip", "pad"))
+        if self.on_few_negatives == "pad" and not getattr(self.objective, "leaves_out_missing", False):
+            yield (
+                f"{path}.on_few_negatives: 'pad' leaves places of a group empty, and the objective {self.objective.name} does "
+                "not say that it leaves them out (leaves_out_missing); use skip, or fewer hard negatives."
+            )
 
     @classmethod
     def rehearsal_changes(

@@ -3,10 +3,11 @@
 The ids equal those of the stock tokenizer on the whole string (sentence-transformers concatenates prompt and text before it
 tokenizes), with one deliberate exception: a special token spelled out *inside* a user's text ("<|im_end|>", "</s>") stays
 ordinary text, so that data can neither end a turn nor fake one. Stock tools parse it at inference; `PromptEncoder` never does.
+A template's end token follows where the tokenizer adds none; an export has the tokenizer add it (`export.tokenizer_files`).
 
 Method: the special tokens of a template are atoms. Each stretch of text between them is tokenized as a whole, in the way the
 tokenizer reads text after a special token, and boundaries inside a stretch are derived from the token offsets. A text whose
-boundary falls inside a token is rejected, never shifted.
+boundary falls inside a token is rejected, never shifted, unless the template says how it is read (`Template.joined`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.data.prompts.echo import EchoPrompt, encode_echo
 from unified_lm.data.prompts.encoded import Encoded, Fragment, Rejection, assemble, truncate_chat
 from unified_lm.data.prompts.plain_tokenizers import plain_tokenizers
-from unified_lm.data.prompts.templates import Template, added_ids
+from unified_lm.data.prompts.templates import Template, added_ids, special_tokens
 
 __all__ = ["Encoded", "PromptEncoder", "Rejection"]
 
@@ -41,6 +42,10 @@ class PromptEncoder:
         template: the prompt template.
         tokenizer: a fast tokenizer. It is copied, never changed.
 
+    Attributes:
+        appended_end: id of the template's end token after every embedded text; None where the tokenizer adds an end itself, or
+            the template has none.
+
     Raises:
         ConfigError: the tokenizer is not a fast one, or tokenizes this template differently (the message shows where).
     """
@@ -50,15 +55,16 @@ class PromptEncoder:
             raise ConfigError(f"{type(tokenizer).__name__} is not a fast tokenizer (no tokenizer.json); convert it first")
         self.template = template
         self.tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder.items()
-        self._special = {token.content: index for index, token in added if token.special}
+        self._special = special_tokens(tokenizer)
         # Longest first: a special token may be a prefix of another. Without any, (?!) matches nothing.
         self._splitter = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r"(?!)")
         description = tokenizer.backend_tokenizer.to_str()
         self.fingerprint = blake2b(description.encode(), digest_size=16).hexdigest()
         self._at_start, self._after_special = plain_tokenizers(description)
-        leading, trailing = added_ids(tokenizer)
-        self._leading, self._trailing = leading, trailing
+        self._leading, self._trailing = added_ids(tokenizer)
+        self.appended_end = None if self._trailing else self._end_id()
+        if self.appended_end is not None:
+            self._trailing = [self.appended_end]
         # Few distinct instructions precede many texts.
         self._prompt = lru_cache(maxsize=4096)(self._prompt_parts)
         self._check_end()
@@ -141,6 +147,11 @@ class PromptEncoder:
         return list(self._leading) or ([bos] if self.template.literal_bos and bos is not None else [])
 
     @property
+    def ends_texts(self) -> bool:
+        """Whether every embedded text, also a truncated one, ends with a token of its own: what last-token pooling needs."""
+        return bool(self._trailing)
+
+    @property
     def special_ids(self) -> list[int]:
         """The ids of all special tokens, ascending."""
         return sorted({*self._special.values(), *self.tokenizer.all_special_ids})
@@ -188,19 +199,20 @@ class PromptEncoder:
 
     def _pool_start(self, prompt_ids: list[int], prompt: str) -> int:
         """Number of tokens that sentence-transformers excludes from pooling (its `_get_prompt_length`)."""
-        if not prompt:
+        if not prompt or self.template.pools_prompt:
             return 0
         # It tokenizes the prompt alone and drops a trailing special token, which it takes for the tokenizer's own EOS.
         alone = [*prompt_ids, *self._trailing]
-        return len(alone) - (alone[-1] in self.tokenizer.all_special_ids)
+        return len(alone) - (alone[-1] in (self.appended_end, *self.tokenizer.all_special_ids))
 
     def _finish_embedding(self, prompt: _Prompt, encoding: Encoding, limit: int) -> Encoded | Rejection:
         ids, width = encoding.ids, len(prompt.tail_ids)
-        # Equal ids mean that the boundary between prompt and text is a token boundary.
-        if tuple(ids[:width]) != prompt.tail_ids or len(ids) == width:
-            return Rejection.STRADDLES
         room = limit - len(prompt.head) - len(self._trailing)
         full = [*prompt.head, *ids[:room], *self._trailing]
+        # Equal ids mean that the boundary between prompt and text is a token boundary.
+        at_border = tuple(ids[:width]) == prompt.tail_ids and len(ids) > width
+        if not at_border and not (self.template.joined and prompt.pool_start < len(full)):
+            return Rejection.STRADDLES
         return Encoded(np.asarray(full, dtype=np.int32), ((prompt.pool_start, len(full)),), len(ids) > room)
 
     # -- conversations ------------------------------------------------------------------------------------------------
@@ -257,6 +269,16 @@ class PromptEncoder:
             parts.update(zip(chosen, encoded, strict=True))
         return [parts[i] for i in range(len(strings))]
 
+    def _end_id(self) -> int | None:
+        end = self.template.end_token(self.tokenizer)
+        if end and end not in self._special:
+            raise ConfigError(
+                f"template '{self.template.name}' ends embedded texts with {end!r}, which is not a special token of the "
+                f"tokenizer ({', '.join(sorted(self._special)) or 'it has none'}). Choose a template that ends them with one "
+                "of these, or NAME+eos, which takes the tokenizer's end-of-text token."
+            )
+        return self._special[end] if end else None
+
     def _check_end(self) -> None:
         """Refuse a template whose answers end without a special token, since generation would then never stop."""
         if not self.template.turns:
@@ -273,7 +295,8 @@ class PromptEncoder:
         for instruction in ("", _PROBE_INSTRUCTION):
             for text, ours in zip(_PROBE_TEXTS, self.embed([(t, instruction) for t in _PROBE_TEXTS], 10_000), strict=True):
                 string = self._whole(text, instruction)
-                self._compare(string, ours, self.tokenizer(string)["input_ids"])
+                end = [] if self.appended_end is None else [self.appended_end]
+                self._compare(string, ours, [*self.tokenizer(string)["input_ids"], *end])
         if self.template.turns:
             turns = [("user", _PROBE_TEXTS[0]), ("assistant", _PROBE_TEXTS[1])] * 2
             string = "".join(fragment.text for fragment in self._fragments(turns))

@@ -5,15 +5,16 @@ already has as special tokens (its BOS and EOS tokens, chatml's "<|im_start|>") 
 the ids for training (`data.prompts.encoding`), the prompt string for sentence-transformers and the Jinja chat template for
 transformers, so an export behaves as trained.
 
-Every embedding prompt ends in a newline: sentence-transformers measures a prompt by tokenizing it alone, which is correct only
-if no token straddles its end, and it subtracts one token if the last token of the prompt is special.
+Embedding prompts end in a newline where they can: sentence-transformers measures a prompt by tokenizing it alone, which is
+correct only if no token straddles its end, and it subtracts one token if the last token of the prompt is special. Published
+embedders have prompts that end in a space, which merges with the first word of a text; those are `joined`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -42,6 +43,15 @@ class Template:
         separator: text between two turns.
         literal_bos: whether to write out the BOS token for a tokenizer that has one without adding it. For a tokenizer that
             adds it (Llama, Mistral) it is always present.
+        bare_echo: text between the two copies of an embedded text without an instruction (`data.prompts.echo`).
+        instruction_echo: the same for a text with one.
+        embedding_end: special token that ends every embedded text, also a truncated one, and is pooled; "{eos}" stands for the
+            tokenizer's EOS token. It is for tokenizers that add no end: where one adds its own, that one stays the only one.
+        joined: whether one token may hold the last characters of the prompt and the first of the text; else such texts are
+            refused. The ids are those of the whole string in either case. The pooled span then begins where it does in
+            sentence-transformers: after as many tokens as the prompt alone has, so that a token across the border belongs
+            to the prompt if it takes the place of the prompt's last token, and to the text otherwise.
+        pools_prompt: whether the prompt is pooled with the text: the span is the whole sample.
     """
 
     name: str
@@ -52,12 +62,15 @@ class Template:
     literal_bos: bool = False
     bare_echo: str = ""
     instruction_echo: str = ""
+    embedding_end: str = ""
+    joined: bool = False
+    pools_prompt: bool = False
 
     @property
     def signature(self) -> str:
         """Content of the template, for hashes. Fields added after the first checkpoints are included only if set."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        said = [f"{name}={value!r}" for name, value in values.items() if value or name not in ("bare_echo", "instruction_echo")]
+        said = [f"{name}={value!r}" for name, value in values.items() if value or name not in _YOUNGER_FIELDS]
         return f"{type(self).__qualname__}({', '.join(said)})"
 
     @property
@@ -100,10 +113,20 @@ class Template:
         Raises:
             ConfigError: the template ends turns with the EOS token and the tokenizer has none.
         """
-        text = self.turns[role].closing
+        return self._with_eos(self.turns[role].closing, tokenizer, "an answer")
+
+    def end_token(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The token that ends an embedded text, "" for none, with the tokenizer's own EOS token.
+
+        Raises:
+            ConfigError: the template ends texts with the EOS token and the tokenizer has none.
+        """
+        return self._with_eos(self.embedding_end, tokenizer, "an embedded text")
+
+    def _with_eos(self, text: str, tokenizer: PreTrainedTokenizerBase, ended: str) -> str:
         if "{eos}" in text and not tokenizer.eos_token:
             raise ConfigError(
-                f"template '{self.name}' ends an answer with the tokenizer's end-of-text token, but the tokenizer has none. "
+                f"template '{self.name}' ends {ended} with the tokenizer's end-of-text token, but the tokenizer has none. "
                 "Set tokenizer.eos_token, or choose a template that names its own."
             )
         return text.replace("{eos}", tokenizer.eos_token or "")
@@ -142,6 +165,9 @@ class Template:
         )
 
 
+_YOUNGER_FIELDS = ("bare_echo", "instruction_echo", "embedding_end", "joined", "pools_prompt")
+
+
 def _quote(text: str) -> str:
     """Quote a text as a Jinja string literal."""
     return json.dumps(text, ensure_ascii=False)
@@ -160,6 +186,19 @@ def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer adds its BOS token before every text."""
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in added_ids(tokenizer)[0]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Every special token of a tokenizer, with its id."""
+    return {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def template_tokens(template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens of a tokenizer that a template writes out, with their ids; those that it adds by itself are none."""
+    strings = [template.instruction_prompt, template.bare_prompt, template.separator, template.end_token(tokenizer)]
+    strings += [turn.opening + template.closing(role, tokenizer) for role, turn in template.turns.items()]
+    strings.append((tokenizer.bos_token or "") if template.literal_bos else "")
+    return {text: index for text, index in special_tokens(tokenizer).items() if any(text in string for string in strings)}
 
 
 TEMPLATES: dict[str, Template] = {
@@ -194,6 +233,20 @@ TEMPLATES: dict[str, Template] = {
         bare_prompt="Rewrite the sentence: ",
         bare_echo=", rewritten sentence: ",
     ),
+    "e5_instruct": Template(
+        name="e5_instruct",
+        instruction_prompt="Instruct: {instruction}\nQuery: ",
+        embedding_end="{eos}",
+        joined=True,
+        pools_prompt=True,
+    ),
+    "qwen3_embedding": Template(
+        name="qwen3_embedding",
+        instruction_prompt="Instruct: {instruction}\nQuery:",
+        embedding_end="<|endoftext|>",
+        joined=True,
+        pools_prompt=True,
+    ),
 }
 """Templates by name.
 
@@ -208,16 +261,23 @@ TEMPLATES: dict[str, Template] = {
   boundary.
 - echo: echo embeddings (arXiv:2402.15449, `data.prompts.echo`): the paper's zero-shot prompt, and for texts with an
   instruction the form of its released models. For causal attention; no export for stock tools can express it.
+- e5_instruct: E5-mistral-7b-instruct (arXiv:2401.00368), GTE-Qwen2-instruct, and what follows them (SFR, Linq): documents
+  are bare, every text ends with the end of text, the last token is pooled (`model.pooling=last_token`).
+- qwen3_embedding: Qwen3-Embedding (arXiv:2506.05176), the same without the space, and "<|endoftext|>" at the end whatever the
+  tokenizer calls its EOS token.
 """
+
+WITH_EOS = "+eos"
+"""Suffix of a template's name: the same template, with the EOS token at the end of embedded texts."""
 
 
 def get_template(name: str) -> Template:
-    """The template with that name or at that dotted path.
+    """The template with that name or at that dotted path; after "+eos", with the EOS token at the end of embedded texts.
 
     Raises:
         ConfigError: there is no such template, or the path leads to something else.
     """
-    template = resolve(name, TEMPLATES, "template")
+    template = resolve(name.removesuffix(WITH_EOS), TEMPLATES, "template")
     if not isinstance(template, Template):
         raise ConfigError(f"template '{name}' is a {type(template).__name__}; expected a Template")
-    return template
+    return replace(template, name=name, embedding_end="{eos}") if name.endswith(WITH_EOS) else template

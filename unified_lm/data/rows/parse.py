@@ -176,6 +176,10 @@ def _string(value: object, field: str, expected: str = "a text") -> str:
         raise RowError(field, describe(value), expected)
     if not value.strip():
         raise EmptyTextError(field, describe(value))
+    return _unicode(value, field)
+
+
+def _unicode(value: str, field: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -187,7 +191,7 @@ def _text(value: object, field: str) -> Text:
     if isinstance(value, str):
         return Text(_string(value, field))
     if isinstance(value, Sequence) and len(value) == 2 and all(isinstance(part, str) for part in value):
-        return Text(_string(value[1], f"{field}[1]"), value[0].strip(_INSTRUCTION_EDGES))
+        return Text(_string(value[1], f"{field}[1]"), _unicode(value[0], f"{field}[0]").strip(_INSTRUCTION_EDGES))
     raise RowError(field, describe(value), TEXT_OR_PAIR)
 
 
@@ -206,7 +210,7 @@ def _pair(row: _Row) -> PairRecord:
     if (found := row.find("instruction")) and not query.instruction:
         if not isinstance(found[1], str):
             raise RowError(found[0], describe(found[1]), "the instruction of the query, a text")
-        query = Text(query.text, found[1].strip(_INSTRUCTION_EDGES))
+        query = Text(query.text, _unicode(found[1], found[0]).strip(_INSTRUCTION_EDGES))
     column, value = row.require("positive", "a text, or a list of texts or [instruction, text]")
     positives = _texts(value, column)
     if not positives:

@@ -175,7 +175,7 @@ def _ultrafeedback(row: Mapping[str, Any], name: str, number: int) -> Sequence[M
 
 
 _ROWS_FORMAT = "query, pos and neg with their instructions"
-_MEDI_USE = "data=e5 data.e5_path={out}/"
+_MEDI_USE = "data=e5 data.e5={out}/"
 
 
 def _medi(hub: str, folder: str) -> Published:
@@ -198,7 +198,7 @@ PUBLISHED: Mapping[str, Published] = {
         license="ODC-BY; parts have licenses of their own, some non-commercial",
         source="https://arxiv.org/abs/2311.10702; filtered as in https://arxiv.org/abs/2402.09906",
         filters="custom prompts (hard_coded), rows without an answer or with an empty turn",
-        use="'data.tulu2=[{{path: {out}/tulu2.jsonl}}]'",
+        use="data.tulu2={out}/tulu2.jsonl",
         parts=(Part("train", "tulu2"),),
         convert=_tulu2,
     ),
@@ -208,7 +208,7 @@ PUBLISHED: Mapping[str, Published] = {
         license="that of Tulu 2: ODC-BY, parts non-commercial",
         source="https://arxiv.org/abs/2402.09906 (the filtered copy that GritLM published)",
         filters="rows with an empty turn",
-        use="'data.tulu2=[{{path: {out}/gritlm_tulu2}}]'",
+        use="data.tulu2={out}/gritlm_tulu2",
         files=("*.jsonl", "*.jsonl.gz", "*.parquet"),
         folder="gritlm_tulu2",
     ),
@@ -217,7 +217,7 @@ PUBLISHED: Mapping[str, Published] = {
         hub=None,
         license="several: each data set has its own",
         source="https://arxiv.org/abs/2402.09906 (E5S, 1.89 M rows)",
-        use="data=e5 data.e5_path={out}/e5",
+        use="data=e5 data.e5={out}/e5",
         folder="e5",
         missing=f"E5S was never published. Give a folder of jsonl files ({_ROWS_FORMAT}) with --from, or take medi2 or echo.",
     ),
@@ -226,7 +226,7 @@ PUBLISHED: Mapping[str, Published] = {
         hub=None,
         license="several: each data set has its own",
         source="https://arxiv.org/abs/2402.15449; LLM2Vec's supervised data",
-        use="data=echo data.echo_path={out}/echo-data",
+        use="data=echo data.echo={out}/echo-data",
         folder="echo-data",
         convert=_echo,
         missing="It is not on the Hub: unpack the download that Echo embeddings' repository links to, and give it with --from.",
@@ -239,7 +239,7 @@ PUBLISHED: Mapping[str, Published] = {
         license="CC BY-SA (Wikipedia)",
         source="https://arxiv.org/abs/2104.08821",
         filters="blank lines",
-        use="data=wiki1m data.wiki1m_path={out}/wiki1m_for_simcse.txt",
+        use="data=wiki1m data.wiki1m={out}/wiki1m_for_simcse.txt",
         files=("wiki1m_for_simcse.txt",),
         text_lines=True,
     ),
@@ -249,8 +249,7 @@ PUBLISHED: Mapping[str, Published] = {
         license="CC BY-SA 3.0 and GFDL",
         source="https://arxiv.org/abs/1609.07843 (WikiText-103, raw)",
         filters="blank lines",
-        use="'data.text=[{{path: {out}/wikitext103/train.jsonl}}]' "
-        "'data.held_out.text=[{{path: {out}/wikitext103/validation.jsonl}}]'",
+        use="data.wikitext103={out}/wikitext103/train.jsonl data.held_out.text={out}/wikitext103/validation.jsonl",
         parts=(
             Part("train", "wikitext103/train", "wikitext-103-raw-v1"),
             Part("validation", "wikitext103/validation", "wikitext-103-raw-v1"),

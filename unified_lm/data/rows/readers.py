@@ -228,6 +228,7 @@ def data_files(path: Path) -> list[Path]:
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings)
         where = hint if "Did you" in hint else f" Paths are relative to the working directory, {Path.cwd()}."
+        where += " A Hub data set is hub:NAME." if len(path.parts) == 2 and not path.suffix and "Did you" not in hint else ""
         raise DataError(f"no such file or folder: {path}.{where}")
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         raise DataError(

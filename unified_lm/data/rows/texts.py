@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeGuard
 
@@ -12,9 +12,6 @@ from unified_lm.data.rows.hub_datasets import hub_rows
 from unified_lm.data.rows.parse import FIELDS
 from unified_lm.data.rows.readers import Rows, data_files, read_rows
 from unified_lm.data.rows.records import RecordKind
-
-HUB_PREFIX = "hub:"
-"""Prefix of a Hub data set on a command line: ``hub:NAME[:SUBSET[:SPLIT]]``."""
 
 _PAIR_COLUMNS = frozenset(name for names in FIELDS[RecordKind.PAIR].values() for name in names)
 
@@ -73,9 +70,9 @@ def open_rows(named: str) -> list[RowFile]:
     Raises:
         DataError: missing or unreadable data.
     """
-    if named.startswith(HUB_PREFIX):
-        hub, subset, split = [*named[len(HUB_PREFIX) :].split(":"), "", ""][:3]
-        name, _, rows = hub_rows(SourceConfig(hub=hub, subset=subset or None, split=split or "train"))
+    source = SourceConfig.from_text(named)
+    if source.hub is not None:
+        name, _, rows = hub_rows(replace(source, split=source.split_or_train))
         return [RowFile(name, rows)]
     root = Path(named).expanduser()
     return [_row_file(file, root) for file in data_files(root)]

@@ -23,6 +23,7 @@ from unified_lm.batch import Pack
 from unified_lm.batch.plan import free_stretches
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models import families
+from unified_lm.models.token_rows import token_row_layers
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class ModelFlops:
         """Read the sizes of a model. Weights that ZeRO-3 has partitioned count as whole."""
         causal_lm = trainable.backbone.causal_lm
         config = families.text_config(causal_lm)
-        head = trainable.backbone.output_head().weight
+        head = trainable.backbone.head_weight
         visited = _visited_fraction(config)
         counted = {True: 0.0, False: 0.0}
         for name, size, trained in _matrices(causal_lm, skipped=id(head)):
@@ -59,7 +60,7 @@ class ModelFlops:
             trained=counted[True],
             frozen=counted[False],
             head=_size(head),
-            head_trained=head.requires_grad,
+            head_trained=head.requires_grad or any(token_row_layers(causal_lm)),
             pair=_flops_per_pair(config),
             windows=_windows(config),
         )

@@ -90,7 +90,7 @@ class StepMeter:
         self.clock = clock
         self._padded = backbone.kernel == PADDED
         self._recomputes = recomputes
-        self._dtype = trainable.autocast or backbone.output_head().weight.dtype
+        self._dtype = trainable.autocast or backbone.head_weight.dtype
         self._peak: Peak | None = None
 
     @property
