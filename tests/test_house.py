@@ -45,7 +45,7 @@ def test_every_test_file_is_collected(pytestconfig: pytest.Config) -> None:
 
 
 def test_tests_mirror_the_rooms() -> None:
-    others = {"benchmarks", "docs", "extending", "gpu", "launch", "parity"}  # not of one room
+    others = {"benchmarks", "docs", "extending", "gpu", "launch", "parity", "properties"}  # not of one room
     rooms = {path.parent.relative_to(PACKAGE) for path in SOURCES}
     for path in (ROOT / "tests").rglob("test_*.py"):
         folder = path.parent.relative_to(ROOT / "tests")

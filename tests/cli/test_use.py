@@ -7,6 +7,7 @@ import pytest
 
 from tests.inference.conftest import make_export
 from unified_lm.cli import use
+from unified_lm.cli.main import main
 from unified_lm.core.errors import CheckpointError, DataError
 
 
@@ -45,7 +46,41 @@ def test_mistakes(folder: Path, texts: Path, tmp_path: Path) -> None:
     texts.write_text("a\n\nb\n")
     with pytest.raises(DataError, match="line 2 is empty"):
         use.search([str(folder), "a", str(texts)])
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot be read"):
         use.search([str(folder), "a", str(tmp_path / "missing.txt")])
     with pytest.raises(CheckpointError, match="there is no folder"):
         use.generate([str(tmp_path / "missing"), "hello"])
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        ("texts.txt/v.npy", "is a file, not a folder"),
+        ("/proc/v.npy", "/proc takes no files"),
+        ("new/" + "x" * 300 + ".npy", "a name of more than 255 bytes"),
+        ("x" * 300 + ".npy", "File name too long"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_looked_for(
+    out: str, told: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["encode", "no_such_model", str(texts), "--out", out]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_device_is_tried_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["encode", "no_such_model", "no.txt", "--out", str(tmp_path / "v.npy"), "--device", "banana"]) == 2
+    assert "device 'banana' cannot be used here" in capsys.readouterr().err
+
+
+def test_the_traceback_behind_a_message_can_be_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", "no_such_run"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("UNIFIED_LM_TRACEBACK", "1")
+    assert main(["report", "no_such_run"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "error: no such run: no_such_run" in shown

@@ -31,8 +31,11 @@ def test_round_trip(tmp_path: Path) -> None:
         ({"attention": "bidirektional"}, "Did you mean 'bidirectional'"),
         ({"modes": ["embed", "generat"]}, "Did you mean 'generate'"),
         ({"modes": []}, "at least one mode"),
-        ({"stages": {}}, "stages is dict, expected a list"),
+        ({"stages": {}}, r"stages: got \{\} \(dict\), expected a list"),
         ({"stages": [{"recipe": "x", "step": 1}]}, "Did you mean 'steps'"),
+        ({"max_tokens": "96"}, r"max_tokens: got '96' \(str\), expected a whole number"),
+        ({"instructions": {"query": None}}, r"instructions\.query: got None \(null\), expected text"),
+        ({"projection_dim": 10**30}, "a whole number of 31 digits"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, change: dict[str, Any], expected: str) -> None:

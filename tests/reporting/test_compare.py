@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
+from tests.reporting.test_report import write_run
+from unified_lm.composition.compose import compose_run
+from unified_lm.composition.convert import saved_settings, to_plain, to_yaml
+from unified_lm.core.errors import DataError
 from unified_lm.engine.validation_items import ItemScores
 from unified_lm.evaluation.bootstrap import bootstrap_interval
 from unified_lm.reporting.compare import Arm, ComparedRun, Comparison, compare
@@ -107,3 +112,33 @@ def _notes_of(monkeypatch: pytest.MonkeyPatch, changed: str, common: dict[str, A
     ]
     monkeypatch.setattr("unified_lm.reporting.compare._load", lambda folders: runs)
     return [note for note in compare([]).notes if "does not compare" in note]
+
+
+def test_results_are_read_without_importing_the_parts_that_made_them(tmp_path: Path) -> None:
+    """A script's folder is on the path of imports only while it runs there."""
+    run = to_plain(compose_run(["recipe=grit_smollm2", "model=tiny_random", "max_steps=4"]))
+    for name, margin in (("a", 0.2), ("b", 0.3)):
+        folder = write_run(tmp_path / name)
+        run["streams"]["embedding"]["objective"] = {"name": "my_script.Margin", "weight": 1.0, "margin": margin}
+        (folder / "config.yaml").write_text(yaml.safe_dump(run))
+    found = compare([tmp_path / "a", tmp_path / "b"])
+    assert found.differing == ["streams.embedding.objective.margin"]
+    assert found.reference.mean(METRIC) == 0.75
+
+
+def test_settings_of_an_older_run_have_todays_defaults(tmp_path: Path) -> None:
+    config = compose_run(["recipe=grit_smollm2", "model=tiny_random"])
+    (tmp_path / "new.yaml").write_text(to_yaml(config))
+    assert saved_settings(tmp_path / "new.yaml") == to_plain(config)
+    older = to_plain(config)
+    del older["optim"]["max_skipped_steps"], older["streams"]["generation"]["objective"]["normalization"], older["lora"]
+    older["streams"]["generation"]["objective"]["temperature"] = 0.5  # of another kind, which earlier versions saved
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(older))
+    assert saved_settings(tmp_path / "old.yaml") == to_plain(config)
+
+
+def test_a_configuration_with_mistyped_values_is_refused_by_name(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / "config.yaml").write_text("max_steps: four\nseed: 1\n")
+    with pytest.raises(DataError, match=r"a/config\.yaml: max_steps: got 'four' \(str\), expected a whole number"):
+        compare([folder])

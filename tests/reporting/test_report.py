@@ -166,7 +166,7 @@ def test_scores_of_another_run_and_damaged_ones_are_refused(tmp_path: Path) -> N
         held_out_table(run)
     path = items_path(run, 4)
     path.write_text(path.read_text()[:-30])
-    with pytest.raises(DataError, match=r"step-00000004\.json is damaged"):
+    with pytest.raises(DataError, match=r"step-00000004\.json is not valid JSON"):
         held_out_table(run)
     path.write_text('{"step": 4, "metrics": {"x": {"unit": "query", "scores": [1.0], "weights": [1.0, 2.0]}}}')
     with pytest.raises(DataError, match="1 scores, 2 weights"):
@@ -235,7 +235,7 @@ def test_a_table_is_written_and_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("{", "is not JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "holds list"),
         ('{"title": "x", "rows": []}', "has no columns"),
         ('{"title": "x", "columns": ["a"], "rows": [[1, 2]]}', "row 1 does not have one cell"),
@@ -355,10 +355,10 @@ def test_missing_and_torn_files_are_refused_by_name(tmp_path: Path, capsys: pyte
     assert main(["report", str(tmp_path / "b")]) == 2
     assert "no such run" in capsys.readouterr().err
     (run / "run.json").write_text('{"model": ')
-    with pytest.raises(DataError, match=r"run\.json is damaged"):
+    with pytest.raises(DataError, match=r"run\.json is not valid JSON"):
         read_report(run)
     (run / "run.json").write_text('{"model": {}, "data": []}')
-    with pytest.raises(DataError, match=r"run\.json is damaged \(no starts\)"):
+    with pytest.raises(DataError, match=r"run\.json: missing field 'starts' "):
         read_report(run)
     (run / "run.json").unlink()
     (run / "config.yaml").write_text("recipe: [")

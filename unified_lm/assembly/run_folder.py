@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from unified_lm.assembly.run_record import FILE_NAME as RECORD
@@ -12,6 +11,7 @@ from unified_lm.config.schema import RunConfig
 from unified_lm.core.errors import CheckpointError, OutputError
 from unified_lm.core.folder_lock import LOCK_FILE, hold_folder
 from unified_lm.core.outputs import check_folder
+from unified_lm.core.user_files import parse_json
 from unified_lm.engine.validation_items import FOLDER as ITEMS
 from unified_lm.engine.wandb_run import RUN_FILE
 
@@ -73,7 +73,7 @@ def _is_of_run(run_dir: Path) -> bool:
     if not (run_dir / RECORD).is_file():
         return False
     try:
-        record = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
+        record = parse_json((run_dir / RECORD).read_bytes())
     except ValueError:
         return False
     return isinstance(record, dict) and {"recipe", "starts"} <= set(record)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -17,6 +16,7 @@ from unified_lm.checkpoint.state import load_state
 from unified_lm.core import distributed
 from unified_lm.core.errors import DataError
 from unified_lm.core.files import write_json
+from unified_lm.core.user_files import read_json
 from unified_lm.core.version import code_version
 from unified_lm.engine.accounting.throughput import describe_device
 
@@ -45,10 +45,12 @@ def write_record(run: Run) -> None:
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}). Remove it; only the report reads it.") from error
+    fix = "Remove it; only the report reads it."
+    content = read_json(path, fix=fix)
+    starts = content.get("starts") if isinstance(content, dict) else None
+    if not isinstance(starts, list) or not all(isinstance(s, dict) and isinstance(s.get("from_step"), int) for s in starts):
+        raise DataError(f"{path} is damaged: it has no list of starts with the steps they began at. {fix}")
+    return starts
 
 
 def _model(run: Run) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from unified_lm.cli.arguments import command_parser, positive
+from unified_lm.cli.arguments import command_parser, device, positive
 from unified_lm.core.errors import ConfigError, UserError, did_you_mean
 from unified_lm.core.outputs import check_folder
+from unified_lm.core.user_files import user_path
 
 ALL = "all"
 
@@ -116,7 +117,7 @@ def _corpora(given: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in given:
         label, separator, source = text.partition("=")
-        if not separator or Path(text).expanduser().exists():
+        if not separator or user_path(text).exists():
             label, source = Path(text).name.split(".")[0], text
         if label in found:
             raise ConfigError(f"two corpora are called '{label}'; tell them apart: LABEL=CORPUS.")
@@ -176,7 +177,7 @@ def _standardize_parser() -> argparse.ArgumentParser:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
+    parser.add_argument("--device", type=device, default=None, help="cpu, cuda...; the accelerator if there is one")
     parser.add_argument(
         "--dtype", default="float32", help="float32 (default), bfloat16...; the control of future is sharpest in float32"
     )

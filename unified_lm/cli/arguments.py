@@ -81,7 +81,7 @@ def add_device_options(parser: argparse._ActionsContainer, dtype: str | None = N
         parser: takes the options.
         dtype: the default. None keeps the stored type, so that a measurement is the same on every machine.
     """
-    parser.add_argument("--device", default=None, help="cpu, cuda...; the accelerator if there is one")
+    parser.add_argument("--device", type=device, default=None, help="cpu, cuda...; the accelerator if there is one")
     parser.add_argument(
         "--dtype",
         default=dtype,
@@ -90,15 +90,38 @@ def add_device_options(parser: argparse._ActionsContainer, dtype: str | None = N
     )
 
 
+def device(text: str) -> str:
+    """Parse the name of a device, for `argparse`: it is tried before any work.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot be used.
+    """
+    from unified_lm.core.distributed import find_device  # takes a second to import, which --help can do without
+
+    try:
+        return str(find_device(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+_DIGITS = 18
+"""Longer whole numbers do not fit the 64 bits of a counter."""
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
 def positive(text: str) -> int:
     """Parse a whole number above 0, for `argparse`.
 
     Raises:
         argparse.ArgumentTypeError: the text has another form.
     """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    number = whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{_short(text)} is not a whole number above 0")
+    return number
 
 
 def whole(text: str) -> int:
@@ -107,8 +130,10 @@ def whole(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: the text has another form.
     """
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{_short(text)} is not a whole number from 0")
+    if len(text) > _DIGITS:
+        raise argparse.ArgumentTypeError(f"{_short(text)} is a number of {len(text)} digits; expected at most {_DIGITS}")
     return int(text)
 
 
@@ -123,7 +148,7 @@ def finite(text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{_short(text)} is not a finite number")
     return number
 
 
@@ -135,5 +160,5 @@ def from_zero(text: str) -> float:
     """
     number = finite(text)
     if number < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
+        raise argparse.ArgumentTypeError(f"{_short(text)} is below 0")
     return number

@@ -16,6 +16,7 @@ from rich.table import Table
 from unified_lm.cli.arguments import Command, add_device_options, command_parser, positive, run_group
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.core.outputs import check_file, write_json_file
+from unified_lm.core.user_files import user_path
 from unified_lm.evaluation.embedding.instructions import instructions_of, require_known, table_names
 from unified_lm.evaluation.embedding.offline import find_tasks, read_task
 from unified_lm.evaluation.embedding.task_results import ModelIdentity, TaskScore
@@ -108,7 +109,7 @@ def select_tasks(names: Sequence[str], languages: Sequence[str], console: Consol
         if name in sets:
             tasks += [adapter.registry_task(task) for task in sets[name].tasks]
         elif os.sep in name or name in (".", "..") or (Path(name).is_dir() and not adapter.in_registry(name)):
-            for folder in find_tasks(Path(name).expanduser()):
+            for folder in find_tasks(user_path(name)):
                 source = read_task(folder)
                 for notice in source.notices:
                     console.print(f"{source.name}: {notice}", style="yellow", markup=False)

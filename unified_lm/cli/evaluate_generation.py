@@ -17,6 +17,7 @@ from unified_lm.cli.evaluate_model import add_model_options, find_model, plain_t
 from unified_lm.core.errors import ConfigError, UserError
 from unified_lm.core.files import cache_dir
 from unified_lm.core.outputs import check_files, write_json_file
+from unified_lm.core.user_files import user_path
 from unified_lm.evaluation.generation.perplexity import BUILT_IN, CONTEXT, Domain, num_windows, perplexity, read_domain
 from unified_lm.evaluation.result_table import FOLDER
 from unified_lm.export.manifest import Manifest
@@ -88,7 +89,7 @@ def _domain(item: str, limit: int | None) -> Domain:
     name, equals, path = item.partition("=")
     if equals and not (name and path):
         raise UserError(f"--data {item}: expected NAME=FILE.")
-    domain = read_domain(name, Path(path).expanduser() if equals else None)
+    domain = read_domain(name, user_path(path) if equals else None)
     if limit == 1:
         raise UserError("--documents 1: an interval needs at least 2 documents.")
     return domain if limit is None else domain.limited(limit)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from unified_lm.cli.arguments import HELP, Command
 from unified_lm.core import failures
 from unified_lm.core.errors import UserError, did_you_mean
+from unified_lm.core.typed import unusable_text
+from unified_lm.core.user_files import explain_os_error
 
 USER_ERROR = 2
 _INTERRUPTED = 130
-_FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
-"""Errors of the operating system that a user can fix: a full or read-only disk, a missing permission."""
+TRACEBACK = "UNIFIED_LM_TRACEBACK"
+"""Environment variable: if set, the traceback behind a message is printed as well."""
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -78,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 on success, 2 after a user error (with one message on stderr), 130 after an interrupt.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for number, argument in enumerate(arguments, start=1):
+        if fault := unusable_text(argument):
+            return run_command(partial(_refuse_text, number, fault))
     if not arguments or arguments[0] in (*HELP, "help"):
         print(usage())
         return 0 if arguments else USER_ERROR
@@ -105,6 +112,7 @@ def run_command(command: Callable[[], object]) -> int:
             raise
         return ended.code  # argparse's: 0 after help, 2 after wrong arguments
     except UserError as error:
+        _print_traceback()
         failures.report(str(error))
         return USER_ERROR
     except KeyboardInterrupt:
@@ -112,13 +120,19 @@ def run_command(command: Callable[[], object]) -> int:
             print("interrupted", file=sys.stderr)
         return _INTERRUPTED
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _FIXABLE:
-            failures.report(f"{error.strerror}: {error.filename or 'the disk'}. Nothing that was complete before is lost.")
+        if isinstance(error, OSError) and (said := explain_os_error(error)) is not None:
+            _print_traceback()
+            failures.report(said)
             return USER_ERROR
         if failures.is_consequence(error):
             return USER_ERROR
         raise
     return 0
+
+
+def _print_traceback() -> None:
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
 
 
 def usage() -> str:
@@ -127,6 +141,10 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
     more = "unified-lm COMMAND --help shows a command's arguments, their defaults and an example."
     return "\n".join(["usage: unified-lm COMMAND [key=value ...]", "", *lines, "", more])
+
+
+def _refuse_text(number: int, fault: str) -> None:
+    raise UserError(f"argument {number} {fault}. Arguments are texts in UTF-8, names of files included.")
 
 
 def _refuse(name: str) -> None:

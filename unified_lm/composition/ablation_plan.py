@@ -26,11 +26,13 @@ from typing import Any
 
 from unified_lm.composition.convert import schema_keys
 from unified_lm.core.errors import did_you_mean
+from unified_lm.core.typed import show_briefly
 
 KEY = "ablation"
 """The key that makes a recipe an ablation."""
 ALL_ARMS = "all"
 _KEYS = ("base", "overrides", "arms", "grid", "exclude", "default", "seeds")
+_LISTED = {"exclude": "names of arms", "default": "names of arms"}
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -71,7 +73,7 @@ class AblationPlan:
         if wanted is None:
             return next(iter(self.bases))
         if not isinstance(wanted, str):
-            problems.append(f"base: got {wanted!r}, expected the name of a recipe.")
+            problems.append(f"base: got {show_briefly(wanted)}, expected the name of a recipe.")
             return next(iter(self.bases))
         return wanted
 
@@ -87,14 +89,15 @@ def read_plan(name: str, raw: Mapping[str, Any], problems: list[str]) -> Ablatio
     problems.extend(f"unknown key '{key}' in the ablation {name}." for key in raw if key not in (KEY, "description"))
     plan = raw[KEY]
     if not isinstance(plan, Mapping):
-        problems.append(f"{name}: '{KEY}' holds {plan!r}, expected {', '.join(_KEYS)}.")
+        problems.append(f"{name}: '{KEY}' holds {show_briefly(plan)}, expected {', '.join(_KEYS)}.")
         return AblationPlan({"": ()}, (), {}, (), ())
     for key in plan:
         if key not in _KEYS:
             problems.append(f"unknown key '{KEY}.{key}' in {name}.{did_you_mean(str(key), _KEYS)}")
     bases = _named(f"{name}: {KEY}.base", plan.get("base"), problems)
     arms = _named(f"{name}: {KEY}.arms", plan.get("arms") or {}, problems)
-    arms |= _cross(name, plan.get("grid") or {}, plan.get("exclude") or (), problems)
+    exclude = _arguments(f"{name}: {KEY}.exclude", plan.get("exclude") or [], problems)
+    arms |= _cross(name, plan.get("grid") or {}, exclude, problems)
     problems.extend(
         f"{name}: arm '{arm}' is not a folder's name ({_NAME.pattern})." for arm in arms if not _NAME.fullmatch(arm)
     )
@@ -106,11 +109,12 @@ def read_plan(name: str, raw: Mapping[str, Any], problems: list[str]) -> Ablatio
     )
     if not bases or not arms:
         problems.append(f"{name}: {KEY} needs a base and at least one arm.")
-    default = tuple(str(arm) for arm in plan.get("default") or arms)
+    default = _arguments(f"{name}: {KEY}.default", plan.get("default") or list(arms), problems)
     problems.extend(
         f"{name}: {KEY}.default names '{a}', which is no arm.{did_you_mean(a, arms)}" for a in default if a not in arms
     )
     overrides = _arguments(f"{name}: {KEY}.overrides", plan.get("overrides") or [], problems)
+    default = tuple(arm for arm in default if arm in arms)
     return AblationPlan(bases or {"": ()}, overrides, arms, default, _seeds(plan.get("seeds", [42]), problems))
 
 
@@ -122,7 +126,7 @@ def _sections() -> frozenset[str]:
 def _cross(name: str, grid: Any, exclude: Sequence[str], problems: list[str]) -> dict[str, tuple[str, ...]]:
     """One arm for every combination of the axes' values, but for the excluded ones."""
     if not isinstance(grid, Mapping):
-        problems.append(f"{name}: {KEY}.grid: got {grid!r}, expected axes with their named values.")
+        problems.append(f"{name}: {KEY}.grid: got {show_briefly(grid)}, expected axes with their named values.")
         return {}
     if not grid:
         return {}
@@ -137,14 +141,16 @@ def _cross(name: str, grid: Any, exclude: Sequence[str], problems: list[str]) ->
 
 def _named(path: str, value: Any, problems: list[str]) -> dict[str, tuple[str, ...]]:
     if not isinstance(value, Mapping):
-        problems.append(f"{path}: got {value!r}, expected names with their lists of arguments.")
+        problems.append(f"{path}: got {show_briefly(value)}, expected names with their lists of arguments.")
         return {}
     return {str(name): _arguments(f"{path}.{name}", arguments or [], problems) for name, arguments in value.items()}
 
 
 def _arguments(path: str, value: Any, problems: list[str]) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        problems.append(f"{path}: got {value!r}, expected a list of key=value arguments.")
+        problems.append(
+            f"{path}: got {show_briefly(value)}, expected a list of {_LISTED.get(path.rpartition('.')[2], 'arguments')}."
+        )
         return ()
     return tuple(value)
 
@@ -152,6 +158,6 @@ def _arguments(path: str, value: Any, problems: list[str]) -> tuple[str, ...]:
 def _seeds(value: Any, problems: list[str]) -> tuple[int, ...]:
     seeds = value if isinstance(value, list) else [value]
     if not seeds or not all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds):
-        problems.append(f"seeds: got {value!r}, expected whole numbers.")
+        problems.append(f"seeds: got {show_briefly(value)}, expected whole numbers.")
         return ()
     return tuple(dict.fromkeys(seeds))

@@ -28,6 +28,7 @@ from unified_lm.composition.rehearsal import rehearse
 from unified_lm.composition.validate import find_notices, find_problems
 from unified_lm.config.schema import ArmConfig, ChainConfig, RunConfig, SweepConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.core.typed import show_briefly
 from unified_lm.data.formats import FORMATS
 
 __all__ = ["compose", "compose_run", "from_yaml", "to_yaml"]
@@ -194,7 +195,7 @@ def _compose_values(
     if not resolved:
         tree["data"] = overlay(_absent_data(), tree.get("data") or {})
     late = [item for item in arguments.overrides if not apply_override(tree, *item, problems)]
-    tree = _resolve(tree, problems)
+    tree = _resolve(tree, path, problems)
     spell_out_sources(tree)
     for item in late:
         apply_override(tree, *item, problems)
@@ -226,8 +227,8 @@ def _hydra(path: Path, raw: dict[str, Any], choices: dict[str, str]) -> dict[str
         with initialize_config_dir(str(path.parent), version_base="1.3"):
             config = hydra_compose(path.stem, overrides=overrides)
         values = OmegaConf.to_container(config, resolve=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"recipe {path}: {str(error).strip()}") from error
+    except Exception as error:  # Hydra's own, but for a defaults list of other types whatever its code runs into
+        raise ConfigError(f"recipe {path}: {str(error).strip() or 'its defaults list cannot be read'}") from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 
@@ -248,18 +249,24 @@ def _prefer_data(
     ]
 
 
-def _resolve(tree: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+def _resolve(tree: dict[str, Any], path: Path, problems: list[str]) -> dict[str, Any]:
+    """The values of a recipe with their interpolations; an error names the file and the key that holds one."""
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError([*problems, str(error).strip().splitlines()[0]]) from error
+        key = f", key '{error.full_key}'" if getattr(error, "full_key", None) else ""
+        text = str(error).strip().splitlines()[0]
+        raise ConfigError([*problems, f"{path}{key}: {text}."]) from error
+    except RecursionError as error:
+        raise ConfigError([*problems, f"{path}: an interpolation leads back to itself; write its value out."]) from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
 
 def _drop_absent_validation(tree: dict[str, Any]) -> None:
     """Leave out streams whose data group offers no held-out rows: they are not validated."""
-    sources = (tree.get("validation") or {}).get("sources")
+    validation = tree.get("validation")
+    sources = validation.get("sources") if isinstance(validation, dict) else None
     if isinstance(sources, dict):
         tree["validation"]["sources"] = {name: rows for name, rows in sources.items() if rows != []}
 
@@ -272,7 +279,9 @@ def _compose_chain(name: str, raw: dict[str, Any], argv: Sequence[str], problems
 
     With a `run_dir` every stage has its folder `run_dir/N-STAGE`.
     """
-    names = tuple(str(stage) for stage in raw["chain"] or ())
+    names = tuple(raw["chain"]) if _is_names(raw["chain"]) else ()
+    if not names:
+        problems.append(f"chain {name}: got {show_briefly(raw['chain'])}, expected a list of recipes.")
     problems.extend(f"unknown key '{key}' in the chain {name}." for key in raw if key not in ("chain", "description"))
     run_dir = _run_dir(argv, problems)
     shared = [a for a in argv if not a.startswith("run_dir=") and not any(_is_for(a, stage) for stage in names)]
@@ -293,6 +302,10 @@ def _compose_chain(name: str, raw: dict[str, Any], argv: Sequence[str], problems
     if found := find_problems(chain):
         raise ConfigError(found)
     return chain
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _run_dir(argv: Sequence[str], problems: list[str]) -> str:
@@ -369,9 +382,9 @@ def _sweep_values(argv: Sequence[str], problems: list[str]) -> dict[str, Any]:
     parsed = [_parse_one(parser, argument, problems) for argument in argv if _key(argument) in _SWEEP_KEYS]
     values = {override.key_or_group: _plain(override.value()) for override in parsed if override is not None}
     if values.get("resume", "auto") != "auto":
-        problems.append(f"resume: got {values['resume']!r}; an ablation always continues its own runs, remove it.")
+        problems.append(f"resume: got {show_briefly(values['resume'])}; an ablation always continues its own runs, remove it.")
     if not isinstance(values.get("keep_checkpoints", False), bool):
-        problems.append(f"keep_checkpoints: got {values['keep_checkpoints']!r}, expected true or false.")
+        problems.append(f"keep_checkpoints: got {show_briefly(values['keep_checkpoints'])}, expected true or false.")
     return values
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
 
@@ -17,10 +15,10 @@ from unified_lm.composition.validate import find_problems
 from unified_lm.config.parts import PartConfig, find_description
 from unified_lm.config.schema import ChainConfig, ObjectiveConfig, RunConfig, StreamConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.core.typed import FAILED, hints_of, name_of, show, show_briefly, typed_value
 from unified_lm.data.formats import FORMATS
 from unified_lm.objectives import OBJECTIVES
 
-_FAILED = object()
 _TABLES: Mapping[type[PartConfig], Mapping[str, type[PartConfig]]] = {StreamConfig: FORMATS, ObjectiveConfig: OBJECTIVES}
 """Per role of a part the table that its names are looked up in."""
 
@@ -41,23 +39,20 @@ def convert(cls: type, value: Mapping[str, Any], *, resolved: bool = False) -> t
     """
     problems: list[str] = []
     made = _dataclass(cls, without_idle(value) if resolved else value, "", problems)
-    return (None if made is _FAILED else made), problems
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
+    return (None if made is FAILED else made), problems
 
 
 def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
+    if isinstance(value, str) and hasattr(cls, "from_text"):
+        return cls.from_text(value)
     if not isinstance(value, Mapping):
         names = ", ".join(field.name for field in dataclasses.fields(cls))
-        problems.append(f"{path}: got {_show(value)}, expected keys and values ({names}).")
-        return _FAILED
+        problems.append(f"{path}: got {show(value)}, expected keys and values ({names}).")
+        return FAILED
     if issubclass(cls, PartConfig) and cls in _TABLES:
         described = _describe(cls, value, path, problems)
         if described is None:
-            return _FAILED
+            return FAILED
         cls = described
     fields = {field.name: field for field in dataclasses.fields(cls)}
     prefix = f"{path}." if path else ""
@@ -70,15 +65,15 @@ def _dataclass(cls: type, value: Any, path: str, problems: list[str]) -> Any:
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if name not in value:
             if not has_default:
-                problems.append(f"missing key '{prefix}{name}' ({_name_of(_hints(cls)[name])}), which has no default.")
+                problems.append(f"missing key '{prefix}{name}' ({name_of(hints_of(cls)[name])}), which has no default.")
                 complete = False
             continue
-        item = _value(_hints(cls)[name], value[name], prefix + name, problems)
-        if item is not _FAILED:
+        item = typed_value(hints_of(cls)[name], value[name], prefix + name, problems, _dataclass, finite=True)
+        if item is not FAILED:
             made[name] = item
         elif not has_default:
             complete = False
-    return cls(**made) if complete else _FAILED
+    return cls(**made) if complete else FAILED
 
 
 def _describe(base: type[PartConfig], value: Mapping[str, Any], path: str, problems: list[str]) -> type | None:
@@ -88,7 +83,7 @@ def _describe(base: type[PartConfig], value: Mapping[str, Any], path: str, probl
         problems.append(
             f"missing key '{path}.{base.selector}' (text), which has no default."
             if name is None
-            else f"{path}.{base.selector}: got {_show(name)}, expected text."
+            else f"{path}.{base.selector}: got {show(name)}, expected text."
         )
         return None
     try:
@@ -111,7 +106,8 @@ def _is_of_another_kind(cls: type, key: str, value: Any, prefix: str, problems: 
     if owners:
         role, chosen = cls.role, getattr(cls, cls.selector, cls.__name__)  # type: ignore[attr-defined]
         problems.append(
-            f"{prefix}{key}: does not apply to the {role} {chosen}, and is set to {value!r}; it belongs to {', '.join(owners)}."
+            f"{prefix}{key}: does not apply to the {role} {chosen}, and is set to {show_briefly(value)}; it belongs to "
+            f"{', '.join(owners)}."
         )
     return bool(owners)
 
@@ -139,78 +135,6 @@ def _of_own_kind(base: type[PartConfig], values: Any) -> Any:
     return {key: value for key, value in values.items() if key in own or not _owners(cls, key)}
 
 
-def _value(kind: Any, value: Any, path: str, problems: list[str]) -> Any:
-    """Convert one value to an annotated type, or record why not and return `_FAILED`."""
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        return _union(args, value, path, problems)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        if isinstance(value, str) and hasattr(kind, "from_text"):
-            return kind.from_text(value)
-        return _dataclass(kind, value, path, problems)
-    if origin is tuple and isinstance(value, (str, Mapping)) and hasattr(args[0], "from_text"):
-        value = [value]  # one source is a list of one
-    if origin is tuple and isinstance(value, (list, tuple)):
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(kinds) != len(value):
-            problems.append(f"{path}: got {len(value)} values, expected {len(kinds)}.")
-            return _FAILED
-        items = [_value(k, v, f"{path}.{index}", problems) for index, (k, v) in enumerate(zip(kinds, value, strict=True))]
-        return _FAILED if any(item is _FAILED for item in items) else tuple(items)
-    if origin is dict and isinstance(value, Mapping):
-        pairs = {str(key): _value(args[1], item, f"{path}.{key}", problems) for key, item in value.items()}
-        return _FAILED if any(item is _FAILED for item in pairs.values()) else pairs
-    if _is_scalar(kind, value):
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{path}: got {value}, expected a finite number.")
-            return _FAILED
-        return float(value) if kind is float else value
-    problems.append(f"{path}: got {_show(value)}, expected {_name_of(kind)}.")
-    return _FAILED
-
-
-def _union(kinds: tuple[Any, ...], value: Any, path: str, problems: list[str]) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    others = [kind for kind in kinds if kind is not type(None)]
-    if len(others) == 1:
-        return _value(others[0], value, path, problems)
-    for kind in others:
-        attempt: list[str] = []
-        made = _value(kind, value, path, attempt)
-        if not attempt:
-            return made
-    problems.append(f"{path}: got {_show(value)}, expected {' or '.join(_name_of(kind) for kind in others)}.")
-    return _FAILED
-
-
-def _is_scalar(kind: Any, value: Any) -> bool:
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return kind in (str, bool) and isinstance(value, kind)
-
-
-def _name_of(kind: Any) -> str:
-    """A type in a user's words."""
-    origin, args = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if arg is type(None) else _name_of(arg) for arg in args)
-    if origin is tuple:
-        return f"a list of {_name_of(args[0])}"
-    if origin is dict or dataclasses.is_dataclass(kind):
-        return "keys and values"
-    return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, str(kind))
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) < 60 else text[:57] + '...'} ({'null' if value is None else type(value).__name__})"
-
-
 def _suggest(key: str, prefix: str, known: list[str]) -> str:
     """ " Did you mean ...?": a key of the same group first, then the same key in another group, then the list of keys."""
     close = did_you_mean(key, known)
@@ -228,7 +152,7 @@ def schema_keys() -> tuple[str, ...]:
 
 def _keys_of(cls: type, prefix: str) -> Iterator[str]:
     kinds = (cls, *_TABLES[cls].values()) if cls in _TABLES else (cls,)
-    for name, kind in {field.name: _hints(part)[field.name] for part in kinds for field in dataclasses.fields(part)}.items():
+    for name, kind in {field.name: hints_of(part)[field.name] for part in kinds for field in dataclasses.fields(part)}.items():
         yield prefix + name
         inner, star = kind, ""
         while get_args(inner):
@@ -262,6 +186,51 @@ def from_yaml(path: str | Path) -> RunConfig | ChainConfig:
         ConfigError: not readable, or not (or no longer) a valid configuration; every problem is listed.
     """
     return build_config(read_yaml(Path(path)), resolved=True)
+
+
+def saved_settings(path: Path) -> dict[str, Any]:
+    """The nested settings of a saved run, for reading its results: as they were saved, and nothing is imported for it.
+
+    A key that is younger than the run has its default. Of a part from outside the package nothing but what it saved is known.
+
+    Args:
+        path: the resolved configuration.
+
+    Raises:
+        ConfigError: not readable, or of a chain.
+    """
+    values = read_yaml(path)
+    if "stages" in values:
+        raise ConfigError(f"{path} belongs to a chain; give the folders of its stages.")
+    found = _completed(RunConfig, values)
+    assert isinstance(found, dict), "a mapping stays one"
+    return found
+
+
+def _completed(kind: Any, value: Any) -> Any:
+    """A plain value of an annotated type with the defaults of keys that it lacks, and without those of other kinds of parts."""
+    args = get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
+        cls: Any = kind
+        if issubclass(kind, PartConfig) and kind in _TABLES:
+            cls = _TABLES[kind].get(str(value.get(kind.selector)), kind)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        found = {}
+        for name, field in fields.items():
+            if name in value:
+                found[name] = _completed(hints_of(cls)[name], value[name])
+            elif field.default is not dataclasses.MISSING:
+                found[name] = to_plain(field.default)
+            elif field.default_factory is not dataclasses.MISSING:
+                found[name] = to_plain(field.default_factory())
+        idle = set() if cls is kind else {name for name in value if _owners(cls, name)}
+        return found | {name: item for name, item in value.items() if name not in fields and name not in idle}
+    if isinstance(value, list) and get_origin(kind) is tuple:
+        return [_completed(args[0], item) for item in value]
+    if isinstance(value, Mapping) and get_origin(kind) is dict:
+        return {key: _completed(args[1], item) for key, item in value.items()}
+    of_union = [arg for arg in args if dataclasses.is_dataclass(arg)] if get_origin(kind) not in (dict, tuple) else []
+    return _completed(of_union[0], value) if of_union else value
 
 
 def build_config(

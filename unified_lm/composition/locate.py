@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.core.user_files import user_path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 RESOLVED_NAME = "config.yaml"
@@ -52,10 +53,17 @@ def find_recipe(name: str) -> Path:
     Raises:
         ConfigError: there is no such recipe or file.
     """
+    try:
+        return _find(name)
+    except OSError as error:  # a name that is too long, or a folder that may not be read
+        raise ConfigError(f"recipe '{name[:60]}{'...' if name[60:] else ''}': {error.strerror}.") from error
+
+
+def _find(name: str) -> Path:
     built_in = recipes_dir() / f"{name}.yaml"
     if "/" not in name and built_in.is_file():
         return built_in
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir() and (path / RESOLVED_NAME).is_file():
         return (path / RESOLVED_NAME).resolve()
     if path.is_file() and path.suffix in {".yaml", ".yml"}:
@@ -73,7 +81,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         value = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict) or not value:
         raise ConfigError(f"{path}: got {value!r} at the top level, expected the keys and values of a recipe or a run.")

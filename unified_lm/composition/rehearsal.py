@@ -63,9 +63,16 @@ def _cap(values: dict[str, Any], path: str, key: str, most: int, default: int, g
     return _set(values, path, key, most, given) if isinstance(before, int) and before > most else None
 
 
+def _section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """A section of the values, made where it is absent. In place of one of another type, which is reported with all other
+    problems, something that nobody reads."""
+    found = values.setdefault(key, {})
+    return found if isinstance(found, dict) else {}
+
+
 def _shrink(values: dict[str, Any], given: Collection[str], *, keep_data: bool) -> list[str]:
     changes = [_cap(values, "", "max_steps", _MAX_STEPS, 100, given)]
-    changes.append(_cap(values.setdefault("packing", {}), "packing", "token_budget", _TOKEN_BUDGET, 2048, given))
+    changes.append(_cap(_section(values, "packing"), "packing", "token_budget", _TOKEN_BUDGET, 2048, given))
     for name, stream in values["streams"].items():
         if not isinstance(stream, dict):
             continue
@@ -76,18 +83,17 @@ def _shrink(values: dict[str, Any], given: Collection[str], *, keep_data: bool) 
         own_data = keep_data or _has_given_sources(name, given)
         for key, value in kind.rehearsal_changes(stream, _SIZES, own_data=own_data):
             changes.append(_set(stream, path, key, value, given))
-        objective = stream.get("objective") or {}
+        objective = stream.get("objective")
         described = _objective_description(objective)
-        if described is not None:
+        if described is not None and isinstance(objective, dict):
             batch = stream.get("batch_size", _SIZES.groups)
             sizes = replace(_SIZES, groups=batch) if isinstance(batch, int) else _SIZES
             for key, value in described.rehearsal_changes(objective, sizes):
                 changes.append(_set(objective, f"{path}.objective", key, value, given))
             for key, value in described.rehearsal_needs(objective, sizes):
                 changes.append(_set(objective, f"{path}.objective", key, value, ()))
-    optim = values.setdefault("optim", {})
-    changes.append(_cap(optim, "optim", "warmup_steps", 1, 0, given))
-    retrieval = (values.get("validation") or {}).get("retrieval")
+    changes.append(_cap(_section(values, "optim"), "optim", "warmup_steps", 1, 0, given))
+    retrieval = _section(values, "validation").get("retrieval")
     if isinstance(retrieval, dict):
         changes.append(_cap(retrieval, "validation.retrieval", "max_queries", _MAX_QUERIES, 200, given))
     listed = [change for change in changes if change]
@@ -103,11 +109,11 @@ def _use_builtin_data(values: dict[str, Any], given: Collection[str]) -> list[st
         source = {"builtin": "pydocs", **(kind.rehearsal_source if kind is not None else {})}
         stream["sources"] = [source]
         replaced.append(f"streams.{name}.sources")
-        validation = values.get("validation") or {}
-        held_out = validation.get("sources") or {}
-        if name in held_out and not any(key.startswith(f"validation.sources.{name}") for key in given):
+        held_out = _section(values, "validation").get("sources")
+        is_given = any(key.startswith(f"validation.sources.{name}") for key in given)
+        if isinstance(held_out, dict) and name in held_out and not is_given:
             held_out[name] = [{**source, "split": "test"}]
-    retrieval = (values.get("validation") or {}).get("retrieval")
+    retrieval = _section(values, "validation").get("retrieval")
     if isinstance(retrieval, dict) and not any(key.startswith("validation.retrieval") for key in given):
         retrieval["queries"] = {"builtin": "pydocs", "split": "test", "limit": _MAX_QUERIES}
     return [f"rehearsal: built-in pydocs rows for {', '.join(replaced)}; choose data=... for others."] if replaced else []

@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from unified_lm.core.errors import UserError
 from unified_lm.core.tracing import trace_span
 
 T = TypeVar("T")
@@ -44,6 +45,24 @@ def local_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """A device that a user names, after a tensor was put there.
+
+    Raises:
+        UserError: unknown, absent, or one that holds no values.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch's way to say "not compiled with CUDA" is an assertion
+        accelerators = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        reason = str(error).splitlines()[0] if str(error) else "it is not there"
+        raise UserError(
+            f"device '{name}' cannot be used here ({reason}). Here there are: {', '.join(['cpu', *accelerators])}."
+        ) from error
+    return device
 
 
 def initialize(timeout_minutes: float = 30.0) -> None:

@@ -7,7 +7,9 @@ how to fix it. Commands print that text without a traceback and exit with code 2
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -40,6 +42,21 @@ class CheckpointError(UserError):
 
 class OutputError(UserError):
     """An output would take the place of something that this package did not write, or its place cannot be written to."""
+
+
+@contextmanager
+def about(what: str | Path) -> Iterator[None]:
+    """Let a user error inside begin with what it is about ("streams.embedding", one of several runs) if its text does not say.
+
+    Raises:
+        UserError: as inside.
+    """
+    try:
+        yield
+    except UserError as error:
+        if str(what) not in str(error):
+            error.args = (f"{what}: {error}",)
+        raise
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

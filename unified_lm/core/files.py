@@ -7,11 +7,14 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unified_lm.core.errors import CheckpointError
+from unified_lm.core.temporary import BUILDING, OLD, beside, sweep
+from unified_lm.core.user_files import naming, user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +27,7 @@ _READ_BYTES = 1 << 22
 def cache_dir(*parts: str) -> Path:
     """The folder for files that can be regenerated: ``$UNIFIED_LM_CACHE`` or ``~/.cache/unified_lm``, plus `parts`."""
     root = os.environ.get("UNIFIED_LM_CACHE")
-    base = Path(root).expanduser() if root else Path("~/.cache/unified_lm").expanduser()
-    return base.joinpath(*parts)
+    return user_path(root or "~/.cache/unified_lm").joinpath(*parts)
 
 
 def sync(path: Path) -> None:
@@ -55,18 +57,18 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
         CheckpointError: the operating system refused to write (disk full, no permission).
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    building = target.with_name(f".{target.name}.{os.getpid()}.building")
+    sweep(target)
+    building = beside(target, BUILDING)
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir()
         fill(building)
         commit_directory(building, target)
     except OSError as error:
+        said = error.strerror or str(error)
+        raise CheckpointError(f"could not write {target}: {said}. What was there before is untouched.") from error
+    finally:
         shutil.rmtree(building, ignore_errors=True)
-        raise CheckpointError(f"could not write {target}: {error}. What was there before is untouched.") from error
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def commit_directory(building: Path, target: Path) -> None:
@@ -83,7 +85,7 @@ def commit_directory(building: Path, target: Path) -> None:
 
 def _replace_directory(new: Path, target: Path) -> None:
     # A folder cannot be renamed over a folder that is not empty, so the old one is moved aside first.
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    old = beside(target, OLD)
     if target.exists():
         target.rename(old)
     try:
@@ -96,15 +98,29 @@ def _replace_directory(new: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write, with the same extension: renamed to `path` once the block has ended, durable.
+
+    Raises:
+        OSError: the disk reported an error, which names `path`; what was there before is untouched and no partial file remains.
+    """
+    building = beside(path, BUILDING)
+    try:
+        with naming(path, building):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path)
+            yield building
+            sync(building)
+            building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically (temporary sibling, fsync, rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(building, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    building.rename(path)
+    """Write a small text file in UTF-8 atomically (temporary sibling, fsync, rename)."""
+    with replacing(path) as building:
+        building.write_bytes(text.encode())
 
 
 def checksum(path: Path, num_bytes: int | None = None) -> int:
@@ -153,16 +169,10 @@ def write_array(path: Path, values: np.ndarray) -> None:
     """
     import numpy as np  # here, because `unified-lm --help` imports this module and should not wait for numpy
 
-    building = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(building, "wb") as handle:
-            np.save(handle, values)
-            handle.flush()
-            handle.write(_MARK + checksum(building).to_bytes(4, "little"))
-        sync(building)
-        building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)
+    with replacing(path) as building, open(building, "wb") as handle:
+        np.save(handle, values)
+        handle.flush()
+        handle.write(_MARK + checksum(building).to_bytes(4, "little"))
 
 
 def write_json(path: Path, value: Any) -> None:

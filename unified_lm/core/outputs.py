@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 
 from unified_lm.core.errors import OutputError
 from unified_lm.core.files import sync, write_directory
+from unified_lm.core.temporary import BUILDING, beside, sweep
+from unified_lm.core.user_files import naming
 
 RECORD = ".unified_lm_written"
 """Name of the file that lists what this package wrote into a folder."""
@@ -107,6 +111,30 @@ def check_files(paths: Iterable[Path]) -> None:
         check_file(path)
 
 
+@contextmanager
+def building_file(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write, with the same extension: renamed to `path` after the block, where `check_file` allows it.
+
+    Raises:
+        OutputError: see `check_file`.
+        OSError: the disk reported an error, which names `path`; no partial file remains.
+    """
+    check_file(path)
+    building = beside(path, BUILDING)
+    try:
+        with naming(path, building):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path)
+            yield building
+            sync(building)
+            check_file(path)
+            # The line before the rename: a crash between them leaves a line without its file, which is harmless.
+            _record(path.parent, [building], [path.name])
+            building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
 def write_file(path: Path, write: Callable[[Path], object]) -> Path:
     """Write a file under a temporary name, and rename it where `check_file` allows it.
 
@@ -121,29 +149,9 @@ def write_file(path: Path, write: Callable[[Path], object]) -> Path:
         OutputError: see `check_file`.
         OSError: the disk reported an error; no partial file remains.
     """
-    check_file(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with building_file(path) as building:
         write(building)
-        commit_file(building, path)
-    finally:
-        building.unlink(missing_ok=True)
     return path
-
-
-def commit_file(building: Path, path: Path) -> None:
-    """Flush a finished file to the disk, and rename it within its folder where `check_file` allows it.
-
-    Raises:
-        OutputError: see `check_file`.
-        OSError: the disk reported an error.
-    """
-    sync(building)
-    check_file(path)
-    # The line before the rename: a crash between them leaves a line without its file, which is harmless.
-    _record(path.parent, [building], [path.name])
-    building.replace(path)
 
 
 def write_text_file(path: Path, text: str) -> Path:
@@ -160,12 +168,20 @@ _UNCHANGED = "nothing was changed."
 
 
 def _check_parent(path: Path) -> None:
-    """Check that the folders above a path exist, or can be made."""
+    """Check that the folders above a path exist or can be made, and that the file system takes its name."""
     above = next(folder for folder in Path(os.path.abspath(path)).parents if folder.exists())
     if not above.is_dir():
         raise OutputError(f"cannot write {path}: {above} is a file, not a folder.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise OutputError(f"cannot write {path}: no permission to write in {above}.")
+    longest = os.pathconf(above, "PC_NAME_MAX")
+    for name in Path(os.path.abspath(path)).relative_to(above).parts:
+        if len(os.fsencode(name)) > longest:
+            raise OutputError(f"cannot write {path}: a name of more than {longest} bytes. Name a shorter one.")
+    try:
+        tempfile.TemporaryFile(dir=above).close()  # what has permission may still be read-only, full, or no real folder (/proc)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {above} takes no files ({error.strerror}).") from error
 
 
 def _files(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unified_lm.batch.sample import Sample
 from unified_lm.config.schema import RetrievalConfig, RunConfig, StreamConfig
-from unified_lm.core.errors import ConfigError, DataError
+from unified_lm.core.errors import ConfigError, DataError, about
 from unified_lm.data.formats.base import hash_text
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder
 from unified_lm.data.prompts.templates import get_template
@@ -49,7 +49,8 @@ def build_retrieval(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Re
             f"this recipe has {', '.join(f'{n} ({s.format})' for n, s in config.streams.items())}. "
             "Set validation.retrieval=null."
         )
-    return retrieval_set(name, config.streams[name], retrieval, tokenizer, HELD_OUT_SEED)
+    with about("validation.retrieval"):
+        return retrieval_set(name, config.streams[name], retrieval, tokenizer, HELD_OUT_SEED)
 
 
 def retrieval_set(

@@ -20,6 +20,7 @@ import numpy as np
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import DataError
 from unified_lm.core.random import derive_seed
+from unified_lm.core.user_files import user_path
 from unified_lm.data.pydocs.dataset import pydocs_file
 from unified_lm.data.rows.hub_datasets import hub_rows
 from unified_lm.data.rows.parse import RowParser
@@ -189,7 +190,7 @@ def _open_shards(config: SourceConfig, kind: RecordKind) -> tuple[str, list[str]
     skip: Skip = "all" if config.on_unusable == "skip" else "empty" if skip_empty else "none"
     parts = _parts(config, kind)
     shards = [open_shard(shard_key(p.content, parser, skip), p.origin, p.rows, parser, skip) for p in parts]
-    whole = parts[0].name if len(parts) == 1 or config.path is None else Path(config.path).expanduser().resolve().name
+    whole = parts[0].name if len(parts) == 1 or config.path is None else user_path(config.path).resolve().name
     return whole, [part.name for part in parts], shards
 
 
@@ -214,7 +215,7 @@ def _check(config: SourceConfig, kind: RecordKind) -> None:
 
 def _parts(config: SourceConfig, kind: RecordKind) -> list[_Part]:
     if config.path is not None:
-        root = Path(config.path).expanduser()
+        root = user_path(config.path)
         files = files_of_split(root, data_files(root), config.split)
         names = [str(Path(root.resolve().name, file.relative_to(root))) for file in files]
         return [_file_part(name, file) for name, file in zip(names, files, strict=True)]

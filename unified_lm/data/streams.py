@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from unified_lm.batch.sample import Sample
 from unified_lm.config.objectives import TokenObjectiveConfig
 from unified_lm.config.schema import RunConfig, StreamConfig
-from unified_lm.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from unified_lm.core.errors import CheckpointError, ConfigError, DataError, about, did_you_mean
 from unified_lm.core.random import derive_seed
 from unified_lm.data.cursor import Cursor
 from unified_lm.data.formats import get_format
@@ -243,7 +243,9 @@ class Stream:
 
 def build_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Stream]:
     """The training streams of a run, by name."""
-    return {name: _open_stream(name, stream, tokenizer, config.seed) for name, stream in config.streams.items()}
+    return {
+        name: _open_stream(name, stream, tokenizer, config.seed, f"streams.{name}") for name, stream in config.streams.items()
+    }
 
 
 def build_validation_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Stream]:
@@ -264,16 +266,18 @@ def build_validation_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBa
         if config.validation.normalization is not None and isinstance(objective, TokenObjectiveConfig):
             objective = replace(objective, normalization=config.validation.normalization, micro_batch_size=None)
             held_out = replace(held_out, objective=objective)
-        stream = _open_stream(name, held_out, tokenizer, derive_seed(HELD_OUT_SEED, "validation"))
+        stream = _open_stream(name, held_out, tokenizer, derive_seed(HELD_OUT_SEED, "validation"), f"validation.sources.{name}")
         stream.batch_size = min(stream.batch_size, stream.num_rows)
         streams[name] = stream
     return streams
 
 
-def _open_stream(name: str, config: StreamConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> Stream:
+def _open_stream(name: str, config: StreamConfig, tokenizer: PreTrainedTokenizerBase, seed: int, key: str) -> Stream:
+    """Open a stream; errors begin with its `key` in the configuration."""
     kind = config.record_kind
-    opened = [(source, part.weight) for part in config.sources for source in open_sources(part, kind, seed)]
-    return Stream(name, config, [source for source, _ in opened], tokenizer, seed, [weight for _, weight in opened])
+    with about(key):
+        opened = [(source, part.weight) for part in config.sources for source in open_sources(part, kind, seed)]
+        return Stream(name, config, [source for source, _ in opened], tokenizer, seed, [weight for _, weight in opened])
 
 
 def _with_reference(sample: Sample, reference: float) -> Sample:

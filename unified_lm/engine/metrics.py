@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,8 @@ from unified_lm.config.schema import LoggingConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import run_on_rank0
 from unified_lm.core.errors import DataError
+from unified_lm.core.typed import read_typed, show
+from unified_lm.core.user_files import naming, parse_json
 from unified_lm.engine.wandb_run import WandbRun
 
 
@@ -53,8 +56,9 @@ class MetricsLog:
     def write(self, values: dict[str, Any]) -> None:
         """Append one line and hand it to the operating system."""
         if self._handle is not None:
-            self._handle.write(json.dumps(values) + "\n")
-            self._handle.flush()
+            with naming(self.path):
+                self._handle.write(json.dumps(values) + "\n")
+                self._handle.flush()
 
     @property
     def num_bytes(self) -> int:
@@ -153,13 +157,20 @@ class Reporter:
             self._progress.console.print(text, highlight=False, soft_wrap=True)
 
 
+MEASURED = (
+    *("loss", "learning_rate", "gradient_norm", "tokens", "samples", "step_seconds", "tokens_per_second", "mfu"),
+    *("model_teraflops_per_second", "memory_peak_gib", "imbalance_compute"),
+)
+"""Values of a step that are read again; so are those with a "/" in their name."""
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, oldest first.
 
     A killed run may leave a torn last line, and a machine that loses power a stretch of zero bytes: both are left out.
 
     Raises:
-        DataError: another line is no JSON object.
+        DataError: another line is no JSON object with the number of a step and numbers.
     """
     path = run_dir / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -169,10 +180,25 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         if not line.strip("\0 "):
             continue
         try:
-            found.append(json.loads(line.lstrip("\0")))
-        except json.JSONDecodeError as error:
+            values = parse_json(line.lstrip("\0"))
+        except ValueError as error:
             raise DataError(f"{path}, line {number} is not JSON ({error}). Remove the line to read the others.") from error
+        if problems := list(_line_problems(values)):
+            raise DataError(f"{path}, line {number}: {' '.join(problems)} Remove the line to read the others.")
+        found.append(values)
     return found
+
+
+def _line_problems(values: Any) -> Iterator[str]:
+    if not isinstance(values, dict):
+        yield f"got {show(values)}, expected an object."
+        return
+    problems: list[str] = []
+    read_typed(int, values.get("step"), "step", problems)
+    for name, value in values.items():
+        if name in MEASURED or "/" in name:
+            read_typed(float, value, name, problems)
+    yield from problems
 
 
 def held_out_lines(run_dir: Path) -> list[dict[str, Any]]:

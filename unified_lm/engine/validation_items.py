@@ -15,6 +15,7 @@ from typing import Any
 
 from unified_lm.core.errors import DataError
 from unified_lm.core.files import write_text
+from unified_lm.core.user_files import read_json
 
 FOLDER = "validation"
 UNITS = ("query", "batch", "sample")
@@ -63,11 +64,12 @@ def read_items(run_dir: Path, step: int) -> dict[str, ItemScores]:
     path = items_path(run_dir, step)
     if not path.is_file():
         return {}
+    fix = "Remove it: its step is then shown without intervals."
+    content = read_json(path, fix=fix)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         return {str(name): _item_scores(value) for name, value in content["metrics"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}). Remove it: its step is then shown without intervals.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DataError(f"{path} is damaged ({error!r}). {fix}") from error
 
 
 def _item_scores(value: Mapping[str, Any]) -> ItemScores:

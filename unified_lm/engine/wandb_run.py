@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import netrc
 import os
 import re
@@ -13,8 +12,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from unified_lm.config.schema import LoggingConfig
-from unified_lm.core.errors import ConfigError
+from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.core.files import write_json
+from unified_lm.core.user_files import read_json
 from unified_lm.core.version import code_version
 
 RUN_FILE = "wandb.json"
@@ -146,11 +146,17 @@ def _api_key(settings: Any) -> str | None:
     return entry[2] if entry else None
 
 
+_NEW_ID = "Remove it: the run then gets a new one at wandb."
+
+
 def _run_id(run_dir: Path) -> str:
     """The id of the run's folder: that of an earlier start, or a new one."""
     path = run_dir / RUN_FILE
     if path.is_file():
-        return str(json.loads(path.read_text(encoding="utf-8"))["id"])
+        content = read_json(path, fix=_NEW_ID)
+        if not isinstance(content, dict) or not isinstance(content.get("id"), str):
+            raise DataError(f"{path} holds no id of a run. {_NEW_ID}")
+        return str(content["id"])
     identifier = secrets.token_hex(8)
     write_json(path, {"id": identifier})
     return identifier

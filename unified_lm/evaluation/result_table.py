@@ -6,7 +6,6 @@ of a PNG file beside it). Every such table appears in `unified-lm report RUN`; m
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 
 from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.core.outputs import write_json_file
+from unified_lm.core.user_files import read_json
 
 FOLDER = "evaluation"
 """Subfolder of a run that holds its tables."""
@@ -77,10 +77,7 @@ def read_result_table(path: Path) -> ResultTable:
     Raises:
         DataError: not JSON; a missing or unknown key or one of the wrong type; or a row of the wrong length.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} is not JSON ({error}). Run the evaluation again, or remove the file.") from error
+    content = read_json(path, fix="Run the evaluation again, or remove the file.")
     problem = _problem(content)
     if problem:
         raise DataError(f"{path}: {problem} Expected {{title, columns, rows, note?, figure?}}; see docs/report.md.")
@@ -130,14 +127,14 @@ def _mteb_table(folder: Path) -> ResultTable:
     for path in sorted(folder.glob("*.json")):
         if path.name == "model_meta.json":
             continue
+        content = read_json(path, fix="Run the task again with --overwrite.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             rows += [
                 [content["task_name"], split, score["hf_subset"], float(score["main_score"])]
                 for split, scores in content["scores"].items()
                 for score in scores
             ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"{path} is not an mteb result ({error!r}). Run the task again with --overwrite.") from error
     return ResultTable(
         title=f"mteb: {folder.parent.name.replace('__', '/')}",

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_json, write_text
 from unified_lm.core.outputs import check_folder, write_folder
-from unified_lm.data.prompts.templates import Template, Turn
+from unified_lm.core.typed import require_typed
+from unified_lm.data.prompts.templates import Template
 from unified_lm.export.manifest import Manifest, library_versions
 from unified_lm.export.merge import has_adapters
 from unified_lm.export.model_card import model_card
@@ -187,14 +188,9 @@ def template_of(manifest: Manifest) -> Template:
     Raises:
         CheckpointError: the manifest's template fields are not those of a template.
     """
-    try:
-        stored = dict(manifest.template_fields)
-        turns = {role: Turn(**turn) for role, turn in stored.pop("turns", {}).items()}
-        return Template(**stored, turns=turns)
-    except (TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the export's template '{manifest.template}' cannot be read: {error}. It comes from another version; export again."
-        ) from error
+    where = f"the export's template '{manifest.template}' cannot be read"
+    fix = "It is damaged, or of another version; export again."
+    return require_typed(Template, manifest.template_fields, where, CheckpointError, fix=fix)
 
 
 def stop_token_ids(

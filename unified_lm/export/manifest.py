@@ -6,16 +6,17 @@ they have no field for: the history of adapters, the template, the data, the met
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from unified_lm.config.streams import MODES
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_json
+from unified_lm.core.typed import require_typed, show
+from unified_lm.core.user_files import read_json
 
 FILE_NAME = "unified_lm.json"
 """Name of the manifest inside an export."""
@@ -28,8 +29,6 @@ ATTENTIONS = ("bidirectional", "causal")
 
 
 _VERSIONED = ("unified_lm", "torch", "transformers", "peft", "sentence-transformers")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,60 +199,18 @@ class Manifest:
             raise CheckpointError(
                 f"{directory} has no {FILE_NAME}: it is not an export of unified_lm. Give the 'export' folder of a run."
             )
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(
-                f"{path} is not valid JSON ({error}). The export is damaged: export the run again."
-            ) from error
+        value = read_json(path, CheckpointError, fix="The export is damaged: export the run again.")
         if not isinstance(value, dict):
             raise CheckpointError(f"{path} holds {type(value).__name__}, expected an object. Export the run again.")
         found = value.get("format_version")
         if not isinstance(found, int) or isinstance(found, bool):
-            raise CheckpointError(f"{path}: format_version is {found!r}, expected an integer. Export the run again.")
+            raise CheckpointError(f"{path}: format_version is {show(found)}, expected an integer. Export the run again.")
         if found > FORMAT_VERSION:
             raise CheckpointError(
                 f"{path} has format {found}, this unified_lm reads up to {FORMAT_VERSION}. Upgrade: pip install -U unified_lm"
             )
-        stages = [_stage(stage, path) for stage in _list(value, "stages", path)]
-        data = [_build(DataRecord, item, f"{path}: data") for item in _list(value, "data", path)]
-        modes = tuple(_list(value, "modes", path)) if "modes" in value else MODES
-        nested: dict[str, Any] = {"stages": tuple(stages), "data": tuple(data), "modes": modes}
-        if value.get("standardizer") is not None:
-            nested["standardizer"] = _build(StandardizerRecord, value["standardizer"], f"{path}: standardizer")
-        return _build(cls, {**value, **nested}, str(path))
-
-
-def _list(value: Mapping[str, Any], key: str, path: Path) -> list[Any]:
-    content = value.get(key, [])
-    if not isinstance(content, list):
-        raise CheckpointError(f"{path}: {key} is {type(content).__name__}, expected a list. Export the run again.")
-    return content
-
-
-def _stage(value: Any, path: Path) -> StageRecord:
-    stage = _build(StageRecord, value, f"{path}: stages")
-    if stage.adapter is None:
-        return stage
-    adapter = _build(AdapterRecord, stage.adapter, f"{path}: stages.adapter")
-    lists = {"target_modules": tuple(adapter.target_modules), "tokens": tuple(adapter.tokens)}
-    adapter = _build(AdapterRecord, {**asdict(adapter), **lists}, str(path))
-    return _build(StageRecord, {**value, "adapter": adapter}, str(path))
-
-
-def _build(cls: type[T], value: Any, where: str) -> T:
-    """Create a dataclass from a JSON object; an error names every missing and unknown key."""
-    if not isinstance(value, Mapping):
-        raise CheckpointError(f"{where} holds {type(value).__name__}, expected an object. Export the run again.")
-    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(value) - known)
-    problems = [f"unknown field '{name}'.{did_you_mean(name, known)}" for name in unknown]
-    try:
-        if not problems:
-            return cls(**value)
-    except TypeError as error:
-        problems.append(f"{error}.")
-    raise CheckpointError(f"{where}: {' '.join(problems)} The file is damaged or of another version: export the run again.")
+        fix = "The file is damaged or of another version: export the run again."
+        return require_typed(cls, value, path, CheckpointError, fix=fix)
 
 
 def library_versions() -> dict[str, str]:

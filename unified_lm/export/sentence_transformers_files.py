@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import write_json
+from unified_lm.core.typed import require_typed
+from unified_lm.core.user_files import read_json
 from unified_lm.export.manifest import Manifest
 from unified_lm.export.standardizer_files import standardizer_folder
 from unified_lm.export.verify import PROJECTION_FOLDER
 from unified_lm.models.pooling import Projection
 
+PROMPTS_FILE = "config_sentence_transformers.json"
+"""The file with an export's prompts."""
 POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last_token": "lasttoken", "cls": "cls"}
 """Our name of a pooling -> its name in sentence-transformers."""
 
@@ -111,7 +118,7 @@ def write_sentence_transformers(
         "pytorch": manifest.versions.get("torch", ""),
     }
     write_json(
-        building / "config_sentence_transformers.json",
+        building / PROMPTS_FILE,
         {
             "model_type": "SentenceTransformer",
             "__version__": {name: value for name, value in versions.items() if value},
@@ -120,3 +127,37 @@ def write_sentence_transformers(
             "similarity_fn_name": "cosine",
         },
     )
+
+
+def read_prompts(folder: Path) -> dict[str, str]:
+    """Prompt name -> string of an export; nothing for one without these files.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / PROMPTS_FILE
+    if not path.is_file():
+        return {}
+    return dict(require_typed(_Prompts, read_object(path), path, CheckpointError, fix=_AGAIN, open_ended=True).prompts)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """What is read of the file of prompts."""
+
+    prompts: Mapping[str, str]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The content of one of an export's JSON files.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    found = read_json(path, CheckpointError, fix=_AGAIN)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds {type(found).__name__}, expected an object. {_AGAIN}")
+    return found
+
+
+_AGAIN = "The export is damaged: export the run again."

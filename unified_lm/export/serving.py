@@ -9,7 +9,6 @@ What each engine reads is from its source, not tried: vLLM 0.33.0, text-embeddin
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass, replace
@@ -19,9 +18,11 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from unified_lm.core.errors import CheckpointError, did_you_mean
-from unified_lm.core.files import write_directory, write_json, write_text
+from unified_lm.core.files import write_json, write_text
+from unified_lm.core.outputs import check_folder, write_folder
 from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.model_card import model_card
+from unified_lm.export.sentence_transformers_files import read_object, read_prompts
 from unified_lm.export.tokenizer_files import with_end
 
 _SENTENCE_TRANSFORMERS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
@@ -88,14 +89,16 @@ def write_serving(source: Path, target: Path, engine_name: str, *, pool_prompt: 
 
     Raises:
         CheckpointError: `source` is no export, or the engine cannot serve it as it was trained; all reasons are named.
+        OutputError: `target` holds what this package did not write.
     """
     if engine_name not in ENGINES:
         raise CheckpointError(f"unknown engine '{engine_name}'.{did_you_mean(engine_name, ENGINES)}")
+    check_folder(target)
     engine = ENGINES[engine_name]
     manifest = Manifest.load(source)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_object(source / "config.json")
     pools_prompt = pool_prompt or bool(manifest.template_fields.get("pools_prompt", False))
-    obstacles = _obstacles(engine, manifest, config, _prompts(source), pool_prompt=pools_prompt)
+    obstacles = _obstacles(engine, manifest, config, read_prompts(source), pool_prompt=pools_prompt)
     if obstacles:
         raise CheckpointError(f"{source} cannot be served by {engine_name}: " + " ".join(obstacles))
     launch = engine.launch.format(folder=target, pooling=dict(engine.poolings).get(manifest.pooling, ""))
@@ -106,14 +109,14 @@ def write_serving(source: Path, target: Path, engine_name: str, *, pool_prompt: 
         _copy(source, building, engine)
         write_json(building / "config.json", _engine_config(config, engine, manifest))
         if engine.mode == "embed":
-            pooling = json.loads((source / _POOLING).read_text(encoding="utf-8"))
-            write_json(building / _POOLING, pooling | {"include_prompt": pool_prompt or pooling["include_prompt"]})
+            pooling = read_object(source / _POOLING)
+            write_json(building / _POOLING, pooling | {"include_prompt": pool_prompt or pooling.get("include_prompt", True)})
             _end_texts(source, building)
         complete.save(building)
-        card = model_card(complete, _prompts(source), engine.mode == "embed")
+        card = model_card(complete, read_prompts(source), engine.mode == "embed")
         write_text(building / "README.md", f"{card.rstrip()}\n\n{_card_section(engine_name, engine, launch, pool_prompt)}")
 
-    write_directory(target, fill)
+    write_folder(target, fill)
     return launch
 
 
@@ -181,16 +184,10 @@ def _copy(source: Path, building: Path, engine: Engine) -> None:
 
 def _end_texts(source: Path, building: Path) -> None:
     """Have the tokenizer add the end token that sentence-transformers is told to add: engines read its own file alone."""
-    settings = json.loads((source / "sentence_bert_config.json").read_text(encoding="utf-8")).get("processor_kwargs") or {}
+    settings = read_object(source / "sentence_bert_config.json").get("processor_kwargs") or {}
     if settings.get("add_eos_token"):
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
         with_end(tokenizer, settings.get("eos_token") or str(tokenizer.eos_token)).save_pretrained(building)
-
-
-def _prompts(source: Path) -> dict[str, str]:
-    """Prompt name -> string, or nothing for an export without sentence-transformers' files."""
-    path = source / "config_sentence_transformers.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))["prompts"]) if path.is_file() else {}
 
 
 def _card_section(name: str, engine: Engine, launch: str, pool_prompt: bool) -> str:

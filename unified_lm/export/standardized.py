@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +14,13 @@ from unified_lm.core.outputs import write_folder
 from unified_lm.export.directory import template_of
 from unified_lm.export.manifest import FILE_NAME, Manifest, StandardizerRecord
 from unified_lm.export.model_card import model_card
-from unified_lm.export.sentence_transformers_files import sentence_transformers_modules
+from unified_lm.export.sentence_transformers_files import read_prompts, sentence_transformers_modules
 from unified_lm.export.standardizer_files import save_standardizer, standardizer_folder
 from unified_lm.export.verify import quiet_transformers, verify_stock_vectors
 from unified_lm.models.standardizer import Standardizer
 from unified_lm.models.weights_hash import check_weights_hash, hash_weights
 
 _MODULES = "modules.json"
-_PROMPTS = "config_sentence_transformers.json"
 
 
 def write_standardized(
@@ -70,7 +68,7 @@ def write_standardized(
         final = replace(complete, weights_hash=hash_weights(building))
         (building / FILE_NAME).unlink()
         final.save(building)
-        write_text(building / "README.md", model_card(final, _prompts(building), loads))
+        write_text(building / "README.md", model_card(final, read_prompts(building), loads))
         if verify and loads:
             causal_lm = AutoModelForCausalLM.from_pretrained(building, local_files_only=True).eval()
             verify_stock_vectors(building, causal_lm, final, template_of(final))
@@ -79,8 +77,3 @@ def write_standardized(
     with quiet_transformers():
         write_folder(target, fill)
     return written[0]
-
-
-def _prompts(folder: Path) -> dict[str, str]:
-    path = folder / _PROMPTS
-    return dict(json.loads(path.read_text(encoding="utf-8"))["prompts"]) if path.is_file() else {}

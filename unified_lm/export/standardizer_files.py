@@ -54,7 +54,9 @@ def load_standardizer(folder: Path, manifest: Manifest) -> Standardizer | None:
     try:
         tensors = load_file(path)
         weight, bias = tensors[_WEIGHT], tensors[_BIAS]
-    except (OSError, KeyError, SafetensorError) as error:
+        if weight.dim() != 2 or bias.dim() != 1 or set(weight.shape) != set(bias.shape):
+            raise ValueError(f"its weight is {list(weight.shape)} and its bias {list(bias.shape)}")
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot read the export's standardizer, {path}: {error}. Run unified-lm standardize again."
         ) from error

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -204,11 +205,23 @@ def _our_vectors(folder: Path, loaded: PreTrainedModel, manifest: Manifest, temp
 
 
 def load_projection(folder: Path, manifest: Manifest, hidden_size: int) -> Projection | None:
-    """The linear head of an export, in float32, or None if it has none."""
+    """The linear head of an export, in float32, or None if it has none.
+
+    Raises:
+        CheckpointError: the manifest records one, and its file is missing, damaged, or of another size.
+    """
     if manifest.projection_dim is None:
         return None
-    projection = Projection(hidden_size, manifest.projection_dim)
-    projection.load_state_dict(load_file(folder / PROJECTION_FOLDER / "model.safetensors"))
+    path = folder / PROJECTION_FOLDER / "model.safetensors"
+    try:
+        tensors = load_file(path)
+        sizes = list(tensors["linear.weight"].shape)
+        if sizes != [manifest.projection_dim, hidden_size]:
+            raise ValueError(f"its weight is {sizes}, expected [{manifest.projection_dim}, {hidden_size}]")
+        projection = Projection(hidden_size, manifest.projection_dim)
+        projection.load_state_dict(tensors)
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the export's projection, {path}: {error}. Export the run again.") from error
     return projection.float().eval()
 
 

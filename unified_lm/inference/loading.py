@@ -11,8 +11,9 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from unified_lm.checkpoint.store import list_checkpoints
-from unified_lm.core.distributed import local_device
-from unified_lm.core.errors import CheckpointError, ConfigError
+from unified_lm.core.distributed import find_device, local_device
+from unified_lm.core.errors import CheckpointError, ConfigError, UserError
+from unified_lm.core.user_files import user_path
 from unified_lm.data.prompts.templates import Template
 from unified_lm.export.directory import template_of
 from unified_lm.export.manifest import FILE_NAME, Manifest
@@ -24,6 +25,7 @@ from unified_lm.models.precision import AUTO, auto_inference_dtype
 from unified_lm.models.standardizer import Standardizer
 from unified_lm.models.weights_hash import check_weights_hash
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RUN_CONFIG = "config.yaml"
 """The file by which the folder of a run is recognized."""
 
@@ -71,23 +73,25 @@ def load_parts(
     Raises:
         CheckpointError: no such folder, not an export, or files that cannot be loaded.
         ConfigError: unknown dtype.
+        UserError: the device cannot be used.
         ModelError: weights are missing from the files, or are not those that were exported.
     """
+    target = local_device() if device is None else find_device(device)
     folder = model_folder(name_or_path, revision)
     manifest = Manifest.load(folder) if needs_manifest or (folder / FILE_NAME).is_file() else None
     if manifest is not None:
         check_weights_hash(folder, manifest.weights_hash, always=check_weights)
-    target = local_device() if device is None else torch.device(device)
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=_dtype(dtype), local_files_only=True, output_loading_info=True
             )
-    except (OSError, KeyError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise CheckpointError(f"cannot load the model in {folder}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make the libraries raise anything, bare Exception included
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"cannot load the model in {folder}: {type(error).__name__}: {said}") from error
     causal_lm, info = loaded
     check_complete(info, str(folder), causal_lm)
     if dtype == AUTO:
@@ -114,7 +118,7 @@ def model_folder(name_or_path: str | Path, revision: str | None) -> Path:
     Raises:
         CheckpointError: no such folder and no accessible Hub repository, or a run without an export.
     """
-    path = Path(name_or_path).expanduser()
+    path = user_path(name_or_path)
     if path.is_dir():
         return _export_of(path)
     # A mistyped path must not become a request to the Hub.
@@ -158,6 +162,6 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if dtype in (None, AUTO):
         return "auto"  # transformers' word for the stored type
     resolved = getattr(torch, dtype, None)
-    if not isinstance(resolved, torch.dtype):
+    if resolved not in _DTYPES:
         raise ConfigError(f"unknown dtype '{dtype}'; expected auto, float32, bfloat16 or float16.")
     return resolved

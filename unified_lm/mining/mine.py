@@ -8,6 +8,7 @@ The output does not depend on the number of processes.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,8 +23,9 @@ from filelock import FileLock
 
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.core.files import write_json
-from unified_lm.core.outputs import check_files, commit_file
+from unified_lm.core.outputs import building_file, check_files
 from unified_lm.core.random import derive_seed
+from unified_lm.core.typed import show_briefly
 from unified_lm.data.rows.files import record_row, write_report, write_rows
 from unified_lm.data.rows.records import PairRecord
 from unified_lm.data.sources import RecordSource
@@ -64,10 +66,10 @@ class WorkShard:
         Raises:
             ConfigError: the text has another form.
         """
-        number, _, count = text.partition("/")
-        if number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count):
-            return cls(int(number) - 1, int(count))
-        raise ConfigError(f"shard: got '{text}', expected i/n with i from 1 to n, such as 1/4.")
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        if match and 1 <= int(match[1]) <= int(match[2]):
+            return cls(int(match[1]) - 1, int(match[2]))
+        raise ConfigError(f"shard: got {show_briefly(text)}, expected i/n with i from 1 to n, such as 1/4.")
 
 
 class Mining:
@@ -212,17 +214,16 @@ class Mining:
             if self.is_complete:  # another process joined them while this one waited for the lock
                 return self._report()
             statistics = MiningStatistics()
-            building = self.out.with_name(f".{self.out.name}.joining")
-            with open(building, "wb") as whole:
-                for block in self._blocks():
-                    counted = json.loads(self._part(block).with_suffix(".statistics").read_text(encoding="utf-8"))
-                    statistics += MiningStatistics.from_dict(counted)
-                    with open(self._part(block), "rb") as part:
-                        shutil.copyfileobj(part, whole)
-            report = self._as_report(statistics)
-            # Report first: `is_complete` needs both files, and an output without its report would be refused as foreign.
-            write_report(self.report_path, report)
-            commit_file(building, self.out)
+            with building_file(self.out) as building:
+                with open(building, "wb") as whole:
+                    for block in self._blocks():
+                        counted = json.loads(self._part(block).with_suffix(".statistics").read_text(encoding="utf-8"))
+                        statistics += MiningStatistics.from_dict(counted)
+                        with open(self._part(block), "rb") as part:
+                            shutil.copyfileobj(part, whole)
+                report = self._as_report(statistics)
+                # Report first: `is_complete` needs both files, and an output without its report would be refused as foreign.
+                write_report(self.report_path, report)
             shutil.rmtree(self._parts)
         return report
 

@@ -221,6 +221,7 @@ def build_index(evaluation: Iterable[tuple[str, RowFile]], config: OverlapConfig
     for set_name, file in evaluation:
         columns: set[str] = set()
         for location, row in file.rows():
+            _require_columns(row, file, location)
             chosen = {key: value for key, value in row.items() if not config.columns or key in config.columns}
             columns |= chosen.keys()
             for field_name, text in row_texts(chosen):
@@ -339,14 +340,18 @@ def output_paths(train: Sequence[RowFile], write: Path) -> list[Path]:
     return [write / name for name in output_names([file.name for file in train], ".jsonl")]
 
 
+def _require_columns(row: object, file: RowFile, location: str) -> None:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{file.name}, {location}: expected an object with named columns, got {type(row).__name__}.")
+
+
 def _clean_rows(
     file: RowFile, index: EvaluationIndex, report: OverlapReport, progress: Callable[[int], None] | None
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the rows without a match; count the others."""
     order = list(OverlapKind)
     for location, row in file.rows():
-        if not isinstance(row, Mapping):
-            raise DataError(f"{file.name}, {location}: expected an object with named columns, got {type(row).__name__}.")
+        _require_columns(row, file, location)
         report.num_rows += 1
         found = [(match, text) for name, text in row_texts(row) if (match := index.find(text, name)) is not None]
         if found:

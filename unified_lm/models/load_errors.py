@@ -42,12 +42,10 @@ def explain(location: str, part: str, is_hub: bool) -> Iterator[None]:
             f"the weights of '{location}' are a pickle file that holds more than tensors: reading it could run code. "
             "Convert them to safetensors on a machine that trusts their source."
         ) from error
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise ModelError(_text(error, location, part, is_hub)) from error
-    except Exception as error:
+    except Exception as error:  # a damaged file can make the libraries raise anything, bare Exception included
         if type(error).__module__.startswith("safetensors"):
             raise ModelError(f"the weights of '{location}' are torn ({_first_line(error)}). Fetch them again.") from error
-        raise
+        raise ModelError(_text(error, location, part, is_hub)) from error
 
 
 _OLD_BUFFER = re.compile(r"(.*\.(?:attn|attention|self_attn|self_attention))\.(?:bias|masked_bias|causal_mask|embed_positions)")
@@ -116,7 +114,8 @@ def _text(error: Exception, location: str, part: str, is_hub: bool) -> str:
     if not is_hub and ("model_type" in message or "no file named" in message):
         missing = "config.json with a model_type" if part == "configuration" else "model.safetensors (or pytorch_model.bin)"
         return f"the directory '{location}' is not a model: it holds no {missing}."
-    return f"cannot load the {part} of '{location}': {_first_line(error)}"
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    return f"cannot load the {part} of '{location}': {kind}{_first_line(error)}"
 
 
 def _unreachable(location: str, part: str) -> str:

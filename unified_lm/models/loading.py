@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.distributed import is_rank0, local_device
 from unified_lm.core.errors import ModelError, did_you_mean
+from unified_lm.core.user_files import read_json, user_path
 from unified_lm.models.architecture import check_architecture, override_dropout
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.load_errors import check_complete, explain
@@ -177,7 +177,7 @@ def _locate(config: ModelConfig) -> _Origin:
         raise ModelError(
             "model.name is empty: give a Hub name (org/model) or a local directory, or set model.tiny_random=true."
         )
-    local = Path(config.name).expanduser()
+    local = user_path(config.name)
     if local.is_dir():
         return _Origin("directory", str(local), config.name)
     # Hub names are "model" or "org/model"; anything else is a path with a typo.
@@ -196,10 +196,9 @@ def _refuse_adapter(origin: _Origin) -> None:
         path = find_adapter_config_file(origin.location, revision=origin.revision or "main")
     if path is None:
         return
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}). Fetch the adapter again.") from error
+    values = read_json(Path(path), ModelError, fix="Fetch the adapter again.")
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds {type(values).__name__}, expected an object. Fetch the adapter again.")
     base = values.get("base_model_name_or_path") or "a base that it does not name"
     kind = values.get("peft_type", "peft")
     raise ModelError(
@@ -211,7 +210,7 @@ def _refuse_adapter(origin: _Origin) -> None:
 
 def _locate_export(init_from: str) -> _Origin:
     """A run's `export` folder, or the export itself, with its manifest."""
-    root = Path(init_from).expanduser()
+    root = user_path(init_from)
     folder = root / "export" if (root / "export").is_dir() else root
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         found = "no such directory" if not root.is_dir() else "neither an export nor a run with an export inside"
@@ -222,10 +221,9 @@ def _locate_export(init_from: str) -> _Origin:
     manifest_path = folder / MANIFEST
     manifest = None
     if manifest_path.is_file():
-        try:
-            manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{manifest_path} is not valid JSON ({error}). Export the run again.") from error
+        manifest = read_json(manifest_path, ModelError, fix="Export the run again.")
+        if not isinstance(manifest, dict):
+            raise ModelError(f"{manifest_path} holds {type(manifest).__name__}, expected an object. Export the run again.")
     return _Origin("init_from", str(folder), init_from, extra={"init_from": str(folder), "manifest": manifest})
 
 

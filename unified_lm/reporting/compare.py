@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from unified_lm.composition.convert import from_yaml
+from unified_lm.composition.convert import saved_settings
 from unified_lm.composition.flat import flatten
 from unified_lm.composition.locate import RESOLVED_NAME
-from unified_lm.config.schema import ChainConfig
 from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.typed import require_typed
+from unified_lm.core.user_files import read_json
 from unified_lm.engine.metrics import held_out, held_out_lines
 from unified_lm.engine.validation_items import ItemScores, read_items
 from unified_lm.evaluation.bootstrap import Interval, bootstrap_interval
@@ -186,15 +186,14 @@ def _load(folders: Sequence[Path]) -> list[ComparedRun]:
             continue
         if not (path / RESOLVED_NAME).is_file():
             raise DataError(f"{path} has no {RESOLVED_NAME}, so its settings are unknown.")
-        config = from_yaml(path / RESOLVED_NAME)
-        if isinstance(config, ChainConfig):
-            raise DataError(f"{path / RESOLVED_NAME} belongs to a chain; give the folders of its stages.")
+        saved = saved_settings(path / RESOLVED_NAME)
+        plan = require_typed(_Plan, saved, path / RESOLVED_NAME, DataError, fix="It is damaged.", open_ended=True)
         before, after = held_out(path)
         after = after or _metrics(lines[-1])
         step = int(lines[-1]["step"])
-        settings = {key: value for key, value in flatten(config).items() if not _is_ignored(key)}
-        finished = step == config.max_steps
-        runs.append(ComparedRun(run.name, path, settings, config.seed, step, finished, before, after, read_items(path, step)))
+        settings = {key: value for key, value in flatten(saved).items() if not _is_ignored(key)}
+        finished = step == plan.max_steps
+        runs.append(ComparedRun(run.name, path, settings, plan.seed, step, finished, before, after, read_items(path, step)))
     if not runs:
         raise DataError(f"nothing to compare: no held-out number is measured yet in {', '.join(map(str, folders))}.")
     return runs
@@ -209,14 +208,26 @@ def _in_order(folder: Path) -> list[Path]:
     found = run_folders(folder)
     if not (folder / SWEEP_FILE).is_file():
         return found
-    try:
-        names = [str(name) for name in json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))["arms"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{folder / SWEEP_FILE} is damaged ({error!r}). Remove it: the arms are then in the order of names."
-        ) from error
+    fix = "Remove it: the arms are then in the order of names."
+    file = folder / SWEEP_FILE
+    names = require_typed(_Sweep, read_json(file, fix=fix), file, DataError, fix=fix, open_ended=True).arms
     position = {name: number for number, name in enumerate(names)}
     return sorted(found, key=lambda path: position.get(_SEED_SUFFIX.sub("", path.name), len(names)))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is read of a run's configuration beside its settings."""
+
+    max_steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What is read of an ablation's file."""
+
+    arms: tuple[str, ...]
 
 
 def _metrics(line: Mapping[str, Any]) -> dict[str, float]:

@@ -15,7 +15,9 @@ from typing import Any
 from unified_lm.composition.compose import compose_run
 from unified_lm.composition.convert import to_plain
 from unified_lm.composition.locate import RESOLVED_NAME, read_yaml
-from unified_lm.core.errors import ConfigError, DataError
+from unified_lm.core.errors import DataError, UserError
+from unified_lm.core.typed import require_typed, show
+from unified_lm.core.user_files import read_json
 from unified_lm.engine.metrics import read_metrics
 from unified_lm.engine.validation_items import FOLDER as ITEMS_FOLDER
 from unified_lm.engine.wandb_run import hide_secrets
@@ -137,7 +139,7 @@ def read_report(run_dir: Path) -> RunReport:
         recipe=str(config.get("recipe", "")),
         description=str(config.get("description", "")),
         num_steps=0 if cost is None else cost.num_steps,
-        max_steps=int(config.get("max_steps", 0)),
+        max_steps=_steps(config, config_path),
         settings=_settings(config),
         held_out=held_out,
         tables=tables,
@@ -148,17 +150,72 @@ def read_report(run_dir: Path) -> RunReport:
     )
 
 
+def _steps(config: Mapping[str, Any], path: Path) -> int:
+    found = config.get("max_steps", 0)
+    if not isinstance(found, int):
+        raise DataError(f"{path}: max_steps: got {show(found)}, expected a whole number.")
+    return found
+
+
 def _read_record(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        absent = [name for name in ("model", "data", "starts") if name not in record]
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}). Remove it: the report then omits its content.") from error
-    if absent or not record["starts"]:
-        raise DataError(f"{path} is damaged (no {', '.join(absent) or 'start'}). Remove it: the report then omits its content.")
+    fix = "Remove it: the report then omits its content."
+    record = read_json(path, fix=fix)
+    if not require_typed(_Record, record, path, DataError, fix=fix, open_ended=True).starts:
+        raise DataError(f"{path}: starts is empty. {fix}")
     return dict(record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What is shown of a record's model."""
+
+    name: str = ""
+    revision: str = ""
+    family: str = ""
+    fingerprint: str = ""
+    parameters: int = 0
+    trained_parameters: int = 0
+    attention_kernel: str = ""
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """What is shown of one of a record's sources."""
+
+    stream: str = ""
+    source: str = ""
+    rows: int = 0
+    rejected: Mapping[str, int]
+    truncated: int = 0
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What is shown of one of a record's starts."""
+
+    from_step: int
+    num_ranks: int
+    device_type: str
+    versions: Mapping[str, str]
+    time: str = ""
+    backend: str = ""
+    device: str = ""
+    peak_teraflops_per_device: float = 0.0
+    peak_source: str = ""
+    platform: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """The content of run.json, as far as it is shown; templates read the plain values, whose types this checks."""
+
+    model: _Model
+    data: tuple[_Data, ...]
+    starts: tuple[_Start, ...]
 
 
 # --- settings ----------------------------------------------------------------------------------------------------------
@@ -168,7 +225,7 @@ def _settings(config: Mapping[str, Any]) -> Settings:
     values = {key: _text(value) for key, value in _flatten(config, "")}
     try:
         default = compose_run([f"recipe={config.get('recipe', '')}"])
-    except ConfigError as error:
+    except UserError as error:
         return Settings(values, None, str(error))
     return Settings(values, list(differences(to_plain(default), config)))
 

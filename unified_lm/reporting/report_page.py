@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unified_lm.core.errors import about
 from unified_lm.core.outputs import check_file, write_text_file
 from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.reporting.curves import build_panels, load_runs, run_folders
@@ -34,7 +35,10 @@ def write_report(run_dir: Path, target: Path | None = None) -> Path:
     """
     target = target or run_dir / "report.html"
     check_file(target)
-    reports = [read_report(folder) for folder in run_folders(run_dir)]
+    reports = []
+    for folder in run_folders(run_dir):
+        with about(folder):
+            reports.append(read_report(folder))
     runs = load_runs([run_dir])
     panels = build_panels(runs)
     text = page(

@@ -81,10 +81,12 @@ def test_ones_own_table(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         ("{", "not valid JSON"),
-        ("[]", 'expected an object with "tasks"'),
+        ("[]", r'expected an object\. Expected "tasks"'),
         ('{"tasks": {}, "type": {}}', "unknown field 'type'. Did you mean 'types'"),
-        ('{"tasks": {"A": 3}}', "tasks.A is 3; expected a string"),
-        ('{"tasks": {"A": {"querry": "x"}}}', "tasks.A is"),
+        ('{"tasks": {"A": 3}}', r"tasks\.A: got 3 \(int\), expected text or keys and values"),
+        ('{"tasks": {"A": {"querry": "x"}}}', "tasks.A has the unknown role 'querry'. Did you mean 'query'"),
+        ('{"tasks": {}, "documents_with_instruction": "Reranking"}', "expected a list of text"),
+        ('{"tasks": null}', "tasks: got None"),
     ],
 )
 def test_broken_tables(tmp_path: Path, content: str, expected: str) -> None:
@@ -98,5 +100,5 @@ def test_unknown_names() -> None:
     assert table_names() == ["e5", "llm2vec"]
     with pytest.raises(ConfigError, match=r"unknown instructions 'llm2vce'. Did you mean 'llm2vec'"):
         instructions_of("llm2vce", {})
-    with pytest.raises(DataError, match="cannot read the instructions"):
+    with pytest.raises(DataError, match=r"cannot read gone\.json"):
         load_table("gone.json")

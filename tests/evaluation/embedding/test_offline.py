@@ -72,11 +72,13 @@ def test_the_revision_follows_the_data(tmp_path: Path) -> None:
     [
         ("name: x", "", "has no `type`"),
         ("type: stss", "", "unknown type 'stss'. Did you mean 'sts'"),
-        ("type: sts\nfile: {test: a}", "", "unknown key 'file'. Did you mean 'files'"),
-        ("type: sts\nfiles: test.tsv", "", r"`files` is 'test.tsv', expected `files: \{name: ...\}`"),
+        ("type: sts\nfile: {test: a}", "", "unknown field 'file'. Did you mean 'files'"),
+        ("type: sts\nfiles: test.tsv", "", r"files: got 'test.tsv' \(str\), expected keys and values"),
         ("type: sts\nfiles: {tset: a}", "", "files.tset is not part of a sts task. Did you mean 'test'"),
         ("type: sts\nfiles: {test: gone.tsv}", "", "there is no file .*gone.tsv"),
-        ("- sts", "", "expected keys such as"),
+        ("- sts", "", "Expected keys such as"),
+        ("type: sts\nlanguages: eng-Latn", "", r"languages: got 'eng-Latn' \(str\), expected a list of text"),
+        ("type: sts\ndelimiter: 7", "", "delimiter: got 7"),
         ("type: sts\ninstruction: {query: a}", "sentence1\tsentence2\tscore\na\tb\t1\na\tb\t2\n", "expected a text"),
         ("type: sts", "sentence1\tsentence2\tscore\na\tb\t1\na\tb\n", "line 3: got 2 cells, expected 3"),
         (

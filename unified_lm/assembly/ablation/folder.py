@@ -15,6 +15,7 @@ from unified_lm.config.continuation import Change, change_of
 from unified_lm.config.schema import ArmConfig, SweepConfig
 from unified_lm.core.errors import CheckpointError, OutputError
 from unified_lm.core.files import write_json
+from unified_lm.core.user_files import parse_json
 from unified_lm.models.precision import AUTO
 from unified_lm.reporting.compare import SWEEP_FILE
 
@@ -81,7 +82,7 @@ def _refuse_foreign(folder: Path) -> None:
     if not file.exists() and not file.is_symlink():
         return
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except (OSError, ValueError):
         content = None
     if file.is_symlink() or not isinstance(content, dict) or not {"recipe", "base", "arms"} <= set(content):

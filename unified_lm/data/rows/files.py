@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from unified_lm.core.errors import DataError
-from unified_lm.core.outputs import check_file, commit_file, write_text_file
+from unified_lm.core.outputs import building_file, write_text_file
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, Text
 
 WRITABLE = (".jsonl", ".parquet", ".txt")
@@ -64,19 +63,17 @@ class RowWriter:
             raise DataError(f"cannot write {path}: expected a name that ends in {', '.join(WRITABLE)}.")
         self.path = path
         self.num_rows = 0
-        self._building = path.with_name(f".{path.name}.{os.getpid()}")
+        self._open = ExitStack()
         self._rows: list[Mapping[str, Any]] = []
         self._groups: list[pa.Schema] = []
 
     def __enter__(self) -> RowWriter:
-        check_file(self.path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = open(self._building, "wb")
+        with ExitStack() as opened:
+            building = opened.enter_context(building_file(self.path))
+            self._handle = opened.enter_context(open(building, "wb"))
             # Groups wait here: a file has one schema, which is known only with its last row.
-            self._waiting = tempfile.TemporaryFile()
-        except OSError as error:
-            raise DataError(f"cannot write {self.path}: {error.strerror or error}.") from error
+            self._waiting = opened.enter_context(tempfile.TemporaryFile())
+            self._open = opened.pop_all()
         return self
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -89,11 +86,11 @@ class RowWriter:
             return
         try:
             line = " ".join(row["text"].split()) if self.path.suffix == ".txt" else json.dumps(row, ensure_ascii=False)
-        except TypeError as error:
+            self._handle.write(f"{line}\n".encode())
+        except (TypeError, ValueError, RecursionError) as error:
             raise DataError(
-                f"{self.path}, row {self.num_rows}: {error}; only texts, numbers and lists can be written."
+                f"{self.path}, row {self.num_rows}: {error}; only texts (of valid Unicode), numbers and lists can be written."
             ) from error
-        self._handle.write(f"{line}\n".encode())
 
     def _flush(self) -> None:
         if not self._rows:
@@ -101,8 +98,8 @@ class RowWriter:
         names = list(dict.fromkeys(name for row in self._rows for name in row))
         with self._one_type_per_column():
             table = pa.table({name: pa.array([row.get(name) for row in self._rows]) for name in names})
-        with pa.ipc.new_stream(pa.PythonFile(self._waiting, "w"), table.schema) as stream:
-            stream.write_table(table)
+            with pa.ipc.new_stream(pa.PythonFile(self._waiting, "w"), table.schema) as stream:
+                stream.write_table(table)
         self._groups.append(table.schema)
         self._rows.clear()
 
@@ -114,7 +111,8 @@ class RowWriter:
         self._waiting.seek(0)
         with pq.ParquetWriter(self._handle, schema) as parquet:
             for _ in self._groups:
-                table = pa.ipc.open_stream(pa.PythonFile(self._waiting, "r")).read_all()
+                with self._one_type_per_column():
+                    table = pa.ipc.open_stream(pa.PythonFile(self._waiting, "r")).read_all()
                 absent = {name: pa.nulls(len(table), schema.field(name).type) for name in schema.names}
                 columns = [table[name] if name in table.column_names else absent[name] for name in schema.names]
                 with self._one_type_per_column():
@@ -124,20 +122,16 @@ class RowWriter:
     def _one_type_per_column(self) -> Iterator[None]:
         try:
             yield
-        except pa.ArrowException as error:
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
             raise DataError(f"{self.path}: the rows do not have one type per column, as parquet needs: {error}") from error
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None and self.path.suffix == ".parquet" and self.num_rows:
+        if error is not None:
+            self._open.__exit__(kind, error, trace)
+            return
+        with self._open:
+            if self.path.suffix == ".parquet" and self.num_rows:
                 self._write_parquet()
-            self._handle.close()
-            if kind is None:
-                commit_file(self._building, self.path)
-        finally:
-            self._handle.close()
-            self._waiting.close()
-            self._building.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -18,7 +18,7 @@ from unified_lm.data.rows.hub_datasets import hub_rows
 from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.published import Dropped, Part, Published, published
 from unified_lm.data.rows.readers import Rows, data_files, read_rows
-from unified_lm.data.rows.violations import EmptyTextError, RowError
+from unified_lm.data.rows.violations import EmptyTextError, RowError, describe
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +131,8 @@ def _converted(spec: Published, item: _Input, limit: int | None, dropped: Counte
         if limit is not None and number >= limit:
             return
         try:
+            if not isinstance(row, Mapping):
+                raise RowError("(row)", describe(row), "an object with named columns")
             converted = spec.convert(row, item.stem, number)
             for part in [converted] if isinstance(converted, Mapping) else converted:
                 yield record_row(parser(part))

@@ -12,6 +12,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json(text: str, path: Path, first_line: int, expected: str) -> Any:
+    where = path if expected.startswith("an array") else f"{path}, line {first_line}"
     try:
         return json.loads(text, object_pairs_hook=_object)
     except _RepeatedKeyError as error:
-        where = path if expected.startswith("an array") else f"{path}, line {first_line}"
         raise DataError(f"{where}: an object has the key '{error}' more than once. Keep one of them.") from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
@@ -71,6 +72,10 @@ def _json(text: str, path: Path, first_line: int, expected: str) -> Any:
             f"{path}, line {line}: malformed JSON: {error.msg} at column {error.colno}, near {_near(text, error.pos)}. "
             f"Expected {expected}."
         ) from error
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deeply to be read. Expected {expected}.") from error
+    except ValueError as error:  # a whole number of more digits than Python reads
+        raise DataError(f"{where}: {error}. Write such a number as a text.") from error
 
 
 def _near(text: str, position: int, reach: int = 20) -> str:
@@ -84,10 +89,8 @@ def read_text_lines(path: Path) -> list[str]:
     Raises:
         DataError: the file cannot be read, or is not UTF-8 (the message names the line).
     """
-    try:
+    with _explained(path):
         return [line.removesuffix("\n").removesuffix("\r") for _, line in _decoded(path)]
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
 def _read_jsonl(path: Path) -> Rows:
@@ -159,11 +162,21 @@ def _read_parquet(path: Path) -> Rows:
             refuse_repeated_columns(path, parquet.schema_arrow.names)
             number = 0
             for batch in parquet.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for index in range(len(batch)):
                     number += 1
-                    yield f"row {number}", row
+                    yield f"row {number}", _plain_row(batch, index, f"{path}, row {number}")
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
+
+
+def _plain_row(batch: pa.RecordBatch, index: int, where: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = batch.slice(index, 1).to_pylist()[0]
+    except UnicodeDecodeError as error:  # parquet's texts are bytes, which nothing has checked
+        raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of a text).") from error
+    except (ValueError, OverflowError) as error:  # a date beyond the years of Python, say
+        raise DataError(f"{where}: {error}.") from error
+    return found
 
 
 FORMATS: dict[str, Callable[[Path], Rows]] = {
@@ -207,8 +220,14 @@ def read_rows(path: Path) -> Rows:
         DataError: the file is unreadable or malformed (the message names the line).
     """
     reader = reader_of(path)
-    try:
+    with _explained(path):
         yield from reader(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: the compressed file is cut short or damaged: {error}") from error
     except OSError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from unified_lm.config.schema import SourceConfig
+from unified_lm.core.user_files import user_path
 from unified_lm.data.rows.hub_datasets import hub_rows
 from unified_lm.data.rows.parse import FIELDS
 from unified_lm.data.rows.readers import Rows, data_files, read_rows
@@ -74,7 +75,7 @@ def open_rows(named: str) -> list[RowFile]:
     if source.hub is not None:
         name, _, rows = hub_rows(replace(source, split=source.split_or_train))
         return [RowFile(name, rows)]
-    root = Path(named).expanduser()
+    root = user_path(named)
     return [_row_file(file, root) for file in data_files(root)]
 
 

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.core.user_files import user_path
 from unified_lm.export.manifest import ATTENTIONS, FILE_NAME
 from unified_lm.inference.loading import model_folder
 from unified_lm.inference.unified import UnifiedLM
@@ -99,7 +100,7 @@ def parse_arms(specs: Sequence[str], settings: ArmSettings) -> list[Arm]:
     """
     arms = []
     for spec in specs:
-        if Path(spec).expanduser().is_dir():
+        if user_path(spec).is_dir():
             label, location, attention = None, spec, None
         else:
             match = _SPEC.match(spec)
@@ -125,7 +126,7 @@ def _folder(location: str) -> Path:
 
 def _name(location: str, folder: Path) -> str:
     """The default label: the name of the run for an export, of the folder otherwise."""
-    if not Path(location).expanduser().is_dir():
+    if not user_path(location).is_dir():
         return location
     resolved = folder.resolve()
     return resolved.parent.name if resolved.name == "export" else resolved.name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from unified_lm.core.errors import DataError
 from unified_lm.core.outputs import check_files, write_file, write_json_file
+from unified_lm.core.user_files import read_json
 from unified_lm.evaluation.analyses.arms import Arm
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers
 from unified_lm.evaluation.result_table import FOLDER
@@ -109,8 +109,9 @@ def _read(path: Path) -> dict[str, Numbers]:
     """
     if not path.is_file():
         return {}
+    content = read_json(path, fix="Remove it, or use --overwrite.")
     try:
-        arms: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["arms"]
+        arms: dict[str, dict[str, Any]] = content["arms"]
         return {arm["key"]: {k: v for k, v in arm.items() if k not in ("key", "model")} for arm in arms.values()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{path} is not the result of an analysis ({error!r}). Remove it, or use --overwrite.") from error

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import DataError
 from unified_lm.core.random import derive_seed
+from unified_lm.core.user_files import user_path
 from unified_lm.data.rows.records import PairRecord, RecordKind, Text, TextRecord
 from unified_lm.data.sources import open_source
 from unified_lm.evaluation.embedding.offline import DESCRIPTION, Kind, read_task
@@ -76,7 +76,7 @@ def read_texts(source: str, limit: int | None, *, subset: str = "sentences", spl
     Raises:
         DataError: missing or malformed data.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir() and (path / DESCRIPTION).is_file():
         pairs = read_scored_pairs(source, None)
         texts = list(dict.fromkeys([*pairs.left, *pairs.right]))
@@ -100,7 +100,7 @@ def read_scored_pairs(source: str, limit: int | None) -> ScoredPairs:
     Raises:
         DataError: missing or malformed data, or a task of another kind.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         task = read_task(path)
         if task.kind is not Kind.STS:

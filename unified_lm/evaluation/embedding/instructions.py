@@ -6,16 +6,17 @@ table says so in a field.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
+from unified_lm.core.typed import require_typed
+from unified_lm.core.user_files import read_json, user_path
 
 TABLES = Path(__file__).parent / "tables"
 """Folder of the built-in tables."""
@@ -23,7 +24,6 @@ TABLES = Path(__file__).parent / "tables"
 ASYMMETRIC_TYPES = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 """Task types of mteb that distinguish queries from documents."""
 
-_FIELDS = ("name", "source", "documents_with_instruction", "types", "tasks")
 _VARIANT = re.compile(r"(HardNegatives)?(\.v\d+)?$")
 
 
@@ -155,42 +155,45 @@ def load_table(name_or_path: str) -> InstructionTable:
         DataError: the file is not a table.
     """
     own = name_or_path.endswith(".json")
-    path = Path(name_or_path).expanduser() if own else TABLES / f"{name_or_path}.json"
+    path = user_path(name_or_path) if own else TABLES / f"{name_or_path}.json"
     if not own and name_or_path not in table_names():
         known = ["export", "none", "task", *table_names()]
         raise ConfigError(f"unknown instructions '{name_or_path}'.{did_you_mean(name_or_path, known)} Or give a .json file.")
-    try:
-        content = path.read_bytes()
-        value = json.loads(content)
-    except OSError as error:
-        raise DataError(f"cannot read the instructions {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}).") from error
-    _check_table(value, path)
-    name = str(value.get("name", path.stem))
+    value = read_json(path, fix="Write a table as docs/evaluation.md says.")
+    fix = 'Expected "tasks": {task: instruction} and what else docs/evaluation.md says.'
+    table = require_typed(_Table, value, path, DataError, fix=fix)
+    _check_roles(table, path)
+    name = table.name or path.stem
     return InstructionTable(
-        label=f"{name}-{blake2b(content, digest_size=4).hexdigest()}" if own else name,
-        tasks=value["tasks"],
-        types=value.get("types", {}),
-        documents_with_instruction=tuple(value.get("documents_with_instruction", ())),
-        source=str(value.get("source", "")),
+        label=f"{name}-{blake2b(path.read_bytes(), digest_size=4).hexdigest()}" if own else name,
+        tasks=table.tasks,
+        types=table.types,
+        documents_with_instruction=table.documents_with_instruction,
+        source=table.source,
     )
 
 
-def _check_table(value: Any, path: Path) -> None:
-    if not isinstance(value, dict) or not isinstance(value.get("tasks"), dict):
-        raise DataError(f'{path}: expected an object with "tasks": {{task: instruction}}.')
-    for name in value:
-        if name not in _FIELDS:
-            raise DataError(f"{path}: unknown field '{name}'.{did_you_mean(name, _FIELDS)}")
-    for part in ("tasks", "types"):
-        for task, entry in value.get(part, {}).items():
-            roles = entry if isinstance(entry, dict) else {"query": entry}
-            if not set(roles) <= {role.value for role in Role} or not all(isinstance(text, str) for text in roles.values()):
-                raise DataError(
-                    f"{path}: {part}.{task} is {entry!r}; expected a string, or "
-                    '{"query": ..., "document": ..., "text": ...} with strings.'
-                )
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """The content of a table's file."""
+
+    tasks: Mapping[str, str | Mapping[str, str]]
+    types: Mapping[str, str | Mapping[str, str]] = field(default_factory=dict)
+    documents_with_instruction: tuple[str, ...] = ()
+    name: str = ""
+    source: str = ""
+
+
+def _check_roles(table: _Table, path: Path) -> None:
+    roles = {role.value for role in Role}
+    for part, entries in (("tasks", table.tasks), ("types", table.types)):
+        for task, entry in entries.items():
+            for role in entry if isinstance(entry, Mapping) else ():
+                if role not in roles:
+                    raise DataError(
+                        f"{path}: {part}.{task} has the unknown role '{role}'.{did_you_mean(role, roles)} Expected a string, "
+                        'or {"query": ..., "document": ..., "text": ...} with strings.'
+                    )
 
 
 def instructions_of(name: str, export: Mapping[str, str]) -> Instructions:

@@ -15,12 +15,27 @@ from typing import Any
 import yaml
 
 from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.typed import require_typed, show_briefly
 from unified_lm.evaluation.embedding.offline_files import Layout, Row, find_file, read_fields
 
 DESCRIPTION = "task.yaml"
 """The file that marks a folder as an offline task."""
 
-_KEYS = ("type", "name", "description", "files", "columns", "header", "delimiter", "instruction", "languages")
+
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    """The content of a description."""
+
+    type: str = ""
+    name: str | None = None
+    description: str | None = None
+    files: Mapping[str, str] | None = None
+    columns: Mapping[str, str | int] | None = None
+    header: bool = True
+    delimiter: str | None = None
+    instruction: str | Mapping[str, str] | None = None
+    languages: tuple[str, ...] = ("eng-Latn",)
+
 
 Columns = dict[str, list[Any]]
 """Field -> one value per row."""
@@ -113,8 +128,10 @@ def read_task(folder: Path) -> OfflineTask:
     path = folder / DESCRIPTION
     options = _description(path)
     kind = _kind(options, path)
-    columns, files = _mapping(options, "columns", path), _mapping(options, "files", path)
-    layout = Layout(columns, header=bool(options.get("header", True)), delimiter=options.get("delimiter"))
+    columns, files = options.columns or {}, options.files or {}
+    if options.delimiter is not None and len(options.delimiter) != 1:
+        raise DataError(f"{path}: delimiter is {options.delimiter!r}, expected one character.")
+    layout = Layout(columns, header=options.header, delimiter=options.delimiter)
     needed = _FILES[kind]
     unknown = sorted(set(files) - set(needed))
     if unknown:
@@ -131,14 +148,14 @@ def read_task(folder: Path) -> OfflineTask:
         splits = {name: _read_split(file, _FIELDS[kind], layout) for name, file in found.items()}
     return OfflineTask(
         kind=kind,
-        name=str(options.get("name", folder.resolve().name)),
+        name=options.name or folder.resolve().name,
         folder=folder,
         revision=_hash([path, *found.values()]),
         splits=splits,
         ranking=ranking,
-        prompt=_prompt(options.get("instruction"), kind, path),
-        languages=tuple(options.get("languages", ("eng-Latn",))),
-        description=str(options.get("description", f"offline {kind.value} task")),
+        prompt=_prompt(options.instruction, kind, path),
+        languages=options.languages,
+        description=options.description or f"offline {kind.value} task",
         notices=tuple(notices),
     )
 
@@ -160,47 +177,34 @@ _FIELDS: Mapping[Kind, Mapping[str, Callable[[Row, str], Any]]] = {
 }
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _description(path: Path) -> _Description:
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        options = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    if not isinstance(options, dict):
-        raise DataError(f"{path}: expected keys such as `type: sts`, got {type(options).__name__}.")
-    for key in options:
-        if key not in _KEYS:
-            raise DataError(f"{path}: unknown key '{key}'.{did_you_mean(str(key), _KEYS)}")
-    return options
+    return require_typed(
+        _Description, options, path, DataError, fix="Expected keys such as `type: sts`; see docs/evaluation.md."
+    )
 
 
-def _kind(options: Mapping[str, Any], path: Path) -> Kind:
+def _kind(options: _Description, path: Path) -> Kind:
     known = [kind.value for kind in Kind]
-    name = options.get("type")
-    if name not in known:
-        problem = "has no `type`" if name is None else f"has the unknown type '{name}'"
-        hint = did_you_mean(str(name), known)
+    if options.type not in known:
+        problem = f"has the unknown type '{options.type}'" if options.type else "has no `type`"
+        hint = did_you_mean(options.type, known)
         raise DataError(f"{path} {problem}.{hint if 'Did you' in hint else ''} Expected one of {', '.join(known)}.")
-    return Kind(name)
+    return Kind(options.type)
 
 
-def _mapping(options: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
-    value = options.get(key) or {}
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: `{key}` is {value!r}, expected `{key}: {{name: ...}}`.")
-    return value
-
-
-def _prompt(value: Any, kind: Kind, path: Path) -> str | dict[str, str] | None:
+def _prompt(value: str | Mapping[str, str] | None, kind: Kind, path: Path) -> str | Mapping[str, str] | None:
     """The task's instruction; a single one applies to the queries if the task has queries."""
-    if value is None:
-        return None
     ranks = kind in (Kind.RERANKING, Kind.RETRIEVAL)
-    if isinstance(value, str):
-        return {"query": value} if ranks else value
-    if not isinstance(value, dict) or not ranks or not set(value) <= {"query", "document"}:
+    if value is None or isinstance(value, str):
+        return {"query": value} if ranks and value is not None else value
+    if not ranks or not set(value) <= {"query", "document"}:
         expected = "a text, or {query: ..., document: ...}" if ranks else "a text"
-        raise DataError(f"{path}: `instruction` is {value!r}, expected {expected}.")
-    return {str(role): str(text) for role, text in value.items()}
+        raise DataError(f"{path}: `instruction` is {show_briefly(value)}, expected {expected}.")
+    return value
 
 
 def _read_split(path: Path, fields: Mapping[str, Callable[[Row, str], Any]], layout: Layout) -> Columns:

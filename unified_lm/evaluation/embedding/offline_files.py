@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.user_files import user_path
 from unified_lm.data.rows.readers import FORMATS, extension, read_rows, refuse_repeated_columns
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -142,7 +143,7 @@ def find_file(folder: Path, name: str, given: str | None) -> Path:
         DataError: no such file, or several.
     """
     if given is not None:
-        path = folder / Path(given).expanduser()
+        path = folder / user_path(given)
         if not path.is_file():
             raise DataError(f"{folder}: there is no file {path}, which task.yaml gives for '{name}'.")
         return path

@@ -117,7 +117,8 @@ def read_domain(name: str, path: Path | None) -> Domain:
             assert isinstance(record, TextRecord | ChatRecord), "the parser gives the kind that it was asked for"
             documents.append(record)
     if len(documents) < 2:
-        raise DataError(f"domain '{name}' has {len(documents)} documents; an interval needs at least 2.")
+        where = "" if path is None else f", {path},"
+        raise DataError(f"domain '{name}'{where} has {len(documents)} documents; an interval needs at least 2.")
     return Domain(name, tuple(documents))
 
 

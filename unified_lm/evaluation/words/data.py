@@ -14,6 +14,7 @@ from typing import Any
 
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
+from unified_lm.core.user_files import user_path
 from unified_lm.data.rows.hub_datasets import hub_label_names, hub_rows
 
 TASKS = ("pos", "chunk", "ner")
@@ -148,8 +149,8 @@ def find_conll(location: str) -> tuple[Path, Path]:
     """
     if "," in location:
         train, _, test = location.partition(",")
-        return Path(train).expanduser(), Path(test).expanduser()
-    folder = Path(location).expanduser()
+        return user_path(train), user_path(test)
+    folder = user_path(location)
     if not folder.is_dir():
         raise DataError(f"{location} is not a folder with a train and a test file. Two files are given as TRAIN,TEST.")
     names = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))

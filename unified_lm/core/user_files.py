@@ -1,0 +1,109 @@
+"""Paths and files that a user names: found and read with messages that name them.
+
+Three places where the operating system and the libraries say too little: a path with an unknown `~user`, a JSON file that is
+damaged, and a full disk, whose error names no file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from unified_lm.core.errors import DataError, UserError
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as a user writes it, with `~` and `~user` expanded.
+
+    Raises:
+        UserError: there is no such user, or the text can be no path.
+    """
+    if "\0" in str(text):
+        raise UserError(f"{str(text)!r} is no path: it holds a NUL character.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{text}: there is no user of that name. A folder whose name begins with ~ is written ./~name."
+        ) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, whose every failure is a ValueError.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested too deeply, or a number of too many digits; the text says which.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply to be read") from error
+
+
+def read_json(path: Path, kind: type[UserError] = DataError, *, fix: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: the file.
+        kind: the error to raise.
+        fix: what to do about a damaged file, a sentence.
+
+    Raises:
+        UserError: of the given kind: the file cannot be read, or is not JSON.
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise kind(f"cannot read {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise kind(f"{path} is not valid JSON ({error}). {fix}") from error
+
+
+@contextmanager
+def naming(path: Path, building: Path | None = None) -> Iterator[None]:
+    """An error of the operating system inside that names no file (while writing to a full disk, say) names this one.
+
+    Args:
+        path: the file that the user knows.
+        building: the temporary file in its place, for which it stands in messages.
+
+    Raises:
+        OSError: as inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, building, str(building)):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def explain_os_error(error: OSError) -> str | None:
+    """A sentence with the path for what the operating system refused; None for an error that names no path.
+
+    The path is one that the user gave, or lies below one: the package opens no others but its caches, which the user places.
+    """
+    if error.errno is None or error.filename is None:
+        return None
+    names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    shown = names if len(names) < 300 else f"{names[:150]}...{names[-50:]}"
+    hint = _HINTS.get(error.errno, "")
+    return f"{shown}: {error.strerror}.{hint}"
+
+
+_HINTS = {
+    errno.ENOSPC: " Make room there, or name another place; what was complete before is as it was.",
+    errno.EDQUOT: " Make room there, or name another place; what was complete before is as it was.",
+    errno.EROFS: " Name another place.",
+    errno.EACCES: " Change its permissions, or name another place.",
+    errno.EPERM: " Change its permissions, or name another place.",
+    errno.ENOENT: " Check the path; relative ones begin at the working directory.",
+    errno.EISDIR: " Name a file.",
+    errno.ENOTDIR: " A part of the path is a file.",
+    errno.EEXIST: " Name another place.",
+    errno.ENAMETOOLONG: " Name a shorter one.",
+}
