@@ -293,3 +293,50 @@ def test_a_mistyped_key_of_the_data_is_corrected_with_its_section() -> None:
         "unknown key 'data.e.x'. Did you mean 'data.e5'?",
         "unknown key 'data.held_out.pair'. Did you mean 'data.held_out.pairs'?",
     ]
+
+
+def _recipe(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return f"recipe={path}"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("max_steps: ${nothing.there}\n", r"mine\.yaml, key 'max_steps': Interpolation key 'nothing\.there' not found"),
+        (
+            "optim: {learning_rate: '${oc.env:NO_SUCH_VARIABLE}'}\n",
+            r"mine\.yaml, key 'optim\.learning_rate': .*NO_SUCH_VARIABLE",
+        ),
+        ("a: ${b}\nb: ${a}\n", r"mine\.yaml.*: "),
+        ("chain: 5\n", r"chain mine: got 5, expected a list of recipes"),
+        ("chain: [grit_smollm2, 3]\n", r"chain mine: got \['grit_smollm2', 3\], expected a list of recipes"),
+        ("ablation: {base: {grit_smollm2: []}, arms: {a: []}, default: [b]}\n", "default names 'b', which is no arm"),
+        ("ablation: {base: {grit_smollm2: []}, arms: {a: []}, exclude: [[1]]}\n", "expected a list of names of arms"),
+        ("defaults: [{}]\n", r"recipe .*mine\.yaml: .*Missing group name"),
+        ("defaults: null\n", r"recipe .*mine\.yaml: .*must be a list"),
+    ],
+)
+def test_a_recipe_of_other_types_is_refused_by_name(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=told):
+        compose([_recipe(tmp_path, text)])
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("validation=5", r"validation: got 5 \(int\), expected keys and values"),
+        ("optim=null", r"unknown optim 'none'"),
+        ("packing.token_budget=null", r"packing\.token_budget: got None \(null\), expected a whole number"),
+        ("streams.embedding.objective=null", r"streams\.embedding\.objective: got None \(null\)"),
+        ("max_steps=" + "1" * 30, "max_steps: got a whole number of 30 digits, which no counter holds"),
+        ("optim.weight_decay=" + "1" * 400, r"optim\.weight_decay: got a number beyond the range of floats"),
+        ("run_dir=${model.nothing}", "key 'run_dir': Interpolation key 'model.nothing' not found"),
+        ("recipe=" + "x" * 300, "recipe 'x{60}...': File name too long"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_under_tiny_random(argument: str, told: str) -> None:
+    recipe = [] if argument.startswith("recipe=") else ["recipe=grit_smollm2"]
+    with pytest.raises(ConfigError, match=told):
+        compose([*recipe, "model=tiny_random", argument])

@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.fake_source import FakeSource, chats, pairs, stream_config, texts
 from unified_lm.batch import Sample
+from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import ModelConfig, RetrievalConfig, RunConfig, SourceConfig, ValidationConfig
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError
 from unified_lm.data import streams as streams_module
@@ -294,3 +295,18 @@ def test_retrieval_without_a_stream_of_pairs_is_refused(run_config):
     config = RunConfig(recipe="t", model=ModelConfig(), streams=streams, validation=run_config.validation)
     with pytest.raises(ConfigError, match=r"needs a stream that trains embeddings.*gen \(chat\)"):
         build_retrieval(config, TOKENIZER)
+
+
+def test_an_error_of_a_source_names_the_stream(tmp_path: Path) -> None:
+    config = compose_run(
+        [
+            "recipe=grit_smollm2",
+            "model=tiny_random",
+            "~streams.embedding",
+            "~validation.sources",
+            "~validation.retrieval",
+            f"streams.generation.sources=[{{path: {tmp_path}/no.jsonl}}]",
+        ]
+    )
+    with pytest.raises(DataError, match=r"^streams\.generation: no such file or folder: "):
+        build_streams(config, tiny_tokenizer())

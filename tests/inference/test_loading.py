@@ -13,7 +13,7 @@ from unified_lm.cli.arguments import command_parser
 from unified_lm.cli.evaluate_model import add_model_options, find_model
 from unified_lm.cli.main import main
 from unified_lm.config.schema import ModelConfig
-from unified_lm.core.errors import ModelError
+from unified_lm.core.errors import CheckpointError, ModelError
 from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
 from unified_lm.inference import UnifiedLM
 from unified_lm.mining.embedders import load_embedder
@@ -89,3 +89,22 @@ def test_large_weights_are_compared_on_request(copy: Path, monkeypatch: pytest.M
     UnifiedLM.from_pretrained(copy, device="cpu")
     with pytest.raises(ModelError, match="are not those that were exported"):
         UnifiedLM.from_pretrained(copy, device="cpu", check_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("config.json", b"-1", "cannot load the model in"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "x"}', "cannot load the model in"),
+        ("tokenizer.json", b'{"version": null}', "cannot load the model in"),
+        ("tokenizer_config.json", b"false", "cannot load the model in"),
+        ("generation_config.json", b'" "', "cannot load the model in"),
+        ("unified_lm.json", b"[" * 100_000, "is not valid JSON"),
+        ("unified_lm.json", b"\xff", "is not valid JSON"),
+    ],
+)
+def test_a_damaged_file_of_an_export_is_named(name: str, content: bytes, told: str, copy: Path) -> None:
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{told}|{name}"):
+        UnifiedLM.from_pretrained(copy)

@@ -66,3 +66,30 @@ def test_invalid_bytes_name_their_line(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"one\ntw\xffo\n")
     with pytest.raises(DataError, match="line 2: not UTF-8"):
         read_text_lines(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            '{"text": "a"}\n{"text": ' + "9" * 5000 + "}\n",
+            r"line 2: Exceeds the limit \(4300 digits\).*Write such a number as a text",
+        ),
+        ('{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2: nested too deeply"),
+    ],
+)
+def test_what_json_cannot_be_read_has_a_line(content: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"a\.jsonl, {told}"):
+        list(read_rows(path))
+
+
+def test_texts_of_parquet_that_are_not_utf8_have_a_row(tmp_path: Path) -> None:
+    offsets = pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0")
+    texts = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"ok\xff\xfe")])
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    rows = read_rows(tmp_path / "a.parquet")
+    assert next(rows) == ("row 1", {"text": "ok"})
+    with pytest.raises(DataError, match=r"a\.parquet, row 2: not UTF-8 \(invalid start byte at byte 0 of a text\)"):
+        next(rows)

@@ -169,3 +169,24 @@ def test_balanced_routers_forward_every_sample_twice() -> None:
     assert found.packs_per_rank > 1
     again = 2 * found.num_parameters * found.tokens_by_stream["generation"] * found.optimizer_steps / 1e12
     assert training_teraflop(balanced, found) - training_teraflop(plain, found) == pytest.approx(again)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [
+        ("hidden_size: 64.5", "describe no llama model .*hidden_size"),
+        ("num_attention_heads: 0", "describe no llama model"),
+        (f"hidden_size: {2**40}", "describe no llama model"),
+        ("num_hidden_layers: 2147483648", "got 2147483648 layers, expected at most 2000"),
+        ("rope_scaling: linear", "describe no llama model"),
+    ],
+)
+def test_odd_values_of_an_architecture_are_refused_by_name(architecture: str, told: str) -> None:
+    config = compose_run(["recipe=grit_smollm2", "model.family=llama", f"model.architecture={{{architecture}}}"])
+    with pytest.raises(ModelError, match=rf"model\.architecture: .*{told}"):
+        estimate(config)
+
+
+def test_adapters_of_an_estimate_take_no_memory() -> None:
+    config = compose_run(["recipe=grit_smollm2", "lora=all_linear", "lora.r=65536"])
+    assert estimate(config).num_trainable > 1e10, "40 GB that nobody allocates"
