@@ -125,7 +125,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
         probe_attention(backbone, longest=max(_lengths(config).values()), whole=backend.whole)
     weights = {name: stream.objective.weight for name, stream in config.streams.items()}
-    identity = _identity(config, loaded, trainable)
+    identity = identity_of(config, loaded, trainable)
     resume_from = run_on_rank0(lambda: _checkpoint_to_resume(config, run_dir, identity, console))
     clock = ComputeClock()
     forward, backward = traced("forward", clock.timed(backend.forward)), traced("backward", clock.timed(backend.backward))
@@ -216,7 +216,7 @@ def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
     return stream.objective.needs_reference_scores(has_adapters=config.lora is not None)
 
 
-def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
+def make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
     """The head on pooled vectors: that of the export the run starts from, or a new one.
 
     Raises:
@@ -236,7 +236,7 @@ def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -
 
 
 def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, objectives: _Objectives) -> TrainingModule:
-    projection = _make_projection(config, loaded, backbone.hidden_size)
+    projection = make_projection(config, loaded, backbone.hidden_size)
     return TrainingModule(
         backbone,
         config.model.pooling,
@@ -337,7 +337,8 @@ def _fixed_batches(config: RunConfig, streams: dict[str, Stream], trainable: Tra
     return batches
 
 
-def _identity(config: RunConfig, loaded: LoadedModel, trainable: TrainingModule) -> Identity:
+def identity_of(config: RunConfig, loaded: LoadedModel, trainable: TrainingModule) -> Identity:
+    """The identity that a checkpoint of this run has."""
     # a parameter that ZeRO-3 has shared out is empty, and remembers its shape
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable.named_parameters() if p.requires_grad}
     tokenizer = loaded.tokenizer.backend_tokenizer.to_str()

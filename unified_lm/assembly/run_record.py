@@ -36,19 +36,39 @@ def write_record(run: Run) -> None:
     record = {
         "recipe": training.config.recipe,
         "model": _model(run),
-        "data": _data(run),
+        "data": data_entries(run),
         "starts": [*starts, _start(run, step)],
     }
     write_json(path, record)
 
 
+def recorded_data(run_dir: Path) -> list[dict[str, Any]] | None:
+    """What a run's record says of its sources (see `data_entries`); None where there is no record.
+
+    Raises:
+        DataError: the record cannot be read.
+    """
+    path = run_dir / FILE_NAME
+    return list(_read(path)["data"]) if path.is_file() else None
+
+
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
+    return list(_read(path)["starts"]) if path.is_file() else []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record with its lists.
+
+    Raises:
+        DataError: it is damaged.
+    """
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["starts"])
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {**value, "starts": list(value["starts"]), "data": list(value["data"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}). Remove it; only the report reads it.") from error
+        raise DataError(
+            f"{path} is damaged ({error!r}). Remove it; the report and later exports will lack what it says of the data."
+        ) from error
 
 
 def _model(run: Run) -> dict[str, Any]:
@@ -71,7 +91,7 @@ def _count(module: nn.Module, *, trained: bool) -> int:
     return sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters() if p.requires_grad or not trained)
 
 
-def _data(run: Run) -> list[dict[str, Any]]:
+def data_entries(run: Run) -> list[dict[str, Any]]:
     """One entry per source: rows in use, what was left out and why, cut texts, and a hash of the content."""
     found = []
     for name, stream in run.streams.items():

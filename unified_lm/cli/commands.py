@@ -12,6 +12,7 @@ from unified_lm.cli import script
 from unified_lm.cli.arguments import HELP, command_parser, whole
 from unified_lm.composition.compose import compose_run
 from unified_lm.composition.locate import group_options, list_recipes
+from unified_lm.config.schema import VERIFICATIONS
 from unified_lm.core.errors import UserError
 
 _SETTINGS = (
@@ -96,6 +97,7 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, help="folder of a run; with --for also of an export")
     parser.add_argument("--step", type=whole, default=None, help="the checkpoint's step; the newest if left out")
     parser.add_argument("--out", type=Path, default=None, help="folder to write; RUN/export (with --step: RUN/export-STEP)")
+    parser.add_argument("--verify", choices=VERIFICATIONS, default=None, help="what to read back; as the run's export.verify")
     parser.add_argument("--for", dest="engine", default=None, help="write a copy of the export that an engine can serve")
     parser.add_argument("--pool-prompt", action="store_true", help="with --for: pool prompts with the text, as engines do")
     options = parser.parse_args(list(argv))
@@ -107,7 +109,8 @@ def export(argv: Sequence[str]) -> None:
     from unified_lm.assembly.checkpoints import export_checkpoint
 
     name = "export" if options.step is None else f"export-{options.step}"
-    print(export_checkpoint(options.run, options.out or options.run / name, Console(stderr=True), options.step))
+    target = options.out or options.run / name
+    print(export_checkpoint(options.run, target, Console(stderr=True), options.step, options.verify))
 
 
 _ENGINES = "engines (--for): vllm-embed, vllm-generate, tei; docs/serving.md says what each reads"

@@ -166,7 +166,7 @@ def _inject_experts(causal_lm: PreTrainedModel, config: LoraConfig, parameters: 
         _replace(causal_lm, owner, wrapper)
 
 
-def _replace(causal_lm: PreTrainedModel, name: str, module: nn.Module) -> None:
+def _replace(causal_lm: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     module.train(causal_lm.training)
     setattr(causal_lm.get_submodule(parent), child, module)
@@ -293,7 +293,7 @@ def without_adapters(causal_lm: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def lora_deltas(causal_lm: PreTrainedModel) -> Iterator[LoraDelta]:
+def lora_deltas(causal_lm: nn.Module) -> Iterator[LoraDelta]:
     """The updates of all adapted weights, one at a time, as a merge adds them: in float32 whatever the weights' dtype."""
     for name, layer in _lora_layers(causal_lm):
         a, b = (factor.float() for factor in _factors(layer))
@@ -318,7 +318,7 @@ def _expert_delta(layer: ParamWrapper, a: torch.Tensor, b: torch.Tensor) -> torc
     return delta_EOI if tuple(delta_EOI.shape) == tuple(layer.get_param().shape) else delta_EOI.transpose(1, 2)
 
 
-def remove_lora(causal_lm: PreTrainedModel) -> None:
+def remove_lora(causal_lm: nn.Module) -> None:
     """Remove the adapters in place: the model is as before `apply_lora`, with every parameter trainable again."""
     # A list, because modules are replaced on the way; inner layers of nested wrappers are removed with the outermost.
     for name, module in list(causal_lm.named_modules()):
