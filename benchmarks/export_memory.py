@@ -4,7 +4,7 @@ Three measurements, each in a process of its own, above what the process takes o
 `export_model` beside a loaded model, as a run exports itself; and `unified-lm export RUN`. Resident memory counts pages of
 memory-mapped files, which the system takes back when it needs them; anonymous memory is what must be there.
 
-Usage: python benchmarks/export_memory.py [--parameters 1e9] [--dtype bfloat16] [--verify full]
+Usage: python benchmarks/export_memory.py [--parameters 1e9] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from unified_lm.models.loading import LoadedModel, load_model
 from unified_lm.models.lora import apply_lora
 from unified_lm.models.tiny import tiny_tokenizer
 
-STAGES = ("load", "export", "command")
 LORA = LoraConfig(r=16, alpha=32.0, dropout=0.0)
 _WIDTH, _WIDE, _VOCABULARY = 2048, 5632, 32_000
 
@@ -103,7 +102,7 @@ def write_run(base: Path, folder: Path, dtype: str) -> None:
 def measure(stage: str, folder: Path, dtype: str, verify: str) -> None:
     """Run one stage in this process, and print its peaks in bytes per parameter."""
     found: dict[str, int] = {}
-    base, out = folder / "base", folder / f"{stage}-out"
+    base, out = folder / "base", folder / f"{stage}-{verify}"
     started = time.perf_counter()
     with peaks(found):
         if stage == "command":
@@ -126,8 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=1e9)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--verify", choices=VERIFICATIONS, default="full")
-    parser.add_argument("--stage", choices=(*STAGES, "base", "run"), help=argparse.SUPPRESS)
+    parser.add_argument("--verify", choices=VERIFICATIONS, default="off", help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=("base", "run", "load", "export", "command"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage == "base":
@@ -138,9 +137,11 @@ def main() -> None:
         measure(options.stage, options.folder, options.dtype, options.verify)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            for stage in ("base", "run", *STAGES):
-                arguments = [sys.executable, __file__, *sys.argv[1:], "--stage", stage, "--folder", folder]
-                subprocess.run(arguments, check=True, stdout=None if stage in STAGES else subprocess.DEVNULL)
+            measured = [("load", "off"), *((stage, verify) for verify in VERIFICATIONS for stage in ("export", "command"))]
+            for stage, verify in [("base", "off"), ("run", "off"), *measured]:
+                arguments = [*sys.argv[1:], "--stage", stage, "--folder", folder, "--verify", verify]
+                quiet = stage in ("base", "run")
+                subprocess.run([sys.executable, __file__, *arguments], check=True, stdout=subprocess.DEVNULL if quiet else None)
 
 
 if __name__ == "__main__":

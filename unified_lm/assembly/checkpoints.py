@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from unified_lm.assembly.build import identity_of, make_projection
-from unified_lm.assembly.publish import Trained, check_export, data_records, write_export
+from unified_lm.assembly.publish import Trained, check_export, data_records, make_manifest, write_export
 from unified_lm.assembly.run_record import recorded_data
 from unified_lm.checkpoint.state import PREFIX, load_state, open_tensors
 from unified_lm.checkpoint.store import find_checkpoint, list_checkpoints
@@ -16,8 +16,10 @@ from unified_lm.composition.convert import from_yaml
 from unified_lm.config.schema import RunConfig
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.outputs import check_folder
+from unified_lm.data.prompts.templates import get_template
 from unified_lm.engine.backends.optimizer import load_weights
 from unified_lm.engine.training_module import TrainingModule
+from unified_lm.export.adapter_folder import write_adapter
 from unified_lm.models.backbone import PADDED, Backbone
 from unified_lm.models.loading import load_model
 from unified_lm.models.lora import apply_lora
@@ -54,6 +56,47 @@ def export_checkpoint(
         trained = replace(trained, config=replace(trained.config, export=export))
     check_export(trained)
     return write_export(replace(trained, keep=False), console, target)
+
+
+def export_adapter(run_dir: Path, target: Path, console: Console, step: int | None = None) -> Path:
+    """Export the adapter of a checkpoint without its base; see `export.adapter_folder`. In one process, on the CPU.
+
+    Args:
+        run_dir: the folder of a run with adapters (`lora`).
+        target: the folder to write; see `export_checkpoint`.
+        console: for notices.
+        step: optimizer steps taken; None takes the newest complete checkpoint.
+
+    Returns:
+        `target`.
+
+    Raises:
+        OutputError, CheckpointError, ConfigError: see `export_checkpoint`; also where the run has no adapter, or started from
+            weights that are nowhere on disk.
+    """
+    check_folder(target)
+    trained = load_trained(run_dir, console, step)
+    provenance = trained.loaded.provenance
+    if trained.config.lora is None:
+        raise CheckpointError(f"{run_dir} trained every weight: there is no adapter to export. Leave --adapter out.")
+    if provenance["location"] is None:
+        raise CheckpointError(
+            f"{run_dir} started from {provenance['name']}, whose weights are in no folder that the adapter could name as its "
+            "base. Leave --adapter out."
+        )
+    manifest = make_manifest(trained)
+    write_adapter(
+        trained.backbone.causal_lm,
+        trained.loaded.tokenizer,
+        target,
+        config=trained.config.lora,
+        base=provenance["location"],
+        base_revision=provenance["revision"],
+        manifest=manifest,
+        template=get_template(manifest.template),
+        projection=trained.projection,
+    )
+    return target
 
 
 def load_trained(run_dir: Path, console: Console, step: int | None = None) -> Trained:

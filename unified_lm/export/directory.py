@@ -94,13 +94,13 @@ def export_model(
             "sentence_transformers=False for transformers and UnifiedLM only."
         )
     hidden_size = causal_lm.config.get_text_config().hidden_size
-    complete = _complete(manifest, causal_lm, template, projection)
+    complete = complete_manifest(manifest, causal_lm, template, projection)
     written: list[Manifest] = []
 
     def fill(building: Path) -> None:
         """Write every file of the export into `building`, and verify it there."""
         digests = _write_model(parts or ModelParts(causal_lm), building, complete.dtype, max_shard_size, check)
-        saved_tokenizer = _write_tokenizer(tokenizer, template, complete, building)
+        saved_tokenizer = write_tokenizer(tokenizer, template, complete, building)
         overlay = _write_config(building, complete, own_config or {})
         _write_generation_config(causal_lm, saved_tokenizer, template, complete, building)
         if projection is not None:
@@ -126,7 +126,9 @@ def export_model(
     return written[0]
 
 
-def _complete(manifest: Manifest, causal_lm: PreTrainedModel, template: Template, projection: Projection | None) -> Manifest:
+def complete_manifest(
+    manifest: Manifest, causal_lm: PreTrainedModel, template: Template, projection: Projection | None
+) -> Manifest:
     """The manifest with everything that follows from what is exported, except the hash of its weights."""
     projection_dim = None if projection is None else projection.linear.out_features
     size = projection_dim or causal_lm.config.get_text_config().hidden_size
@@ -181,7 +183,7 @@ def check_tokenizer(
     """
     with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", {"model_type": causal_lm.config.model_type})
-        _write_tokenizer(tokenizer, template, replace(manifest, family=causal_lm.config.model_type), Path(folder))
+        write_tokenizer(tokenizer, template, replace(manifest, family=causal_lm.config.model_type), Path(folder))
 
 
 def template_of(manifest: Manifest) -> Template:
@@ -294,7 +296,7 @@ def _text_section(config: dict[str, Any]) -> dict[str, Any]:
     return cast("dict[str, Any]", nested) if isinstance(nested, dict) else config
 
 
-def _write_tokenizer(
+def write_tokenizer(
     tokenizer: PreTrainedTokenizerBase, template: Template, manifest: Manifest, building: Path
 ) -> PreTrainedTokenizerBase:
     """Save a copy of the tokenizer with pad token and chat template, and check that it reloads unchanged; returns the copy."""

@@ -1,8 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), injected into the model in place through peft.
 
-The only file in `models` that imports peft. Adapters have the dtype of the weights that they adapt, because the engine keeps
-float32 master copies of all trained weights. With peft's default, float32 adapters, every activation would be cast and
-multiplied in float32.
+Adapters have the dtype of the weights that they adapt, because the engine keeps float32 master copies of all trained weights.
+With peft's default, float32 adapters, every activation would be cast and multiplied in float32.
 """
 
 from __future__ import annotations
@@ -308,6 +307,39 @@ def lora_deltas(causal_lm: nn.Module) -> Iterator[LoraDelta]:
             delta = (b @ a) * scaling
             delta = delta.T.contiguous() if isinstance(owner, Conv1D) else delta  # Conv1D stores `[I, O]`
         yield LoraDelta(name, base.detach(), delta)
+
+
+def peft_config(causal_lm: nn.Module, config: LoraConfig, base: str, revision: str | None) -> PeftLoraConfig:
+    """What peft must know to put the adapters of a model on its base again.
+
+    Args:
+        causal_lm: with the adapters of `apply_lora`.
+        config: of the adapters.
+        base: directory or Hub name of the model without them.
+        revision: Hub revision of the base.
+    """
+    found = dict(_lora_layers(causal_lm))
+    experts = [name for name, layer in found.items() if isinstance(layer, ParamWrapper)]
+    return PeftLoraConfig(
+        lora_dropout=0.0 if experts else config.dropout,  # peft's adapters of parameters know no dropout
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        revision=revision,
+        inference_mode=True,
+        target_modules=[name.removesuffix(".weight") for name in found if name not in experts],
+        target_parameters=experts or None,
+        **_scale(config),
+    )
+
+
+def adapter_weights(causal_lm: nn.Module) -> dict[str, torch.Tensor]:
+    """The factors of all adapters by their names in a file of peft, on the CPU."""
+    return {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": parameter.detach().cpu()
+        for name, parameter in causal_lm.named_parameters()
+        if f".{ADAPTER}." in name
+    }
 
 
 def _expert_delta(layer: ParamWrapper, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
