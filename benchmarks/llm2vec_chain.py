@@ -23,7 +23,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from unified_lm import UnifiedLM
-from unified_lm.assembly.checkpoints import load_run
+from unified_lm.assembly.checkpoints import load_trained
 from unified_lm.checkpoint.state import PREFIX
 from unified_lm.checkpoint.store import list_checkpoints
 from unified_lm.cli.script import train
@@ -72,10 +72,15 @@ def measure_curve(run_dir: Path, measure: Callable[[str, UnifiedLM], None]) -> N
     """Measure the checkpoints of a run, oldest first, except the last, which has the weights of the export."""
     for checkpoint in list_checkpoints(run_dir / "checkpoints")[:-1]:
         step = int(checkpoint.name.removeprefix(PREFIX))
-        run = load_run(run_dir, Console(quiet=True), step)
-        causal_lm = run.training.trainable.backbone.causal_lm
-        (stream,) = run.training.config.streams.values()
-        model = UnifiedLM(causal_lm, run.loaded.tokenizer, template=stream.template, pooling="mean", attention="bidirectional")
+        trained = load_trained(run_dir, Console(quiet=True), step)
+        (stream,) = trained.config.streams.values()
+        model = UnifiedLM(
+            trained.backbone.causal_lm,
+            trained.loaded.tokenizer,
+            template=stream.template,
+            pooling="mean",
+            attention="bidirectional",
+        )
         measure(f"{run_dir.name}, step {step}", model)
 
 

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from tests.engine.small_run import small_run
 from unified_lm.assembly import build_run
+from unified_lm.assembly.checkpoints import export_adapter, export_checkpoint
 from unified_lm.assembly.trained_tokens import trained_tokens
 from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
-from unified_lm.core.errors import ConfigError
+from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 
 EOS = tiny_tokenizer().eos_token_id
@@ -65,6 +66,13 @@ def test_rows_are_trained_and_exported(base: Path) -> None:
         assert torch.equal(exports["rows"][name][others], load_file(base / "model.safetensors")[name][others])
     manifest = json.loads((base.parent / "rows" / "export" / "unified_lm.json").read_text())
     assert manifest["stages"][0]["adapter"]["tokens"] == ["</s>"]
+
+    again = export_checkpoint(base.parent / "rows", base.parent / "again", Console(quiet=True))
+    saved = [(folder / "model.safetensors").read_bytes() for folder in (base.parent / "rows" / "export", again)]
+    assert saved[0] == saved[1], "an export of the checkpoint is that of the run"
+    with pytest.raises(CheckpointError, match="rows of the embedding table were trained beside the adapters"):
+        export_adapter(base.parent / "rows", base.parent / "adapter", Console(quiet=True))
+    assert not (base.parent / "adapter").exists()
 
 
 def test_which_tokens(base: Path) -> None:

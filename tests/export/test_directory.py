@@ -2,6 +2,7 @@
 
 import errno
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from tests.export.export_cases import make_manifest
-from tests.export.test_merge import adapted
 from unified_lm.core.errors import CheckpointError
 from unified_lm.data.prompts.templates import TEMPLATES, get_template
 from unified_lm.export import directory as export
 from unified_lm.export.directory import export_model, sentence_transformers_obstacle, template_of
 from unified_lm.export.manifest import Manifest
+from unified_lm.export.merge import ModelParts
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.pooling import Projection
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
@@ -27,7 +28,7 @@ from unified_lm.models.weights_hash import hash_weights
 GRIT = get_template("grit")
 
 
-def write(target: Path, model: PreTrainedModel | None = None, verify: str = "none", **changes: Any) -> Manifest:
+def write(target: Path, model: PreTrainedModel | None = None, verify: str = "off", **changes: Any) -> Manifest:
     return export_model(
         tiny_model("llama") if model is None else model,
         tiny_tokenizer(),
@@ -90,17 +91,17 @@ def test_what_is_causal_follows_mode_and_attention(tmp_path: Path) -> None:
         (("embed",), "causal", True, True),
         (("embed", "generate"), "causal", True, True),
     ):
-        write(tmp_path / "export", modes=modes, attention=attention, verify="stock")
+        write(tmp_path / "export", modes=modes, attention=attention, verify="full")
         assert read(tmp_path / "export" / "config.json")["is_causal"] is root
         assert read(tmp_path / "export" / "sentence_bert_config.json")["config_kwargs"] == {"is_causal": overlay}
-    write(tmp_path / "generative", modes=("generate",), verify="stock")
+    write(tmp_path / "generative", modes=("generate",), verify="full")
     assert not (tmp_path / "generative" / "modules.json").exists()
 
 
 @pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 2.0}])
 def test_rotary_settings_stand_where_older_transformers_looks(tmp_path: Path, scaling: dict[str, Any]) -> None:
     model = tiny_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 54321.0} | scaling)
-    write(tmp_path / "export", model, verify="stock")
+    write(tmp_path / "export", model, verify="full")
     config = read(tmp_path / "export" / "config.json")
     assert config["rope_theta"] == 54321.0
     assert config.get("rope_scaling", {}) == scaling
@@ -114,7 +115,7 @@ def test_an_embedding_export_has_no_chat_template_or_generation_config(tmp_path:
 
 
 def test_tied_weights_are_written_once(tmp_path: Path) -> None:
-    write(tmp_path / "export", tiny_model("llama", tie_word_embeddings=True), verify="stock", dtype="bfloat16")
+    write(tmp_path / "export", tiny_model("llama", tie_word_embeddings=True), verify="full", dtype="bfloat16")
     state = load_file(tmp_path / "export" / "model.safetensors")
     assert "lm_head.weight" not in state
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
@@ -127,7 +128,7 @@ def test_large_models_are_split(tmp_path: Path) -> None:
         tmp_path / "export",
         manifest=make_manifest(),
         template=GRIT,
-        verify="stock",
+        verify="full",
         max_shard_size="200KB",
     )
     assert len(list((tmp_path / "export").glob("model-*.safetensors"))) > 2
@@ -147,7 +148,7 @@ def test_stops_at_the_templates_own_end_of_answer(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(add_bos=False)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    export_model(model, tokenizer, tmp_path / "export", manifest=make_manifest(), template=TEMPLATES["chatml"], verify="stock")
+    export_model(model, tokenizer, tmp_path / "export", manifest=make_manifest(), template=TEMPLATES["chatml"], verify="full")
     stops = read(tmp_path / "export" / "generation_config.json")["eos_token_id"]
     assert set(stops) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
@@ -161,7 +162,7 @@ def test_projection(tmp_path: Path) -> None:
         manifest=make_manifest(dtype="bfloat16"),
         template=GRIT,
         projection=Projection(64, 24),
-        verify="stock",
+        verify="full",
     )
     assert (written.embedding_dim, written.projection_dim) == (24, 24)
     assert [module["path"] for module in read(tmp_path / "export" / "modules.json")] == [
@@ -174,7 +175,7 @@ def test_projection(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pooling", ["last_token", "cls"])
 def test_other_poolings_agree_with_sentence_transformers(tmp_path: Path, pooling: str) -> None:
-    write(tmp_path / "export", pooling=pooling, verify="stock")
+    write(tmp_path / "export", pooling=pooling, verify="full")
 
 
 def test_weighted_mean_behind_a_prompt_is_refused(tmp_path: Path) -> None:
@@ -194,19 +195,17 @@ def test_weighted_mean_behind_a_prompt_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "export" / "modules.json").exists()
     assert "cannot express how this model pools" in (tmp_path / "export" / "README.md").read_text()
     export_model(
-        tiny_model("llama"), tiny_tokenizer(), tmp_path / "plain", manifest=plain, template=TEMPLATES["plain"], verify="stock"
+        tiny_model("llama"), tiny_tokenizer(), tmp_path / "plain", manifest=plain, template=TEMPLATES["plain"], verify="full"
     )
 
 
 def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="still has adapters"):
-        write(tmp_path / "export", adapted("llama"))
     with pytest.raises(CheckpointError, match="Did you mean 'mean'"):
         write(tmp_path / "export", pooling="meen")
     with pytest.raises(CheckpointError, match="Did you mean 'bfloat16'"):
         write(tmp_path / "export", dtype="bfloat61")
-    with pytest.raises(CheckpointError, match="Did you mean 'stock'"):
-        write(tmp_path / "export", verify="stok")
+    with pytest.raises(CheckpointError, match="Did you mean 'full'"):
+        write(tmp_path / "export", verify="ful")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,22 +259,26 @@ def test_verification_catches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, d
 
     monkeypatch.setattr(export, "model_card", damaging_card)
     with pytest.raises(CheckpointError, match=expected):
-        write(tmp_path / "export", verify="stock")
+        write(tmp_path / "export", verify="full")
     assert contents(tmp_path / "export") == before
-    write(tmp_path / "export", verify="none")
+    write(tmp_path / "export", verify="off")
 
 
 def test_verification_catches_changed_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    faithful = export._cast_state
+    faithful = export.merged_weights
 
-    def unfaithful(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        state = {name: tensor.clone() for name, tensor in faithful(model, dtype).items()}
-        state["model.norm.weight"][0] += 1e-3
-        return state
+    def unfaithful(parts: ModelParts) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in faithful(parts):
+            yield name, tensor
+            if name == "model.norm.weight":  # in the file, after the hash was taken
+                path = next(tmp_path.glob(".export.*.building")) / "model.safetensors"
+                with open(path, "r+b") as handle:
+                    handle.seek(-4, 2)
+                    handle.write(b"\0\0\x20\x40")
 
-    monkeypatch.setattr(export, "_cast_state", unfaithful)
+    monkeypatch.setattr(export, "merged_weights", unfaithful)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight' differs"):
-        write(tmp_path / "export", verify="weights")
+        write(tmp_path / "export", verify="full")
 
 
 @pytest.mark.parametrize(

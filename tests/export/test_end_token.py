@@ -31,7 +31,7 @@ def export(
 ) -> Path:
     model = tiny_model("llama", vocab_size=max(300, len(tokenizer) + 8))
     manifest = make_manifest(max_tokens=48, modes=modes, pooling=pooling, attention="causal")
-    export_model(model, tokenizer, folder, manifest=manifest, template=template, verify="none")
+    export_model(model, tokenizer, folder, manifest=manifest, template=template, verify="off")
     return folder
 
 

@@ -1,13 +1,17 @@
 """Merged = adapter, for every kind of layer that carries one; a wrong merge is caught before anything is written."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from unified_lm.config.schema import LoraConfig
 from unified_lm.core.errors import CheckpointError
 from unified_lm.export import merge
-from unified_lm.export.merge import has_adapters, merge_lora
+from unified_lm.export.merge import ModelParts, has_adapters, merge_lora, merged_weights
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.lora import apply_lora
 from unified_lm.models.tiny import tiny_model
@@ -32,8 +36,9 @@ def adapted(family: str, targets: tuple[str, ...] | str = "all-linear", dtype: t
         ("llama", "all-linear"),
         ("gpt2", "all-linear"),
         ("mixtral", ("q_proj", "experts.down_proj", "experts.gate_up_proj")),
+        ("falcon", "all-linear"),
     ],
-    ids=["linear", "transposed weights", "fused experts"],
+    ids=["linear", "transposed weights", "fused experts", "a family that changes outputs in place"],
 )
 @torch.no_grad()
 def test_merged_equals_adapter(family: str, targets: tuple[str, ...] | str) -> None:
@@ -87,4 +92,53 @@ def test_a_wrong_merge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "lora_deltas", halved)
     with pytest.raises(CheckpointError, match="merged model differs"):
         merge_lora(adapted("llama"))
+    with pytest.raises(CheckpointError, match=r"outputs of model\.layers\.0\.mlp\.experts"):
+        merge_lora(adapted("mixtral", ("experts.down_proj",)))
     merge_lora(adapted("llama"), verify=False)
+
+
+class Recorder:
+    """A `Gather` that notes what is whole at a time."""
+
+    def __init__(self) -> None:
+        self.entered: list[nn.Module] = []
+        self.inside = 0
+
+    @contextmanager
+    def __call__(self, module: nn.Module, *, weights: bool = True) -> Iterator[None]:
+        if weights:
+            self.entered.append(module)
+            self.inside += 1
+            assert self.inside == 1
+        yield
+        self.inside -= weights
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "deepseek_v3"])
+def test_one_part_is_whole_at_a_time_and_all_are_once(family: str) -> None:
+    model, recorder = adapted(family), Recorder()
+    names = {name for name, _ in merged_weights(ModelParts(model, recorder))}
+    assert names == set(tiny_model(family).state_dict())
+    assert len({id(part) for part in recorder.entered}) == len(recorder.entered)
+    whole = {id(parameter) for part in recorder.entered for parameter in part.parameters()}
+    assert whole == {id(parameter) for parameter in model.parameters()}
+
+
+def test_after_an_error_the_other_parts_are_still_gone_through() -> None:
+    model, recorder = adapted("llama"), Recorder()
+    everything = ModelParts(model, recorder)
+    everything.finish()
+    expected, recorder.entered = recorder.entered, []
+    parts = ModelParts(model, recorder)
+    for _ in merged_weights(parts):
+        break
+    parts.finish()
+    assert recorder.entered == expected
+
+
+def test_weights_are_given_up_as_they_are_merged() -> None:
+    model = adapted("llama")
+    expected = merge_lora(model).state_dict()
+    for name, tensor in merged_weights(ModelParts(model, keep=False)):
+        assert torch.equal(tensor, expected[name])
+    assert sum(parameter.numel() for parameter in model.parameters()) == 0

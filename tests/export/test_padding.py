@@ -21,7 +21,7 @@ TEXTS = ["x", "A rather longer text, so that the first has padding in a batch.",
 def write(folder: Path, family: str, template: str = "grit", **changes: object) -> Path:
     manifest = make_manifest(family=family, **changes)
     tokenizer = tiny_tokenizer(add_bos=family not in ("qwen3", "gpt2"))
-    export_model(tiny_model(family), tokenizer, folder, manifest=manifest, template=get_template(template), verify="none")
+    export_model(tiny_model(family), tokenizer, folder, manifest=manifest, template=get_template(template), verify="off")
     return folder
 
 

@@ -26,7 +26,7 @@ TEXTS = ["a short text", "A rather longer text, of more tokens than a sliding wi
 def export(folder: Path, family: str = "llama", projection: Projection | None = None, **changes: object) -> Path:
     tokenizer, model = tiny_tokenizer(add_bos=family != "qwen3"), tiny_model(family)
     manifest, template = make_manifest(family=family, max_tokens=256, **changes), get_template("grit")
-    export_model(model, tokenizer, folder, manifest=manifest, template=template, projection=projection, verify="none")
+    export_model(model, tokenizer, folder, manifest=manifest, template=template, projection=projection, verify="off")
     return folder
 
 

@@ -50,7 +50,7 @@ def _export(folder: Path, projection: Projection | None = None, **changes: objec
         manifest=make_manifest(**changes),
         template=get_template("grit"),
         projection=projection,
-        verify="none",
+        verify="off",
     )
     return folder
 

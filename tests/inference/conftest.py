@@ -43,7 +43,7 @@ def make_export(
         folder,
         manifest=Manifest(**{**vars(manifest), **(changes or {})}),
         template=template,
-        verify="none",
+        verify="off",
     )
     return folder
 

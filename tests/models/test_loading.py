@@ -4,15 +4,14 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, T5Config
+from transformers import AutoConfig, BertConfig, T5Config
 
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.models.load_errors import explain
-from unified_lm.models.loading import MANIFEST, four_bit_config, load_model
+from unified_lm.models.loading import MANIFEST, load_model
+from unified_lm.models.precision import four_bit_config
 from unified_lm.models.tiny import TINY_FAMILIES, tiny_model, tiny_tokenizer
 
 
@@ -191,20 +190,6 @@ def test_architectures_that_are_no_decoders(tmp_path, hf_config, message) -> Non
     hf_config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=message):
         load_model(config_for(tmp_path))
-
-
-@pytest.mark.parametrize("key", ["name", "init_from"])
-@pytest.mark.parametrize("with_config", [False, True], ids=["alone", "beside a config"])
-def test_an_adapter_is_named_and_refused(checkpoint, tmp_path, key, with_config) -> None:
-    folder = tmp_path / "adapter"
-    base = AutoModelForCausalLM.from_pretrained(checkpoint)
-    get_peft_model(base, PeftLoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
-    if with_config:
-        shutil.copy(checkpoint / "config.json", folder)
-    with pytest.raises(
-        ModelError, match=rf"/adapter' is an adapter \(LORA\) of {checkpoint}, not a whole model\. Merge it first"
-    ):
-        load_model(ModelConfig(**{key: str(folder)}, dtype="float32"))
 
 
 def test_weights_that_do_not_fill_the_model(checkpoint, tmp_path) -> None:

@@ -46,10 +46,11 @@ from unified_lm.export.verify import load_projection
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.loading import LoadedModel, load_model
 from unified_lm.models.lora import LoraReport, apply_lora
+from unified_lm.models.modes import GatherParameters, no_gathering
 from unified_lm.models.pooling import Projection
 from unified_lm.models.positions import check_lengths
 from unified_lm.models.probe import probe_attention
-from unified_lm.models.sharded import GatherParameters, load_sharded, no_gathering
+from unified_lm.models.sharded import load_sharded
 from unified_lm.objectives import ObjectiveKind
 from unified_lm.objectives.protocol import EmbeddingObjective, SequenceObjective, TokenObjective
 from unified_lm.objectives.trial import tried_objective
@@ -130,7 +131,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
         probe_attention(backbone, longest=max(_lengths(config).values()), whole=backend.whole)
     weights = {name: stream.objective.weight for name, stream in config.streams.items()}
-    identity = _identity(config, loaded, trainable)
+    identity = identity_of(config, loaded, trainable)
     resume_from = run_on_rank0(lambda: _checkpoint_to_resume(config, run_dir, identity, console))
     clock = ComputeClock()
     forward, backward = traced("forward", clock.timed(backend.forward)), traced("backward", clock.timed(backend.backward))
@@ -221,7 +222,7 @@ def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
     return stream.objective.needs_reference_scores(has_adapters=config.lora is not None)
 
 
-def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
+def make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
     """The head on pooled vectors: that of the export the run starts from, or a new one.
 
     Raises:
@@ -241,7 +242,7 @@ def _make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -
 
 
 def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, objectives: _Objectives) -> TrainingModule:
-    projection = _make_projection(config, loaded, backbone.hidden_size)
+    projection = make_projection(config, loaded, backbone.hidden_size)
     return TrainingModule(
         backbone,
         config.model.pooling,
@@ -342,7 +343,8 @@ def _fixed_batches(config: RunConfig, streams: dict[str, Stream], trainable: Tra
     return batches
 
 
-def _identity(config: RunConfig, loaded: LoadedModel, trainable: TrainingModule) -> Identity:
+def identity_of(config: RunConfig, loaded: LoadedModel, trainable: TrainingModule) -> Identity:
+    """The identity that a checkpoint of this run has."""
     # a parameter that ZeRO-3 has shared out is empty, and remembers its shape
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trainable.named_parameters() if p.requires_grad}
     tokenizer = loaded.tokenizer.backend_tokenizer.to_str()

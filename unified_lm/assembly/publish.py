@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +12,88 @@ from rich.console import Console
 
 from unified_lm.assembly.build import Run
 from unified_lm.assembly.run_folder import EXPORT
+from unified_lm.assembly.run_record import data_entries
 from unified_lm.config.schema import RunConfig, StreamConfig
 from unified_lm.config.streams import EMBED, GENERATE, MODES
+from unified_lm.core import distributed
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.prompts.templates import Template, get_template
 from unified_lm.engine.metrics import held_out
 from unified_lm.export.directory import check_tokenizer, export_model, sentence_transformers_obstacle
 from unified_lm.export.hub_upload import push_to_hub
 from unified_lm.export.manifest import AdapterRecord, DataRecord, Manifest, StageRecord
-from unified_lm.export.merge import merge_lora
+from unified_lm.export.merge import Gather, ModelParts, no_gathering
 from unified_lm.models import families
+from unified_lm.models.backbone import Backbone
+from unified_lm.models.loading import LoadedModel
+from unified_lm.models.lora import LoraReport
+from unified_lm.models.pooling import Projection
 from unified_lm.models.probe import stock_attention_sees_future
 
 _EMBEDDING_FIELDS = ("instruction_prompt", "bare_prompt", "literal_bos", "embedding_end", "joined", "pools_prompt")
 """Fields of a template that decide how texts are embedded."""
 
 
-def check_export(run: Run) -> None:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trained:
+    """What an export is made of: of a run in memory, or of a checkpoint (`assembly.checkpoints`).
+
+    Attributes:
+        config: of the run; `max_steps` is the step of the weights.
+        run_dir: its folder.
+        loaded: model and tokenizer, with where they came from.
+        backbone: the trained model.
+        projection: its head on pooled vectors, whole, or None.
+        lora: what adapters were applied, or None.
+        data: one record per source.
+        gathered: makes parts of the model whole on rank 0.
+        keep: whether the model keeps its weights; without, they are given up as they are written.
+    """
+
+    config: RunConfig
+    run_dir: Path
+    loaded: LoadedModel
+    backbone: Backbone
+    projection: Projection | None
+    lora: LoraReport | None
+    data: tuple[DataRecord, ...]
+    gathered: Gather = no_gathering
+    keep: bool = True
+
+    @classmethod
+    def of(cls, run: Run) -> Trained:
+        """The result of a run as it is now. Collective."""
+        training = run.training
+        projection = training.trainable.projection
+        if projection is not None:
+            with training.backend.gathered(projection):
+                if distributed.is_rank0():  # elsewhere it has no values, and hooks that cannot be copied
+                    projection = copy.deepcopy(projection)
+        return cls(
+            config=training.config,
+            run_dir=training.run_dir,
+            loaded=run.loaded,
+            backbone=training.trainable.backbone,
+            projection=projection,
+            lora=run.lora,
+            data=data_records(data_entries(run)),
+            gathered=training.backend.gathered,
+        )
+
+    def parts(self) -> ModelParts:
+        """The model's parts: what an export goes through on rank 0, and the other ranks with it."""
+        return ModelParts(self.backbone.causal_lm, self.gathered, keep=self.keep)
+
+
+def data_records(entries: Iterable[Mapping[str, Any]]) -> tuple[DataRecord, ...]:
+    """What a manifest says of the entries of a run's record."""
+    return tuple(
+        DataRecord(stream=entry["stream"], name=entry["source"], fingerprint=entry["fingerprint"], num_rows=entry["rows"])
+        for entry in entries
+    )
+
+
+def check_export(trained: Trained) -> None:
     """Raise before training what would stop the export after it.
 
     Collective.
@@ -35,13 +102,13 @@ def check_export(run: Run) -> None:
         CheckpointError: the tokenizer is not read again as it is.
         ConfigError: stock tools cannot express what the recipe asks for.
     """
-    manifest = make_manifest(run)
-    _check_stock_attention(run, manifest)
-    check_tokenizer(run.training.trainable.backbone.causal_lm, run.loaded.tokenizer, get_template(manifest.template), manifest)
+    manifest = make_manifest(trained)
+    _check_stock_attention(trained, manifest)
+    check_tokenizer(trained.backbone.causal_lm, trained.loaded.tokenizer, get_template(manifest.template), manifest)
     if not manifest.can_embed:
         return
-    _check_kept_prompts(run, manifest)
-    obstacle = sentence_transformers_obstacle(manifest, get_template(manifest.template), run.loaded.tokenizer)
+    _check_kept_prompts(trained, manifest)
+    obstacle = sentence_transformers_obstacle(manifest, get_template(manifest.template), trained.loaded.tokenizer)
     if obstacle:
         raise ConfigError(
             f"the result could not be exported for sentence-transformers: {obstacle} "
@@ -49,9 +116,9 @@ def check_export(run: Run) -> None:
         )
 
 
-def _check_stock_attention(run: Run, manifest: Manifest) -> None:
+def _check_stock_attention(trained: Trained, manifest: Manifest) -> None:
     """Raise where stock tools would not follow the `is_causal` of the export: it would be refused after training."""
-    backbone = run.training.trainable.backbone
+    backbone = trained.backbone
     needs = {
         "generate": (manifest.can_generate, True),
         f"embed with {manifest.attention} attention": (manifest.can_embed, manifest.attention == "causal"),
@@ -60,53 +127,60 @@ def _check_stock_attention(run: Run, manifest: Manifest) -> None:
         if needed and stock_attention_sees_future(backbone, causal=causal) == causal:
             flag = "use_bidirectional_attention"
             own = getattr(families.text_config(backbone.causal_lm), flag, None)
-            why = f"the configuration of {run.loaded.provenance['name']} has {flag}={own}" if own else "the family ignores it"
+            why = (
+                f"the configuration of {trained.loaded.provenance['name']} has {flag}={own}" if own else "the family ignores it"
+            )
             raise ConfigError(
                 f"the export could not {use}: transformers' own attention does not follow is_causal={str(causal).lower()}, "
                 f"since {why}. Start from another model, leave that mode out of export.modes, or set export.enabled=false."
             )
 
 
-def _check_kept_prompts(run: Run, manifest: Manifest) -> None:
+def _check_kept_prompts(trained: Trained, manifest: Manifest) -> None:
     """Raise where preferences are written in another template than the one that the model they start from embeds with."""
-    earlier: dict[str, Any] = run.loaded.provenance.get("manifest") or {}
-    if not _only_adjusts(run.training.config) or EMBED not in earlier.get("modes", ()):
+    earlier: dict[str, Any] = trained.loaded.provenance.get("manifest") or {}
+    if not _only_adjusts(trained.config) or EMBED not in earlier.get("modes", ()):
         return
     # Fields that templates got later are absent from older manifests, which had what is now their default.
     template, recorded = asdict(get_template(manifest.template)), earlier.get("template_fields") or {}
     kept = {**{item.name: item.default for item in fields(Template)}, **recorded} if recorded else template
     if any(kept[name] != template[name] for name in _EMBEDDING_FIELDS):
         raise ConfigError(
-            f"{run.training.config.model.init_from} embeds with template '{earlier.get('template')}', but the preferences have "
+            f"{trained.config.model.init_from} embeds with template '{earlier.get('template')}', but the preferences have "
             f"template '{manifest.template}': the export would embed with prompts that were never trained. Give the streams "
             "the model's template, or set export.modes=[generate] or export.enabled=false."
         )
 
 
-def write_export(run: Run, console: Console, target: Path | None = None) -> Path:
+def write_export(trained: Trained, console: Console, target: Path | None = None) -> Path:
     """Merge, verify and write `target` (`run_dir/export`), and upload it where the recipe asks for that.
 
-    Call it on one rank.
+    Call it on rank 0, while the other ranks go through `trained.parts()`.
 
     Returns:
         The folder of the export.
     """
-    training = run.training
-    config = training.config
-    target = target or training.run_dir / EXPORT
+    parts = trained.parts()
+    try:
+        return _write_export(trained, parts, console, target or trained.run_dir / EXPORT)
+    finally:
+        parts.finish()  # after an error too: the other ranks wait in them
+
+
+def _write_export(trained: Trained, parts: ModelParts, console: Console, target: Path) -> Path:
+    config = trained.config
     console.print(f"exporting to {target}", highlight=False)
-    manifest = make_manifest(run)
-    causal_lm = training.trainable.backbone.causal_lm
-    with training.trainable.backbone.stock_attention():
-        plain = merge_lora(causal_lm)
+    manifest = make_manifest(trained)
     export_model(
-        plain,
-        run.loaded.tokenizer,
+        trained.backbone.causal_lm,
+        trained.loaded.tokenizer,
         target,
         manifest=manifest,
         template=get_template(manifest.template),
-        projection=training.trainable.projection,
-        own_config=run.loaded.provenance["own_config"],
+        projection=trained.projection,
+        own_config=trained.loaded.provenance["own_config"],
+        verify=config.export.verify,
+        parts=parts,
     )
     if config.export.push_to_hub:
         url = push_to_hub(target, config.export.push_to_hub, private=config.export.private)
@@ -114,14 +188,14 @@ def write_export(run: Run, console: Console, target: Path | None = None) -> Path
     return target
 
 
-def make_manifest(run: Run) -> Manifest:
+def make_manifest(trained: Trained) -> Manifest:
     """What the export records about its training; the stages of what it started from come first."""
-    config = run.training.config
-    provenance = run.loaded.provenance
+    config = trained.config
+    provenance = trained.loaded.provenance
     earlier: dict[str, Any] = provenance.get("manifest") or {}
     embedding = _embedding_stream(config)
     template = (_generating_stream(config) or embedding or next(iter(config.streams.values()))).template
-    before, after = held_out(run.training.run_dir, config.max_steps)
+    before, after = held_out(trained.run_dir, config.max_steps)
     kept = earlier if _only_adjusts(config) else {}  # what embeds is then trained nowhere, and stays what it was
     return Manifest(
         recipe=config.recipe,
@@ -137,8 +211,8 @@ def make_manifest(run: Run) -> Manifest:
         max_tokens=kept.get("max_tokens", _max_tokens(config)),
         dtype=config.export.dtype,
         base_revision=earlier.get("base_revision") or provenance.get("revision") or "",
-        stages=(*_earlier_stages(earlier), _stage(run)),
-        data=_data(run),
+        stages=(*_earlier_stages(earlier), _stage(trained)),
+        data=trained.data,
         metrics={name: {"before": before[name], "after": after[name]} for name in after if name in before},
     )
 
@@ -182,16 +256,16 @@ def _instructions(stream: StreamConfig | None) -> dict[str, str]:
     return {name: text for name, text in named.items() if text}
 
 
-def _stage(run: Run) -> StageRecord:
-    config = run.training.config
+def _stage(trained: Trained) -> StageRecord:
+    config = trained.config
     adapter = None
-    if config.lora is not None and run.lora is not None:
+    if config.lora is not None and trained.lora is not None:
         adapter = AdapterRecord(
             r=config.lora.r,
             alpha=config.lora.alpha,
-            target_modules=tuple(sorted({name.rpartition(".")[2] for name in run.lora.targets})),
+            target_modules=tuple(sorted({name.rpartition(".")[2] for name in trained.lora.targets})),
             dropout=config.lora.dropout,
-            tokens=run.lora.tokens,
+            tokens=trained.lora.tokens,
         )
     settings = {
         "learning_rate": config.optim.learning_rate,
@@ -203,7 +277,7 @@ def _stage(run: Run) -> StageRecord:
         },
     }
     return StageRecord(
-        recipe=config.recipe, steps=config.max_steps, run_id=run.training.run_dir.name, adapter=adapter, settings=settings
+        recipe=config.recipe, steps=config.max_steps, run_id=trained.run_dir.name, adapter=adapter, settings=settings
     )
 
 
@@ -211,12 +285,4 @@ def _earlier_stages(manifest: dict[str, Any]) -> tuple[StageRecord, ...]:
     return tuple(
         StageRecord(**{**stage, "adapter": AdapterRecord(**stage["adapter"]) if stage.get("adapter") else None})
         for stage in manifest.get("stages", ())
-    )
-
-
-def _data(run: Run) -> tuple[DataRecord, ...]:
-    return tuple(
-        DataRecord(stream=name, name=label, fingerprint=source.fingerprint, num_rows=len(table))
-        for name, stream in run.streams.items()
-        for label, source, table in zip(stream.source_names, stream.sources, stream.tables, strict=True)
     )

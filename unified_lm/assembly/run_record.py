@@ -36,21 +36,46 @@ def write_record(run: Run) -> None:
     record = {
         "recipe": training.config.recipe,
         "model": _model(run),
-        "data": _data(run),
+        "data": data_entries(run),
         "starts": [*starts, _start(run, step)],
     }
     write_json(path, record)
 
 
+_ENTRY_KEYS = {"stream", "source", "rows", "fingerprint"}
+"""What the entry of a source has at least."""
+
+
+def recorded_data(run_dir: Path) -> list[dict[str, Any]] | None:
+    """What a run's record says of its sources (see `data_entries`); None where there is no record.
+
+    Raises:
+        DataError: the record cannot be read.
+    """
+    path = run_dir / FILE_NAME
+    return list(_read(path)["data"]) if path.is_file() else None
+
+
 def _earlier_starts(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    fix = "Remove it; only the report reads it."
+    return list(_read(path)["starts"]) if path.is_file() else []
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record with its lists.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    fix = "Remove it; the report and later exports will lack what it says of the data."
     content = read_json(path, fix=fix)
-    starts = content.get("starts") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged: it holds {type(content).__name__}, expected an object. {fix}")
+    starts, data = content.get("starts"), content.get("data")
     if not isinstance(starts, list) or not all(isinstance(s, dict) and isinstance(s.get("from_step"), int) for s in starts):
         raise DataError(f"{path} is damaged: it has no list of starts with the steps they began at. {fix}")
-    return starts
+    if not isinstance(data, list) or not all(isinstance(entry, dict) and entry.keys() >= _ENTRY_KEYS for entry in data):
+        raise DataError(f"{path} is damaged: it has no list of the data with {', '.join(sorted(_ENTRY_KEYS))}. {fix}")
+    return content
 
 
 def _model(run: Run) -> dict[str, Any]:
@@ -73,7 +98,7 @@ def _count(module: nn.Module, *, trained: bool) -> int:
     return sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters() if p.requires_grad or not trained)
 
 
-def _data(run: Run) -> list[dict[str, Any]]:
+def data_entries(run: Run) -> list[dict[str, Any]]:
     """One entry per source: rows in use, what was left out and why, cut texts, and a hash of the content."""
     found = []
     for name, stream in run.streams.items():

@@ -16,7 +16,7 @@ from rich.console import Console
 from unified_lm.assembly.build import Run, RunResult, assemble_run
 from unified_lm.assembly.continuation import check_continuation, earlier_settings
 from unified_lm.assembly.machine import settle_backend, settle_dtype
-from unified_lm.assembly.publish import check_export, write_export
+from unified_lm.assembly.publish import Trained, check_export, write_export
 from unified_lm.assembly.run_folder import occupy
 from unified_lm.assembly.run_record import write_record
 from unified_lm.composition.compose import to_yaml
@@ -75,7 +75,7 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     run = assemble_run(placed, run_dir, console)
     _report(run, console)
     if config.export.enabled:
-        check_export(run)
+        check_export(Trained.of(run))
     _score_references(run)
     if distributed.is_rank0():
         # with parallel=auto as it is: a restart may have other devices, and any backend reads any other's checkpoints
@@ -133,8 +133,10 @@ def export_run(run: Run) -> Path | None:
     if not run.training.config.export.enabled:
         return None
     with run.stop as stop:
-        with run.training.backend.gathered():
-            target = run_long_on_rank0(lambda: write_export(run, rank0_console()), "export")
+        trained = Trained.of(run)
+        if not distributed.is_rank0():
+            trained.parts().finish()
+        target = run_long_on_rank0(lambda: write_export(trained, rank0_console()), "export")
         run.result = RunResult(run.run_dir, is_finished=True, stopped_by=stop.agree())
     return target
 

@@ -10,7 +10,7 @@ from unified_lm.config.schema import TEMPLATE_TOKENS, RunConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
 from unified_lm.data.prompts.templates import get_template, special_tokens, template_tokens
 from unified_lm.models.loading import LoadedModel
-from unified_lm.models.sharded import GatherParameters
+from unified_lm.models.modes import GatherParameters
 from unified_lm.models.token_rows import untrained_tokens
 
 

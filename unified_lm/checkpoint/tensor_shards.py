@@ -21,18 +21,9 @@ from safetensors import SafetensorError, safe_open
 
 from unified_lm.core import distributed
 from unified_lm.core.errors import CheckpointError
+from unified_lm.core.raw_tensors import DTYPE_NAMES, raw_bytes
 from unified_lm.core.tracing import trace_span
 
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 _HEADER_BYTES = 2**20  # enough for about 8,000 tensors; a longer header costs one more copy of the file
 
 
@@ -58,11 +49,11 @@ class ShardWriter:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append one tensor; the caller may overwrite it afterwards."""
-        data = tensor.detach().cpu().contiguous()
         # offsets are relative to the end of the header, wherever that is
-        start, self._end = self._end, self._end + data.nbytes
-        self._entries[name] = {"dtype": _DTYPES[data.dtype], "shape": list(data.shape), "data_offsets": [start, self._end]}
-        self._handle.write(data.reshape(-1).view(torch.uint8).numpy().data)
+        start, self._end = self._end, self._end + tensor.nbytes
+        dtype = DTYPE_NAMES[tensor.dtype]
+        self._entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, self._end]}
+        self._handle.write(raw_bytes(tensor))
 
     def close(self) -> None:
         """Write the header and flush the file to disk."""

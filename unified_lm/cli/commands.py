@@ -12,6 +12,7 @@ from unified_lm.cli import script
 from unified_lm.cli.arguments import HELP, command_parser, whole
 from unified_lm.composition.compose import compose_run
 from unified_lm.composition.locate import group_options, list_recipes
+from unified_lm.config.schema import VERIFICATIONS
 from unified_lm.core.errors import UserError
 
 _SETTINGS = (
@@ -96,18 +97,26 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, help="folder of a run; with --for also of an export")
     parser.add_argument("--step", type=whole, default=None, help="the checkpoint's step; the newest if left out")
     parser.add_argument("--out", type=Path, default=None, help="folder to write; RUN/export (with --step: RUN/export-STEP)")
+    parser.add_argument("--verify", choices=VERIFICATIONS, default=None, help="what to read back; as the run's export.verify")
+    parser.add_argument("--adapter", action="store_true", help="the adapter alone, for its base; to RUN/export-adapter")
     parser.add_argument("--for", dest="engine", default=None, help="write a copy of the export that an engine can serve")
     parser.add_argument("--pool-prompt", action="store_true", help="with --for: pool prompts with the text, as engines do")
     options = parser.parse_args(list(argv))
+    if options.adapter and (options.engine is not None or options.verify is not None):
+        raise UserError("--adapter writes peft's files and loads nothing back: it goes with neither --for nor --verify.")
     if options.engine is not None:
         _export_for(options.run, options.step, options.out, options.engine, options.pool_prompt)
         return
     if options.pool_prompt:
         raise UserError("--pool-prompt says how an engine pools, and no engine is named. Add --for vllm-embed or --for tei.")
-    from unified_lm.assembly.checkpoints import export_checkpoint
+    from unified_lm.assembly.checkpoints import export_adapter, export_checkpoint
 
-    name = "export" if options.step is None else f"export-{options.step}"
-    print(export_checkpoint(options.run, options.out or options.run / name, Console(stderr=True), options.step))
+    name = ("export-adapter" if options.adapter else "export") + ("" if options.step is None else f"-{options.step}")
+    target, console = options.out or options.run / name, Console(stderr=True)
+    if options.adapter:
+        print(export_adapter(options.run, target, console, options.step))
+        return
+    print(export_checkpoint(options.run, target, console, options.step, options.verify))
 
 
 _ENGINES = "engines (--for): vllm-embed, vllm-generate, tei; docs/serving.md says what each reads"

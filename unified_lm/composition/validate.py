@@ -8,7 +8,7 @@ from pathlib import Path
 from unified_lm.config.checks import above, at_least, choice, fraction
 from unified_lm.config.kernels import KERNELS
 from unified_lm.config.schedules import SCHEDULES
-from unified_lm.config.schema import BACKENDS, ChainConfig, ModelConfig, OptimConfig, RunConfig
+from unified_lm.config.schema import BACKENDS, VERIFICATIONS, ChainConfig, ModelConfig, OptimConfig, RunConfig
 from unified_lm.config.streams import MODES
 from unified_lm.core.errors import did_you_mean
 
@@ -199,6 +199,7 @@ def _validation(config: RunConfig) -> Iterator[str]:
 def _export(config: RunConfig) -> Iterator[str]:
     export = config.export
     yield from choice("export.dtype", export.dtype, (*DTYPES, "float16"))
+    yield from choice("export.verify", export.verify, VERIFICATIONS)
     for index, mode in enumerate(export.modes):
         yield from choice(f"export.modes.{index}", mode, MODES)
     templates = {name: s.template for name, s in config.streams.items() if s.templated}

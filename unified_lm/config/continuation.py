@@ -63,6 +63,7 @@ CHANGES: Mapping[str, Change] = {
     "checkpoint": Change.FREE,
     "validation": Change.REPORTED,
     "export": Change.REPORTED,
+    "export.verify": Change.FREE,
 }
 """Dotted key -> what a change of it means; `*` is any one name. The longest entry that leads to a key answers for it."""
 

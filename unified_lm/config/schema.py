@@ -226,6 +226,10 @@ class ValidationConfig:
     """Held-out retrieval (nDCG@10), where there is a contrastive stream."""
 
 
+VERIFICATIONS = ("full", "sampled", "off")
+"""What `export.verify` may be."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """What is written at the end."""
@@ -236,6 +240,9 @@ class ExportConfig:
     """What the export may be used for ("embed", "generate"); empty: what streams trained, or the model could before KTO."""
     dtype: str = "bfloat16"
     """Type of the exported weights; merging itself runs in float32."""
+    verify: str = "full"
+    """What is read back before the export appears: "full" (the whole model in stock tools, 4 bytes a parameter of host memory),
+    "sampled" (its first two layers) or "off"."""
     push_to_hub: str | None = None
     """Hub repository (org/name) to upload the export to."""
     private: bool = True

@@ -9,7 +9,6 @@ This module writes what transformers reads; `sentence_transformers_files` writes
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import tempfile
@@ -28,11 +27,12 @@ from unified_lm.core.outputs import check_folder, write_folder
 from unified_lm.core.typed import require_typed
 from unified_lm.data.prompts.templates import Template
 from unified_lm.export.manifest import Manifest, library_versions
-from unified_lm.export.merge import has_adapters
+from unified_lm.export.merge import ModelParts, merged_weights
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import POOLING_MODES, write_projection, write_sentence_transformers
 from unified_lm.export.tokenizer_files import embedding_settings, write_tokenizer
 from unified_lm.export.verify import Verification, quiet_transformers, verify_export
+from unified_lm.export.weight_files import Digest, write_weights
 from unified_lm.models.pooling import Projection
 from unified_lm.models.weights_hash import hash_weights
 
@@ -51,37 +51,40 @@ def export_model(
     template: Template,
     projection: Projection | None = None,
     own_config: Mapping[str, Any] | None = None,
-    verify: str = "stock",
+    verify: str = "full",
     sentence_transformers: bool = True,
     max_shard_size: str = "5GB",
+    parts: ModelParts | None = None,
 ) -> Manifest:
     """Write the export folder; on any failure a previous `target` is unchanged.
 
-    Call it in one process, with whole weights. The model is not changed, whatever its attention kernel.
+    Adapters are merged and quantized weights dequantized on the way to the files, one layer at a time. Call it in one process.
+    The model is not changed, whatever its attention kernel.
 
     Args:
-        causal_lm: a stock causal language model without adapters (`merge_lora` first).
+        causal_lm: a causal language model, possibly with the adapters of `models.lora.apply_lora`.
         tokenizer: its tokenizer. A copy is saved, with a chat template where the model generates, and a pad token.
         target: the folder to create, or to replace where it is an export and holds nothing else (`core.outputs`).
         manifest: what to record. `embedding_dim`, `versions`, `weights_hash` and the template's fields are filled in here.
         template: the prompt template that training used.
         projection: linear head `[D] -> [P]` on the pooled vector, or None.
         own_config: the base checkpoint's own values of what training changed in its configuration (attention dropout).
-        verify: what to verify before the folder appears, see `Verification`: "none", "weights" or "stock".
+        verify: what to verify before the folder appears, see `Verification`: "full", "sampled" or "off".
         sentence_transformers: whether sentence-transformers must be able to load it. False exports models that it cannot
             express (see `sentence_transformers_obstacle`) for transformers and `UnifiedLM` only.
         max_shard_size: largest weight file.
+        parts: how to take the model's weights, where they are partitioned or not needed afterwards.
 
     Returns:
         The manifest as written.
 
     Raises:
         OutputError: `target` holds what this package did not write, or is a file or a link.
-        CheckpointError: the model still has adapters, a setting is unknown, sentence-transformers cannot express the model, a
-            check fails, or the folder cannot be written.
+        CheckpointError: a setting is unknown, sentence-transformers cannot express the model, a check fails, or the folder
+            cannot be written.
     """
     check = Verification.parse(verify)
-    _check_request(causal_lm, manifest, projection, Path(target))
+    _check_request(manifest, projection, Path(target))
     wanted = manifest.can_embed and sentence_transformers
     if wanted and (obstacle := sentence_transformers_obstacle(manifest, template, tokenizer)):
         raise CheckpointError(
@@ -89,12 +92,12 @@ def export_model(
             "sentence_transformers=False for transformers and UnifiedLM only."
         )
     hidden_size = causal_lm.config.get_text_config().hidden_size
-    complete = _complete(manifest, causal_lm, template, projection)
+    complete = complete_manifest(manifest, causal_lm, template, projection)
     written: list[Manifest] = []
 
     def fill(building: Path) -> None:
         """Write every file of the export into `building`, and verify it there."""
-        _write_model(causal_lm, building, complete.dtype, max_shard_size)
+        digests = _write_model(parts or ModelParts(causal_lm), building, complete.dtype, max_shard_size, check)
         saved_tokenizer = write_tokenizer(tokenizer, template, complete, building)
         overlay = _write_config(building, complete, own_config or {})
         _write_generation_config(causal_lm, saved_tokenizer, template, complete, building)
@@ -108,7 +111,7 @@ def export_model(
         final.save(building)
         write_text(building / "README.md", model_card(final, prompts(final, template, saved_tokenizer), sentence_transformers))
         # before the rename: an exception here leaves a previous export in place
-        verify_export(building, causal_lm, final, template, check, sentence_transformers)
+        verify_export(building, digests, final, template, check, sentence_transformers)
         written.append(final)
 
     try:
@@ -122,7 +125,9 @@ def export_model(
     return written[0]
 
 
-def _complete(manifest: Manifest, causal_lm: PreTrainedModel, template: Template, projection: Projection | None) -> Manifest:
+def complete_manifest(
+    manifest: Manifest, causal_lm: PreTrainedModel, template: Template, projection: Projection | None
+) -> Manifest:
     """The manifest with everything that follows from what is exported, except the hash of its weights."""
     projection_dim = None if projection is None else projection.linear.out_features
     size = projection_dim or causal_lm.config.get_text_config().hidden_size
@@ -213,18 +218,12 @@ def stop_token_ids(
     return stop_ids
 
 
-def _check_request(causal_lm: PreTrainedModel, manifest: Manifest, projection: Projection | None, target: Path) -> None:
+def _check_request(manifest: Manifest, projection: Projection | None, target: Path) -> None:
     check_folder(target)
-    if has_adapters(causal_lm):
-        raise CheckpointError("the model still has adapters, which stock tools would not find. Merge first: merge_lora(model).")
     if manifest.pooling not in POOLING_MODES:
         raise CheckpointError(f"unknown pooling '{manifest.pooling}'.{did_you_mean(manifest.pooling, POOLING_MODES)}")
     if manifest.dtype not in DTYPES:
         raise CheckpointError(f"unknown dtype '{manifest.dtype}'.{did_you_mean(manifest.dtype, DTYPES)}")
-    if getattr(causal_lm.config, "quantization_config", None) is not None:
-        raise CheckpointError(
-            "the model is quantized; its weights cannot be exported as they are. Merge first: merge_lora(model)."
-        )
     if manifest.standardizer is not None:
         raise CheckpointError(
             "a standardizer belongs to finished weights: export without one, then `unified-lm standardize EXPORT`."
@@ -233,21 +232,14 @@ def _check_request(causal_lm: PreTrainedModel, manifest: Manifest, projection: P
         raise CheckpointError("a projection has no effect in an export that does not embed. Remove it, or add mode 'embed'.")
 
 
-def _write_model(causal_lm: PreTrainedModel, building: Path, dtype: str, max_shard_size: str) -> None:
-    """Write weights and a first config.json with transformers' own writer, which handles shards, ties and renamed weights."""
-    # `save_pretrained` writes its findings into the model's configs; the caller's model must not change.
-    config = causal_lm.config
-    before = {name: getattr(config, name, None) for name in ("dtype", "architectures")}
-    generation_config = causal_lm.generation_config
-    try:
-        if generation_config is not None:
-            causal_lm.generation_config = copy.deepcopy(generation_config)
-            _drop_sampling_options(causal_lm.generation_config)
-        causal_lm.save_pretrained(building, state_dict=_cast_state(causal_lm, DTYPES[dtype]), max_shard_size=max_shard_size)
-    finally:
-        causal_lm.generation_config = generation_config
-        for name, value in before.items():
-            setattr(config, name, value)
+def _write_model(parts: ModelParts, building: Path, dtype: str, max_shard_size: str, check: Verification) -> dict[str, Digest]:
+    """Write the weights and a first config.json; returns digests of the weights, where they are verified."""
+    skeleton = parts.skeleton()
+    if skeleton.generation_config is not None:
+        _drop_sampling_options(skeleton.generation_config)
+    skeleton.save_pretrained(building, state_dict={})  # configurations only
+    weights, digests = merged_weights(parts), check is not Verification.OFF
+    return write_weights(skeleton, weights, building, DTYPES[dtype], max_shard_size, digests=digests)
 
 
 def _drop_sampling_options(generation_config: Any) -> None:
@@ -256,21 +248,6 @@ def _drop_sampling_options(generation_config: Any) -> None:
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             if getattr(generation_config, name, None) is not None:
                 setattr(generation_config, name, None)
-
-
-def _cast_state(causal_lm: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state on the CPU in `dtype`. Tensors that share storage still share it, so that tied weights are written once."""
-    # Routers of some families lose accuracy in half precision; transformers lists them.
-    keep = tuple(getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ())
-    done: dict[tuple[int, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
-    state = {}
-    for name, tensor in causal_lm.state_dict().items():
-        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if key not in done or tensor.numel() == 0:
-            convert = tensor.is_floating_point() and not any(part in name for part in keep)
-            done[key] = tensor.detach().to("cpu", dtype if convert else tensor.dtype)
-        state[name] = done[key]
-    return state
 
 
 def _write_config(building: Path, manifest: Manifest, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
-
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import write_json, write_text
 from unified_lm.core.outputs import write_folder
@@ -70,8 +68,7 @@ def write_standardized(
         final.save(building)
         write_text(building / "README.md", model_card(final, read_prompts(building), loads))
         if verify and loads:
-            causal_lm = AutoModelForCausalLM.from_pretrained(building, local_files_only=True).eval()
-            verify_stock_vectors(building, causal_lm, final, template_of(final))
+            verify_stock_vectors(building, final, template_of(final))
         written.append(final)
 
     with quiet_transformers():

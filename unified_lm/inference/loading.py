@@ -19,6 +19,7 @@ from unified_lm.export.directory import template_of
 from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.standardizer_files import load_standardizer
 from unified_lm.export.verify import load_projection, quiet_transformers
+from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
 from unified_lm.models.load_errors import check_complete
 from unified_lm.models.pooling import Projection
 from unified_lm.models.precision import AUTO, auto_inference_dtype
@@ -81,11 +82,15 @@ def load_parts(
     manifest = Manifest.load(folder) if needs_manifest or (folder / FILE_NAME).is_file() else None
     if manifest is not None:
         check_weights_hash(folder, manifest.weights_hash, always=check_weights)
+    adapter = find_adapter(str(folder))
+    base = folder if adapter is None else _base_folder(adapter, check_weights)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder if adapter is None or has_tokenizer(adapter) else base, local_files_only=True
+            )
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=_dtype(dtype), local_files_only=True, output_loading_info=True
+                base, dtype=_dtype(dtype), local_files_only=True, output_loading_info=True
             )
     except UserError:
         raise
@@ -93,7 +98,9 @@ def load_parts(
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(f"cannot load the model in {folder}: {type(error).__name__}: {said}") from error
     causal_lm, info = loaded
-    check_complete(info, str(folder), causal_lm)
+    check_complete(info, str(base), causal_lm)
+    if adapter is not None:
+        causal_lm = merge_adapter(causal_lm, adapter)
     if dtype == AUTO:
         causal_lm.to(auto_inference_dtype(causal_lm.dtype, target))
     hidden_size = causal_lm.config.get_text_config().hidden_size
@@ -106,6 +113,28 @@ def load_parts(
         projection=None if manifest is None else load_projection(folder, manifest, hidden_size),
         standardizer=None if manifest is None else load_standardizer(folder, manifest),
     )
+
+
+def _base_folder(adapter: Adapter, check_weights: bool | None) -> Path:
+    """The folder of an adapter's base.
+
+    Raises:
+        CheckpointError: there is none, or it is an adapter itself.
+        ModelError: its weights are not those that were exported.
+    """
+    try:
+        base = model_folder(adapter.base, adapter.base_revision)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the base of the adapter in {adapter.location} ({CONFIG_FILE}: base_model_name_or_path): {error}"
+        ) from error
+    if find_adapter(str(base)) is not None:
+        raise CheckpointError(
+            f"the base of the adapter in {adapter.location} is an adapter itself: {base}. Merge that one first."
+        )
+    if (base / FILE_NAME).is_file():
+        check_weights_hash(base, Manifest.load(base).weights_hash, always=check_weights)
+    return base
 
 
 def model_folder(name_or_path: str | Path, revision: str | None) -> Path:

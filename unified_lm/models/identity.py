@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from unified_lm.core import distributed
 from unified_lm.core.agreement import broadcast_object
-from unified_lm.models.sharded import GatherParameters, no_gathering
+from unified_lm.models.modes import GatherParameters, no_gathering
 
 _BLOCK_BYTES = 1 << 26
 """What one thread hashes at a time. Times the threads, it is the memory that hashing takes on the CPU."""

@@ -6,7 +6,6 @@ Whatever cannot be loaded raises a `ModelError` that says what to do. Nothing is
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,21 +18,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.distributed import is_rank0, local_device
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.core.user_files import read_json, user_path
+from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
 from unified_lm.models.architecture import check_architecture, override_dropout
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.load_errors import check_complete, explain
-from unified_lm.models.precision import AUTO, auto_dtype
+from unified_lm.models.precision import AUTO, auto_dtype, four_bit_config
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 from unified_lm.models.weights_hash import check_weights_hash
 
@@ -52,9 +50,10 @@ class LoadedModel:
         causal_lm: in the recipe's dtype, evaluation mode, every parameter as loaded.
         tokenizer: with a pad token; no token was added to it.
         provenance: JSON-serializable: "source", "name", "revision" (the resolved commit where there is one), "family",
-            "dtype", "fingerprint" (see `fingerprint`), "notices" (what was changed, for the log), "own_config" (the
-            checkpoint's own values of what training changes in its configuration), and with `init_from` also "init_from" and
-            "manifest" (that of the export, or None).
+            "dtype", "fingerprint" (see `fingerprint`), "location" (Hub name or absolute path of these very weights; None for a
+            base with an adapter merged), "notices" (what was changed, for the log), "own_config" (the checkpoint's own values
+            of what training changes in its configuration), and with `init_from` also "init_from" and "manifest" (that of the
+            export, or None).
     """
 
     causal_lm: PreTrainedModel
@@ -111,17 +110,29 @@ def load_model(
     if config.tiny_random and config.init_from is None:
         return _load_tiny(config, dtype, device, quantize_4bit)
     origin = _locate(config)
-    _refuse_adapter(origin)
-    with explain(origin.location, "configuration", origin.is_hub):
+    adapter = find_adapter(origin.location, origin.revision)
+    base = origin if adapter is None else _base_of(adapter, origin, config)
+    if adapter is not None:
+        if quantize_4bit:
+            raise ModelError(
+                f"lora.quantize_4bit=true, and '{origin.name}' is an adapter, which cannot be merged into 4-bit weights. Set "
+                "lora.quantize_4bit=false, or export the merged model first and start from that."
+            )
+        origin = _merged_origin(adapter, origin, base)
+    with _of_adapter(origin, adapter), explain(base.location, "configuration", base.is_hub):
         hf_config = AutoConfig.from_pretrained(
-            origin.location, revision=origin.revision, trust_remote_code=config.trust_remote_code
+            base.location, revision=base.revision, trust_remote_code=config.trust_remote_code
         )
-    check_architecture(hf_config, config.family, origin.name)
-    if recorded := (origin.extra.get("manifest") or {}).get("weights_hash"):
-        # One rank is enough to refuse the run, and days of training on other weights cost more than seconds of reading.
-        check_weights_hash(Path(origin.location), str(recorded), always=is_rank0())
+    check_architecture(hf_config, config.family, base.name)
+    for found in (origin, base):
+        if recorded := (found.extra.get("manifest") or {}).get("weights_hash"):
+            # One rank is enough to refuse the run, and days of training on other weights cost more than seconds of reading.
+            check_weights_hash(Path(found.extra["init_from"]), str(recorded), always=is_rank0())
     own = override_dropout(hf_config, config.attention_dropout)
-    causal_lm = _load_weights(origin, config, hf_config, dtype, device, quantize_4bit)
+    with _of_adapter(origin, adapter):
+        causal_lm = _load_weights(base, config, hf_config, dtype, device, quantize_4bit)
+    if adapter is not None:
+        causal_lm = merge_adapter(causal_lm, adapter)
     tokenizer = _load_tokenizer(origin, config)
     return _finish(causal_lm, tokenizer, config, origin, own)
 
@@ -186,33 +197,64 @@ def _locate(config: ModelConfig) -> _Origin:
     return _Origin("hub", config.name, config.name, config.revision)
 
 
-def _refuse_adapter(origin: _Origin) -> None:
-    """Refuse an adapter in place of a model, which transformers would put into its base as one that is not trained.
+@contextmanager
+def _of_adapter(origin: _Origin, adapter: Adapter | None) -> Iterator[None]:
+    """Context whose errors are about the base of an adapter, if there is one, and say so."""
+    try:
+        yield
+    except ModelError as error:
+        if adapter is None:
+            raise
+        where = f"{CONFIG_FILE}: base_model_name_or_path"
+        raise ModelError(f"the base of the adapter '{origin.name}' ({where}): {error}") from error
+
+
+def _base_of(adapter: Adapter, origin: _Origin, config: ModelConfig) -> _Origin:
+    """Where the base of an adapter comes from.
 
     Raises:
-        ModelError: it names the adapter's base.
+        ModelError: there is no such base, or it is an adapter itself.
     """
-    with explain(origin.location, "configuration", origin.is_hub):
-        path = find_adapter_config_file(origin.location, revision=origin.revision or "main")
-    if path is None:
-        return
-    values = read_json(Path(path), ModelError, fix="Fetch the adapter again.")
-    if not isinstance(values, dict):
-        raise ModelError(f"{path} holds {type(values).__name__}, expected an object. Fetch the adapter again.")
-    base = values.get("base_model_name_or_path") or "a base that it does not name"
-    kind = values.get("peft_type", "peft")
-    raise ModelError(
-        f"'{origin.name}' is an adapter ({kind}) of {base}, not a whole model. Merge it first and start from the folder that "
-        "this writes (package peft), with the tokenizer beside it: "
-        "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)."
-    )
+    folder = Path(adapter.base).expanduser()
+    with _of_adapter(origin, adapter):
+        if (folder / MANIFEST).is_file():
+            base = _locate_export(adapter.base)
+        else:
+            base = _locate(
+                replace(
+                    config, source="hub", name=adapter.base, revision=adapter.base_revision, init_from=None, tiny_random=False
+                )
+            )
+        nested = find_adapter(base.location, base.revision) is not None
+    if nested:
+        raise ModelError(
+            f"the base of the adapter '{origin.name}' is an adapter itself ({adapter.base}). Merge that one first: start a run "
+            "from it, or AutoPeftModelForCausalLM.from_pretrained(BASE).merge_and_unload().save_pretrained(FOLDER)."
+        )
+    return base
+
+
+def _merged_origin(adapter: Adapter, origin: _Origin, base: _Origin) -> _Origin:
+    """What the provenance says of a base with an adapter merged into it: the adapter is one more stage of its history."""
+    own = Path(adapter.location) / MANIFEST
+    if own.is_file():
+        return replace(origin, extra={**_locate_export(adapter.location).extra, "location": None})
+    earlier: dict[str, Any] = base.extra.get("manifest") or {}
+    record = {"r": adapter.r, "alpha": adapter.alpha, "dropout": adapter.dropout, "target_modules": adapter.target_modules}
+    manifest = {
+        **earlier,
+        "base_model": earlier.get("base_model") or adapter.base,
+        "base_revision": earlier.get("base_revision") or adapter.base_revision or "",
+        "stages": [*earlier.get("stages", ()), {"recipe": f"adapter {origin.name}", "steps": 0, "adapter": record}],
+    }
+    return replace(origin, extra={"init_from": base.location, "manifest": {**manifest, "weights_hash": ""}, "location": None})
 
 
 def _locate_export(init_from: str) -> _Origin:
     """A run's `export` folder, or the export itself, with its manifest."""
     root = user_path(init_from)
     folder = root / "export" if (root / "export").is_dir() else root
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
         found = "no such directory" if not root.is_dir() else "neither an export nor a run with an export inside"
         raise ModelError(
             f"model.init_from={init_from}: {found}. Expected the run_dir of a finished run (with export.enabled=true), or its "
@@ -269,31 +311,11 @@ def _quiet_progress() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def four_bit_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """4-bit NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3).
-
-    Args:
-        compute_dtype: of the products with the dequantized weights.
-
-    Raises:
-        ModelError: bitsandbytes or CUDA is missing.
-    """
-    missing = []
-    if importlib.util.find_spec("bitsandbytes") is None:
-        missing.append("bitsandbytes is not installed (pip install 'unified_lm[qlora]')")
-    if not torch.cuda.is_available():
-        missing.append("there is no CUDA device")
-    if missing:
-        raise ModelError(f"lora.quantize_4bit=true, but {' and '.join(missing)}. Or set lora.quantize_4bit=false.")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
-
-
 def _load_tokenizer(origin: _Origin, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; that of its base for an adapter without one."""
+    adapter = None if config.tokenizer or origin.source == "tiny_random" else find_adapter(origin.location, origin.revision)
+    if adapter is not None and not has_tokenizer(adapter):
+        origin = _base_of(adapter, origin, config)
     location = config.tokenizer or origin.location
     revision = None if config.tokenizer else origin.revision
     with explain(location, "tokenizer", not Path(location).is_dir()):
@@ -323,6 +345,7 @@ def _finish(
         # whose embedding must be trained.
         embeddings.padding_idx = None
     causal_lm.eval()
+    local = Path(origin.location).resolve()
     provenance = {
         "source": origin.source,
         "name": origin.name,
@@ -330,6 +353,7 @@ def _finish(
         "family": causal_lm.config.model_type,
         "dtype": config.dtype,
         "fingerprint": fingerprint(causal_lm),
+        "location": None if origin.source == "tiny_random" else origin.location if origin.is_hub else str(local),
         "notices": notices,
         "own_config": own_config,
         **origin.extra,

@@ -1,8 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), injected into the model in place through peft.
 
-The only file in `models` that imports peft. Adapters have the dtype of the weights that they adapt, because the engine keeps
-float32 master copies of all trained weights. With peft's default, float32 adapters, every activation would be cast and
-multiplied in float32.
+Adapters have the dtype of the weights that they adapt, because the engine keeps float32 master copies of all trained weights.
+With peft's default, float32 adapters, every activation would be cast and multiplied in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from unified_lm.core import distributed
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.core.random import derive_seed
 from unified_lm.models.dropout import adapted_linear
-from unified_lm.models.sharded import GatherParameters, no_gathering
+from unified_lm.models.modes import GatherParameters, no_gathering
 from unified_lm.models.token_rows import remove_token_rows, token_row_layers, train_token_rows
 
 ADAPTER = "default"
@@ -181,7 +180,7 @@ def _inject_experts(causal_lm: PreTrainedModel, config: LoraConfig, parameters: 
         _replace(causal_lm, owner, wrapper)
 
 
-def _replace(causal_lm: PreTrainedModel, name: str, module: nn.Module) -> None:
+def _replace(causal_lm: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     module.train(causal_lm.training)
     setattr(causal_lm.get_submodule(parent), child, module)
@@ -313,7 +312,7 @@ def without_adapters(causal_lm: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def lora_deltas(causal_lm: PreTrainedModel) -> Iterator[LoraDelta]:
+def lora_deltas(causal_lm: nn.Module) -> Iterator[LoraDelta]:
     """The updates of all adapted weights, one at a time, as a merge adds them: in float32 whatever the weights' dtype."""
     for name, layer in _lora_layers(causal_lm):
         a, b = (factor.float() for factor in _factors(layer))
@@ -330,6 +329,39 @@ def lora_deltas(causal_lm: PreTrainedModel) -> Iterator[LoraDelta]:
         yield LoraDelta(name, base.detach(), delta)
 
 
+def peft_config(causal_lm: nn.Module, config: LoraConfig, base: str, revision: str | None) -> PeftLoraConfig:
+    """What peft must know to put the adapters of a model on its base again.
+
+    Args:
+        causal_lm: with the adapters of `apply_lora`.
+        config: of the adapters.
+        base: directory or Hub name of the model without them.
+        revision: Hub revision of the base.
+    """
+    found = dict(_lora_layers(causal_lm))
+    experts = [name for name, layer in found.items() if isinstance(layer, ParamWrapper)]
+    return PeftLoraConfig(
+        lora_dropout=0.0 if experts else config.dropout,  # peft's adapters of parameters know no dropout
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        revision=revision,
+        inference_mode=True,
+        target_modules=[name.removesuffix(".weight") for name in found if name not in experts],
+        target_parameters=experts or None,
+        **_scale(config),
+    )
+
+
+def adapter_weights(causal_lm: nn.Module) -> dict[str, torch.Tensor]:
+    """The factors of all adapters by their names in a file of peft, on the CPU."""
+    return {
+        f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": parameter.detach().cpu()
+        for name, parameter in causal_lm.named_parameters()
+        if f".{ADAPTER}." in name
+    }
+
+
 def _expert_delta(layer: ParamWrapper, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The update of fused experts, in the parameter's layout; peft stacks A `[E * r, I]` by expert, B `[O, r * E]` by rank."""
     experts = layer.num_experts
@@ -338,7 +370,7 @@ def _expert_delta(layer: ParamWrapper, a: torch.Tensor, b: torch.Tensor) -> torc
     return delta_EOI if tuple(delta_EOI.shape) == tuple(layer.get_param().shape) else delta_EOI.transpose(1, 2)
 
 
-def remove_lora(causal_lm: PreTrainedModel) -> None:
+def remove_lora(causal_lm: nn.Module) -> None:
     """Remove the adapters in place: the model is as before `apply_lora`, with every parameter trainable again."""
     # A list, because modules are replaced on the way; inner layers of nested wrappers are removed with the outermost.
     for name, module in list(causal_lm.named_modules()):

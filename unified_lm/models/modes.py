@@ -1,11 +1,19 @@
-"""Evaluation mode for a while, with every submodule's own mode restored afterwards."""
+"""States of a model for a while: evaluation mode, with every submodule's own mode restored afterwards, and whole parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import nn
+
+GatherParameters = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
+"""Parameters -> a context in which they hold their whole values on every rank. Collective."""
+
+
+def no_gathering(_: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """The `GatherParameters` of ranks that hold whole parameters."""
+    return nullcontext()
 
 
 @contextmanager

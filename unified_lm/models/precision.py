@@ -1,4 +1,4 @@
-"""Which floating-point type the hardware multiplies fast: what `dtype=auto` means on this machine.
+"""Types of weights: which the hardware multiplies fast (what `dtype=auto` means on this machine), and 4-bit ones.
 
 Every processor can compute in bfloat16, but without units for it each product is converted to float32 and back: four times as
 slow as float32 on an AVX-512 server without them (41 against 157 GFLOP/s).
@@ -6,9 +6,13 @@ slow as float32 on an AVX-512 server without them (41 against 157 GFLOP/s).
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 
 import torch
+from transformers import BitsAndBytesConfig
+
+from unified_lm.core.errors import ModelError
 
 AUTO = "auto"
 """Name of a dtype that the machine decides."""
@@ -56,3 +60,27 @@ def auto_inference_dtype(stored: torch.dtype, device: torch.device) -> torch.dty
     if stored is torch.float16 and device.type == "cpu":
         return torch.float32
     return stored
+
+
+def four_bit_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3).
+
+    Args:
+        compute_dtype: of the products with the dequantized weights.
+
+    Raises:
+        ModelError: bitsandbytes or CUDA is missing.
+    """
+    missing = []
+    if importlib.util.find_spec("bitsandbytes") is None:
+        missing.append("bitsandbytes is not installed (pip install 'unified_lm[qlora]')")
+    if not torch.cuda.is_available():
+        missing.append("there is no CUDA device")
+    if missing:
+        raise ModelError(f"lora.quantize_4bit=true, but {' and '.join(missing)}. Or set lora.quantize_4bit=false.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )

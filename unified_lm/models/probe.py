@@ -17,8 +17,7 @@ from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
 from unified_lm.models import families
 from unified_lm.models.backbone import Backbone
-from unified_lm.models.modes import evaluation_mode
-from unified_lm.models.sharded import GatherParameters, no_gathering
+from unified_lm.models.modes import GatherParameters, evaluation_mode, no_gathering
 
 _LENGTH = 6
 _SPAN = (1, 4)

@@ -7,8 +7,8 @@ partitioned model without values, and receives its part of each weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -21,14 +21,6 @@ from unified_lm.core import distributed
 from unified_lm.core.agreement import broadcast_object, run_on_rank0
 from unified_lm.core.errors import ModelError
 from unified_lm.models.loading import DTYPES, LoadedModel, load_model
-
-GatherParameters = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
-"""Parameters -> a context in which they hold their whole values on every rank. Collective."""
-
-
-def no_gathering(_: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-    """The `GatherParameters` of ranks that hold whole parameters."""
-    return nullcontext()
 
 
 class Sharding(Protocol):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from unified_lm.models.sharded import GatherParameters, no_gathering
+from unified_lm.models.modes import GatherParameters, no_gathering
 
 _SAMPLED_ROWS = 4096
 _NEGLIGIBLE = 1e-3

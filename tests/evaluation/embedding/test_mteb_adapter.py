@@ -289,7 +289,7 @@ def test_stsb_with_the_embedded_model(tmp_path: Path, shared_dir: Path) -> None:
         dtype="float32",
     )
     export_model(
-        loaded.causal_lm, loaded.tokenizer, tmp_path / "export", manifest=manifest, template=get_template("grit"), verify="none"
+        loaded.causal_lm, loaded.tokenizer, tmp_path / "export", manifest=manifest, template=get_template("grit"), verify="off"
     )
     model = UnifiedLM.from_pretrained(tmp_path / "export", device="cpu")
     sts, retrieval = task_folders.stsb(tmp_path, shared_dir, rows=200), task_folders.retrieval(tmp_path)

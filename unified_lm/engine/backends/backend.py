@@ -74,8 +74,13 @@ class Backend(Protocol):
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Context in which these parameters hold their whole values on every rank. Collective."""
 
-    def gathered(self) -> AbstractContextManager[None]:
-        """Context in which every parameter of the module holds its whole value on rank 0. Collective."""
+    def gathered(self, module: nn.Module, *, weights: bool = True) -> AbstractContextManager[None]:
+        """Context in which a part of the trained module is an ordinary one on rank 0, with whole weights. Collective.
+
+        Args:
+            module: the part.
+            weights: False leaves the weights as they are, and is not collective.
+        """
 
     def close(self) -> None:
         """Release the module and remove the hooks around it; the backend cannot be used afterwards."""
@@ -141,7 +146,7 @@ class TorchBackend:
         """Nothing to gather: every rank holds whole weights."""
         return nullcontext()
 
-    def gathered(self) -> AbstractContextManager[None]:
+    def gathered(self, module: nn.Module, *, weights: bool = True) -> AbstractContextManager[None]:
         """Nothing to gather: every rank holds whole weights."""
         return nullcontext()
 

@@ -255,9 +255,11 @@ class DeepSpeedBackend:
         context: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(list(parameters))
         return context
 
-    def gathered(self) -> AbstractContextManager[None]:
-        """Context in which every parameter holds its whole value on rank 0, on the CPU."""
-        return unpartitioned(self._deepspeed, self.trainable) if self.stage == 3 else nullcontext()
+    def gathered(self, module: nn.Module, *, weights: bool = True) -> AbstractContextManager[None]:
+        """Context in which a part of the module is an ordinary one on rank 0, its weights whole, on the CPU."""
+        if self.stage < 3:
+            return nullcontext()
+        return unpartitioned(self._deepspeed, module, weights=weights)
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks, and its global references, which would keep the module in memory."""

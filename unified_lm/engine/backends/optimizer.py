@@ -134,6 +134,26 @@ class MasterAdamW:
         self.write_back()
 
 
+@torch.no_grad()
+def load_weights(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], read: Callable[[str], torch.Tensor], names: frozenset[str]
+) -> None:
+    """Give trained parameters the weights of a saved state, rounded to their dtype; nothing else of it is read.
+
+    Args:
+        named_parameters: the module's parameters; those without `requires_grad` are ignored.
+        read: name -> tensor.
+        names: what the saved state holds.
+
+    Raises:
+        CheckpointError: it belongs to other trained parameters.
+    """
+    trained = {name: p for name, p in named_parameters if p.requires_grad}
+    check_names(names, trained)
+    for name, parameter in trained.items():
+        parameter.copy_(read_shaped(read, f"weight/{name}", parameter.shape))
+
+
 def adamw_groups(parameters: Sequence[tuple[torch.Tensor, int]], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: weight decay for matrices only. Empty groups are left out.
 

@@ -36,15 +36,16 @@ _DEEPSPEED_ATTRIBUTES = (
 
 
 @contextmanager
-def unpartitioned(deepspeed: Any, module: nn.Module) -> Iterator[None]:
+def unpartitioned(deepspeed: Any, module: nn.Module, *, weights: bool = True) -> Iterator[None]:
     """Within the context every parameter is whole on rank 0, on the CPU, and modules carry no hooks there. Collective.
 
     Args:
         deepspeed: the module; only `engine.backends.deepspeed` imports it.
         module: partitioned by ZeRO-3; as before on leaving.
+        weights: False leaves the parameters partitioned, and is not collective.
     """
     partitioned: dict[nn.Parameter, torch.Tensor] = {}
-    for parameter in module.parameters():
+    for parameter in module.parameters() if weights else ():
         # One at a time: the accelerator never holds more than one whole parameter.
         with deepspeed.zero.GatheredParameters([parameter]):
             if distributed.is_rank0():
