@@ -66,7 +66,7 @@ def apply_override(tree: dict[str, Any], key: str, value: Any, delete: bool, pro
         _set_item(node, leaf, value, key, problems)
     elif parents[:1] == ["data"] and leaf not in node:
         problems.append(f"unknown key '{key}'.{did_you_mean(key, _paths(node, parents))}")
-    elif not parents and leaf not in node and leaf in (node.get("data") or {}):
+    elif not parents and leaf not in node and leaf in _mapping(node.get("data")):
         problems.append(f"unknown key '{key}'. Did you mean 'data.{key}'?")
     else:
         node[leaf] = _over(leaf, node.get(leaf), value)
@@ -75,15 +75,20 @@ def apply_override(tree: dict[str, Any], key: str, value: Any, delete: bool, pro
 
 def spell_out_sources(tree: dict[str, Any]) -> None:
     """Write sources that are given as one text, or as one mapping, as lists of mappings, in place: keys lead into those."""
-    streams, held_out = tree.get("streams"), (tree.get("validation") or {}).get("sources")
-    holders = [(stream, "sources") for stream in (streams if isinstance(streams, dict) else {}).values()]
-    holders += [(held_out, name) for name in (held_out if isinstance(held_out, dict) else {})]
+    held_out = _mapping(_mapping(tree.get("validation")).get("sources"))
+    holders = [(stream, "sources") for stream in _mapping(tree.get("streams")).values()]
+    holders += [(held_out, name) for name in held_out]
     for holder, key in holders:
         given = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(given, (str, dict)):
             holder[key] = [given]
         if isinstance(given, (str, dict, list)):
             holder[key] = [source_values(item) if isinstance(item, str) else item for item in holder[key]]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """A section of a tree that may be of another type, which is refused later by name."""
+    return value if isinstance(value, dict) else {}
 
 
 def _paths(node: Any, parents: list[str]) -> list[str]:
