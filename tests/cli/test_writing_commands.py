@@ -74,6 +74,7 @@ WHOLE: Mapping[str, Command] = {
     "encode": lambda p, t: ["encode", str(p.root / "missing"), str(p.texts), "--out", str(t)],
     "export": lambda p, t: ["export", str(p.root / "missing"), "--out", str(t)],
     "export, engine": lambda p, t: ["export", str(p.model), "--for", "tei", "--out", str(t)],
+    "export --adapter": lambda p, t: ["export", str(p.root / "missing"), "--adapter", "--out", str(t)],
     "standardize": lambda p, t: ["standardize", str(p.root / "missing"), "--corpus", str(p.texts), "--out", str(t)],
     "train": lambda p, t: _training(p, t.parent, "export.enabled=true"),
     "report": lambda p, t: ["report", str(p.run), "--out", str(t)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tests.export.test_merge import adapted
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.raw_tensors import DTYPE_NAMES
 from unified_lm.export.merge import ModelParts, merged_weights, skeleton_of
@@ -42,6 +44,27 @@ def test_what_loading_has_converted_is_converted_back(tmp_path: Path) -> None:
     tiny_model("mixtral").save_pretrained(tmp_path / "loaded")
     check_same(AutoModelForCausalLM.from_pretrained(tmp_path / "loaded"), tmp_path, torch.float32, "60KB")
     assert b"experts.3.w2.weight" in weight_files(tmp_path / "ours")["model.safetensors.index.json"]
+
+
+def test_a_layer_is_written_before_the_next_one_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("mixtral", ("q_proj", "experts.down_proj"))
+    written: set[str] = set()
+    write = _Plan.write
+
+    def noting(plan: _Plan, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        written.update(tensors)
+        write(plan, folder, tensors)
+
+    monkeypatch.setattr(_Plan, "write", noting)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in merged_weights(ModelParts(model)):
+            if name.startswith("model.layers.1."):
+                assert {key for key in tiny_model("mixtral").state_dict() if key.startswith("model.layers.0.")} <= written
+            yield name, tensor
+
+    write_weights(skeleton_of(model), weights(), tmp_path, torch.float32, "5GB", digests=False)
+    assert "model.layers.1.mlp.experts.down_proj" in written
 
 
 def test_the_order_of_types_is_that_of_safetensors(tmp_path: Path) -> None:

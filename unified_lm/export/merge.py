@@ -99,19 +99,18 @@ def _give_up(part: nn.Module) -> None:
 
 
 def _part_names(causal_lm: nn.Module) -> list[str]:
-    """Adapted layers first: a weight tied to one of another module is then merged before the other asks for it."""
-    adapted = {name for name, module in causal_lm.named_modules() if isinstance(module, _ADAPTED)}
-    outermost = [name for name in adapted if not any(name.startswith(f"{other}.") for other in adapted)]
-    inside = tuple(f"{name}." for name in outermost)
-    others = [
-        name
-        for name, module in causal_lm.named_modules()
-        if name not in adapted
-        and not name.startswith(inside)
-        and (module._parameters or set(module._buffers) - module._non_persistent_buffers_set)
-    ]
-    in_order = {name: index for index, (name, _) in enumerate(causal_lm.named_modules())}
-    return [*sorted(outermost, key=in_order.__getitem__), *others]
+    """In model order: files are written layer by layer where a family is saved by other names than it has in memory."""
+    found: list[str] = []
+    inside: tuple[str, ...] = ()
+    for name, module in causal_lm.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        adapted = isinstance(module, _ADAPTED)
+        if adapted:
+            inside = (*inside, f"{name}.")
+        if adapted or module._parameters or set(module._buffers) - module._non_persistent_buffers_set:
+            found.append(name)
+    return found
 
 
 def has_adapters(causal_lm: nn.Module) -> bool:

@@ -144,7 +144,10 @@ def _obstacles(
             "or fetch token embeddings and pool in the client."
         )
     if manifest.projection_dim is not None or manifest.standardizer is not None:
-        found.append("its handling of the layers behind the pooling (2_Dense) is not known. Serve an export without them.")
+        found.append(
+            "it may leave out the layers behind the pooling (2_Dense) without an error, and was not tried with them. Serve an "
+            "export without them (docs/serving.md)."
+        )
     rope_type = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if not engine.scaled_rope and rope_type != "default":
         found.append(f"it does not read rotary frequencies of type '{rope_type}'.")
