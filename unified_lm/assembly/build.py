@@ -23,6 +23,7 @@ from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.core.random import seed_everything
 from unified_lm.core.tracing import traced
 from unified_lm.data.loader import SampleCost, StepLoader
+from unified_lm.data.prefetch import PrefetchingLoader
 from unified_lm.data.retrieval import build_retrieval
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
 from unified_lm.engine.accounting.flops import ModelFlops
@@ -136,7 +137,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
         trainable=trainable,
         backend=backend,
         step=step,
-        loader=_make_loader(config, streams, trainable),
+        loader=PrefetchingLoader(_make_loader(config, streams, trainable), config.max_steps),
         validator=_make_validator(config, loaded, backend, trainable, objectives, held_out),
         reporter=Reporter(config.logging, run_dir, config.max_steps, asdict(config), console, _facts(meter)),
         meter=meter,
