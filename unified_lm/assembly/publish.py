@@ -89,7 +89,7 @@ def write_export(run: Run, console: Console, target: Path | None = None) -> Path
     training = run.training
     config = training.config
     target = target or training.run_dir / EXPORT
-    console.print(f"exporting to {target}", highlight=False)
+    console.print(f"exporting to {target}", highlight=False, soft_wrap=True)
     manifest = make_manifest(run)
     causal_lm = training.trainable.backbone.causal_lm
     with training.trainable.backbone.stock_attention():

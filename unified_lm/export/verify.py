@@ -6,8 +6,6 @@ It runs on the folder before it is renamed to its final name, so that an export 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from unified_lm.core.errors import CheckpointError, ModelError
 from unified_lm.core.tables import choose
@@ -127,20 +124,6 @@ def verify_stock_vectors(folder: Path, loaded: PreTrainedModel, manifest: Manife
         return
     ours = _our_vectors(folder, loaded.float(), manifest, template)
     _check_sentence_transformers(folder, manifest, template, ours)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' progress bars of loading, and its reports that an embedding model does not use the head."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_causal(loaded: PreTrainedModel) -> None:

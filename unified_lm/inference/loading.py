@@ -17,10 +17,11 @@ from unified_lm.data.prompts.templates import Template
 from unified_lm.export.directory import template_of
 from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.standardizer_files import load_standardizer
-from unified_lm.export.verify import load_projection, quiet_transformers
+from unified_lm.export.verify import load_projection
 from unified_lm.models.load_errors import check_complete
 from unified_lm.models.pooling import Projection
 from unified_lm.models.precision import AUTO, auto_inference_dtype
+from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.standardizer import Standardizer
 from unified_lm.models.weights_hash import check_weights_hash
 
@@ -79,7 +80,7 @@ def load_parts(
         check_weights_hash(folder, manifest.weights_hash, always=check_weights)
     target = local_device() if device is None else torch.device(device)
     try:
-        with quiet_transformers():
+        with quiet_loading(reports=False):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=_dtype(dtype), local_files_only=True, output_loading_info=True
