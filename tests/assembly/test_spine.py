@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -130,8 +131,11 @@ def test_an_arm_is_out_of_memory_before_the_next_one_comes_in(tmp_path: Path, mo
     assert alive == [0, 0, 0]
 
 
-def test_the_command_trains_from_an_installed_wheel(tmp_path: Path) -> None:
-    """As pyproject.toml lays it out: neither train.py nor recipes lie beside the package."""
+OWN_LINES = re.compile(r"note: |embedding: |generation: |step \d+: |training |exporting to ")
+
+
+def test_the_command_trains_and_embeds_from_an_installed_wheel(tmp_path: Path) -> None:
+    """As pyproject.toml lays it out: neither train.py nor recipes lie beside the package. And libraries keep quiet."""
     tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     site = tmp_path / "site"
     shutil.copytree(ROOT / "unified_lm", site / "unified_lm", ignore=shutil.ignore_patterns("__pycache__"))
@@ -140,11 +144,15 @@ def test_the_command_trains_from_an_installed_wheel(tmp_path: Path) -> None:
         copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copyfile
         copy(ROOT / source, site / target)
     arguments = small_run(tmp_path, tmp_path / "run", "max_steps=1")
-    code = f"import sys; from unified_lm.cli.main import main; sys.exit(main(['train', *{arguments!r}]))"
+    (tmp_path / "texts.txt").write_text("hello\n")
+    commands = [["train", *arguments, "export.enabled=true"], ["encode", "run", "texts.txt", "--out", "vectors.npy"]]
+    code = f"import sys; from unified_lm.cli.main import main; sys.exit(any([main(command) for command in {commands!r}]))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == ""
+    assert done.stdout == "vectors.npy: 1 vectors of 64 dimensions\n"
+    foreign = [line for line in done.stderr.splitlines() if line.strip() and not OWN_LINES.match(line)]
+    assert not foreign, "a library printed something that says nothing to a user"
     here = train(small_run(tmp_path, tmp_path / "here", "max_steps=1"))
     assert metrics(tmp_path / "run") == metrics(here)

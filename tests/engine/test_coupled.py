@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,13 +20,15 @@ from tests.processes import NEEDS_DEEPSPEED, run_on_ranks
 from unified_lm.batch import Batch, Pack, Sample, make_batch
 from unified_lm.config.schema import ParallelConfig
 from unified_lm.core import distributed
+from unified_lm.core.errors import ConfigError
 from unified_lm.engine.backends.backend import make_backend
-from unified_lm.engine.coupled import CoupledTerm, TermReport
+from unified_lm.engine.coupled import CoupledTerm, Recompute, TermParts, TermReport, forwarded_twice, term_classes
 from unified_lm.engine.readout import PackStates, Readout
 from unified_lm.engine.step import GradCacheStep, StepLosses
 from unified_lm.engine.training_module import PackOutput, TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.tiny import tiny_model
+from unified_lm.objectives import OBJECTIVES
 
 ONE_PACK, MANY_PACKS = 10_000, 60
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -33,10 +38,16 @@ class Decorrelation(CoupledTerm):
     """Squared covariances between different dimensions of all embeddings of a step (VICReg, arXiv:2105.04906, eq. 3 and 4)."""
 
     regularizer: ClassVar[bool] = True
+    recompute: ClassVar[Recompute] = Recompute.OWN  # `couple` sees the packs with samples of `streams`
 
-    def __init__(self, weight: float, size: int) -> None:
+    def __init__(self, weight: float, size: int, streams: Collection[str]) -> None:
         self.weight = weight
         self.size = size  # D: a rank without embeddings must know it too
+        self.streams = frozenset(streams)
+
+    @classmethod
+    def make(cls, parts: TermParts) -> CoupledTerm:
+        return cls(weight=3.0, size=parts.trainable.backbone.hidden_size, streams=parts.streams)
 
     def moments(self, embeddings_ED: torch.Tensor) -> torch.Tensor:
         """`[1 + D, 1 + D]`: number, sum and sum of outer products, which add up over packs and ranks."""
@@ -48,9 +59,6 @@ class Decorrelation(CoupledTerm):
         means = moments / moments[0, 0].clamp(min=1)
         covariance_DD = means[1:, 1:] - torch.outer(means[0, 1:], means[0, 1:])
         return (covariance_DD - covariance_DD.diag().diag()).square().sum() / self.size
-
-    def sees(self, pack: Pack) -> bool:
-        return len(pack.pool_rows) > 0
 
     def couple(self, batch: Batch, seen: Sequence[tuple[Pack, PackOutput]]) -> None:
         total = torch.zeros(1 + self.size, 1 + self.size, dtype=torch.float64, device=distributed.local_device())
@@ -77,6 +85,7 @@ class RouterUniformity(Readout, CoupledTerm):
     name = "router_uniformity"
     reads_routers = True
     regularizer: ClassVar[bool] = True
+    recompute: ClassVar[Recompute] = Recompute.ALL
 
     def __init__(self, weight: float, num_experts: int) -> None:
         self.weight = weight
@@ -84,9 +93,6 @@ class RouterUniformity(Readout, CoupledTerm):
 
     def __call__(self, states: PackStates, pack: Pack) -> dict[str, torch.Tensor]:
         return {"probability": torch.stack(states.router_logits).softmax(-1).flatten(0, 1).sum(0)}
-
-    def sees(self, pack: Pack) -> bool:
-        return True
 
     def couple(self, batch: Batch, seen: Sequence[tuple[Pack, PackOutput]]) -> None:
         total = torch.zeros(self.num_experts, dtype=torch.float64)
@@ -107,7 +113,7 @@ class RouterUniformity(Readout, CoupledTerm):
 
 
 def decorrelation() -> Decorrelation:
-    return Decorrelation(weight=3.0, size=64)
+    return Decorrelation(weight=3.0, size=64, streams={"embedding"})
 
 
 def gradients(trainable: TrainingModule) -> dict[str, torch.Tensor]:
@@ -172,7 +178,9 @@ def test_a_loss_of_each_pack_alone_would_be_wrong():
     trainable = make_trainable(dtype=torch.float64)
     batch = make_batch(make_samples(num_chats=0)[0], MANY_PACKS)
     assert len(batch.packs) >= 4
-    assert distance(run(trainable, batch, [Local(3.0, 64)])[1], run(trainable, batch, [decorrelation()])[1]) > 1e-2
+    assert (
+        distance(run(trainable, batch, [Local(3.0, 64, {"embedding"})])[1], run(trainable, batch, [decorrelation()])[1]) > 1e-2
+    )
 
 
 class Broken(Decorrelation):
@@ -182,7 +190,9 @@ class Broken(Decorrelation):
 
 
 def test_a_share_that_is_not_finite_shows_in_the_gradient():
-    _, found = run(make_trainable(), make_batch(make_samples()[0], ONE_PACK, {"generation": 9.0}), [Broken(3.0, 64)])
+    _, found = run(
+        make_trainable(), make_batch(make_samples()[0], ONE_PACK, {"generation": 9.0}), [Broken(3.0, 64, {"embedding"})]
+    )
     assert any(gradient.isnan().any() for gradient in found.values())
 
 
@@ -265,3 +275,46 @@ def test_two_ranks_take_the_gradient_of_one(job, tmp_path):
 
 def test_the_page_shows_this_term():
     assert inspect.getsource(Decorrelation) in (DOCS / "coupled-terms.md").read_text()
+
+
+class Vain(CoupledTerm):
+    """Does not say how a run makes it."""
+
+    def share(self, pack: Pack, output: PackOutput) -> torch.Tensor | None:
+        return None
+
+    def finish(self) -> TermReport:
+        return TermReport()
+
+
+@pytest.mark.parametrize("balanced", [False, True], ids=["plain", "balanced"])
+def test_what_a_run_counts_as_forwarded_twice_is_what_its_terms_see(balanced):
+    streams = {name: description() for name, description in OBJECTIVES.items()}
+    if balanced:
+        streams["next_token"] = replace(streams["next_token"], router_aux_loss_coef=0.1)
+    module = SimpleNamespace(backbone=SimpleNamespace(experts=lambda: (4, 2)))
+    made = [
+        term.make(
+            TermParts({n: streams[n] for n in names}, dict.fromkeys(names), dict.fromkeys(streams, 1.0), print, module, False)
+        )
+        for term, names in term_classes(streams).items()
+    ]
+    assert len(made) == 2 + balanced
+    seen = []
+    for name in streams:
+        (pack,) = make_batch([Sample(input_ids=np.arange(3), stream=name)], ONE_PACK, {}).packs
+        seen += [name] if any(term.sees(pack) for term in made) else []
+    assert seen == forwarded_twice(streams) == (list(streams) if balanced else ["contrastive"])
+
+
+def test_a_term_that_no_run_can_make_is_named():
+    with pytest.raises(ConfigError, match=r"test_coupled\.Vain cannot be made for a run: it needs a class method `make`"):
+        Vain.make(TermParts({}, {}, {}, print, None, False))
+
+
+def test_a_name_that_is_no_term_is_refused():
+    class Config(type(OBJECTIVES["contrastive"]())):
+        coupled = ("pathlib.Path",)
+
+    with pytest.raises(ConfigError, match=r"'pathlib\.Path', named by objective contrastive, is no subclass of .*CoupledTerm"):
+        term_classes({"embedding": Config()})

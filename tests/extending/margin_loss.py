@@ -23,6 +23,11 @@ class MarginConfig(EmbeddingObjectiveConfig):
     exponent: float = 1.0
     """What violations are raised to."""
 
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        """See `ObjectiveConfig.coupled`: a coupled term from outside, too."""
+        return (*super().coupled, "tests.engine.test_coupled.Decorrelation")
+
     def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """See `ObjectiveConfig.problems`."""
         yield from super().problems(path, stream)

@@ -53,6 +53,7 @@ def test_they_train_and_export_with_their_modes(outside, tmp_path):
     found = steps(run_dir)
     assert len(found) == 2
     assert all(line["loss/embedding"] > 0 and "embedding/violations" in line for line in found)
+    assert all(line["decorrelation"] > 0 for line in found), "the coupled term that the objective names"
     assert Manifest.load(run_dir / "export").modes == ("embed", "generate")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -24,20 +24,18 @@ from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.core.random import seed_everything
 from unified_lm.core.tracing import traced
 from unified_lm.data.loader import SampleCost, StepLoader
+from unified_lm.data.prefetch import PrefetchingLoader
 from unified_lm.data.retrieval import build_retrieval
 from unified_lm.data.streams import Stream, build_streams, build_validation_streams
 from unified_lm.engine.accounting.flops import ModelFlops
 from unified_lm.engine.accounting.throughput import ComputeClock, StepMeter, describe_device
 from unified_lm.engine.backends.backend import Backend, check_backend, make_backend
 from unified_lm.engine.backends.deepspeed import ZeroSharding
-from unified_lm.engine.coupled import CoupledTerm
-from unified_lm.engine.embedding_term import EmbeddingTerm
+from unified_lm.engine.coupled import CoupledTerm, TermParts, term_classes
 from unified_lm.engine.fit import TrainingState
 from unified_lm.engine.interruption import StopRequest
 from unified_lm.engine.metrics import Reporter
 from unified_lm.engine.readout import Readout
-from unified_lm.engine.router_balance import RouterBalance, RoutingReadout
-from unified_lm.engine.sequences import SequenceReadout, SequenceScoring
 from unified_lm.engine.step import Forward, GradCacheStep
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.engine.validation import Validator
@@ -52,7 +50,6 @@ from unified_lm.models.positions import check_lengths
 from unified_lm.models.probe import probe_attention
 from unified_lm.models.sharded import load_sharded
 from unified_lm.objectives import ObjectiveKind
-from unified_lm.objectives.protocol import EmbeddingObjective, SequenceObjective, TokenObjective
 from unified_lm.objectives.trial import tried_objective
 
 
@@ -146,7 +143,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
         trainable=trainable,
         backend=backend,
         step=step,
-        loader=_make_loader(config, streams, trainable),
+        loader=PrefetchingLoader(_make_loader(config, streams, trainable), config.max_steps),
         validator=_make_validator(config, loaded, backend, trainable, objectives, held_out),
         reporter=Reporter(config.logging, run_dir, config.max_steps, asdict(config), console, _facts(meter)),
         meter=meter,
@@ -189,25 +186,15 @@ def _facts(meter: StepMeter) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Objectives:
-    """The objectives of a run by what they are computed from, each by stream."""
-
-    tokens: dict[str, TokenObjective] = field(default_factory=dict)
-    embeddings: dict[str, EmbeddingObjective] = field(default_factory=dict)
-    sequences: dict[str, SequenceObjective] = field(default_factory=dict)
+_Objectives = Mapping[str, Any]
+"""The objectives of a run by stream: each follows the protocol of its kind (`objectives/protocol.py`)."""
 
 
 def _objectives(config: RunConfig, hidden_size: int, device: torch.device) -> _Objectives:
-    found = _Objectives()
-    by_kind: dict[ObjectiveKind, dict[str, Any]] = {
-        ObjectiveKind.TOKEN: found.tokens,
-        ObjectiveKind.EMBEDDING: found.embeddings,
-        ObjectiveKind.SEQUENCE: found.sequences,
-    }
+    found = {}
     for name, stream in config.streams.items():
         dim = (config.model.projection_dim or hidden_size) if stream.pooled else hidden_size
-        by_kind[stream.objective.kind][name] = tried_objective(name, stream, dim, device)
+        found[name] = tried_objective(name, stream, dim, device)
     return found
 
 
@@ -246,39 +233,39 @@ def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, 
     return TrainingModule(
         backbone,
         config.model.pooling,
-        objectives.tokens,
+        {name: of for name, of in objectives.items() if config.streams[name].objective.kind is ObjectiveKind.TOKEN},
         projection,
         torch.bfloat16 if config.model.autocast else None,
-        _readouts(config, backbone, objectives),
+        _readouts(config, backbone),
     )
 
 
-def _balanced(config: RunConfig) -> dict[str, float]:
-    """The streams whose routers are balanced, with their factors."""
-    return {name: stream.objective.router_balance for name, stream in config.streams.items() if stream.objective.router_balance}
-
-
-def _readouts(config: RunConfig, backbone: Backbone, objectives: _Objectives) -> list[Readout]:
-    """What the coupled terms of `_coupled_terms` take from a forward."""
-    readouts: list[Readout] = []
-    if balanced := _balanced(config):
-        readouts.append(RoutingReadout(balanced, backbone.experts()[1]))
-    if objectives.sequences:
-        readouts.append(SequenceReadout(objectives.sequences))
-    return readouts
+def _readouts(config: RunConfig, backbone: Backbone) -> list[Readout]:
+    """What the coupled terms take from a forward."""
+    settings = {name: stream.objective for name, stream in config.streams.items()}
+    found = [term.readout({name: settings[name] for name in names}, backbone) for term, names in term_classes(settings).items()]
+    return [readout for readout in found if readout is not None]
 
 
 def _coupled_terms(
     config: RunConfig, objectives: _Objectives, forward: Forward, trainable: TrainingModule, equal_forwards: bool
 ) -> list[CoupledTerm]:
-    """The losses that couple the packs of a step; a new one joins here (docs/coupled-terms.md)."""
+    """The losses that couple the packs of a step, as the streams' objectives name them, for the streams in `objectives`."""
+    settings = {name: stream.objective for name, stream in config.streams.items() if name in objectives}
     weights = {name: stream.objective.weight for name, stream in config.streams.items()}
-    terms: list[CoupledTerm] = [EmbeddingTerm(objectives.embeddings, weights)]
-    if objectives.sequences:
-        terms.append(SequenceScoring(forward, trainable, objectives.sequences, weights, equal_forwards))
-    if balanced := _balanced(config):
-        terms.append(RouterBalance(balanced, *trainable.backbone.experts()))
-    return terms
+    return [
+        term.make(
+            TermParts(
+                streams={name: settings[name] for name in names},
+                objectives={name: objectives[name] for name in names},
+                weights=weights,
+                forward=forward,
+                trainable=trainable,
+                equal_forwards=equal_forwards,
+            )
+        )
+        for term, names in term_classes(settings).items()
+    ]
 
 
 def _make_loader(config: RunConfig, streams: dict[str, Stream], trainable: TrainingModule) -> StepLoader:
@@ -304,11 +291,7 @@ def _make_validator(
     retrieval = build_retrieval(config, loaded.tokenizer)
     if not streams and retrieval is None:
         return None
-    measured = _Objectives(
-        tokens=objectives.tokens,
-        embeddings={name: objective for name, objective in objectives.embeddings.items() if name in streams},
-        sequences={name: objective for name, objective in objectives.sequences.items() if name in streams},
-    )
+    measured = {name: objective for name, objective in objectives.items() if name in streams}
     forward = traced("forward", backend.forward)
     held_out = GradCacheStep(
         forward,

@@ -169,7 +169,7 @@ def write_export(trained: Trained, console: Console, target: Path | None = None)
 
 def _write_export(trained: Trained, parts: ModelParts, console: Console, target: Path) -> Path:
     config = trained.config
-    console.print(f"exporting to {target}", highlight=False)
+    console.print(f"exporting to {target}", highlight=False, soft_wrap=True)
     manifest = make_manifest(trained)
     export_model(
         trained.backbone.causal_lm,

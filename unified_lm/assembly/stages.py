@@ -26,6 +26,7 @@ from unified_lm.core import distributed
 from unified_lm.core.agreement import broadcast_object, run_on_rank0
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.core.files import write_text
+from unified_lm.core.reading_once import reading_once
 from unified_lm.core.tracing import trace_span, traced
 from unified_lm.core.watchdog import run_long_on_rank0
 from unified_lm.data.prompts.templates import WITH_EOS
@@ -72,7 +73,8 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
         notices += check_continuation(earlier, config)
     placed, chosen = settle_backend(config)
     _say([*notices, *chosen], console)
-    run = assemble_run(placed, run_dir, console)
+    with reading_once():
+        run = assemble_run(placed, run_dir, console)
     _report(run, console)
     if config.export.enabled:
         check_export(Trained.of(run))

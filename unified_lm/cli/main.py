@@ -104,7 +104,7 @@ def run_command(command: Callable[[], object]) -> int:
 
     Under torchrun the message appears once, regardless of the number of failing ranks (`core.failures`).
     """
-    failures.quieten_other_ranks()
+    failures.quieten_libraries()
     try:
         command()
     except SystemExit as ended:

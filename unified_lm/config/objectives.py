@@ -28,20 +28,6 @@ class ObjectiveKind(Enum):
     SEQUENCE = "sequence"
 
 
-class Recompute(Enum):
-    """Which packs of a step must be forwarded without a graph before the first backward, where they do not fit one pack.
-
-    Attributes:
-        NOTHING: the loss is a sum over positions or samples.
-        OWN: those with the stream's samples, as GradCache does.
-        ALL: every pack of the step.
-    """
-
-    NOTHING = "nothing"
-    OWN = "own"
-    ALL = "all"
-
-
 class StreamFacts(Protocol):
     """What an objective may ask of the stream it belongs to, a `StreamConfig`."""
 
@@ -97,9 +83,9 @@ class ObjectiveConfig(PartConfig):
         return 0.0
 
     @property
-    def recompute(self) -> Recompute:
-        """What a step that does not fit one pack forwards twice."""
-        return Recompute.NOTHING
+    def coupled(self) -> tuple[str, ...]:
+        """Dotted paths of the coupled terms (`engine.coupled.CoupledTerm`) that the stream takes part in."""
+        return ()
 
     def needs_reference_scores(self, has_adapters: bool) -> bool:
         """Whether all rows are scored by the initial weights before the first step.
@@ -185,9 +171,9 @@ class TokenObjectiveConfig(ObjectiveConfig):
         return self.router_aux_loss_coef
 
     @property
-    def recompute(self) -> Recompute:
-        """See `ObjectiveConfig.recompute`; how often an expert is chosen is that of the whole step."""
-        return Recompute.ALL if self.router_aux_loss_coef else Recompute.NOTHING
+    def coupled(self) -> tuple[str, ...]:
+        """See `ObjectiveConfig.coupled`; how often an expert is chosen is that of the whole step."""
+        return ("unified_lm.engine.router_balance.RouterBalance",) if self.router_aux_loss_coef else ()
 
     def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """See `ObjectiveConfig.problems`."""
@@ -238,9 +224,9 @@ class EmbeddingObjectiveConfig(ObjectiveConfig):
     """Whether places of a group without a text (`MISSING` among the text ids) are in no sum: rows may lack hard negatives."""
 
     @property
-    def recompute(self) -> Recompute:
-        """See `ObjectiveConfig.recompute`."""
-        return Recompute.OWN
+    def coupled(self) -> tuple[str, ...]:
+        """See `ObjectiveConfig.coupled`."""
+        return ("unified_lm.engine.embedding_term.EmbeddingTerm",)
 
     def batch_bytes(self, num_groups: int, group_size: int, dim: int) -> int:
         """See `ObjectiveConfig.batch_bytes`: float32 vectors and a matrix of scores, each with its gradient."""
@@ -264,6 +250,11 @@ class SequenceObjectiveConfig(ObjectiveConfig):
     reference: str = "auto"
     """Where the reference's log-probabilities come from: "adapter_off" (LoRA), "cached" (all rows scored before training),
     or "auto" (adapter_off where there is a LoRA, else cached)."""
+
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        """See `ObjectiveConfig.coupled`."""
+        return ("unified_lm.engine.sequences.SequenceScoring",)
 
     def needs_reference_scores(self, has_adapters: bool) -> bool:
         """See `ObjectiveConfig.needs_reference_scores`."""

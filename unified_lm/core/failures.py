@@ -10,6 +10,7 @@ torchrun adds a summary of its own when a process fails; it cannot be turned off
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -86,8 +87,24 @@ def is_main_process() -> bool:
     return _rank_and_world_size()[0] == 0
 
 
-def quieten_other_ranks() -> None:
-    """Silence the libraries' progress bars and warnings on every rank but the first. Call it before importing them."""
+_SAYS_NOTHING = {
+    "sentence_transformers.base.model": "Default prompt name is set to",  # that of every export of ours
+    "DeepSpeed": "Setting accelerator to CPU",  # also where another library imports it, in runs without ZeRO
+}
+"""By logger the beginning of a message that a user can do nothing with."""
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_SAYS_NOTHING[record.name])
+
+
+def quieten_libraries() -> None:
+    """Leave out what libraries log that says nothing; on every rank but the first also their progress bars and warnings.
+
+    Call it before importing them.
+    """
+    for name in _SAYS_NOTHING:
+        logging.getLogger(name).addFilter(_says_something)
     if is_main_process():
         return
     for name, value in (

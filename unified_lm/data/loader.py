@@ -105,6 +105,11 @@ class StepLoader:
                 samples[name], counts[name] = normalize(samples[name], objective.normalization, objective.micro_batch_size)
         return samples, counts
 
+    @property
+    def num_drawn(self) -> int:
+        """Batches drawn since the first step of the run."""
+        return next(iter(self.streams.values())).draws
+
     def reset(self) -> None:
         """Go back to the first step."""
         for stream in self.streams.values():

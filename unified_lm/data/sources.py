@@ -18,8 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from unified_lm.config.schema import SourceConfig
+from unified_lm.core import distributed
 from unified_lm.core.errors import DataError
+from unified_lm.core.files import cache_dir
 from unified_lm.core.random import derive_seed
+from unified_lm.core.reading_once import once
 from unified_lm.core.user_files import user_path
 from unified_lm.data.pydocs.dataset import pydocs_file
 from unified_lm.data.rows.hub_datasets import hub_rows
@@ -218,27 +221,44 @@ def _parts(config: SourceConfig, kind: RecordKind) -> list[_Part]:
         root = user_path(config.path)
         files = files_of_split(root, data_files(root), config.split)
         names = [str(Path(root.resolve().name, file.relative_to(root))) for file in files]
-        return [_file_part(name, file) for name, file in zip(names, files, strict=True)]
+        # Each rank starts with another file, so that ranks of a machine hash different ones at a time (`core.reading_once`).
+        first = distributed.rank() * len(files) // distributed.world_size()
+        hashes = {file: _hash_file(file) for file in (*files[first:], *files[:first])}
+        return [_file_part(name, file, hashes[file]) for name, file in zip(names, files, strict=True)]
     if config.builtin is not None:
         name, file = pydocs_file(config.subset, config.split_or_train, kind)
-        return [_file_part(name, file)]
+        return [_file_part(name, file, _hash_file(file))]
     assert config.hub is not None
     name, content, rows = hub_rows(config)
     return [_Part(name, f"Hub data set {name}", content, rows)]
 
 
-def _file_part(name: str, path: Path) -> _Part:
-    digest = blake2b(digest_size=16)
-    try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty: expected at least one row.")
+def _file_part(name: str, path: Path, digest: str) -> _Part:
+    # The format is part of the content: the same bytes differ in meaning between .txt and .csv.
+    return _Part(name, str(path), f"{extension(path)}:{digest}", lambda: read_rows(path))
+
+
+def _hash_file(path: Path) -> str:
+    """The hash of a file's bytes.
+
+    Raises:
+        DataError: the file is empty or cannot be read.
+    """
+
+    def read() -> str:
+        digest = blake2b(digest_size=16)
         with open(path, "rb") as handle:
             while block := handle.read(_READ_BYTES):
                 digest.update(block)
+        return digest.hexdigest()
+
+    try:
+        if path.stat().st_size == 0:
+            raise DataError(f"{path} is empty: expected at least one row.")
+        place = blake2b(str(path.resolve()).encode(), digest_size=16).hexdigest()
+        return once(cache_dir("hashes", place), [path], read)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    # The format is part of the content: the same bytes differ in meaning between .txt and .csv.
-    return _Part(name, str(path), f"{extension(path)}:{digest.hexdigest()}", lambda: read_rows(path))
 
 
 def _choose(config: SourceConfig, num_rows: int, seed: int) -> np.ndarray | None:

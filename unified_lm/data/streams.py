@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -185,7 +186,7 @@ class Stream:
         for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
             cursor.load_state_dict(saved)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The hash of everything that decides which samples are drawn, but the seed."""
         own = {key: value for key, value in asdict(self.config).items() if key not in ("sources", "objective")}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from unified_lm.core import distributed
-from unified_lm.core.files import cache_dir, write_directory
+from unified_lm.core.files import cache_dir, checksum, write_directory
+from unified_lm.core.reading_once import once
 from unified_lm.data.prompts.encoding import Encoded
 
 BUILDER_VERSION = 1
@@ -150,8 +150,10 @@ def _read(folder: Path) -> TokenTable | None:
         return None
     try:
         meta = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        for name in _ARRAYS:
-            if _checksum(folder / f"{name}.bin") != meta["checksums"][name]:
+        files = [folder / f"{name}.bin" for name in _ARRAYS]
+        found = json.loads(once(folder, files, lambda: json.dumps([checksum(file) for file in files])))
+        for name, value in zip(_ARRAYS, found, strict=True):
+            if value != meta["checksums"][name]:
                 raise ValueError(f"{name}.bin is not what was written")
         arrays = {name: _map(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
         return TokenTable(arrays, meta["rejected"])
@@ -163,14 +165,6 @@ def _read(folder: Path) -> TokenTable | None:
 
 def _map(path: Path, dtype: Any) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def _write(folder: Path, rows: Iterable[Row], rejected: Counter[str]) -> None:
@@ -188,7 +182,7 @@ def _write(folder: Path, rows: Iterable[Row], rejected: Counter[str]) -> None:
             items += len(row.items)
             files["row_stops"].write(np.int64(items).tobytes())
             files["records"].write(np.int64(row.record).tobytes())
-    checksums = {name: _checksum(folder / f"{name}.bin") for name in _ARRAYS}
+    checksums = {name: checksum(folder / f"{name}.bin") for name in _ARRAYS}
     (folder / "table.json").write_text(json.dumps({"checksums": checksums, "rejected": dict(rejected)}), encoding="utf-8")
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 
 from unified_lm.batch import Batch, Pack
 from unified_lm.core import distributed
-from unified_lm.engine.coupled import CoupledTerm, TermReport
+from unified_lm.engine.coupled import CoupledTerm, Recompute, TermParts, TermReport
 from unified_lm.engine.training_module import PackOutput
 from unified_lm.objectives.protocol import EmbeddingObjective
 
@@ -27,8 +28,11 @@ class EmbeddingTerm(CoupledTerm):
         weights: per stream the factor of its loss; other streams may have one too.
     """
 
+    recompute: ClassVar[Recompute] = Recompute.OWN
+
     def __init__(self, objectives: Mapping[str, EmbeddingObjective], weights: Mapping[str, float]) -> None:
         self.objectives = objectives
+        self.streams = objectives.keys()
         self.weights = weights
         self._gradients: dict[Pack, torch.Tensor] = {}
         self._report = TermReport()
@@ -37,9 +41,10 @@ class EmbeddingTerm(CoupledTerm):
         """What is compared, `[E, D]` in the order of `Pack.pool_spans`. A subclass may take it from a readout."""
         return output.embeddings
 
-    def sees(self, pack: Pack) -> bool:
-        """Packs with embeddings of a stream that has an objective."""
-        return not self.objectives.keys().isdisjoint(pack.pool_streams)
+    @classmethod
+    def make(cls, parts: TermParts) -> CoupledTerm:
+        """See `CoupledTerm.make`."""
+        return cls(parts.objectives, parts.weights)
 
     def couple(self, batch: Batch, seen: Sequence[tuple[Pack, PackOutput]]) -> None:
         """The loss over the global batch, and its gradient with respect to the vectors of every pack."""

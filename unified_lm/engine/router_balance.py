@@ -15,10 +15,12 @@ from typing import ClassVar
 import torch
 
 from unified_lm.batch import Batch, Pack
+from unified_lm.config.objectives import ObjectiveConfig
 from unified_lm.core import distributed
-from unified_lm.engine.coupled import CoupledTerm, TermReport
+from unified_lm.engine.coupled import CoupledTerm, Recompute, TermParts, TermReport
 from unified_lm.engine.readout import PackStates, Readout
 from unified_lm.engine.training_module import PackOutput
+from unified_lm.models.backbone import Backbone
 from unified_lm.objectives.load_balancing import Routing, expert_fraction, load_balancing, route
 
 
@@ -55,6 +57,7 @@ class RouterBalance(CoupledTerm):
     """
 
     regularizer: ClassVar[bool] = True
+    recompute: ClassVar[Recompute] = Recompute.ALL  # f counts all tokens, and choices are known only after a forward
 
     def __init__(self, weights: Mapping[str, float], num_experts: int, top_k: int) -> None:
         self.weights = dict(weights)
@@ -63,9 +66,16 @@ class RouterBalance(CoupledTerm):
         self._losses: dict[str, float] = {}
         self._fractions: dict[str, tuple[torch.Tensor, float]] = {}
 
-    def sees(self, pack: Pack) -> bool:
-        """Every pack: f counts all tokens of a stream, and choices are known only after a forward."""
-        return True
+    @classmethod
+    def make(cls, parts: TermParts) -> CoupledTerm:
+        """See `CoupledTerm.make`."""
+        weights = {name: objective.router_balance for name, objective in parts.streams.items()}
+        return cls(weights, *parts.trainable.backbone.experts())
+
+    @classmethod
+    def readout(cls, streams: Mapping[str, ObjectiveConfig], backbone: Backbone) -> Readout:
+        """See `CoupledTerm.readout`."""
+        return RoutingReadout(streams, backbone.experts()[1])
 
     def couple(self, batch: Batch, seen: Sequence[tuple[Pack, PackOutput]]) -> None:
         """Sum up the step's choices over packs and ranks."""

@@ -18,10 +18,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 
 from unified_lm.batch import Batch, LossTerm, Pack, Sample, SequenceScores, empty_pack
+from unified_lm.config.objectives import ObjectiveConfig
 from unified_lm.core import distributed
-from unified_lm.engine.coupled import CoupledTerm, TermReport
+from unified_lm.engine.coupled import CoupledTerm, TermParts, TermReport
 from unified_lm.engine.readout import PackStates, Readout
 from unified_lm.engine.training_module import PackOutput, TrainingModule
+from unified_lm.models.backbone import Backbone
 from unified_lm.objectives.cross_entropy import token_losses
 from unified_lm.objectives.protocol import SequenceObjective
 
@@ -93,6 +95,16 @@ class SequenceScoring(CoupledTerm):
         self._baselines: dict[str, torch.Tensor] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._seen: dict[str, list[SequenceScores]] = {}
+
+    @classmethod
+    def make(cls, parts: TermParts) -> CoupledTerm:
+        """See `CoupledTerm.make`."""
+        return cls(parts.forward, parts.trainable, parts.objectives, parts.weights, parts.equal_forwards)
+
+    @classmethod
+    def readout(cls, streams: Mapping[str, ObjectiveConfig], backbone: Backbone) -> Readout:
+        """See `CoupledTerm.readout`."""
+        return SequenceReadout(streams)
 
     def scored(self, batch: Batch) -> list[Pack]:
         """The controls under the model, then what is not known under the reference."""

@@ -19,10 +19,10 @@ from unified_lm.export.manifest import Manifest
 from unified_lm.export.merge import skeleton_of
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import write_projection
-from unified_lm.export.verify import quiet_transformers
 from unified_lm.models.adapters import attach_adapter
 from unified_lm.models.lora import adapter_weights, peft_config
 from unified_lm.models.pooling import Projection
+from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.token_rows import token_row_layers
 from unified_lm.models.weights_hash import hash_weights
 
@@ -94,7 +94,7 @@ def write_adapter(
         write_text(building / "README.md", card.rstrip() + "\n\n" + _card_section(base, base_revision))
         written.append(final)
 
-    with quiet_transformers():
+    with quiet_loading(reports=False):
         write_folder(target, fill)
     return written[0]
 

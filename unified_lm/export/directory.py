@@ -31,9 +31,10 @@ from unified_lm.export.merge import ModelParts, merged_weights
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import POOLING_MODES, write_projection, write_sentence_transformers
 from unified_lm.export.tokenizer_files import embedding_settings, write_tokenizer
-from unified_lm.export.verify import Verification, quiet_transformers, verify_export
+from unified_lm.export.verify import Verification, verify_export
 from unified_lm.export.weight_files import Digest, write_weights
 from unified_lm.models.pooling import Projection
+from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.weights_hash import hash_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,7 +116,7 @@ def export_model(
         written.append(final)
 
     try:
-        with quiet_transformers():
+        with quiet_loading(reports=False):
             write_folder(Path(target), fill)
     except Exception as error:
         if not _is_write_failure(error):
@@ -182,7 +183,7 @@ def check_tokenizer(
     Raises:
         CheckpointError: see `export_model`.
     """
-    with quiet_transformers(), tempfile.TemporaryDirectory() as folder:
+    with quiet_loading(reports=False), tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", {"model_type": causal_lm.config.model_type})
         write_tokenizer(tokenizer, template, replace(manifest, family=causal_lm.config.model_type), Path(folder))
 

@@ -14,7 +14,8 @@ from unified_lm.export.manifest import FILE_NAME, Manifest, StandardizerRecord
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import read_prompts, sentence_transformers_modules
 from unified_lm.export.standardizer_files import save_standardizer, standardizer_folder
-from unified_lm.export.verify import quiet_transformers, verify_stock_vectors
+from unified_lm.export.verify import verify_stock_vectors
+from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.standardizer import Standardizer
 from unified_lm.models.weights_hash import check_weights_hash, hash_weights
 
@@ -71,6 +72,6 @@ def write_standardized(
             verify_stock_vectors(building, final, template_of(final))
         written.append(final)
 
-    with quiet_transformers():
+    with quiet_loading(reports=False):
         write_folder(target, fill)
     return written[0]

@@ -6,8 +6,8 @@ It runs on the folder before it is renamed to its final name, so that an export 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from unified_lm.core.errors import CheckpointError, ModelError
 from unified_lm.core.tables import choose
@@ -136,20 +135,6 @@ def _verify_language_model(folder: Path, digests: Mapping[str, Digest], manifest
     _check_weights(loaded, digests, folder, sampled=sampled)
     if manifest.can_generate or manifest.attention == "causal":
         _check_causal(loaded.float())
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' progress bars of loading, and its reports that an embedding model does not use the head."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_causal(loaded: PreTrainedModel) -> None:

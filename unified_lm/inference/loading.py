@@ -18,11 +18,12 @@ from unified_lm.data.prompts.templates import Template
 from unified_lm.export.directory import template_of
 from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.standardizer_files import load_standardizer
-from unified_lm.export.verify import load_projection, quiet_transformers
+from unified_lm.export.verify import load_projection
 from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
 from unified_lm.models.load_errors import check_complete
 from unified_lm.models.pooling import Projection
 from unified_lm.models.precision import AUTO, auto_inference_dtype
+from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.standardizer import Standardizer
 from unified_lm.models.weights_hash import check_weights_hash
 
@@ -85,7 +86,7 @@ def load_parts(
     adapter = find_adapter(str(folder))
     base = folder if adapter is None else _base_folder(adapter, check_weights)
     try:
-        with quiet_transformers():
+        with quiet_loading(reports=False):
             tokenizer = AutoTokenizer.from_pretrained(
                 folder if adapter is None or has_tokenizer(adapter) else base, local_files_only=True
             )

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from rich.console import Console
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.core.files import cache_dir, write_directory, write_json
+from unified_lm.models.quiet import quiet_loading
 
 SMOLLM2_135M = "smollm2-135m"
 """Name of the embedded model: SmolLM2-135M-Instruct (30 layers, hidden size 576, vocabulary 49,152)."""
@@ -84,7 +86,9 @@ def _convert_smollm2(gguf: Path, digest: str, folder: Path) -> None:
 
     bfloat16 is the dtype of the published weights; its rounding error is far below that of the 4-bit file.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    Console(stderr=True).print("note: unpacking the embedded model, once; this takes half a minute", highlight=False)
+    with quiet_loading():
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = LlamaConfig(
         **{key: getattr(loaded.config, key) for key in _KEPT_CONFIG},
         rms_norm_eps=1e-5,  # the file stores it as float32, 9.9999997e-06
@@ -96,7 +100,8 @@ def _convert_smollm2(gguf: Path, digest: str, folder: Path) -> None:
     config.dtype = torch.bfloat16
     model = LlamaForCausalLM(config).bfloat16()
     model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
+    with quiet_loading():
+        model.save_pretrained(folder)
     _smollm2_tokenizer(gguf).save_pretrained(folder)
     write_json(folder / "source.json", {"package": _DISTRIBUTION, "file": gguf.name, "sha256": digest, "license": "apache-2.0"})
 

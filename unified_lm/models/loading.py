@@ -32,6 +32,7 @@ from unified_lm.models.architecture import check_architecture, override_dropout
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.load_errors import check_complete, explain
 from unified_lm.models.precision import AUTO, auto_dtype, four_bit_config
+from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 from unified_lm.models.weights_hash import check_weights_hash
 
@@ -284,7 +285,7 @@ def _load_weights(
     if quantize_4bit:
         options["quantization_config"] = four_bit_config(dtype)
         options["device_map"] = {"": device if device is not None else torch.cuda.current_device()}
-    with explain(origin.location, "weights", origin.is_hub), _quiet_progress():
+    with explain(origin.location, "weights", origin.is_hub), quiet_loading():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             origin.location, revision=origin.revision, output_loading_info=True, **options
         )
@@ -295,20 +296,6 @@ def _load_weights(
 
 def _move(causal_lm: PreTrainedModel, device: torch.device | str | None) -> PreTrainedModel:
     return causal_lm if device is None else nn.Module.to(causal_lm, device)
-
-
-@contextmanager
-def _quiet_progress() -> Iterator[None]:
-    """Hide transformers' progress bar over shards; the caller reports loading in one line."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _load_tokenizer(origin: _Origin, config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from unified_lm.core.errors import DataError
 from unified_lm.core.files import cache_dir, checksum, write_directory, write_json
+from unified_lm.core.reading_once import once
 from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.readers import Rows
 from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
@@ -175,7 +176,8 @@ def _read(directory: Path, kind: RecordKind, origin: str) -> Shard | None:
         return None
     try:
         meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        if meta["checksum"] != checksum(directory / "records.arrow"):
+        file = directory / "records.arrow"
+        if meta["checksum"] != int(once(directory, [file], lambda: str(checksum(file)))):
             raise ValueError("records.arrow is not what was written")
         return Shard(directory, kind, origin)
     except (OSError, ValueError, KeyError, TypeError) as error:

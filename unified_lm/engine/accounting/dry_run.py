@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from unified_lm.composition.convert import to_yaml
-from unified_lm.config.objectives import Recompute
 from unified_lm.config.schema import ArmConfig, ChainConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
 from unified_lm.engine.accounting.estimate import Estimate, estimate
+from unified_lm.engine.coupled import forwarded_twice
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 _H100_TERAFLOPS = 989.0
@@ -115,9 +115,7 @@ def training_teraflop(config: RunConfig, found: Estimate) -> float:
         per_token += 2 * found.num_parameters
     work = per_token * found.tokens_per_step
     if found.packs_per_rank > 1:
-        recompute = {name: stream.objective.recompute for name, stream in config.streams.items()}
-        everything = Recompute.ALL in recompute.values()
-        again = [name for name, what in recompute.items() if everything or what is Recompute.OWN]
+        again = forwarded_twice({name: stream.objective for name, stream in config.streams.items()})
         work += 2 * found.num_parameters * sum(found.tokens_by_stream[name] for name in again)
     return work * found.optimizer_steps / 1e12
 
