@@ -224,7 +224,7 @@ def check(case: Case) -> None:
         try:
             READERS[case["reader"]](path, case)
         except UserError as error:
-            require_text(error, naming=("rows", str(path.parent), "columns", "ignore", "evaluation sets"))
+            require_text(error, naming=("rows", str(path.parent), "columns", "ignore", "evaluation sets", "evaluation.jsonl"))
         left = [str(p) for p in Path(folder).rglob(".*") if p.name != ".unified_lm_written"]
         assert not left, f"temporary files are left: {left}"
 
