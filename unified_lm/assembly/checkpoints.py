@@ -66,7 +66,7 @@ def load_run(run_dir: Path, console: Console, step: int | None = None) -> Run:
         run = assemble_run(config, Path(empty), console)
     run.training.run_dir = run_dir
     with open_tensors(path) as read:
-        run.training.backend.load_optimizer_state(read, read.names)
+        run.training.backend.load_optimizer_state(read)
     return run
 
 

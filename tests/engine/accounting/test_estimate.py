@@ -169,3 +169,16 @@ def test_balanced_routers_forward_every_sample_twice() -> None:
     assert found.packs_per_rank > 1
     again = 2 * found.num_parameters * found.tokens_by_stream["generation"] * found.optimizer_steps / 1e12
     assert training_teraflop(balanced, found) - training_teraflop(plain, found) == pytest.approx(again)
+
+
+def test_a_float32_projection_is_whole_on_every_rank_under_zero() -> None:
+    settings = ["recipe=grit_mistral7b", "model=tiny_random", "model.dtype=bfloat16", "parallel.persistence_threshold=0"]
+    for stage in (1, 2, 3):
+        plain, projected = (
+            estimate(compose_run([*settings, f"parallel=zero{stage}", *more]), world_size=4).bytes_by_part
+            for more in ([], ["model.projection_dim=32"])
+        )
+        parameters = (64 + 1) * 32
+        assert projected["weights"] - plain["weights"] == 4 * parameters
+        assert projected["gradients"] - plain["gradients"] == 4 * parameters
+        assert projected["optimizer"] - plain["optimizer"] == 8 * parameters
