@@ -56,6 +56,7 @@ class Case:
         balance: factor of the router balance over generative tokens.
         adapted: whether to train adapters only.
         checkpointing: whether layers are recomputed in the backward.
+        float32_routers: whether routers are float32 beside weights of `dtype`.
         own_choices: whether every rank balances by its own choices of experts, which is wrong.
     """
 
@@ -73,6 +74,7 @@ class Case:
     balance: float = 0.0
     adapted: bool = False
     checkpointing: bool = False
+    float32_routers: bool = False
     own_choices: bool = False
 
 
@@ -83,6 +85,8 @@ def make_trainable(case: Case) -> TrainingModule:
         return TrainingModule(Backbone(model, "sdpa"), "mean", {}, readouts=[SequenceReadout({"preference"})])
     if case.adapted:
         adapt(model)
+    if case.float32_routers:
+        keep_routers_float32(model)
     objective = "masked_next_token" if case.kind == "mntp" else "next_token"
     torch.manual_seed(0)
     projection = Projection(64, case.projection) if case.projection else None
@@ -96,6 +100,13 @@ def make_trainable(case: Case) -> TrainingModule:
         projection,
         readouts=[RoutingReadout(["generation"], backbone.experts()[1])] if case.balance else [],
     )
+
+
+def keep_routers_float32(model: PreTrainedModel) -> None:
+    """Give a Mixtral what other families have in their code: float32 routers, computed in float32."""
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.float().register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
 
 
 def adapt(model: PreTrainedModel, dropout: float = 0.0) -> None:
@@ -233,6 +244,27 @@ def start(case: Case) -> Backend:
 
 def copy_state(backend: Backend) -> State:
     return {name: value.detach().cpu().clone() for name, value in backend.optimizer_state()}
+
+
+class SavedState(State):
+    """A copied state, read as a checkpoint is; notes how many elements were read."""
+
+    num_read = 0
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self)
+
+    def __call__(self, name: str) -> torch.Tensor:
+        self.num_read += self[name].numel()
+        return self[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self[name].shape)
+
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        self.num_read += stop - start
+        return self[name].reshape(-1)[start:stop]
 
 
 def run(case: Case) -> State:

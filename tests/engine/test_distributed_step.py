@@ -25,7 +25,7 @@ def step(rank: int, ranks: int, budget: int) -> tuple[float, dict[str, torch.Ten
     batch = make_batch([s for s in samples if shares[ranks][rank](s)], budget, counts)
     losses = GradCacheStep(backend.forward, backend.backward, WEIGHTS, embedding_terms())(batch)
     if ranks > 1:
-        backend._sum_gradients()
+        backend.optimizer.sum_gradients()
     return losses.total, {name: master.grad for name, master in backend.optimizer.masters.items()}
 
 

@@ -125,7 +125,7 @@ def load_trained(run_dir: Path, console: Console, step: int | None = None) -> Tr
     trainable = TrainingModule(backbone, config.model.pooling, {}, projection)
     load_state(path, identity_of(config, loaded, trainable))
     with open_tensors(path) as read:
-        load_weights(trainable.named_parameters(), read, read.names)
+        load_weights(trainable.named_parameters(), read)
     data = recorded_data(run_dir)
     if data is None:
         console.print(f"note: {run_dir} has no run.json: the export will not say what it was trained on", highlight=False)

@@ -8,10 +8,12 @@ which rank wrote a tensor, so a checkpoint is the same set of tensors for any nu
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -156,17 +158,44 @@ class ShardReader:
         Raises:
             CheckpointError: the file cannot be read.
         """
+        with self._reading(name) as file:
+            value: torch.Tensor = file.get_tensor(name)
+        return value
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from its file's header.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        with self._reading(name) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read `[stop - start]` elements of a flattened tensor, and nothing of the file but the rows that hold them.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        width = math.prod(self.shape(name)[1:])
+        first, last = start // width, -(-stop // width)
+        with self._reading(name) as file:
+            rows: torch.Tensor = file.get_slice(name)[first:last]
+        return rows.reshape(-1)[start - first * width : stop - first * width]
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Any]:
+        """The open file of a tensor; an error of reading it becomes ours."""
         file = self._files[name]
         try:
             if file not in self._open:
                 self._open[file] = safe_open(self.folder / file, framework="pt")
             with trace_span(f"read {name}", waits=False):
-                value: torch.Tensor = self._open[file].get_tensor(name)
+                yield self._open[file]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"checkpoint {self.folder}: {file} cannot be read: {error}. Remove it to resume from an earlier one."
             ) from error
-        return value
 
     def __enter__(self) -> ShardReader:
         return self

@@ -267,7 +267,7 @@ def _resume(training: TrainingState) -> _Progress:
         return _Progress(0, skipped)
     state = load_state(path, training.identity)
     with open_tensors(path) as read, trace_span("read the checkpoint"):
-        training.backend.load_optimizer_state(read, read.names)
+        training.backend.load_optimizer_state(read)
     training.loader.load_state_dict(state.loader)
     ranks = distributed.world_size()
     if state.num_ranks == ranks:

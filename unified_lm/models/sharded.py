@@ -57,10 +57,13 @@ def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
             "tokenizer": loaded.tokenizer,
             "provenance": loaded.provenance,
             "buffers": dict(causal_lm.named_buffers()),
+            # families keep some, as routers, in float32: a partition has the model's dtype, so every rank holds them whole
+            "kept": {name: p.detach() for name, p in causal_lm.named_parameters() if p.dtype != DTYPES[config.dtype]},
         }
 
     known = run_on_rank0(read_whole)
     causal_lm = _build(config, known, sharding)
+    _place_whole(causal_lm, known["kept"])
     whole = dict(read[0].causal_lm.named_parameters()) if read else {}
     _check_names(causal_lm, whole)
     for name, parameter in causal_lm.named_parameters():
@@ -88,6 +91,14 @@ def _build(config: ModelConfig, known: dict[str, Any], sharding: Sharding) -> Pr
     if getattr(embeddings, "padding_idx", None) is not None:
         embeddings.padding_idx = None  # as in `load_model`
     return causal_lm
+
+
+def _place_whole(causal_lm: PreTrainedModel, values: dict[str, torch.Tensor]) -> None:
+    """Replace partitioned parameters by whole ones with these values."""
+    for name, value in values.items():
+        owner, _, attribute = name.rpartition(".")
+        parameter = nn.Parameter(value.to(distributed.local_device()))
+        causal_lm.get_submodule(owner)._parameters[attribute] = parameter
 
 
 def _check_names(causal_lm: PreTrainedModel, whole: dict[str, nn.Parameter]) -> None:

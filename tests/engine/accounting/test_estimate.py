@@ -190,3 +190,16 @@ def test_odd_values_of_an_architecture_are_refused_by_name(architecture: str, to
 def test_adapters_of_an_estimate_take_no_memory() -> None:
     config = compose_run(["recipe=grit_smollm2", "lora=all_linear", "lora.r=65536"])
     assert estimate(config).num_trainable > 1e10, "40 GB that nobody allocates"
+
+
+def test_a_float32_projection_is_whole_on_every_rank_under_zero() -> None:
+    settings = ["recipe=grit_mistral7b", "model=tiny_random", "model.dtype=bfloat16", "parallel.persistence_threshold=0"]
+    for stage in (1, 2, 3):
+        plain, projected = (
+            estimate(compose_run([*settings, f"parallel=zero{stage}", *more]), world_size=4).bytes_by_part
+            for more in ([], ["model.projection_dim=32"])
+        )
+        parameters = (64 + 1) * 32
+        assert projected["weights"] - plain["weights"] == 4 * parameters
+        assert projected["gradients"] - plain["gradients"] == 4 * parameters
+        assert projected["optimizer"] - plain["optimizer"] == 8 * parameters

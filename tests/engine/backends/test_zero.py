@@ -6,6 +6,7 @@ Each group of processes is started once and runs all its cases; importing torch 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tests.engine.exactness import (
     ONE_PACK,
     RATE,
     Case,
+    SavedState,
     State,
     copy_state,
     distance,
@@ -33,6 +35,7 @@ from unified_lm.core import distributed
 from unified_lm.core.errors import ConfigError
 from unified_lm.engine.accounting.estimate import estimate
 from unified_lm.engine.backends.deepspeed import ZeroSharding
+from unified_lm.models import sharded as models_sharded
 from unified_lm.models.loading import load_model
 from unified_lm.models.sharded import load_sharded
 from unified_lm.models.tiny import tiny_tokenizer
@@ -54,7 +57,10 @@ PARTS = [
 ]
 DIRECT = Case("ddp", "grit", MANY_PACKS, dropout=0.3, retain_all=True, steps=2)
 CACHED = [Case(backend, "grit", MANY_PACKS, dropout=0.3, steps=2) for backend in ZERO]
-HALF = [Case(backend, "grit", MANY_PACKS, dtype="bfloat16") for backend in ("ddp", *ZERO)]
+WIDE = [  # float32 parameters beside bfloat16 ones: a projection, and routers
+    Case(backend, "grit", MANY_PACKS, "mixtral", dtype="bfloat16", projection=8, float32_routers=True)
+    for backend in ("ddp", *ZERO)
+]
 HELD = [Case(backend, "grit", MANY_PACKS, dtype=dtype) for backend in ZERO for dtype in ("float32", "bfloat16")] + [
     Case("zero0", "grit", MANY_PACKS)
 ]
@@ -64,24 +70,33 @@ Results = dict[Any, Any]
 
 
 def two_processes() -> Results:
-    results: Results = {case: run(case) for case in (*EXACT, *PARTS, DIRECT, *CACHED, *HALF, AVERAGED)}
-    results |= {("poisoned", backend): poisoned(backend) for backend in ("ddp", "zero0", *ZERO)}
-    results |= {("resumed", *names): resumed(*names) for names in (("zero2", "zero3"), ("zero3", "zero1"), ("ddp", "zero2"))}
+    results: Results = {case: run(case) for case in (*EXACT, *PARTS, DIRECT, *CACHED, *WIDE, AVERAGED)}
+    results |= {("poisoned", backend): poisoned(Case(backend, "grit", MANY_PACKS)) for backend in ("ddp", "zero0", *ZERO)}
+    results |= {("poisoned", case): poisoned(case, "projection.linear.weight") for case in WIDE[1:]}
+    moves = (("zero2", "zero3"), ("zero3", "zero1"), ("ddp", "zero2"))
+    results |= {("resumed", *names): resumed(Case("single", "grit", MANY_PACKS), *names) for names in moves}
+    results |= {("resumed wide", *names): resumed(WIDE[0], *names) for names in [("zero1", "zero3")]}
     results |= {("held", case): held_bytes(case) for case in HELD}
     return results
 
 
-def poisoned(backend_name: str) -> tuple[float, float, float]:
-    """A step, one with a NaN on the last rank only, another good one: the norm, the change of the state, and the norm after."""
-    case = Case(backend_name, "grit", MANY_PACKS)
+def poisoned(case: Case, parameter: str | None = None) -> tuple[float, float, float]:
+    """A step, one with a NaN on the last rank only, another good one: the norm, the change of the state, and the norm after.
+
+    The NaN is in the loss, or in the gradient of a named parameter.
+    """
     backend = start(case)
     step = make_step(case, backend)
     step(share(case, 0))
     backend.update(RATE, 1.0)
     before = copy_state(backend)
     good = backend.backward
-    step.backward = lambda loss: good(loss * (math.nan if distributed.rank() == distributed.world_size() - 1 else 1.0))
+    factor = math.nan if distributed.rank() == distributed.world_size() - 1 else 1.0
+    if parameter is None:
+        step.backward = lambda loss: good(loss * factor)
     step(share(case, 1))
+    if parameter is not None:
+        backend.trainable.get_parameter(parameter).grad.mul_(factor)  # type: ignore[attr-defined]
     norm = backend.update(RATE, 1.0)
     after = copy_state(backend)
     change = max(float((after[name] - before[name]).abs().max()) for name in before)
@@ -92,9 +107,9 @@ def poisoned(backend_name: str) -> tuple[float, float, float]:
     return norm, change, recovered
 
 
-def resumed(first: str, second: str) -> State:
+def resumed(case: Case, first: str, second: str) -> State:
     """Three steps under one backend, then two under another that starts from the first one's state."""
-    case = Case(first, "grit", MANY_PACKS)
+    case = replace(case, backend=first)
     backend = start(case)
     step = make_step(case, backend)
     for index in range(3):
@@ -102,9 +117,13 @@ def resumed(first: str, second: str) -> State:
         backend.update(RATE, 0.0 if index == 0 else 1.0)
     saved = copy_state(backend)
     backend.close()
-    case = Case(second, "grit", MANY_PACKS)
+    case = replace(case, backend=second)
     backend = start(case)
-    backend.load_optimizer_state(saved.__getitem__, frozenset(saved))
+    source = SavedState(saved)
+    backend.load_optimizer_state(source)
+    if second.startswith("zero"):
+        share_read = source.num_read / sum(value.numel() for value in saved.values())
+        assert share_read < 0.6, f"one of two ranks read {share_read:.0%} of a state of which it keeps half"
     reread = copy_state(backend)
     assert reread.keys() == saved.keys()
     assert all(torch.equal(reread[name], saved[name]) for name in saved), "the state changed on its way"
@@ -172,13 +191,36 @@ def test_dropout_was_on(together, alone):
     assert distance(together[DIRECT], alone["grit", "llama", None], "gradient/") > 1e-2
 
 
-@pytest.mark.parametrize("case", HALF[1:], ids=lambda c: c.backend)
-def test_bfloat16_weights_have_float32_masters_and_sums(together, case):
-    """All backends round at the same places: the weights after every update, and each pack's gradients."""
-    assert distance(together[case], together[HALF[0]], "gradient/") < 1e-6
-    change = {name: t - together[HALF[0]][name].bfloat16().float() for name, t in together[case].items() if "weight/" in name}
-    assert any(value.any() for value in change.values()), "masters carry more than bfloat16 can"
-    assert distance(together[case], together[HALF[0]], "weight/") < 1e-5
+@pytest.mark.parametrize("case", WIDE[1:], ids=lambda c: c.backend)
+def test_bfloat16_weights_have_float32_masters_and_float32_parameters_stay_so(together, case):
+    """All backends round at the same places: weights after every update, each pack's gradients, and no float32 parameter."""
+    result, expected = together[case], together[replace(case, backend="ddp")]
+    assert distance(result, expected, "gradient/") < 1e-6
+    assert distance(result, expected, "weight/") < 1e-5
+    assert result["loss"].tolist() == pytest.approx(expected["loss"].tolist(), rel=1e-6)
+    assert result["norm"].tolist() == pytest.approx(expected["norm"].tolist(), rel=1e-5)
+    change = {name: t - expected[name].bfloat16().float() for name, t in result.items() if "weight/" in name}
+    assert all(value.any() for name, value in change.items() if name.endswith("proj.weight")), (
+        "masters carry more than bfloat16"
+    )
+    own = [name for name in expected if name.startswith("weight/") and ("projection" in name or "mlp.gate" in name)]
+    assert len(own) == 4
+    for name in own:
+        assert not torch.equal(expected[name], expected[name].bfloat16().float())
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_float32_parameters_move_between_backends(together):
+    assert distance(together["resumed wide", "zero1", "zero3"], together[WIDE[0]], "weight/") < 1e-5
+    assert distance(together["resumed wide", "zero1", "zero3"], together[WIDE[0]], "exp_avg_sq/") < 1e-4
+
+
+@pytest.mark.parametrize("case", WIDE[1:], ids=lambda c: c.backend)
+def test_a_float32_gradient_that_is_not_finite_changes_nothing(together, case):
+    norm, change, recovered = together["poisoned", case]
+    assert not math.isfinite(norm)
+    assert change == 0
+    assert math.isfinite(recovered)
 
 
 @pytest.mark.parametrize("backend", ["ddp", "zero0", *ZERO])
@@ -215,20 +257,30 @@ def test_the_estimator_knows_what_deepspeed_holds(together, case):
     assert sum(estimated[part] for part in held) == pytest.approx(sum(held.values()), rel=0.05)
 
 
-def build_sharded() -> tuple[bool, bool]:
-    """Whether torch's linear function is left alone, and whether a sharded model computes what a whole one does."""
+def load_with_wide_norm(config):
+    """A model that keeps a norm in float32, as some families keep their norms or routers."""
+    loaded = load_model(config)
+    loaded.causal_lm.get_decoder().final_layer_norm.float()
+    return loaded
+
+
+def build_sharded() -> tuple[torch.dtype, bool, bool]:
+    """The dtype of a float32 norm; whether torch's linear function is left alone; whether sharding computes the same."""
     linear = torch.nn.functional.linear
     config = ModelConfig(tiny_random=True, family="gpt_neox", dtype="bfloat16")  # its layers have biases
     tokens = torch.arange(3, 40)[None]
     sharding = ZeroSharding(ParallelConfig(backend="zero3", persistence_threshold=0))
-    sharded, whole = load_sharded(config, sharding).causal_lm, load_model(config).causal_lm
+    models_sharded.load_model = load_with_wide_norm
+    sharded, whole = load_sharded(config, sharding).causal_lm, load_with_wide_norm(config).causal_lm
+    kept = sharded.get_decoder().final_layer_norm.weight.dtype
     with torch.no_grad(), sharding.filling(list(sharded.parameters())):
-        return torch.nn.functional.linear is linear, torch.equal(sharded(tokens).logits, whole(tokens).logits)
+        same = torch.equal(sharded(tokens).logits, whole(tokens).logits)
+    return kept, torch.nn.functional.linear is linear, same
 
 
-def test_stage_3_leaves_torchs_linear_function_alone(tmp_path):
+def test_stage_3_leaves_torchs_linear_function_and_float32_parameters_alone(tmp_path):
     pytest.importorskip("deepspeed")
-    assert run_on_ranks(build_sharded, 1, tmp_path) == [(True, True)]
+    assert run_on_ranks(build_sharded, 1, tmp_path) == [(torch.float32, True, True)]
 
 
 def test_stage_0_refuses_bfloat16():

@@ -101,13 +101,14 @@ def estimate(config: RunConfig, world_size: int = 1) -> Estimate:
         config.parallel,
         world_size,
         Sizes(
-            weights=weights + (adapters + projection) * _weight_bytes_each(config.model),
+            weights=weights + adapters * _weight_bytes_each(config.model) + projection * _FLOAT32,
             num_parameters=base + adapters + projection,
             num_trainable=trainable,
             num_small=small,
             weight_bytes=_weight_bytes_each(config.model),
             is_bfloat16=config.model.dtype == "bfloat16",
             transient=_transient_gradient(config, largest),
+            num_whole=projection if config.model.dtype == "bfloat16" else 0,
         ),
     )
     parts = {

@@ -5,13 +5,13 @@ Legend: N parameters, T trained parameters, W ranks, b bytes of a weight. AdamW 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unified_lm.config.schema import ParallelConfig
 
 _FLOAT32 = 4
 _MOMENTS = 2 * _FLOAT32
-_TORCH_BUCKET = 64 * 2**20  # `_BUCKET_ELEMENTS` of engine.backends.backend, in bytes
+_TORCH_BUCKET = 64 * 2**20  # `_BUCKET_ELEMENTS` of engine.backends.optimizer, in bytes
 _LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
 
 
@@ -27,6 +27,7 @@ class Sizes:
         weight_bytes: b.
         is_bfloat16: whether weights are bfloat16, with float32 master copies.
         transient: bytes of the largest gradient before it is added to its float32 sum.
+        num_whole: number of trained float32 parameters beside bfloat16 ones, which ZeRO leaves whole.
     """
 
     weights: int
@@ -36,6 +37,7 @@ class Sizes:
     weight_bytes: int
     is_bfloat16: bool
     transient: int
+    num_whole: int = 0
 
 
 def state_bytes(parallel: ParallelConfig, ranks: int, sizes: Sizes) -> dict[str, int]:
@@ -47,6 +49,17 @@ def state_bytes(parallel: ParallelConfig, ranks: int, sizes: Sizes) -> dict[str,
         sizes: of the model.
     """
     stage = parallel.zero_stage
+    if stage is not None and sizes.num_whole:
+        whole = sizes.num_whole
+        shared = replace(
+            sizes,
+            num_whole=0,
+            weights=sizes.weights - _FLOAT32 * whole,
+            num_parameters=sizes.num_parameters - whole,
+            num_trainable=sizes.num_trainable - whole,
+        )
+        own = {"weights": _FLOAT32 * whole, "gradients": _FLOAT32 * whole, "optimizer": _MOMENTS * whole}
+        return {part: size + own.get(part, 0) for part, size in state_bytes(parallel, ranks, shared).items()}
     if stage is None:
         masters = _FLOAT32 if sizes.is_bfloat16 else 0
         return {

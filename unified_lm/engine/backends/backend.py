@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -15,10 +15,8 @@ from unified_lm.config.schema import OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.core.errors import ConfigError
 from unified_lm.engine.backends.deepspeed import DeepSpeedBackend, check_available
-from unified_lm.engine.backends.optimizer import MasterAdamW
+from unified_lm.engine.backends.optimizer import MasterAdamW, StateReader
 from unified_lm.engine.training_module import PackOutput, TrainingModule
-
-_BUCKET_ELEMENTS = 16 * 1024 * 1024  # 64 MiB of float32: few collectives, and no second copy of all gradients
 
 
 class Backend(Protocol):
@@ -60,12 +58,11 @@ class Backend(Protocol):
             first update only "weight/NAME".
         """
 
-    def load_optimizer_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
+    def load_optimizer_state(self, read: StateReader) -> None:
         """Restore a saved state. Collective.
 
         Args:
-            read: name -> the whole tensor; called in the order of `optimizer_state`, once per name in `names`.
-            names: what the saved state holds.
+            read: asked for the tensors in the order of `optimizer_state`; a rank that keeps a part asks for that part.
 
         Raises:
             CheckpointError: a trained weight is missing or has another shape.
@@ -104,11 +101,7 @@ class TorchBackend:
         self.name = "ddp" if distributed.world_size() > 1 else "single"
         self.trainable = trainable
         self.optimizer = MasterAdamW(trainable.named_parameters(), config)
-        if distributed.world_size() > 1:
-            for master in self.optimizer.masters.values():
-                # Adapters and heads are drawn per process; training must start from one draw.
-                torch.distributed.broadcast(master.detach(), src=0)
-            self.optimizer.write_back()
+        self.optimizer.share_weights()
 
     def forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
         """Run the module on one pack."""
@@ -121,26 +114,26 @@ class TorchBackend:
 
     def update(self, learning_rate: float, max_grad_norm: float) -> float:
         """Sum gradients over ranks, clip, step, clear; returns the global gradient norm before clipping."""
-        if distributed.world_size() > 1:
-            self._sum_gradients()
-        norm = self.optimizer.clip(max_grad_norm)
+        self.optimizer.sum_gradients()
+        norm = self.optimizer.norm()
+        self.optimizer.clip(max_grad_norm, norm)
         # The norm is of the summed gradients, so every rank makes the same decision.
         if math.isfinite(norm):
             self.optimizer.step(learning_rate)
         self.optimizer.zero_grad()
-        return norm
+        return float(norm)
 
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Float32 weights and moments; every rank holds them all."""
         yield from self.optimizer.state_dict().items()
 
-    def load_optimizer_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
-        """Restore a saved state; every rank reads all of it.
+    def load_optimizer_state(self, read: StateReader) -> None:
+        """Restore a saved state; every rank keeps, and so reads, all of it.
 
         Raises:
             CheckpointError: a trained weight is missing or has another shape.
         """
-        self.optimizer.load_state(read, names)
+        self.optimizer.load_state(read)
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Nothing to gather: every rank holds whole weights."""
@@ -152,26 +145,6 @@ class TorchBackend:
 
     def close(self) -> None:
         """Nothing to release: the optimizer is freed together with the backend."""
-
-    def _sum_gradients(self) -> None:
-        bucket: list[torch.Tensor] = []
-        filled = 0
-        for gradient in self.optimizer.gradients():
-            bucket.append(gradient)
-            filled += gradient.numel()
-            if filled >= _BUCKET_ELEMENTS:
-                _sum_bucket(bucket)
-                bucket, filled = [], 0
-        if bucket:
-            _sum_bucket(bucket)
-
-
-def _sum_bucket(bucket: list[torch.Tensor]) -> None:
-    # One large all-reduce instead of many small ones, whose latency would dominate.
-    flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-    torch.distributed.all_reduce(flat)
-    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 def check_backend(parallel: ParallelConfig) -> None:

@@ -13,6 +13,7 @@ is left to DeepSpeed and what is not:
   boundary, so no caller needs to know which pack is the last.
 - In stages 2 and 3 every backward communicates, and in stage 3 every forward does. Ranks must therefore run the same
   sequence of forwards (`GradCacheStep` ensures it), and every forward must use every trained parameter (`FlatModule` does).
+- Float32 parameters of a bfloat16 model are kept out of the engine (`float32_parameters`), which would cast them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,7 +35,8 @@ from unified_lm.core import distributed
 from unified_lm.core.errors import ConfigError
 from unified_lm.engine.backends.extension_locks import remove_stale_locks
 from unified_lm.engine.backends.flat_module import FlatModule
-from unified_lm.engine.backends.optimizer import adamw_groups
+from unified_lm.engine.backends.float32_parameters import Float32Parameters, gather_only_partitions
+from unified_lm.engine.backends.optimizer import StateReader, adamw_groups
 from unified_lm.engine.backends.zero_state import ZeroState
 from unified_lm.engine.backends.zero_unpartition import unpartitioned
 from unified_lm.engine.training_module import PackOutput, TrainingModule
@@ -87,6 +89,8 @@ def _start(parallel: ParallelConfig) -> Any:
     remove_stale_locks()
     # This op is an all-reduce for inference on CPUs. Nothing here calls it, and compiling it takes a minute and a cache lock.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Prints the memory in use, whatever the level of logging.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed
 
@@ -151,13 +155,17 @@ class DeepSpeedBackend:
         self._module = FlatModule(trainable)
         if self.stage == 3:
             self._mark_experts()
+            gather_only_partitions(self._deepspeed.runtime.zero.partitioned_param_coordinator)
+        self._float32 = Float32Parameters(trainable, optim, bfloat16=self._bfloat16)
         self._inner = self._make_optimizer(optim, parallel)
-        self._engine, self._outer, _, _ = self._deepspeed.initialize(
-            model=self._module,
-            optimizer=self._inner,
-            config=settings(parallel, stage, self._bfloat16),
-            dist_init_required=False,
-        )
+        with self._float32.hidden():
+            self._engine, self._outer, _, _ = self._deepspeed.initialize(
+                model=self._module,
+                optimizer=self._inner,
+                config=settings(parallel, stage, self._bfloat16),
+                dist_init_required=False,
+            )
+        self._float32.join_norm(self._outer, stage)
         self._state = ZeroState(
             self._deepspeed,
             stage,
@@ -165,11 +173,13 @@ class DeepSpeedBackend:
             self._shapes,
             self._inner,
             self._outer,
+            self._float32.optimizer,
             counts_on_host=parallel.backend == _OFFLOADED,
         )
 
     def _make_optimizer(self, optim: OptimConfig, parallel: ParallelConfig) -> torch.optim.Optimizer:
-        groups = adamw_groups([(p, len(self._shapes[name])) for name, p in self.parameters.items()], optim.weight_decay)
+        shared = {name: p for name, p in self.parameters.items() if name not in self._float32.names}
+        groups = adamw_groups([(p, len(self._shapes[name])) for name, p in shared.items()], optim.weight_decay)
         options: dict[str, Any] = {"lr": optim.learning_rate, "betas": tuple(optim.betas), "eps": optim.eps}
         if parallel.backend == _OFFLOADED:
             offloaded: torch.optim.Optimizer = self._deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
@@ -209,8 +219,11 @@ class DeepSpeedBackend:
         self._outer.clip_grad = max_grad_norm
         if self.stage == 1:
             self._fill_gradients()
+        self._float32.sum_gradients(scaled_by=distributed.world_size() if self.stage == 3 else 1)
         self._engine.step()
-        return float(self._outer._global_grad_norm)
+        norm = float(self._outer._global_grad_norm)
+        self._float32.update(learning_rate, max_grad_norm, norm)
+        return norm
 
     def _update_whole(self, max_grad_norm: float) -> float:
         """The update of stage 0, where DeepSpeed has no own optimizer and clips without checking for non-finite norms."""
@@ -240,13 +253,13 @@ class DeepSpeedBackend:
         """Float32 weights and moments, each gathered to every rank in turn."""
         return self._state.read()
 
-    def load_optimizer_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
-        """Restore a saved state; every rank reads all of it and keeps its part.
+    def load_optimizer_state(self, read: StateReader) -> None:
+        """Restore a saved state; every rank reads the part that it keeps.
 
         Raises:
             CheckpointError: a trained weight is missing or has another shape.
         """
-        self._state.write(read, names)
+        self._state.write(read)
 
     def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
         """Context in which these parameters hold their whole values on every rank."""

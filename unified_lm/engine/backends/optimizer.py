@@ -7,17 +7,37 @@ float32 buffer accumulates each pack's gradient as soon as autograd has computed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from unified_lm.config.schema import OptimConfig
+from unified_lm.core import distributed
 from unified_lm.core.errors import CheckpointError
+
+_BUCKET_ELEMENTS = 16 * 1024 * 1024  # 64 MiB of float32: few collectives, and no second copy of all gradients
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two running means, by their names in torch."""
+
+
+class StateReader(Protocol):
+    """Reads a saved optimizer state tensor by tensor, whole or in part (`checkpoint.tensor_shards.ShardReader`)."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """One tensor, whole."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+
+    def part(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements of a flattened tensor, `[stop - start]`."""
 
 
 class MasterAdamW:
@@ -81,12 +101,42 @@ class MasterAdamW:
             else:
                 master.grad.zero_()
 
-    def clip(self, max_norm: float) -> float:
-        """Scale all gradients to a global norm of at most `max_norm` (0: no clipping); returns the norm before."""
-        norm = torch.nn.utils.get_total_norm(list(self.gradients()))
+    @torch.no_grad()
+    def share_weights(self) -> None:
+        """Give every rank rank 0's weights: adapters and heads are drawn per process. Collective."""
+        if distributed.world_size() > 1:
+            for master in self.masters.values():
+                torch.distributed.broadcast(master.detach(), src=0)
+            self.write_back()
+
+    def sum_gradients(self) -> None:
+        """Sum the accumulated gradients over ranks. Collective."""
+        if distributed.world_size() == 1:
+            return
+        bucket: list[torch.Tensor] = []
+        filled = 0
+        for gradient in self.gradients():
+            bucket.append(gradient)
+            filled += gradient.numel()
+            if filled >= _BUCKET_ELEMENTS:
+                _sum_bucket(bucket)
+                bucket, filled = [], 0
+        if bucket:
+            _sum_bucket(bucket)
+
+    def norm(self) -> torch.Tensor:
+        """Norm of all accumulated gradients, a scalar."""
+        return torch.nn.utils.get_total_norm(list(self.gradients()))
+
+    def clip(self, max_norm: float, norm: torch.Tensor) -> None:
+        """Scale all gradients by what takes a global norm, of these and possibly other gradients, to at most `max_norm`.
+
+        Args:
+            max_norm: 0: no clipping.
+            norm: the global norm, a scalar.
+        """
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.masters.values(), max_norm, norm)
-        return float(norm)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
@@ -105,51 +155,63 @@ class MasterAdamW:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything that a bit-exact resume needs: "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME"."""
-        state: dict[str, torch.Tensor] = {}
-        for name, master in self.masters.items():
-            state[f"weight/{name}"] = master.detach()
-            for key, value in self.inner.state.get(master, {}).items():
-                state[f"{key}/{name}"] = value
-        return state
+        return {key: value for name in self.masters for key, value in self.entries(name)}
+
+    def entries(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """What `state_dict` holds of one parameter."""
+        master = self.masters[name]
+        yield f"weight/{name}", master.detach()
+        for key, value in self.inner.state.get(master, {}).items():
+            yield f"{key}/{name}", value
 
     @torch.no_grad()
-    def load_state(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
+    def load_state(self, read: StateReader) -> None:
         """Restore a saved state.
 
         Args:
-            read: name -> tensor; called in the order of `state_dict`.
-            names: what the saved state holds.
+            read: asked in the order of `state_dict`.
 
         Raises:
             CheckpointError: it belongs to other trained parameters.
         """
-        check_names(names, self.masters)
-        for name, master in self.masters.items():
-            master.copy_(read_shaped(read, f"weight/{name}", master.shape))
-            self.inner.state.pop(master, None)
-            if f"step/{name}" in names:
-                moments = {key: read_shaped(read, f"{key}/{name}", master.shape).to(master.device) for key in MOMENTS}
-                step = read(f"step/{name}").to(master.device, torch.float32, copy=True)  # fused AdamW keeps it on the device
-                self.inner.state[master] = {"step": step.reshape(()), **moments}
+        check_names(read.names, self.masters)
+        for name in self.masters:
+            self.load_entries(name, read)
         self.write_back()
+
+    @torch.no_grad()
+    def load_entries(self, name: str, read: StateReader) -> None:
+        """Restore one parameter's master and moments, as `load_state` does for all; `write_back` follows."""
+        master = self.masters[name]
+        master.copy_(read_shaped(read, f"weight/{name}", master.shape))
+        self.inner.state.pop(master, None)
+        if f"step/{name}" in read.names:
+            moments = {key: read_shaped(read, f"{key}/{name}", master.shape).to(master.device) for key in MOMENTS}
+            step = read(f"step/{name}").to(master.device, torch.float32, copy=True)  # fused AdamW keeps it on the device
+            self.inner.state[master] = {"step": step.reshape(()), **moments}
+
+
+def _sum_bucket(bucket: list[torch.Tensor]) -> None:
+    # One large all-reduce instead of many small ones, whose latency would dominate.
+    flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+    torch.distributed.all_reduce(flat)
+    for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()
-def load_weights(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], read: Callable[[str], torch.Tensor], names: frozenset[str]
-) -> None:
+def load_weights(named_parameters: Iterable[tuple[str, nn.Parameter]], read: StateReader) -> None:
     """Give trained parameters the weights of a saved state, rounded to their dtype; nothing else of it is read.
 
     Args:
         named_parameters: the module's parameters; those without `requires_grad` are ignored.
-        read: name -> tensor.
-        names: what the saved state holds.
+        read: the saved state.
 
     Raises:
         CheckpointError: it belongs to other trained parameters.
     """
     trained = {name: p for name, p in named_parameters if p.requires_grad}
-    check_names(names, trained)
+    check_names(read.names, trained)
     for name, parameter in trained.items():
         parameter.copy_(read_shaped(read, f"weight/{name}", parameter.shape))
 
@@ -186,15 +248,22 @@ def check_names(found: frozenset[str], trained: Iterable[str]) -> None:
     )
 
 
-def read_shaped(read: Callable[[str], torch.Tensor], name: str, shape: Sequence[int]) -> torch.Tensor:
+def read_shaped(read: StateReader, name: str, shape: Sequence[int], part: tuple[int, int] | None = None) -> torch.Tensor:
     """Read a tensor of a saved state as a new float32 tensor.
+
+    Args:
+        read: the saved state.
+        name: of the tensor.
+        shape: what it must have.
+        part: start and stop of what is wanted of the flattened tensor; None: all of it, in its shape.
 
     Raises:
         CheckpointError: it has another shape.
     """
-    value = read(name)
-    if tuple(value.shape) != tuple(shape):
+    found = read.shape(name)
+    if tuple(found) != tuple(shape):
         raise CheckpointError(
-            f"the saved optimizer state is not of this model: {name} has shape {list(value.shape)}, expected {list(shape)}."
+            f"the saved optimizer state is not of this model: {name} has shape {list(found)}, expected {list(shape)}."
         )
+    value = read(name) if part is None else read.part(name, *part)
     return value.to(torch.float32, copy=True)

@@ -8,14 +8,15 @@ per parameter (3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from unified_lm.core import distributed
-from unified_lm.engine.backends.optimizer import MOMENTS, check_names, read_shaped
+from unified_lm.engine.backends.optimizer import MOMENTS, MasterAdamW, StateReader, check_names, read_shaped
 
 
 class ZeroState:
@@ -28,6 +29,7 @@ class ZeroState:
         shapes: name -> whole shape; stage 3 leaves parameters empty.
         inner: the torch (or CPU) AdamW that takes the updates.
         outer: DeepSpeed's optimizer around it; at stage 0 there is none and it is never used.
+        whole: the optimizer of parameters that DeepSpeed does not know, or None.
         counts_on_host: whether the optimizer keeps its step count as a Python integer, as DeepSpeed's CPU Adam does.
     """
 
@@ -39,6 +41,7 @@ class ZeroState:
         shapes: Mapping[str, tuple[int, ...]],
         inner: torch.optim.Optimizer,
         outer: Any,
+        whole: MasterAdamW | None,
         *,
         counts_on_host: bool,
     ) -> None:
@@ -48,6 +51,7 @@ class ZeroState:
         self._shapes = shapes
         self._inner = inner
         self._outer = outer
+        self._whole = whole
         self._counts_on_host = counts_on_host
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -56,6 +60,9 @@ class ZeroState:
         if stepped:
             self._link_moments()
         for name, parameter in self._parameters.items():
+            if self._whole is not None and name in self._whole.masters:
+                yield from self._whole.entries(name)
+                continue
             yield f"weight/{name}", self._get(parameter, None)
             if stepped:
                 yield f"step/{name}", self._step_count()
@@ -63,27 +70,31 @@ class ZeroState:
                     yield f"{key}/{name}", self._get(parameter, key)
 
     @torch.no_grad()
-    def write(self, read: Callable[[str], torch.Tensor], names: frozenset[str]) -> None:
-        """Restore a saved state. Every rank reads all of it and keeps its part.
+    def write(self, read: StateReader) -> None:
+        """Restore a saved state. Every rank reads the part that it keeps.
 
         Args:
-            read: name -> whole tensor.
-            names: what the saved state holds.
+            read: the saved state.
 
         Raises:
             CheckpointError: a trained weight is missing or has another shape.
         """
-        check_names(names, self._parameters)
-        stepped = any(name.startswith("step/") for name in names)
+        check_names(read.names, self._parameters)
+        stepped = any(name.startswith("step/") for name in read.names)
         self._inner.state.clear()
         for name, parameter in self._parameters.items():
-            self._set(parameter, None, read_shaped(read, f"weight/{name}", self._shapes[name]))
+            if self._whole is not None and name in self._whole.masters:
+                self._whole.load_entries(name, read)
+                continue
+            self._set(parameter, None, read, f"weight/{name}", self._shapes[name])
             if not stepped:
                 continue
             if not self._inner.state:
                 self._make_moments(read(f"step/{name}"))
             for key in MOMENTS:
-                self._set(parameter, key, read_shaped(read, f"{key}/{name}", self._shapes[name]))
+                self._set(parameter, key, read, f"{key}/{name}", self._shapes[name])
+        if self._whole is not None:
+            self._whole.write_back()
         if self._stage in (1, 2):
             # The model's weights are rounded copies of the float32 partitions just written.
             self._outer.update_lp_params()
@@ -105,32 +116,34 @@ class ZeroState:
         assert isinstance(found, torch.Tensor)
         return found.detach()
 
-    def _set(self, parameter: nn.Parameter, key: str | None, value: torch.Tensor) -> None:
-        """Write a whole weight (`key` None) or moment; each rank keeps its part."""
-        value = value.to(distributed.local_device())
+    def _set(self, parameter: Any, key: str | None, read: StateReader, name: str, shape: Sequence[int]) -> None:
+        """Write a weight (`key` None) or moment: all of it at stage 0, else what this rank keeps of it."""
         if self._stage == 0:
-            (parameter if key is None else self._inner.state[parameter][key]).copy_(value)
+            (parameter if key is None else self._inner.state[parameter][key]).copy_(read_shaped(read, name, shape))
         elif self._stage == 3:
-            self._set_partition(parameter, key, value)
-        elif key is None:
-            self._deepspeed.utils.safe_set_full_fp32_param(parameter, value)
-        else:
-            self._deepspeed.utils.safe_set_full_optimizer_state(parameter, value, key)
+            self._set_partition(parameter, key, read, name, shape)
+        elif (kept := parameter._hp_mapping) is not None:  # None: all of this parameter is kept by other ranks
+            address = kept.lp_fragment_address
+            part = read_shaped(read, name, shape, (address.start, address.start + address.numel))
+            kept.get_hp_fragment(key).data.copy_(part)
 
-    def _set_partition(self, parameter: Any, key: str | None, value: torch.Tensor) -> None:
+    def _set_partition(self, parameter: Any, key: str | None, read: StateReader, name: str, shape: Sequence[int]) -> None:
         """Write this rank's part of a value, padded as DeepSpeed pads it (its `safe_set_full_*` functions do not pad)."""
         size = parameter.ds_tensor.numel()
-        padded = value.new_zeros(size * distributed.world_size())
-        padded[: value.numel()] = value.reshape(-1)
-        part = padded.narrow(0, size * distributed.rank(), size)
-        if key is None:
-            self._deepspeed.utils.safe_set_local_fp32_param(parameter, part)
-            # The weight that forwards use is a separate, possibly bfloat16 partition; it must change too.
-            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if distributed.is_rank0():
-                    parameter.data.copy_(value)
-        else:
+        start, total = size * distributed.rank(), math.prod(shape)
+        stop = min(start + size, total)
+        part = torch.zeros(size, dtype=torch.float32)
+        if start < stop:
+            part[: stop - start] = read_shaped(read, name, shape, (start, stop))
+        part = part.to(distributed.local_device())
+        if key is not None:
             self._deepspeed.utils.safe_set_local_optimizer_state(parameter, part, key)
+            return
+        self._deepspeed.utils.safe_set_local_fp32_param(parameter, part)
+        # The weight that forwards use is a separate, possibly bfloat16 partition; it must change too.
+        parameter.ds_tensor.data.copy_(part)
+        if parameter.numel() == total:  # whole on every rank at the moment, as small ones stay
+            parameter.data.copy_(read_shaped(read, name, shape))
 
     def _make_moments(self, step: torch.Tensor) -> None:
         """Create the optimizer's state, which AdamW only does in its first step; a saved state needs it before."""
