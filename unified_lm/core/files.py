@@ -99,8 +99,12 @@ def _replace_directory(new: Path, target: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None) -> Iterator[Path]:
     """A temporary sibling to write, with the same extension: renamed to `path` once the block has ended, durable.
+
+    Args:
+        path: the file.
+        before_rename: called with the complete sibling; what it raises leaves `path` as it was.
 
     Raises:
         OSError: the disk reported an error, which names `path`; what was there before is untouched and no partial file remains.
@@ -112,6 +116,7 @@ def replacing(path: Path) -> Iterator[Path]:
             sweep(path)
             yield building
             sync(building)
+            before_rename(building)
             building.replace(path)
     finally:
         building.unlink(missing_ok=True)

@@ -20,9 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_lm.core.errors import OutputError
-from unified_lm.core.files import sync, write_directory
-from unified_lm.core.temporary import BUILDING, beside, sweep
-from unified_lm.core.user_files import naming
+from unified_lm.core.files import replacing, write_directory
 
 RECORD = ".unified_lm_written"
 """Name of the file that lists what this package wrote into a folder."""
@@ -120,19 +118,14 @@ def building_file(path: Path) -> Iterator[Path]:
         OSError: the disk reported an error, which names `path`; no partial file remains.
     """
     check_file(path)
-    building = beside(path, BUILDING)
-    try:
-        with naming(path, building):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sweep(path)
-            yield building
-            sync(building)
-            check_file(path)
-            # The line before the rename: a crash between them leaves a line without its file, which is harmless.
-            _record(path.parent, [building], [path.name])
-            building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)
+
+    def record(building: Path) -> None:
+        """The line before the rename: a crash between them leaves a line without its file, which is harmless."""
+        check_file(path)
+        _record(path.parent, [building], [path.name])
+
+    with replacing(path, record) as building:
+        yield building
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> Path:

@@ -226,13 +226,6 @@ class Backbone(nn.Module):
         else:
             self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
-    def disable_gradient_checkpointing(self) -> None:
-        """Store activations again."""
-        if hasattr(self.causal_lm, "activation_checkpointing_disable"):
-            self.causal_lm.activation_checkpointing_disable()
-        else:
-            self.causal_lm.gradient_checkpointing_disable()
-
     def _require_packed_routers(self) -> None:
         if self._attention is None:
             raise ModelError(

@@ -22,11 +22,11 @@ _NEGLIGIBLE = 1e-3
 """Norm of a row, as a share of the table's median one, below which it looks as if it had never been trained."""
 
 
-class TokenRows(nn.Module):
-    """An embedding table, some rows of which are taken from a trained parameter.
+class _TrainedRows(nn.Module):
+    """A frozen table, some rows of which are taken from a trained parameter.
 
     Args:
-        base_layer: the frozen table.
+        base_layer: the table.
         ids: int64 `[n]`, the tokens of the trained rows, ascending.
         rows: `[n, D]`, the trained rows.
 
@@ -42,6 +42,10 @@ class TokenRows(nn.Module):
         self.rows = rows
         self.register_buffer("ids", ids, persistent=False)
         self.is_disabled = False
+
+
+class TokenRows(_TrainedRows):
+    """An embedding table with trained rows."""
 
     @property
     def weight(self) -> Any:
@@ -60,20 +64,8 @@ class TokenRows(nn.Module):
         return torch.where(found.any(-1, keepdim=True), rows.to(states.dtype), states)
 
 
-class TokenRowsHead(nn.Module):
-    """An output head, some rows of whose weight are taken from a trained parameter; arguments as `TokenRows`.
-
-    Where the head is tied to the table, both have the same parameter.
-    """
-
-    ids: torch.Tensor
-
-    def __init__(self, base_layer: nn.Module, ids: torch.Tensor, rows: nn.Parameter) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.rows = rows
-        self.register_buffer("ids", ids, persistent=False)
-        self.is_disabled = False
+class TokenRowsHead(_TrainedRows):
+    """An output head with trained rows. Where it is tied to the table, both have the same parameter."""
 
     @property
     def weight(self) -> Any:
