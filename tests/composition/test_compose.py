@@ -276,7 +276,7 @@ def test_every_published_data_group_takes_rows_by_its_own_name() -> None:
     """`data.NAME=FILE`, and the older `data.NAME_path=FILE` where there was one."""
     recipes = {"e5": "embedding_only", "echo": "llm2vec_supervised", "tulu2": "generative_only", "wiki1m": "llm2vec_simcse"}
     recipes |= {"ultrafeedback": "kto_gritlm7b", "wikitext103": "llm2vec_mntp"}
-    assert {*recipes, "pydocs", "files"} == set(group_options()["data"])
+    assert {*recipes, "nq", "pydocs", "files"} == set(group_options()["data"])
     for group, recipe in recipes.items():
         (sources,) = sources_of(f"recipe={recipe}", f"data.{group}=mine").values()
         assert sources == (SourceConfig(path="mine"),), group

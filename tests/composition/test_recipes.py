@@ -25,6 +25,8 @@ def test_the_recipes_are_these() -> None:
         "generative_only",
         "grit_mistral7b",
         "grit_mixtral8x7b",
+        "grit_rag_mistral7b",
+        "grit_rag_smollm2",
         "grit_smollm2",
         "grit_smollm2_short",
         "kto_gritlm7b",

@@ -6,7 +6,13 @@ from unified_lm.composition.compose import compose, compose_run
 from unified_lm.composition.locate import list_recipes
 from unified_lm.config.schema import ChainConfig, RunConfig
 
-FAMILY = {"grit_mixtral8x7b": "mixtral", "grit_smollm2": "llama", "grit_smollm2_short": "llama", "kto_smollm2": "llama"}
+FAMILY = {
+    "grit_mixtral8x7b": "mixtral",
+    "grit_smollm2": "llama",
+    "grit_rag_smollm2": "llama",
+    "grit_smollm2_short": "llama",
+    "kto_smollm2": "llama",
+}
 
 
 @pytest.mark.parametrize("lora", [None, "all_linear"])
@@ -25,7 +31,9 @@ def test_every_recipe_has_a_rehearsal(recipe: str, lora: str | None) -> None:
             assert [source.builtin for source in stream.sources] == ["pydocs"]
             assert stream.batch_size == 4
             assert getattr(stream, "num_hard_negatives", 0) == 0
-            assert stream.longest_sample == 256
+            sizes = {getattr(stream, key) for key in stream.limit_keys}
+            assert sizes == ({256, 512} if stream.format == "grounded" else {256})
+            assert stream.longest_sample <= run.packing.token_budget
         for sources in run.validation.sources.values():
             assert {(source.builtin, source.split) for source in sources} == {("pydocs", "test")}
 

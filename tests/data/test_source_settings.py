@@ -10,7 +10,7 @@ import pytest
 from unified_lm.config.streams import RecordKind, SourceConfig
 from unified_lm.core.errors import DataError
 from unified_lm.data import sources as sources_module
-from unified_lm.data.sources import open_source
+from unified_lm.data.sources import INSTRUCTED, open_source
 
 ROWS = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}", "other": f"o{i}"} for i in range(8)]
 EMPTY = [*ROWS, {"query": "q", "positive": " ", "negative": "n"}]
@@ -124,10 +124,10 @@ def test_the_values_differ_from_the_defaults(field):
     assert getattr(SourceConfig(), field) != SETTINGS[field]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in RecordKind if kind is not RecordKind.PAIR])
+@pytest.mark.parametrize("kind", [kind for kind in RecordKind if kind not in INSTRUCTED])
 def test_instructions_of_other_rows_than_pairs_are_refused(tmp_path, kind):
     for field in ("instruction", "document_instruction"):
-        with pytest.raises(DataError, match="only pairs have instructions"):
+        with pytest.raises(DataError, match="only pairs and grounded rows have them"):
             open_source(SourceConfig(path=str(tmp_path), **{field: "x"}), kind, 0)
 
 

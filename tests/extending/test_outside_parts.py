@@ -145,7 +145,7 @@ def test_every_built_in_is_described_by_its_implementation(table, base):
         assert find_description(description.implementation, table, base) is description, name
 
 
-OWN_WORDS = {"text", "chat", "pairs", "preference"}
+OWN_WORDS = {"text", "chat", "pairs", "preference", "grounded"}
 """Names of formats that are also names of columns, records, roles or parts of data sets: there a literal may mean those."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -37,6 +37,12 @@ class Block:
     start: int
     stop: int
     bidirectional: bool = False
+
+
+def consecutive_blocks(lengths: Sequence[int], *, bidirectional: bool) -> tuple[Block, ...]:
+    """Blocks of the given lengths, one after the other from the first token on."""
+    stops = list(accumulate(lengths))
+    return tuple(Block(stop - length, stop, bidirectional) for length, stop in zip(lengths, stops, strict=True))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class RecordKind(Enum):
     CHAT = "chat"
     TEXT = "text"
     PREFERENCE = "preference"
+    GROUNDED = "grounded"
 
 
 HUB_PREFIX, BUILTIN_PREFIX = "hub:", "builtin:"
@@ -54,7 +55,7 @@ class SourceConfig:
     revision: str | None = None
     """Hub revision of the dataset (branch, tag or commit)."""
     builtin: str | None = None
-    """A data set built on the spot: "pydocs"; its `subset` is "pairs", "chats", "preferences", "text" or "sentences"."""
+    """The data set built on the spot, "pydocs"; its `subset`: pairs, chats, preferences, grounded, text or sentences."""
     split: str | None = None
     """Split of a Hub or built-in data set (null: "train"); of a folder, the files that are named so, or "all"."""
     streaming: bool = False

@@ -29,7 +29,7 @@ from unified_lm.data.rows.hub_datasets import hub_rows
 from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.readers import Rows, data_files, extension, read_rows
 from unified_lm.data.rows.record_cache import Shard, Skip, open_shard, shard_key
-from unified_lm.data.rows.records import PairRecord, Record, RecordKind, Text
+from unified_lm.data.rows.records import GroundedRecord, PairRecord, Record, RecordKind, Text
 from unified_lm.data.rows.splits import files_of_split
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SEED = 42
 """Seed that selects and orders held-out rows; fixed, so that runs with different seeds are evaluated on the same rows."""
 
+INSTRUCTED = (RecordKind.PAIR, RecordKind.GROUNDED)
+"""The kinds of rows whose texts have instructions."""
 _READ_BYTES = 1 << 20
 
 
@@ -107,8 +109,13 @@ class RecordSource:
 
     def _instructed(self, record: Record) -> Record:
         """Add the source's instructions to texts without an instruction of their own."""
-        if not isinstance(record, PairRecord) or not (self._query_instruction or self._document_instruction):
+        if not (self._query_instruction or self._document_instruction):
             return record
+        if isinstance(record, GroundedRecord):
+            return replace(record, pair=self._instructed_pair(record.pair))
+        return self._instructed_pair(record) if isinstance(record, PairRecord) else record
+
+    def _instructed_pair(self, record: PairRecord) -> PairRecord:
         document = self._document_instruction
         return PairRecord(
             _with_instruction(record.query, self._query_instruction),
@@ -210,8 +217,10 @@ def _check(config: SourceConfig, kind: RecordKind) -> None:
         raise DataError("streaming=true is for Hub data sets (files and built-in data are memory-mapped): remove it.")
     if config.streaming and config.limit is None:
         raise DataError(f"streaming=true reads the first rows of {config.hub} only: say how many with limit=N.")
-    if (config.instruction or config.document_instruction) and kind is not RecordKind.PAIR:
-        raise DataError(f"instruction, document_instruction: only pairs have instructions, and {kind.value} rows are read.")
+    if (config.instruction or config.document_instruction) and kind not in INSTRUCTED:
+        raise DataError(
+            f"instruction, document_instruction: only pairs and grounded rows have them, and {kind.value} rows are read."
+        )
     for problem in config.problems("source"):
         raise DataError(problem)
 

@@ -56,6 +56,7 @@ class Role(IntEnum):
     DESIRABLE = 3
     UNDESIRABLE = 4
     MISMATCHED = 5
+    TURN = 6
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,16 @@ from unified_lm.core.errors import DataError
 from unified_lm.core.outputs import RECORD
 from unified_lm.data.rows.files import RowWriter, output_names, record_row, write_report, write_rows
 from unified_lm.data.rows.readers import read_rows
-from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
+from unified_lm.data.rows.records import (
+    ChatRecord,
+    GroundedRecord,
+    PairRecord,
+    PreferenceRecord,
+    Record,
+    RecordKind,
+    Text,
+    TextRecord,
+)
 from unified_lm.data.sources import open_source
 
 RECORDS: dict[RecordKind, Record] = {
@@ -17,6 +26,7 @@ RECORDS: dict[RecordKind, Record] = {
     RecordKind.CHAT: ChatRecord((("system", "s"), ("user", "u"), ("assistant", "a"))),
     RecordKind.TEXT: TextRecord("some text — naïve 日本"),
     RecordKind.PREFERENCE: PreferenceRecord("p", "c", False),
+    RecordKind.GROUNDED: GroundedRecord(PairRecord(Text("q"), (Text("a", "i"),), (Text("n"), Text("m"))), ("x", "y")),
 }
 
 

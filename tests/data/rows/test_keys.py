@@ -18,6 +18,7 @@ ROWS = {
     RecordKind.CHAT: {"messages": TURNS},
     RecordKind.TEXT: {"text": "t"},
     RecordKind.PREFERENCE: {"prompt": "p", "completion": "c", "label": 1},
+    RecordKind.GROUNDED: {"query": "q", "pos": ["a"], "answers": ["b"]},
 }
 
 

@@ -15,6 +15,7 @@ pair = RowParser(RecordKind.PAIR)
 chat = RowParser(RecordKind.CHAT)
 text = RowParser(RecordKind.TEXT)
 preference = RowParser(RecordKind.PREFERENCE)
+grounded = RowParser(RecordKind.GROUNDED)
 ANSWERED = ChatRecord((("user", "hi"), ("assistant", "hello")))
 
 
@@ -162,11 +163,11 @@ def test_long_values_are_shortened_in_messages() -> None:
 
 def test_the_examples_of_the_documentation_parse() -> None:
     page = (Path(__file__).parents[3] / "docs" / "data-formats.md").read_text(encoding="utf-8")
-    kinds = {"Pairs": pair, "Chats": chat, "Text": text, "Preferences": preference}
+    kinds = {"Pairs": pair, "Chats": chat, "Text": text, "Preferences": preference, "Questions with documents": grounded}
     parsed = 0
     for section in page.split("\n## ")[1:]:
         parser = kinds.get(section.partition("\n")[0])
         for block in re.findall(r"```json\n(.*?)```", section, re.DOTALL):
             assert parser is not None
             parsed += len([parser(json.loads(line)) for line in block.splitlines()])
-    assert parsed == 13
+    assert parsed == 15

@@ -33,6 +33,7 @@ RECIPES = {
     "msmarco": "llm2vec_supervised",
     "allnli": "llm2vec_supervised",
     "ultrafeedback": "kto_gritlm7b",
+    "nq": "grit_rag_mistral7b",
 }
 CHAT = [{"role": "user", "content": "Who wrote Faust?"}, {"role": "assistant", "content": "Goethe."}]
 PAIR = {"query": ["Find it:", "who wrote Faust"], "pos": [["", "Goethe wrote it."]], "neg": [["", "It is a city."]]}
@@ -79,6 +80,11 @@ def local(tmp_path: Path) -> Path:
     jsonl(
         root / "msmarco" / "msmarco-triplets.jsonl", {"query": "who wrote Faust", "pos": ["Goethe."], "neg": ["A city.", "A"]}
     )
+    passages = [{"docid": "1", "title": "Faust", "text": "Goethe wrote it."}, {"docid": "2", "title": "", "text": "A city."}]
+    question = {"query": "who wrote Faust", "answers": ["Goethe"], "negative_passages": passages[1:]}
+    for split in ("train", "dev"):
+        rows = [{**question, "positive_passages": passages[:1]}, {**question, "positive_passages": []}]
+        jsonl(root / "nq" / f"{split}.jsonl", *rows)
     parquet(root / "allnli" / "train.parquet", {"anchor": "A man eats.", "positive": "He eats.", "negative": "He sleeps."})
     return root
 
@@ -99,14 +105,18 @@ def test_the_recipe_reads_what_is_written(name: str, local: Path, tmp_path: Path
     values = [override for override in overrides(done) if not override.startswith("data=")]
     config = compose_run([f"recipe={RECIPES[name]}", "model=tiny_random", *data, *values])
     kinds = {"pairs": RecordKind.PAIR, "chat": RecordKind.CHAT, "preference": RecordKind.PREFERENCE}
+    kinds["grounded"] = RecordKind.GROUNDED
     rows = 0
-    for stream in config.streams.values():
+    streams = [
+        stream for stream in config.streams.values() if kinds.get(stream.format, RecordKind.TEXT) is PUBLISHED[name].kind
+    ]
+    for stream in streams:
         for source in stream.sources:
             assert source.path is not None
             assert Path(source.path).is_relative_to(tmp_path / "data")
             rows += len(open_source(source, kinds.get(stream.format, RecordKind.TEXT), 0))
     held_out = done.num_rows - rows
-    assert held_out == {"wikitext": 1, "ultrafeedback": 2}.get(name, 0)
+    assert held_out == {"wikitext": 1, "ultrafeedback": 2, "nq": 1}.get(name, 0)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

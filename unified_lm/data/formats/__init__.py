@@ -15,6 +15,7 @@ from unified_lm.config.streams import StreamConfig
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.formats.answered_config import ChatStream, PreferenceStream
 from unified_lm.data.formats.embedded_config import PairsStream, ViewsStream
+from unified_lm.data.formats.grounded_config import GroundedStream
 from unified_lm.data.formats.running_text_config import MaskedTextStream, MaskingConfig, TextStream
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMATS",
     "ChatStream",
+    "GroundedStream",
     "MaskedTextStream",
     "MaskingConfig",
     "PairsStream",
@@ -36,6 +38,7 @@ FORMATS: Mapping[str, type[StreamConfig]] = {
     "pairs": PairsStream,
     "chat": ChatStream,
     "preference": PreferenceStream,
+    "grounded": GroundedStream,
     "text": TextStream,
     "masked_text": MaskedTextStream,
     "views": ViewsStream,

@@ -106,6 +106,8 @@ class PromptEncoder:
         conversations: Sequence[Sequence[tuple[str, str]]],
         limit: int,
         unlearned: Sequence[Collection[int]] | None = None,
+        *,
+        continued: bool = False,
     ) -> list[Encoded | Rejection]:
         """Encode conversations of (role, content) turns.
 
@@ -114,20 +116,22 @@ class PromptEncoder:
             limit: maximum number of tokens. An answer that crosses it is cut there, without its end token; later turns are
                 dropped.
             unlearned: per conversation the turns that are read but not learned, answers though they are; None: none.
+            continued: whether other tokens of the prompt come before: no BOS token, and a separator before the first turn.
 
         Returns:
             Per conversation, its tokens with one span per learned answer (text and end token), or the reason for rejection.
         """
         self.template.require_chat()
         passed = [()] * len(conversations) if unlearned is None else unlearned
-        fragments = [self._fragments(turns, skipped) for turns, skipped in zip(conversations, passed, strict=True)]
-        return [truncate_chat(encoded, limit) for encoded in self._encode_fragments(fragments)]
+        fragments = [self._fragments(turns, skipped, continued) for turns, skipped in zip(conversations, passed, strict=True)]
+        return [truncate_chat(encoded, limit) for encoded in self._encode_fragments(fragments, continued)]
 
-    def generation_prompt(self, turns: Sequence[tuple[str, str]]) -> np.ndarray:
-        """The prompt ids, int32 `[T]`, after which a model generates its answer to `turns`."""
+    def generation_prompt(self, turns: Sequence[tuple[str, str]], *, continued: bool = False) -> np.ndarray:
+        """The prompt ids, int32 `[T]`, after which a model generates its answer to `turns`; `continued` as in `chat`."""
         self.template.require_chat()
         opening = self.template.separator + self.template.turns["assistant"].opening
-        (encoded,) = self._encode_fragments([[*self._fragments(turns), Fragment(opening, template=True)]])
+        fragments = [*self._fragments(turns, (), continued), Fragment(opening, template=True)]
+        (encoded,) = self._encode_fragments([fragments], continued)
         assert isinstance(encoded, Encoded)
         return encoded.ids
 
@@ -217,24 +221,28 @@ class PromptEncoder:
 
     # -- conversations ------------------------------------------------------------------------------------------------
 
-    def _fragments(self, turns: Sequence[tuple[str, str]], unlearned: Collection[int] = ()) -> list[Fragment]:
-        fragments = [Fragment(self.template.chat_bos(self.tokenizer), template=True)]
+    def _fragments(
+        self, turns: Sequence[tuple[str, str]], unlearned: Collection[int] = (), continued: bool = False
+    ) -> list[Fragment]:
+        fragments = [Fragment("" if continued else self.template.chat_bos(self.tokenizer), template=True)]
         for index, (role, content) in enumerate(turns):
-            opening = self.template.separator * (index > 0) + self.template.turns[role].opening
+            opening = self.template.separator * (continued or index > 0) + self.template.turns[role].opening
             answer = role == "assistant" and index not in unlearned
             fragments.append(Fragment(opening, template=True))
             fragments.append(Fragment(content.strip(), template=False, answer=answer))
             fragments.append(Fragment(self.template.closing(role, self.tokenizer), template=True, answer=answer))
         return fragments
 
-    def _encode_fragments(self, conversations: Sequence[Sequence[Fragment]]) -> list[Encoded | Rejection]:
+    def _encode_fragments(
+        self, conversations: Sequence[Sequence[Fragment]], continued: bool = False
+    ) -> list[Encoded | Rejection]:
         atoms = [self._atoms(fragments) for fragments in conversations]
         stretches = [
             (c, index, atom) for c, row in enumerate(atoms) for index, atom in enumerate(row) if isinstance(atom, list)
         ]
         # All stretches of all conversations go through one call, which the tokenizer runs in parallel.
         strings = ["".join(text for text, _ in atom) for _, _, atom in stretches]
-        encodings = self._encode(strings, [index > 0 for _, index, _ in stretches])
+        encodings = self._encode(strings, [continued or index > 0 for _, index, _ in stretches])
         by_index = {(c, index): encoding for (c, index, _), encoding in zip(stretches, encodings, strict=True)}
         return [assemble(row, lambda index, c=c: by_index[c, index]) for c, row in enumerate(atoms)]  # type: ignore[misc]
 

@@ -7,8 +7,8 @@ out in one subset is held out in all of them:
 - ``chats``: "What does X do?" -> summary and the first paragraph after it;
 - ``text``: whole docstrings as running text; ``sentences``: their sentences.
 
-Two further ones are derived from these: pairs with hard negatives (`data/pydocs/negatives.py`), and preferences
-(`data/pydocs/preferences.py`).
+Three further ones are derived from these: pairs with hard negatives (`data/pydocs/negatives.py`), preferences
+(`data/pydocs/preferences.py`), and questions with documents and a short answer (`data/pydocs/grounded.py`).
 
 The result depends only on the versions of the packages; source files are parsed, never imported.
 """
@@ -35,6 +35,8 @@ from filelock import FileLock
 from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.core.files import cache_dir, write_directory, write_json
 from unified_lm.data.pydocs.docstrings import Docstring, extract
+from unified_lm.data.pydocs.grounded import PART as GROUNDED
+from unified_lm.data.pydocs.grounded import grounded_file
 from unified_lm.data.pydocs.negatives import PART as HARD_PAIRS
 from unified_lm.data.pydocs.negatives import hard_pairs_file
 from unified_lm.data.pydocs.preferences import PART as PREFERENCES
@@ -61,6 +63,7 @@ _DEFAULT_PART = {
     RecordKind.CHAT: "chats",
     RecordKind.TEXT: "text",
     RecordKind.PREFERENCE: PREFERENCES,
+    RecordKind.GROUNDED: GROUNDED,
 }
 MAX_DOCUMENT_CHARACTERS = 1200
 MAX_ANSWER_CHARACTERS = 500
@@ -83,7 +86,8 @@ def pydocs_file(part: str | None, split: str, kind: RecordKind) -> tuple[str, Pa
     """Find one subset of the data set, building the whole data set first if this machine lacks it.
 
     Args:
-        part: "pairs", "chats", "text", "sentences", "preferences", "hard_pairs" (pairs with 7 hard negatives) or
+        part: "pairs", "chats", "text", "sentences", "preferences", "grounded" (also read as pairs: question and
+            document), "hard_pairs" (pairs with 7 hard negatives) or
             "hard_pairs/PACKAGE" (those of one package; "python" is the standard library); None selects one by `kind`.
         split: "train", or "test" (about a tenth, held out by name).
         kind: the requested kind of record.
@@ -102,12 +106,16 @@ def pydocs_file(part: str | None, split: str, kind: RecordKind) -> tuple[str, Pa
             raise DataError(f"pydocs subset '{part}' holds pair rows, the format wants {kind.value} rows.")
         package = part.partition("/")[2] or None
         return f"pydocs/{part}/{split}", hard_pairs_file(build() / _file_name("pairs", split), package, PACKAGES)
+    if part == GROUNDED:
+        if kind not in (RecordKind.GROUNDED, RecordKind.PAIR):
+            raise DataError(f"pydocs subset '{part}' holds grounded rows, the format wants {kind.value} rows.")
+        return f"pydocs/{part}/{split}", grounded_file(build() / _file_name("pairs", split))
     if part == PREFERENCES:
         if kind is not RecordKind.PREFERENCE:
             raise DataError(f"pydocs subset '{part}' holds preference rows, the format wants {kind.value} rows.")
         return f"pydocs/{part}/{split}", preferences_file(build() / _file_name("chats", split), QUESTION)
     if part not in PARTS:
-        raise DataError(f"pydocs has no subset '{part}'.{did_you_mean(part, [*PARTS, HARD_PAIRS, PREFERENCES])}")
+        raise DataError(f"pydocs has no subset '{part}'.{did_you_mean(part, [*PARTS, HARD_PAIRS, PREFERENCES, GROUNDED])}")
     if PARTS[part] is not kind:
         fitting = ", ".join(name for name, held in PARTS.items() if held is kind) or "none"
         raise DataError(

@@ -17,7 +17,7 @@ import yaml
 
 from unified_lm.core.errors import DataError
 from unified_lm.core.outputs import building_file, write_text_file
-from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, Text
+from unified_lm.data.rows.records import ChatRecord, GroundedRecord, PairRecord, PreferenceRecord, Record, Text
 
 WRITABLE = (".jsonl", ".parquet", ".txt")
 READABLE = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
@@ -33,6 +33,8 @@ def record_row(record: Record) -> dict[str, Any]:
             "pos": [_pair(text) for text in record.positives],
             "neg": [_pair(text) for text in record.negatives],
         }
+    if isinstance(record, GroundedRecord):
+        return {**record_row(record.pair), "answers": list(record.answers)}
     if isinstance(record, ChatRecord):
         turns = [{"role": role, "content": content} for role, content in record.turns]
         return {"messages": [t | ({"weight": 0} if i in record.unlearned else {}) for i, t in enumerate(turns)]}

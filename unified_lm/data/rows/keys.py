@@ -44,9 +44,9 @@ class MeaningfulKey:
 
 _ALL = frozenset(RecordKind)
 _ANSWERED = frozenset({RecordKind.CHAT, RecordKind.PREFERENCE})
-_PAIR = frozenset({RecordKind.PAIR})
+_PAIR = frozenset({RecordKind.PAIR, RecordKind.GROUNDED})
 _weight = MeaningfulKey("how much the row counts", _ALL, _ONE, "repeat rows, or give their source a weight; " + _LABELED)
-_loss = MeaningfulKey("what of the row is learned", frozenset(RecordKind) - _PAIR, _ONE, _LABELED)
+_loss = MeaningfulKey("what of the row is learned", frozenset(RecordKind) - {RecordKind.PAIR}, _ONE, _LABELED)
 _label = MeaningfulKey("whether the texts belong together", _PAIR, _ONE, _LABELED)
 _wanted = MeaningfulKey(
     "whether the answer is wanted", frozenset({RecordKind.CHAT}), _ONE, "use format=preference, or " + _LABELED

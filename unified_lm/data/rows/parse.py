@@ -14,17 +14,27 @@ from typing import Any
 
 from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.data.rows.keys import LEARNED_KEYS, ROW_KEYS, TURN_KEYS, near_miss
-from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
+from unified_lm.data.rows.records import (
+    ChatRecord,
+    GroundedRecord,
+    PairRecord,
+    PreferenceRecord,
+    Record,
+    RecordKind,
+    Text,
+    TextRecord,
+)
 from unified_lm.data.rows.violations import EmptyTextError, MeaningfulKeyError, RowError, describe
 
+_PAIR = {
+    "query": ("query", "anchor"),
+    "positive": ("positive", "pos", "positives"),
+    "negative": ("negative", "neg", "negatives", "hard_negative", "hard_negatives"),
+    "instruction": ("instruction", "prompt", "query_instruction"),
+}
 # Field of the format -> accepted column names.
 FIELDS: dict[RecordKind, dict[str, tuple[str, ...]]] = {
-    RecordKind.PAIR: {
-        "query": ("query", "anchor"),
-        "positive": ("positive", "pos", "positives"),
-        "negative": ("negative", "neg", "negatives", "hard_negative", "hard_negatives"),
-        "instruction": ("instruction", "prompt", "query_instruction"),
-    },
+    RecordKind.PAIR: _PAIR,
     RecordKind.CHAT: {
         "messages": ("messages",),
         "conversations": ("conversations",),
@@ -38,6 +48,12 @@ FIELDS: dict[RecordKind, dict[str, tuple[str, ...]]] = {
         "prompt": ("prompt",),
         "completion": ("completion",),
         "label": ("label", "desirable"),
+    },
+    RecordKind.GROUNDED: {
+        **_PAIR,
+        "query": ("query", "question"),
+        "positive": (*_PAIR["positive"], "documents", "document"),
+        "answer": ("answers", "answer"),
     },
 }
 
@@ -218,6 +234,15 @@ def _pair(row: _Row) -> PairRecord:
     return PairRecord(query, positives, _negatives(row))
 
 
+def _grounded(row: _Row) -> GroundedRecord:
+    pair = _pair(row)
+    column, value = row.require("answer", "a text, or a list of texts that are all right")
+    answers = [value] if isinstance(value, str) else value
+    if not isinstance(answers, Sequence) or not answers:
+        raise RowError(column, describe(value), "a text, or a list of texts that are all right")
+    return GroundedRecord(pair, tuple(_string(answer, f"{column}[{i}]") for i, answer in enumerate(answers)))
+
+
 def _negatives(row: _Row) -> tuple[Text, ...]:
     found = row.find("negative")
     negatives = _texts(found[1], found[0]) if found else ()
@@ -354,4 +379,5 @@ _PARSERS: dict[RecordKind, Callable[[_Row], Record]] = {
     RecordKind.CHAT: _chat,
     RecordKind.TEXT: _running_text,
     RecordKind.PREFERENCE: _preference,
+    RecordKind.GROUNDED: _grounded,
 }

@@ -174,6 +174,26 @@ def _ultrafeedback(row: Mapping[str, Any], name: str, number: int) -> Sequence[M
     ]
 
 
+def _open_questions(row: Mapping[str, Any], name: str, number: int) -> Mapping[str, Any]:
+    """Convert a question of Tevatron's files, whose passages have a title and a text, to a grounded row."""
+    passages = {}
+    for column in ("positive_passages", "negative_passages"):
+        found = row.get(column)
+        if not isinstance(found, Sequence) or isinstance(found, str):
+            got = describe(found) if column in row else f"no such column among [{', '.join(row)}]"
+            raise RowError(column, got, "a list of passages with title and text")
+        parts = [[str(p.get(key) or "").strip() for key in ("title", "text")] for p in found]
+        passages[column] = ["\n".join(part for part in texts if part) for texts in parts]
+    if not row.get("answers") or not passages["positive_passages"]:
+        raise Dropped("no answer, or no passage that holds it")
+    return {
+        "query": [ECHO_INSTRUCTIONS["nq"][0], row.get("query")],
+        "pos": passages["positive_passages"],
+        "neg": passages["negative_passages"],
+        "answers": row["answers"],
+    }
+
+
 _ROWS_FORMAT = "query, pos and neg with their instructions"
 _MEDI_USE = "data=e5 data.e5={out}/"
 
@@ -273,6 +293,16 @@ PUBLISHED: Mapping[str, Published] = {
         use="data=ultrafeedback data.ultrafeedback_path={out}/ultrafeedback",
         parts=(Part("train_prefs", "ultrafeedback/train"), Part("test_prefs", "ultrafeedback/test")),
         convert=_ultrafeedback,
+    ),
+    "nq": Published(
+        kind=RecordKind.GROUNDED,
+        hub="Tevatron/wikipedia-nq",
+        license="CC BY-SA 3.0",
+        source="https://arxiv.org/abs/2004.04906 (Natural Questions with passages of Wikipedia)",
+        filters="questions without an answer or a passage that holds it",
+        use="data.nq={out}/nq/train.jsonl data.held_out.grounded={out}/nq/dev.jsonl",
+        parts=(Part("train", "nq/train"), Part("dev", "nq/dev")),
+        convert=_open_questions,
     ),
     "allnli": Published(
         kind=RecordKind.PAIR,

@@ -24,7 +24,16 @@ from unified_lm.core.files import cache_dir, checksum, write_directory, write_js
 from unified_lm.core.reading_once import once
 from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.readers import Rows
-from unified_lm.data.rows.records import ChatRecord, PairRecord, PreferenceRecord, Record, RecordKind, Text, TextRecord
+from unified_lm.data.rows.records import (
+    ChatRecord,
+    GroundedRecord,
+    PairRecord,
+    PreferenceRecord,
+    Record,
+    RecordKind,
+    Text,
+    TextRecord,
+)
 from unified_lm.data.rows.violations import EmptyTextError, RowError
 
 logger = logging.getLogger(__name__)
@@ -37,8 +46,9 @@ _ROWS_BETWEEN_MESSAGES = 500_000
 _TEXT = pa.struct([("text", pa.string()), ("instruction", pa.string())])
 # Location of the row in its file, for messages about records that a later stage rejects.
 _LOCATION = "location"
+_PAIR = [("query", _TEXT), ("positives", pa.list_(_TEXT)), ("negatives", pa.list_(_TEXT))]
 _SCHEMAS: dict[RecordKind, pa.Schema] = {
-    RecordKind.PAIR: pa.schema([("query", _TEXT), ("positives", pa.list_(_TEXT)), ("negatives", pa.list_(_TEXT))]),
+    RecordKind.PAIR: pa.schema(_PAIR),
     RecordKind.CHAT: pa.schema(
         [
             ("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
@@ -47,6 +57,7 @@ _SCHEMAS: dict[RecordKind, pa.Schema] = {
     ),
     RecordKind.TEXT: pa.schema([("text", pa.string())]),
     RecordKind.PREFERENCE: pa.schema([("prompt", pa.string()), ("completion", pa.string()), ("desirable", pa.bool_())]),
+    RecordKind.GROUNDED: pa.schema([*_PAIR, ("answers", pa.list_(pa.string()))]),
 }
 
 
@@ -67,6 +78,8 @@ def _encode(record: Record) -> dict[str, Any]:
         return turns | ({"unlearned": list(record.unlearned)} if record.unlearned else {})
     if isinstance(record, TextRecord):
         return {"text": record.text}
+    if isinstance(record, GroundedRecord):
+        return {**_encode(record.pair), "answers": list(record.answers)}
     return {"prompt": record.prompt, "completion": record.completion, "desirable": record.desirable}
 
 
@@ -74,13 +87,18 @@ def _texts(rows: list[dict[str, str]]) -> tuple[Text, ...]:
     return tuple(Text(**row) for row in rows)
 
 
+def _pair(row: dict[str, Any]) -> PairRecord:
+    return PairRecord(Text(**row["query"]), _texts(row["positives"]), _texts(row["negatives"]))
+
+
 _DECODERS: dict[RecordKind, Callable[[dict[str, Any]], Record]] = {
-    RecordKind.PAIR: lambda row: PairRecord(Text(**row["query"]), _texts(row["positives"]), _texts(row["negatives"])),
+    RecordKind.PAIR: _pair,
     RecordKind.CHAT: lambda row: ChatRecord(
         tuple((turn["role"], turn["content"]) for turn in row["turns"]), tuple(row["unlearned"] or ())
     ),
     RecordKind.TEXT: lambda row: TextRecord(row["text"]),
     RecordKind.PREFERENCE: lambda row: PreferenceRecord(**row),
+    RecordKind.GROUNDED: lambda row: GroundedRecord(_pair(row), tuple(row["answers"])),
 }
 
 

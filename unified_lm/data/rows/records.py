@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from unified_lm.config.streams import RecordKind
 
-__all__ = ["ChatRecord", "PairRecord", "PreferenceRecord", "Record", "RecordKind", "Text", "TextRecord"]
+__all__ = ["ChatRecord", "GroundedRecord", "PairRecord", "PreferenceRecord", "Record", "RecordKind", "Text", "TextRecord"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,4 +59,17 @@ class PreferenceRecord:
     desirable: bool
 
 
-Record = PairRecord | ChatRecord | TextRecord | PreferenceRecord
+@dataclass(frozen=True, slots=True)
+class GroundedRecord:
+    """A question with documents that answer it, documents that do not, and its answer.
+
+    Attributes:
+        pair: the question (query) and the documents (positives: those that hold the answer).
+        answers: at least one; the first is learned, all of them count as right.
+    """
+
+    pair: PairRecord
+    answers: tuple[str, ...]
+
+
+Record = PairRecord | ChatRecord | TextRecord | PreferenceRecord | GroundedRecord
