@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+import torch
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from unified_lm.config.checks import above, at_least
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
+from unified_lm.data.prompts.encoding import PromptEncoder
 from unified_lm.data.prompts.templates import Template
 from unified_lm.export.directory import stop_token_ids
 
@@ -45,6 +47,66 @@ def conversation_turns(messages: str | Messages, template: Template) -> list[tup
     if not turns:
         raise DataError("messages is empty, expected at least one turn.")
     return turns
+
+
+def generate_text(
+    causal_lm: PreTrainedModel,
+    encoder: PromptEncoder,
+    prompt: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    past: Cache | None = None,
+    on_text: Callable[[str], None] | None = None,
+    **options: Any,
+) -> str:
+    """Generate after a prompt, with transformers' own attention.
+
+    Args:
+        causal_lm: in its stock state (`Backbone.stock_attention`).
+        encoder: its template, whose answers' end stops generation, and its tokenizer.
+        prompt: int64 `[T]`, on the CPU.
+        max_new_tokens: limit of the answer, in tokens.
+        temperature: see `generation_settings`, as `top_p`.
+        past: keys and values of the first tokens of the prompt, at most of all but one; they are not read again.
+        on_text: called with each piece of the answer as soon as it is there.
+        options: further arguments of transformers' `generate`; they override the above.
+
+    Returns:
+        The answer, without end tokens and without white space around it.
+
+    Raises:
+        ConfigError: a number is out of its range.
+    """
+    settings = generation_settings(
+        encoder.template,
+        encoder.tokenizer,
+        causal_lm.generation_config,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    settings |= {"past_key_values": past} if past is not None else {}
+    settings |= {"streamer": _Pieces(encoder.tokenizer, on_text)} if on_text is not None else {}
+    ids = prompt[None].to(causal_lm.device)
+    generate = cast("Callable[..., torch.Tensor]", causal_lm.generate)
+    with torch.inference_mode():
+        answer = generate(input_ids=ids, attention_mask=torch.ones_like(ids), **{**settings, **options})
+    return str(encoder.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+class _Pieces(TextStreamer):
+    """Hands over text where the base class prints it: whole words, as soon as they are complete."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Pass on a piece."""
+        if text:
+            self._on_text(text)
 
 
 def generation_settings(

@@ -6,34 +6,32 @@ configuration, so a lock keeps threads from doing both at the same time.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unified_lm.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from unified_lm.data.prompts.encoding import Encoded, PromptEncoder, Rejection
+from unified_lm.core.errors import CheckpointError, ConfigError, did_you_mean
+from unified_lm.data.prompts.encoding import PromptEncoder
 from unified_lm.data.prompts.templates import Template, get_template
 from unified_lm.export.manifest import ATTENTIONS, MODES, Manifest
-from unified_lm.export.samples import embedding_sample
-from unified_lm.inference.generation import Messages, conversation_turns, generation_settings
+from unified_lm.inference.embedder import Embedder
+from unified_lm.inference.generation import Messages, conversation_turns, generate_text
 from unified_lm.inference.loading import load_parts
 from unified_lm.inference.search import Hit, best_hits, cosine_similarity
 from unified_lm.models.backbone import Backbone
-from unified_lm.models.embedding import embed_samples, progress_bar
+from unified_lm.models.embedding import progress_bar
+from unified_lm.models.key_values import KeyValueCache, KeyValueReader
 from unified_lm.models.pooling import Pooling, Projection
-from unified_lm.models.standardizer import Standardizer, embedding_head
+from unified_lm.models.standardizer import Standardizer
 
 TOKEN_BUDGET = 4096
 """Most tokens of one forward when embedding."""
-
-_log = logging.getLogger(__name__)
 
 
 class UnifiedLM:
@@ -41,7 +39,6 @@ class UnifiedLM:
 
     Attributes:
         manifest: the export's manifest; None for a model that was not exported by this package.
-        num_truncated: number of texts that `encode` has truncated since loading.
     """
 
     def __init__(
@@ -89,18 +86,22 @@ class UnifiedLM:
         self._template = get_template(template) if isinstance(template, str) else template
         self._encoder = PromptEncoder(self._template, tokenizer)
         self._tokenizer = tokenizer
-        self._pooling = Pooling.parse(pooling)
-        self._attention = attention
-        self._normalize = normalize
-        self._projection = None if projection is None else projection.to(self._device).eval()
-        self.standardizer = standardizer
+        self._embedder = Embedder(
+            self._backbone,
+            self._encoder,
+            self._device,
+            Pooling.parse(pooling),
+            attention,
+            normalize,
+            max_tokens,
+            None if projection is None else projection.to(self._device).eval(),
+        )
+        self._embedder.set_standardizer(standardizer)
         self._instructions = dict(instructions or {})
-        self._max_tokens = max_tokens
         self._modes = tuple(modes)
         # Guards the attention switch in the model's configuration, and evaluation mode of borrowers.
         self._lock = threading.Lock()
         self.manifest = manifest
-        self.num_truncated = 0
 
     @classmethod
     def from_pretrained(
@@ -138,31 +139,14 @@ class UnifiedLM:
         where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
         parts = load_parts(name_or_path, **where, needs_manifest=template is None, check_weights=check_weights)
         manifest = parts.manifest
-        if manifest is None:
-            assert template is not None, "load_parts requires a manifest if there is no template"
-            return cls(
-                parts.causal_lm,
-                parts.tokenizer,
-                template=template,
-                pooling=pooling or "mean",
-                attention=attention or "bidirectional",
-                attention_kernel=attention_kernel,
-            )
-        return cls(
-            parts.causal_lm,
-            parts.tokenizer,
-            template=template or parts.template or manifest.template,
-            pooling=pooling or manifest.pooling,
-            attention=attention or manifest.attention,
-            normalize=manifest.normalize,
-            projection=parts.projection,
-            standardizer=parts.standardizer,
-            instructions=manifest.instructions,
-            max_tokens=manifest.max_tokens,
-            modes=manifest.modes,
-            attention_kernel=attention_kernel,
-            manifest=manifest,
-        )
+        given = {"template": template, "pooling": pooling, "attention": attention}
+        chosen: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        if manifest is not None:
+            recorded = ("pooling", "attention", "normalize", "instructions", "max_tokens", "modes")
+            own = {name: getattr(manifest, name) for name in recorded}
+            own |= {"template": parts.template or manifest.template, "manifest": manifest}
+            chosen = {**own, "projection": parts.projection, "standardizer": parts.standardizer, **chosen}
+        return cls(parts.causal_lm, parts.tokenizer, attention_kernel=attention_kernel, **chosen)
 
     @property
     def query_instruction(self) -> str:
@@ -177,7 +161,7 @@ class UnifiedLM:
     @property
     def attention(self) -> str:
         """Attention for embedding texts, "bidirectional" or "causal"."""
-        return self._attention
+        return self._embedder.attention
 
     @property
     def prompt_encoder(self) -> PromptEncoder:
@@ -191,14 +175,17 @@ class UnifiedLM:
         Raises:
             ConfigError: when set to a standardizer with a different number of dimensions.
         """
-        return self._standardizer
+        return self._embedder.standardizer
 
     @standardizer.setter
     def standardizer(self, standardizer: Standardizer | None) -> None:
         """Replace the standardizer; moves it to the model's device."""
-        if standardizer is not None and standardizer.dim != self.embedding_dim:
-            raise ConfigError(f"the standardizer has {standardizer.dim} dimensions, the embeddings have {self.embedding_dim}.")
-        self._standardizer = None if standardizer is None else standardizer.to(self._device).eval()
+        self._embedder.set_standardizer(standardizer)
+
+    @property
+    def num_truncated(self) -> int:
+        """Number of texts that were truncated since loading."""
+        return self._embedder.num_truncated
 
     @contextmanager
     def borrow_backbone(self) -> Iterator[Backbone]:
@@ -274,28 +261,65 @@ class UnifiedLM:
             raise ConfigError(f"unknown output '{output}'.{did_you_mean(output, ('numpy', 'torch'))}")
         self._require("embed")
         text_list = [texts] if isinstance(texts, str) else list(texts)
-        encoded = self._encode_prompts(text_list, instruction, self._max_tokens if max_tokens is None else max_tokens)
-        samples = [embedding_sample(item, self._attention) for item in encoded]
+        samples = self._embedder.samples(text_list, instruction, max_tokens)
         with self._lock, progress_bar(len(samples), show_progress) as advance:
-            vectors = embed_samples(
-                self._backbone,
-                samples,
-                self._pooling,
-                token_budget=token_budget,
-                device=self._device,
-                normalize=self._normalize if normalize is None else normalize,
-                projection=embedding_head(self._projection, self._standardizer),
-                progress=advance,
-            )
-        if not samples:
-            vectors = vectors.reshape(0, self.embedding_dim)
+            vectors = self._embedder.embed(samples, token_budget=token_budget, normalize=normalize, progress=advance)
         vectors = vectors[0] if isinstance(texts, str) else vectors
         return vectors.numpy() if output == "numpy" else vectors
+
+    def read(
+        self,
+        texts: Sequence[str],
+        instruction: str = "",
+        *,
+        attention: str | None = None,
+        max_tokens: int | None = None,
+        token_budget: int = TOKEN_BUDGET,
+    ) -> Iterator[tuple[int, np.ndarray, KeyValueCache]]:
+        """Embed texts and keep what was computed for it: an answer can be read from it later (`retrieval`).
+
+        Args:
+            texts: see `encode`, as `instruction`, `max_tokens` and `token_budget`.
+            attention: "bidirectional" or "causal"; None as the model embeds. Vectors are what `encode` gives only then.
+
+        Yields:
+            The index of a text, its vector, float32 `[D]`, and its keys and values on the model's device; longest texts first.
+            The model is held until the last one: other threads wait.
+
+        Raises:
+            DataError, CheckpointError: see `encode`.
+            ModelError: the model's keys and values cannot be kept (`models.key_values`).
+        """
+        self._require("embed")
+        samples = self._embedder.samples(texts, instruction, max_tokens, attention or "")
+        with self._lock:
+            for index, vector, cache in self._embedder.read(samples, token_budget=token_budget):
+                yield index, vector.numpy(), cache
+
+    @contextmanager
+    def borrow_reader(self) -> Iterator[KeyValueReader]:
+        """Like `borrow_backbone`, with what moves and joins the keys and values of `read`.
+
+        Raises:
+            ModelError: the model's keys and values cannot be kept.
+        """
+        with self._lock:
+            yield self._embedder.reader
+
+    @property
+    def embedding_key(self) -> str:
+        """A hash of all that a vector of `encode` depends on beside text and instruction, 32 hexadecimal digits."""
+        return self._embedder.key(self.manifest.weights_hash if self.manifest is not None else "")
+
+    @property
+    def max_tokens(self) -> int:
+        """The limit of an embedded text with its prompt, in tokens."""
+        return self._embedder.max_tokens
 
     @property
     def embedding_dim(self) -> int:
         """Dimensions of an embedding."""
-        return self._backbone.hidden_size if self._projection is None else self._projection.linear.out_features
+        return self._embedder.dim
 
     def similarity(self, left: np.ndarray | torch.Tensor, right: np.ndarray | torch.Tensor) -> np.ndarray:
         """Cosine similarities, float32 `[N, M]`, of vectors `[N, D]` (or `[D]`) and `[M, D]` (or `[D]`)."""
@@ -327,6 +351,7 @@ class UnifiedLM:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        on_text: Callable[[str], None] | None = None,
         **options: Any,
     ) -> str:
         """Answer a conversation.
@@ -337,6 +362,7 @@ class UnifiedLM:
             temperature: 0 for greedy decoding; otherwise logits are divided by it and tokens are drawn (seed them with
                 `torch.manual_seed`).
             top_p: draw from the most likely tokens whose probabilities sum to this.
+            on_text: called with each piece of the answer as soon as it is there.
             options: further arguments of transformers' `generate`; they override the above.
 
         Returns:
@@ -348,40 +374,20 @@ class UnifiedLM:
             CheckpointError: the model was exported for embedding only.
         """
         self._require("generate")
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
         # Tokens, not text: chat markers must be encoded exactly as in training.
         prompt = self._encoder.generation_prompt(conversation_turns(messages, self._template))
-        tokens = torch.from_numpy(prompt.astype(np.int64))[None].to(self._device)
-        with self._lock, self._backbone.stock_attention() as causal_lm, torch.inference_mode():
-            settings = generation_settings(
-                self._template,
-                self._tokenizer,
-                causal_lm.generation_config,
+        with self._lock, self._backbone.stock_attention() as causal_lm:
+            return generate_text(
+                causal_lm,
+                self._encoder,
+                torch.from_numpy(prompt.astype(np.int64)),
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,
+                on_text=on_text,
+                **options,
             )
-            generate = cast("Callable[..., torch.Tensor]", causal_lm.generate)
-            answer = generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), **{**settings, **options})
-        return str(self._tokenizer.decode(answer[0, tokens.shape[1] :], skip_special_tokens=True)).strip()
 
     def _require(self, mode: str) -> None:
         if mode not in self._modes:
             raise CheckpointError(f"this model was exported to {' and '.join(self._modes)} only, so it cannot {mode}.")
-
-    def _encode_prompts(self, texts: Sequence[str], instruction: str, max_tokens: int) -> list[Encoded]:
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise DataError(f"texts[{index}] is a {type(text).__name__}, expected a string.")
-        encoded: list[Encoded] = []
-        for index, item in enumerate(self._encoder.embed([(text, instruction) for text in texts], max_tokens)):
-            if isinstance(item, Rejection):
-                advice = " Leave it out, or give it content." if item is Rejection.EMPTY else ""
-                raise DataError(f"texts[{index}] cannot be embedded: {item.value}.{advice}")
-            encoded.append(item)
-        truncated = sum(item.truncated for item in encoded)
-        if truncated:
-            self.num_truncated += truncated
-            _log.warning("%d of %d texts were cut to %d tokens", truncated, len(texts), max_tokens)
-        return encoded

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import nn
 
 from unified_lm.batch import Pack, Sample, make_pack
+from unified_lm.models.key_values import KeyValueCache, KeyValueReader
 from unified_lm.models.modes import evaluation_mode
 from unified_lm.models.pooling import Pooling, pool
 
@@ -59,12 +60,7 @@ def embed_samples(
     with evaluation_mode(backbone, projection), torch.no_grad():
         for indices in _plan(samples, token_budget):
             pack = _number(samples, indices).to(torch.device(device))
-            vectors = pool(backbone(pack), pack.pool_spans, method)
-            if projection is not None:
-                vectors = projection(vectors)
-            if normalize:
-                vectors = F.normalize(vectors, dim=-1)
-            parts.append(vectors.float().cpu())
+            parts.append(_vectors(backbone(pack), pack, method, projection, normalize))
             order.extend(pack.pool_rows)
             if progress is not None:
                 progress(len(indices))
@@ -72,6 +68,40 @@ def embed_samples(
     result = torch.empty_like(gathered)
     result[torch.tensor(order)] = gathered
     return result
+
+
+def read_samples(
+    reader: KeyValueReader,
+    samples: Sequence[Sample],
+    pooling: str | Pooling,
+    *,
+    token_budget: int,
+    device: torch.device | str,
+    normalize: bool = False,
+    projection: nn.Module | None = None,
+) -> Iterator[tuple[int, torch.Tensor, KeyValueCache]]:
+    """Embed samples and keep what the layers hold of them, in one forward for both; `embed_samples` has the arguments.
+
+    Yields:
+        The index of a sample, its vector, float32 `[D]` on the CPU, and its keys and values, on the device; pack by pack.
+    """
+    method = Pooling.parse(pooling)
+    for indices in _plan(samples, token_budget) if samples else ():
+        # entered again for every pack: the consumer of this generator may train the model between two of them
+        with evaluation_mode(reader.backbone, projection), torch.no_grad():
+            pack = _number(samples, indices).to(torch.device(device))
+            hidden, caches = reader.read(pack)
+            vectors = _vectors(hidden, pack, method, projection, normalize)
+        yield from zip(pack.pool_rows, vectors, caches, strict=True)
+
+
+def _vectors(hidden: torch.Tensor, pack: Pack, method: Pooling, projection: nn.Module | None, normalize: bool) -> torch.Tensor:
+    vectors = pool(hidden, pack.pool_spans, method)
+    if projection is not None:
+        vectors = projection(vectors)
+    if normalize:
+        vectors = F.normalize(vectors, dim=-1)
+    return vectors.float().cpu()
 
 
 def sample_states(
