@@ -99,12 +99,14 @@ def _replace_directory(new: Path, target: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None) -> Iterator[Path]:
+def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None, *, durable: bool = True) -> Iterator[Path]:
     """A temporary sibling to write, with the same extension: renamed to `path` once the block has ended, durable.
 
     Args:
         path: the file.
         before_rename: called with the complete sibling; what it raises leaves `path` as it was.
+        durable: False for one of many files: the caller flushes them together, and removes what killed processes left. Until
+            then a power failure may leave `path` with any content.
 
     Raises:
         OSError: the disk reported an error, which names `path`; what was there before is untouched and no partial file remains.
@@ -113,9 +115,11 @@ def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None
     try:
         with naming(path, building):
             path.parent.mkdir(parents=True, exist_ok=True)
-            sweep(path)
+            if durable:
+                sweep(path)
             yield building
-            sync(building)
+            if durable:
+                sync(building)
             before_rename(building)
             building.replace(path)
     finally:

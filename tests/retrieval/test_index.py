@@ -1,0 +1,330 @@
+"""An index finds what it holds, answers from what it kept, and comes out the same however often it was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unified_lm.core.errors import CheckpointError, ConfigError, DataError, OutputError, UserError
+from unified_lm.data.prompts.layouts import LAYOUTS
+from unified_lm.inference import UnifiedLM
+from unified_lm.retrieval import index as module
+from unified_lm.retrieval.documents import Document, text_id
+from unified_lm.retrieval.engines import ENGINES
+from unified_lm.retrieval.index import Index
+
+WORDS = ("apples", "bears", "clouds", "doors", "eels", "frogs", "gates", "hills")
+TEXTS = [f"Document {i} is about {word}." for i, word in enumerate(WORDS)]
+QUESTION = "What is document 3 about?"
+
+
+def documents(count: int) -> list[Document]:
+    return [Document(f"d{i}", f"Text {i} " + "word " * (i % 7), f"f, line {i}") for i in range(count)]
+
+
+@pytest.fixture
+def index(tmp_path: Path, model: UnifiedLM) -> Index:
+    made = Index.create(tmp_path / "index", model, states=("bidirectional", "causal"), form="float32")
+    made.add(TEXTS)
+    return made
+
+
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_search_is_that_of_the_model(engine: str, tmp_path: Path, model: UnifiedLM) -> None:
+    with Index.create(tmp_path / "index", model, engine=engine) as made:
+        added = made.add(TEXTS)
+        assert (added.added, added.unchanged, added.cut, len(made)) == (8, 0, 0, 8)
+        expected = model.search(QUESTION, TEXTS, 8)[0]
+        found = made.search(QUESTION, 8)
+        assert [passage.document.text for passage in found] == [TEXTS[hit.index] for hit in expected]
+        np.testing.assert_allclose([p.score for p in found], [hit.score for hit in expected], atol=1e-5)
+        assert made.add(TEXTS).unchanged == 8
+    with Index.open(tmp_path / "index", model) as again:
+        assert again.search(QUESTION, 8) == found
+        again.delete([text_id(TEXTS[0])])
+        assert len(again) == 7
+        with pytest.raises(DataError, match="no document 'nothing'"):
+            again.delete(["nothing"])
+
+
+@pytest.mark.parametrize("states", ["bidirectional", "causal"])
+@pytest.mark.parametrize("mode", LAYOUTS)
+def test_an_answer_from_the_cache_is_that_of_one_forward(mode: str, states: str, index: Index) -> None:
+    """Greedy tokens after cached blocks equal those of our own forward over the whole prompt under its blocks."""
+    from unified_lm.batch import Block, Sample, make_pack
+    from unified_lm.retrieval import answering
+
+    prompts = []
+    made = answering.make_prompt
+
+    def keep(*arguments: object, **named: object) -> answering.Prompt:
+        prompts.append(made(*arguments, **named))  # type: ignore[arg-type]
+        return prompts[-1]
+
+    answering.make_prompt = keep  # type: ignore[assignment]
+    try:
+        answer = index.answer(QUESTION, k=2, mode=mode, states=states, max_new_tokens=4)
+    finally:
+        answering.make_prompt = made
+    (prompt,) = prompts
+    blocks = () if prompt.past is None else prompt.past.blocks
+    if (mode, states) == ("query_cache", "causal"):
+        assert blocks == (), "one causal text in front is the plain prompt"
+        blocks = (Block(0, prompt.num_cached),)
+    assert len(blocks) == sum({"question": 1, "documents": 2}[part] for part in LAYOUTS[mode].blocks)
+    assert {block.bidirectional for block in blocks} <= {states == "bidirectional"}
+    assert answer.cached_tokens == sum(block.stop - block.start for block in blocks)
+    assert (answer.prompt_tokens, len(answer.passages)) == (len(prompt.ids), 2 * LAYOUTS[mode].retrieves)
+    ids = prompt.ids.numpy()
+    with index.model.borrow_backbone() as backbone, torch.no_grad():
+        for _ in range(4):
+            hidden = backbone(make_pack([Sample(input_ids=ids, stream="s", blocks=blocks)]))
+            ids = np.append(ids, int(backbone.causal_lm.lm_head(hidden[-1]).argmax()))
+            if ids[-1] == index.model.prompt_encoder.tokenizer.eos_token_id:
+                break
+    tokenizer = index.model.prompt_encoder.tokenizer
+    assert answer.text == tokenizer.decode(ids[len(prompt.ids) :], skip_special_tokens=True).strip()
+    assert 0 < answer.search_seconds < answer.first_token_seconds <= answer.seconds
+
+
+def test_a_causal_question_in_front_is_the_plain_prompt(index: Index) -> None:
+    """The greedy answer from a causal cache of the question equals that of `generate` on the whole prompt, token for token."""
+    pieces: list[str] = []
+    answer = index.answer(QUESTION, mode="query_cache", states="causal", max_new_tokens=12, on_text=pieces.append)
+    model = index.model
+    block = model.prompt_encoder.embed([(QUESTION, model.query_instruction)], 96)[0].ids  # type: ignore[union-attr]
+    said = LAYOUTS["query_cache"].say(QUESTION, [answer.passages[0].document.text])
+    tail = model.prompt_encoder.generation_prompt([("user", said)], continued=True)
+    ids = torch.from_numpy(np.concatenate([block, tail]).astype(np.int64))[None]
+    with model.borrow_backbone() as backbone, backbone.stock_attention() as stock:
+        plain = stock.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+    assert answer.text == model.prompt_encoder.tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert "".join(pieces).strip() == answer.text
+
+
+def test_auto_takes_what_is_stored_and_long_questions_from_their_embedding(tmp_path: Path, model: UnifiedLM) -> None:
+    with Index.create(tmp_path / "kept", model) as kept, Index.create(tmp_path / "bare", model, states=()) as bare:
+        for each in (kept, bare):
+            each.add(TEXTS)
+        assert kept.answer(QUESTION, max_new_tokens=1).mode == "document_cache"
+        assert bare.answer(QUESTION, max_new_tokens=1).mode == "document_then_query"
+        assert bare.num_bytes == 0 < kept.num_bytes
+        # Asked for by name, the blocks are read on the spot.
+        assert (
+            bare.answer(QUESTION, mode="document_cache", max_new_tokens=3).text == kept.answer(QUESTION, max_new_tokens=3).text
+        )
+    from unified_lm.retrieval.answering import choose_mode
+
+    assert [choose_mode(300, stored) for stored in (True, False)] == ["document_query_cache", "query_cache"]
+
+
+def test_a_damaged_file_is_read_again(index: Index) -> None:
+    before = index.answer(QUESTION, mode="document_cache", max_new_tokens=5)
+    size = index.num_bytes
+    for file in (index.folder / "key_values").rglob("*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 0xFF
+        file.write_bytes(bytes(content))
+    with pytest.warns(UserWarning, match="altered"):
+        after = index.answer(QUESTION, mode="document_cache", max_new_tokens=5)
+    assert (after.text, after.mode) == (before.text, "document_cache")
+    assert index.answer(QUESTION, max_new_tokens=5).text == before.text
+    assert index.num_bytes <= size
+
+
+def test_stored_states_of_another_text_are_not_used(index: Index) -> None:
+    """An indexer that is killed after it stored keys and values has not changed the text yet."""
+    index.add([Document("x", "The first text.")])
+    (cache,) = index.caches([Document("x", "The first text.")], "causal")
+    (other,) = index.caches([Document("x", "Quite another text.")], "causal")
+    assert cache.token_ids.tolist() != other.token_ids.tolist()
+    text = index.model.prompt_encoder.tokenizer.decode(other.token_ids)
+    assert text.endswith("Quite another text.")
+
+
+def test_the_budget_is_kept_and_what_was_evicted_is_read_again(tmp_path: Path, model: UnifiedLM) -> None:
+    with Index.create(tmp_path / "all", model) as whole:
+        whole.add(TEXTS)
+        one = whole.num_bytes // len(TEXTS)
+        expected = [whole.answer(text, mode="document_cache", max_new_tokens=3).text for text in TEXTS]
+    with Index.create(tmp_path / "some", model, budget_bytes=3 * one) as some:
+        some.add(TEXTS)
+        assert 0 < some.num_bytes <= 3 * one
+        assert [some.answer(text, mode="document_cache", max_new_tokens=3).text for text in TEXTS] == expected
+        assert some.num_bytes <= 3 * one
+    with (
+        Index.create(tmp_path / "small", model, budget_bytes=1000) as small,
+        pytest.raises(UserError, match=r"more than the disk budget of 1,000 bytes"),
+    ):
+        small.add(TEXTS)
+
+
+def test_long_documents_are_cut_or_split(tmp_path: Path, model: UnifiedLM) -> None:
+    long = " ".join(f"w{i}" for i in range(120))
+    with Index.create(tmp_path / "cut", model) as cut:
+        added = cut.add([Document("long", long), "short"])
+        assert (added.added, added.cut, added.split) == (2, 1, 0)
+        assert cut.get(["long"])[0].text == long
+        assert cut.caches(cut.get(["long"]), "bidirectional")[0].token_ids.shape == (model.max_tokens,)
+        assert cut.answer("w1 w2", mode="document_then_query", max_new_tokens=1).prompt_tokens < 2 * model.max_tokens + 60
+    with Index.create(tmp_path / "split", model, on_long="split") as split:
+        added = split.add([Document("long", long, "a.md"), "short"])
+        parts = sorted((split.get([id])[0] for id in split._engine.ids() if "#" in id), key=lambda part: int(part.id[5:]))
+        assert (added.split, added.added) == (1, len(parts) + 1)
+        assert [part.origin for part in parts] == [f"a.md, part {i}" for i in range(1, len(parts) + 1)]
+        assert set(" ".join(part.text for part in parts).split()) >= set(long.split()[:5] + long.split()[-5:])
+        assert all(one.text[-3:] in two.text for one, two in pairwise(parts)), "parts overlap"
+
+
+def test_what_cannot_be_opened_says_so(
+    index: Index, tmp_path: Path, model: UnifiedLM, other_model: Callable[..., UnifiedLM]
+) -> None:
+    with pytest.raises(CheckpointError, match="is of another model"):
+        Index.open(index.folder, other_model(hidden_size=32, num_attention_heads=4, num_key_value_heads=2))
+    with pytest.raises(CheckpointError, match="does not say where its model is"):
+        Index.open(index.folder)
+    with pytest.raises(CheckpointError, match="made otherwise: form is float32, asked for int8"):
+        Index.create(index.folder, model, states=("bidirectional", "causal"), form="int8")
+    with pytest.raises(CheckpointError, match="is no index"):
+        Index.open(tmp_path / "nothing", model)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(OutputError, match=r"thesis\.txt"):
+        Index.create(tmp_path / "mine", model)
+    manifest = index.folder / "index.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        Index.open(index.folder, model)
+    manifest.write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Index.open(index.folder, model)
+
+
+def test_what_cannot_be_asked_says_so(index: Index, tmp_path: Path, model: UnifiedLM) -> None:
+    with pytest.raises(ConfigError, match=r"unknown mode 'document_cash'\. Did you mean 'document_cache'"):
+        index.answer(QUESTION, mode="document_cash")
+    with pytest.raises(ConfigError, match="unknown states 'both'"):
+        index.answer(QUESTION, states="both")
+    with pytest.raises(ConfigError, match="k: got 0"):
+        index.answer(QUESTION, k=0)
+    with pytest.raises(DataError, match="empty"):
+        index.answer("  ")
+    with pytest.raises(DataError, match=r"document 'd' \(a\.md\) is empty"):
+        index.add([Document("d", " ", "a.md")])
+    with Index.create(tmp_path / "empty", model) as empty:
+        assert empty.search(QUESTION) == []
+        with pytest.raises(DataError, match="has no documents"):
+            empty.answer(QUESTION)
+        assert empty.answer(QUESTION, mode="no_retrieval", max_new_tokens=2).passages == ()
+    with pytest.raises(ConfigError, match="on_long"):
+        Index.create(tmp_path / "x", model, on_long="drop")
+
+
+_INDEXER = """
+import sys
+from tests.retrieval.test_index import documents
+from unified_lm.inference import UnifiedLM
+from unified_lm.retrieval import index as module
+module.CHUNK_TOKENS = 64
+made = module.Index.create(sys.argv[1], UnifiedLM.from_pretrained(sys.argv[2]))
+print("ready", flush=True)
+made.add(documents(40))
+made.close()
+"""
+
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from unified_lm.core.folder_lock import hold_folder
+hold_folder(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def content(index: Index) -> dict[str, object]:
+    """Everything that an index holds, by bits."""
+    ids = sorted(index._engine.ids())
+    vectors = {
+        p.document.id: p.score for p in index._engine.search(np.eye(index.manifest.dim, dtype=np.float32)[:1], len(ids))[0]
+    }
+    assert index._store is not None
+    caches = {id: index._store.get(id, "bidirectional") for id in ids}
+    kept = {
+        id: [part.numpy(force=True).tobytes() for layer in c.to(dtype=torch.float32).layers for part in layer]
+        for id, c in caches.items()
+        if c
+    }
+    return {"documents": index.get(ids), "vectors": vectors, "caches": kept}
+
+
+def run_indexer(folder: Path, export: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", _INDEXER, str(folder), str(export)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()})
+
+
+def killed_and_resumed(times: int, tmp_path: Path, export: Path, model: UnifiedLM) -> None:
+    """Chunks of 64 tokens; the caller sets them here, and the indexer's own code there."""
+    with Index.create(tmp_path / "whole", model) as whole:
+        whole.add(documents(40))
+        expected = content(whole)
+    rng = np.random.default_rng(3)
+    for _ in range(times):
+        process = run_indexer(tmp_path / "killed", export)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(float(rng.uniform(0.0, 0.3)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with Index.create(tmp_path / "killed", model) as resumed:
+        resumed.add(documents(40))
+        found = content(resumed)
+        assert len(resumed) == 40
+        assert found == expected
+
+
+def test_killed_and_started_again_it_is_the_same_index(
+    tmp_path: Path, export: Path, model: UnifiedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 64)
+    killed_and_resumed(1, tmp_path, export, model)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_is_the_same_index(
+    tmp_path: Path, export: Path, model: UnifiedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 64)
+    killed_and_resumed(20, tmp_path, export, model)
+
+
+def test_two_writers_are_refused(tmp_path: Path, export: Path, model: UnifiedLM) -> None:
+    with Index.create(tmp_path / "index", model) as made:
+        made.add(TEXTS[:4])
+        holder = subprocess.Popen(
+            [sys.executable, "-c", _HOLDER, str(tmp_path / "index")],
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.getcwd()},
+        )
+        try:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            with pytest.raises(CheckpointError, match="in use by another process"):
+                made.add(TEXTS)
+            assert made.answer(QUESTION, max_new_tokens=2).mode == "document_cache", "others may read meanwhile"
+        finally:
+            holder.kill()
+            holder.wait()
+        assert made.add(TEXTS).added == 8, "the chunk has new documents, so it is read as a whole"

@@ -1,0 +1,1 @@
+"""Answers from documents: what a model needs of them, kept on disk."""

@@ -1,0 +1,79 @@
+"""What an index says about itself: which model it is of, and how its documents were read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from unified_lm.core.errors import CheckpointError
+from unified_lm.core.files import write_json
+
+FILE_NAME = "index.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexManifest:
+    """The settings of an index; they do not change after it was created.
+
+    Attributes:
+        model_key: hash of everything that its vectors depend on (`UnifiedLM.embedding_key`).
+        model: where the model was loaded from, so that a command need not be told.
+        dim: dimensions of a vector.
+        max_tokens: limit of a document with its prompt.
+        on_long: what happens to longer ones, "cut" or "split".
+        engine: name of the vector engine.
+        address: of its server, or "" for a folder in the index.
+        states: how documents are read for answers: "bidirectional", "causal", both, or none.
+        form: what keys and values are stored as.
+        budget_bytes: limit of the keys and values on disk, or None.
+    """
+
+    model_key: str
+    model: str
+    dim: int
+    max_tokens: int
+    on_long: str
+    engine: str
+    address: str
+    states: tuple[str, ...]
+    form: str
+    budget_bytes: int | None
+    format: int = _FORMAT
+
+    def check_same(self, folder: Path, wanted: IndexManifest) -> None:
+        """Refuse to add to an index that was made otherwise.
+
+        Raises:
+            CheckpointError: a setting differs; where the model was loaded from does not matter.
+        """
+        names = [item.name for item in fields(self) if item.name != "model"]
+        if differing := [name for name in names if getattr(self, name) != getattr(wanted, name)]:
+            told = "; ".join(f"{name} is {getattr(self, name)}, asked for {getattr(wanted, name)}" for name in differing)
+            raise CheckpointError(f"{folder} is an index that was made otherwise: {told}. Use its settings, or another folder.")
+
+    def save(self, folder: Path) -> None:
+        """Write it into the folder of an index, atomically."""
+        write_json(folder / FILE_NAME, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> IndexManifest:
+        """Read it.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or of another version.
+        """
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is no index: it has no {FILE_NAME}. Make one with `unified-lm index`.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.get("format") != _FORMAT:
+                raise CheckpointError(
+                    f"{path} has format {values.get('format')!r}, and this version reads {_FORMAT}. Build the index again."
+                )
+            known = {field.name for field in fields(cls)}
+            return cls(**{**{name: values[name] for name in known}, "states": tuple(values["states"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}). Build the index again, or restore the file.") from error
