@@ -62,6 +62,12 @@ COMMANDS: Mapping[str, Command] = {
         "write results, curves, evaluations, data and cost of a run as one HTML page: RUN [--out FILE]",
         "unified_lm.cli.report:report",
     ),
+    "index": Command(
+        "read documents with a model, to search and to answer from: FILES --model DIR --out INDEX",
+        "unified_lm.cli.retrieve:index",
+    ),
+    "ask": Command('answer a question from an index: INDEX "question"', "unified_lm.cli.retrieve:ask"),
+    "chat": Command("talk with the documents of an index: INDEX", "unified_lm.cli.retrieve:chat"),
     "data": Command(
         "mine hard negatives, find overlap with evaluation sets, prepare published data: mine|overlap|prepare ...",
         "unified_lm.cli.data:data",
