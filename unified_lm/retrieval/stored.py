@@ -7,7 +7,10 @@ A file is complete before it has its name, and its name holds its checksum, so n
 in its hands, whatever a writer does meanwhile. The row in the ledger decides: it is written after the file and removed before
 it. What lies between, after a kill, is a file without a row, which the next writer removes.
 
-**Keys are stored as they are in the cache**, rotated at the positions at which they were read. MEASURED
+Keys are stored as they are in the cache, rotated at the positions at which they were read, which begin at 0: the first block of
+a prompt needs no rotation then, each other one. Stored before rotation, all of them would, and the two are equal otherwise.
+The 8-bit form has a scale per channel for keys, whose large values sit in few channels, and per token for values (KIVI,
+arXiv:2402.02750).
 """
 
 from __future__ import annotations
@@ -32,7 +35,6 @@ from unified_lm.batch import Block
 from unified_lm.core.errors import ConfigError, OutputError, did_you_mean
 from unified_lm.core.files import replacing, sync
 from unified_lm.models.key_values import KeyValueCache
-from unified_lm.retrieval.eight_bit import dequantize, quantize
 from unified_lm.retrieval.ledger import Ledger, Row
 
 STATES = ("bidirectional", "causal")
@@ -45,6 +47,8 @@ _FORMAT = "unified_lm key-values 1"
 _ENDING = ".safetensors"
 _READ_BYTES = 1 << 20
 _PARTS = ("keys", "values")
+_LARGEST = 127
+"""Whole numbers of the 8-bit form go from -127 to 127."""
 _SCALED = {"keys": 1, "values": 2}
 """The dimension of `[K, T, d]` that shares a scale in the 8-bit form."""
 
@@ -348,3 +352,25 @@ def _metadata(file: safetensors.safe_open) -> dict[str, str]:
     if about.get("format") != _FORMAT:
         raise ValueError(f"format {about.get('format')!r}, expected {_FORMAT!r}")
     return dict(about)
+
+
+def quantize(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers and their scales.
+
+    Args:
+        values: of any floating dtype.
+        dim: the dimension that shares a scale.
+
+    Returns:
+        int8, in the shape of `values`, and bfloat16 scales, with 1 in place of `dim`.
+    """
+    exact = values.float()
+    scales = (exact.abs().amax(dim, keepdim=True) / _LARGEST).bfloat16()
+    # A stretch of zeros has scale 0, and stays 0.
+    steps = exact / scales.float().clamp_min(torch.finfo(torch.float32).tiny)
+    return steps.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8), scales
+
+
+def dequantize(numbers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The values that whole numbers and their scales stand for, computed in float32."""
+    return (numbers.float() * scales.float()).to(dtype)
