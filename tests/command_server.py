@@ -6,6 +6,7 @@ gets the caller's arguments, working directory, environment, and its open files 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -71,6 +72,7 @@ def _serve(listener: socket.socket) -> None:
 
 def _run(connection: socket.socket) -> None:
     """The body of a command's process."""
+    gc.freeze()
     _, files, _, _ = socket.recv_fds(connection, 1, 16)
     with connection.makefile("rb") as stream:
         request = json.load(stream)

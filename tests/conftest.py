@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -13,6 +14,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Without the tests for CUDA every other runs on the CPU, whatever the machine: their tolerances are its own."""
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a garbage collection need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ Importing torch, transformers, DeepSpeed and sentence-transformers takes ten sec
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -27,6 +28,11 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["unified_lm.assembly", "unified_lm.cli.main", "unified_lm.cli.script", "sentence_transformers", "deepspeed"]
 )
+
+
+def any_slow(request: pytest.FixtureRequest) -> bool:
+    """Whether slow tests of a fixture's module are to run, so that it has to prepare what only they need."""
+    return any(item.path == request.path and item.get_closest_marker("slow") for item in request.session.items)
 
 
 def run_on_ranks(job: Callable[[], Any], size: int, folder: Path, *, minutes: float = 2.0) -> list[Any]:
@@ -61,6 +67,7 @@ def _free_port() -> int:
 
 
 def _join(rank: int, size: int, port: int) -> None:
+    gc.freeze()  # what was imported before the fork is not garbage; DeepSpeed collects several times per engine
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )

@@ -19,10 +19,17 @@ def lines(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("lora", ["none", "all_linear"])
-@pytest.mark.parametrize(
-    "recipe", sorted(name for name in list_recipes() if name != "llm2vec" and not name.startswith("ablation_"))
-)
+WITH_LORA = {"grit_smollm2", "grit_mixtral8x7b", "llm2vec_mntp", "kto_smollm2"}
+"""One recipe of each kind of objective and of experts; that the others run with adapters too is for the slow tests."""
+RUNS = [
+    pytest.param(recipe, lora, marks=[] if lora == "none" or recipe in WITH_LORA else pytest.mark.slow)
+    for recipe in sorted(list_recipes())
+    if recipe != "llm2vec" and not recipe.startswith("ablation_")
+    for lora in ("none", "all_linear")
+]
+
+
+@pytest.mark.parametrize(("recipe", "lora"), RUNS)
 def test_three_steps_and_an_export(recipe, lora, tmp_path):
     run_dir = train([f"recipe={recipe}", "model=tiny_random", f"lora={lora}", "max_steps=3", f"run_dir={tmp_path}/run", *QUIET])
     steps = [line for line in lines(run_dir) if "loss" in line]

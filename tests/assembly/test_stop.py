@@ -50,7 +50,12 @@ def last_step(run_dir: Path) -> int:
     return max(json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+def moments(*fast: str) -> list[Any]:
+    """All moments of a parametrized test; those that are not named are for the slow ones."""
+    return [pytest.param(moment, marks=[] if moment in fast else pytest.mark.slow) for moment in MOMENTS]
+
+
+@pytest.mark.parametrize("moment", moments("the last save", "the export"))
 def test_a_chain_stops_and_goes_on(moment, tmp_path, monkeypatch, capsys):
     signal_once(monkeypatch, moment)
     first = train([*CHAIN, f"run_dir={tmp_path}"])
@@ -69,7 +74,7 @@ def test_a_chain_stops_and_goes_on(moment, tmp_path, monkeypatch, capsys):
     assert "stopped" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("moment", [moment for moment in MOMENTS if moment != "the export"])
+@pytest.mark.parametrize("moment", [each for each in moments("the last step") if each.values != ("the export",)])
 def test_an_ablation_stops_and_goes_on(moment, tmp_path, monkeypatch, capsys):
     signal_once(monkeypatch, moment)
     train([*SWEEP, f"run_dir={tmp_path}"])

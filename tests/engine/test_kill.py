@@ -70,7 +70,8 @@ def hit_a_save(killed: list[str]) -> bool:
 @pytest.mark.parametrize(
     ("backend", "num_kills"),
     [
-        ("ddp", 2),
+        ("ddp", 1),
+        pytest.param("ddp", 4, marks=pytest.mark.slow),
         pytest.param("zero2", 20, marks=[NEEDS_DEEPSPEED, pytest.mark.slow]),
     ],
 )
@@ -107,7 +108,9 @@ def test_sigkill_at_random_points(tmp_path, backend, num_kills):
     assert not list(run_dir.glob("checkpoints/.step*")), "what killed runs left is swept"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_signal_to_one_rank_loses_no_step(tmp_path, number):
     whole = Group(arguments(tmp_path, tmp_path / "whole", "ddp", 9), 2, tmp_path / "whole.log")
     assert whole.wait() == [0, 0], whole.output()
@@ -134,9 +137,9 @@ def test_a_signal_to_one_rank_loses_no_step(tmp_path, number):
 
 TOPOLOGIES = [
     ("ddp", 2, "single", 1),
-    ("single", 1, "ddp", 2),
+    pytest.param("single", 1, "ddp", 2, marks=pytest.mark.slow),
     pytest.param("zero2", 2, "single", 1, marks=NEEDS_DEEPSPEED),
-    pytest.param("zero2", 2, "zero3", 2, marks=NEEDS_DEEPSPEED),
+    pytest.param("zero2", 2, "zero3", 2, marks=[NEEDS_DEEPSPEED, pytest.mark.slow]),
     pytest.param("zero3", 2, "ddp", 2, marks=[NEEDS_DEEPSPEED, pytest.mark.slow]),
     pytest.param("single", 1, "zero2", 2, marks=[NEEDS_DEEPSPEED, pytest.mark.slow]),
 ]

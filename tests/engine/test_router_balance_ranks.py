@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 
 from tests.engine.backends.test_zero import Results, assert_same_steps
 from tests.engine.exactness import MANY_PACKS, ONE_PACK, Case, State, distance, run
-from tests.processes import run_on_ranks
+from tests.processes import any_slow, run_on_ranks
 
 WEIGHT = 20.0
 """Large: the term has to show in the gradient next to the others."""
@@ -26,8 +29,19 @@ CACHED = [Case(backend, "grit", MANY_PACKS, "mixtral", dropout=0.3, steps=2, bal
 DIRECT = Case("ddp", "grit", MANY_PACKS, "mixtral", dropout=0.3, retain_all=True, steps=2, balance=WEIGHT)
 
 
-def two_processes() -> Results:
-    return {case: run(case) for case in (*EXACT, *RECOMPUTED, *ADAPTED, OWN, *CACHED, DIRECT)}
+def is_fast(case: Case) -> bool:
+    """Whether a case is among the fast tests: each part under one of DDP, ZeRO-2 and ZeRO-3. The others are slow."""
+    backends = {**dict.fromkeys(EXACT, ("ddp", "zero3")), **dict.fromkeys((*RECOMPUTED, *ADAPTED, *CACHED), ("zero2",))}
+    return case.backend in backends.get(case, (case.backend,)) and case.budget == MANY_PACKS
+
+
+def marked(cases: Iterable[Case]) -> list[Any]:
+    return [pytest.param(case, marks=[] if is_fast(case) else pytest.mark.slow) for case in cases]
+
+
+def two_processes(all_cases: bool) -> Results:
+    cases = (*EXACT, *RECOMPUTED, *ADAPTED, OWN, *CACHED, DIRECT)
+    return {case: run(case) for case in cases if all_cases or is_fast(case)}
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +50,17 @@ def alone() -> State:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory) -> Results:
+def together(request, tmp_path_factory) -> Results:
     pytest.importorskip("deepspeed")
-    return run_on_ranks(two_processes, 2, tmp_path_factory.mktemp("two"))[0]
+    return run_on_ranks(partial(two_processes, any_slow(request)), 2, tmp_path_factory.mktemp("two"))[0]
 
 
-@pytest.mark.parametrize("case", [*EXACT, *RECOMPUTED], ids=lambda c: f"{c.backend}-{c.budget}-{c.checkpointing}")
+@pytest.mark.parametrize("case", marked([*EXACT, *RECOMPUTED]), ids=lambda c: f"{c.backend}-{c.budget}-{c.checkpointing}")
 def test_two_processes_take_the_steps_of_one(alone, together, case):
     assert_same_steps(together[case], alone)
 
 
-@pytest.mark.parametrize("case", ADAPTED, ids=lambda case: case.backend)
+@pytest.mark.parametrize("case", marked(ADAPTED), ids=lambda case: case.backend)
 def test_adapters_learn_it_through_frozen_routers(together, case):
     expected = run(replace(case, backend="single", budget=ONE_PACK))
     assert_same_steps(together[case], expected)
@@ -64,6 +78,6 @@ def test_the_choices_of_a_rank_alone_would_be_wrong(alone, together):
     assert distance(together[OWN], alone, "gradient/") > 1e-3
 
 
-@pytest.mark.parametrize("case", CACHED, ids=lambda case: case.backend)
+@pytest.mark.parametrize("case", marked(CACHED), ids=lambda case: case.backend)
 def test_dropout_is_replayed_on_every_rank(together, case):
     assert_same_steps(together[case], together[DIRECT])

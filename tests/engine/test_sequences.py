@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -40,10 +41,6 @@ def ddp_cases() -> Results:
     return {case: run(case) for case in (*DDP, OWN_BASELINE)}
 
 
-def zero_cases() -> Results:
-    return {case: run(case) for case in ZERO}
-
-
 @pytest.fixture(scope="module")
 def alone() -> State:
     return run(ALONE)
@@ -72,9 +69,13 @@ def test_a_baseline_per_rank_would_be_wrong(alone, together):
 
 
 @NEEDS_DEEPSPEED
-def test_zero_takes_the_steps_of_one_process(alone, tmp_path):
-    for result in run_on_ranks(zero_cases, 2, tmp_path)[0].values():
-        assert_same_steps(result, alone)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case.backend == "zero2" else pytest.mark.slow) for case in ZERO],
+    ids=lambda c: c.backend,
+)
+def test_zero_takes_the_steps_of_one_process(case, alone, tmp_path):
+    assert_same_steps(run_on_ranks(partial(run, case), 2, tmp_path)[0], alone)
 
 
 def test_packs_do_not_matter_and_dropout_is_replayed(alone):

@@ -1,7 +1,6 @@
 """Mining with a bag-of-words encoder: harder than random, resumable, and the same however the work is shared."""
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.processes import CONTEXT
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.data.rows.records import PairRecord, RecordKind, Text
@@ -196,10 +196,9 @@ def _mine(path: str, out: str, share: tuple[int, int]) -> None:
 def test_processes_side_by_side_and_one_killed(tmp_path: Path) -> None:
     """One of two real processes is killed; run again, the two leave the same file as one alone."""
     source_of(tmp_path / "rows.jsonl", rows())
-    spawn = multiprocessing.get_context("spawn")
     arguments = (str(tmp_path / "rows.jsonl"), str(tmp_path / "out" / "mined.jsonl"))
     (tmp_path / "out").mkdir()
-    processes = [spawn.Process(target=_mine, args=(*arguments, (index, 2))) for index in range(2)]
+    processes = [CONTEXT.Process(target=_mine, args=(*arguments, (index, 2))) for index in range(2)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + 60

@@ -114,7 +114,9 @@ def test_a_lost_ledger_is_built_again(damage: bytes | None, tmp_path: Path) -> N
         file.unlink()
     if damage is not None:
         (tmp_path / "ledger.sqlite").write_bytes(damage)
-    with pytest.warns(UserWarning, match="ledger"), KeyValueStore(tmp_path, "float32") as store:
+    with pytest.warns(UserWarning, match="ledger"):
+        rebuilt = KeyValueStore(tmp_path, "float32")
+    with rebuilt as store:
         assert (len(store), store.num_bytes) == (4, size)
         assert same(store.get("d3", "causal"), cache(seed=3))
 

@@ -25,9 +25,12 @@ COMMON = [
 ]
 
 
-@pytest.fixture(scope="module", params=[[], ["lora=all_linear"]], ids=["full", "lora"])
+VARIANTS = {"full": [], "lora": ["lora=all_linear"]}
+
+
+@pytest.fixture(scope="module")
 def variant(request) -> list[str]:
-    return request.param
+    return VARIANTS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,16 @@ def alone(variant, tmp_path_factory) -> Path:
     return train([*COMMON, *variant, f"run_dir={tmp_path_factory.mktemp('alone')}/run"])
 
 
-@pytest.mark.parametrize("backend", ["zero2", "zero3"])
+@pytest.mark.parametrize(
+    ("variant", "backend"),
+    [
+        ("full", "zero3"),
+        ("lora", "zero2"),
+        pytest.param("full", "zero2", marks=pytest.mark.slow),
+        pytest.param("lora", "zero3", marks=pytest.mark.slow),
+    ],
+    indirect=["variant"],
+)
 def test_two_processes_train_save_and_export_what_one_does(variant, alone, tmp_path, backend):
     pytest.importorskip("deepspeed")
     group = Group([*COMMON, *variant, f"parallel={backend}", f"run_dir={tmp_path}/run"], 2, tmp_path / "log")

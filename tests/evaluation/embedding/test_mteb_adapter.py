@@ -87,7 +87,7 @@ def direct_spearman(model: UnifiedLM, sts: Path, instruction: str) -> float:
     return float(spearmanr((left * right).sum(1), columns["score"]).statistic)
 
 
-@pytest.mark.parametrize(("instructions", "rows"), [("export", 300), ("e5", 200)])
+@pytest.mark.parametrize(("instructions", "rows"), [("export", 120), pytest.param("e5", 200, marks=pytest.mark.slow)])
 def test_stsb_ours_plain_and_direct_agree(
     model: UnifiedLM, folder: Path, tmp_path: Path, shared_dir: Path, instructions: str, rows: int
 ) -> None:
