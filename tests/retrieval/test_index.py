@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.retrieval.prompts import recorded_prompts
+from unified_lm.batch import Block, Sample, make_pack
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, OutputError, UserError
 from unified_lm.data.prompts.layouts import LAYOUTS
 from unified_lm.inference import UnifiedLM
@@ -60,21 +62,8 @@ def test_search_is_that_of_the_model(engine: str, tmp_path: Path, model: Unified
 @pytest.mark.parametrize("mode", LAYOUTS)
 def test_an_answer_from_the_cache_is_that_of_one_forward(mode: str, states: str, index: Index) -> None:
     """Greedy tokens after cached blocks equal those of our own forward over the whole prompt under its blocks."""
-    from unified_lm.batch import Block, Sample, make_pack
-    from unified_lm.retrieval import answering
-
-    prompts = []
-    made = answering.make_prompt
-
-    def keep(*arguments: object, **named: object) -> answering.Prompt:
-        prompts.append(made(*arguments, **named))  # type: ignore[arg-type]
-        return prompts[-1]
-
-    answering.make_prompt = keep  # type: ignore[assignment]
-    try:
+    with recorded_prompts() as prompts:
         answer = index.answer(QUESTION, k=2, mode=mode, states=states, max_new_tokens=4)
-    finally:
-        answering.make_prompt = made
     (prompt,) = prompts
     blocks = () if prompt.past is None else prompt.past.blocks
     if (mode, states) == ("query_cache", "causal"):

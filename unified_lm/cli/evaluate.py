@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, Command] = {
     "mteb": Command("embedding tasks of mteb, or folders of files", "unified_lm.cli.evaluate:evaluate_mteb"),
     "words": Command("word-level tasks by a linear probe", "unified_lm.cli.evaluate_words:evaluate_words"),
     "perplexity": Command("token and byte perplexity by domain", "unified_lm.cli.evaluate_generation:evaluate_perplexity"),
+    "rag": Command("answers from documents, in every mode", "unified_lm.cli.evaluate_rag:evaluate_rag"),
     "lm": Command("tasks of lm-eval", "unified_lm.cli.evaluate_generation:evaluate_lm"),
 }
 """Name -> evaluation."""

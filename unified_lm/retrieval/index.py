@@ -235,14 +235,12 @@ class Index:
         """Documents by their ids, in order; DataError if some are not there."""
         return self._engine.get(ids)
 
-    def search(self, question: str, k: int = 5, instruction: str | None = None) -> list[Passage]:
-        """The documents nearest to a question, best first.
+    def ids(self) -> Iterator[str]:
+        """The ids of all documents, in no particular order."""
+        return self._engine.ids()
 
-        Args:
-            question: the question.
-            k: most documents.
-            instruction: for the question; None takes the model's own.
-        """
+    def search(self, question: str, k: int = 5, instruction: str | None = None) -> list[Passage]:
+        """The `k` documents nearest to a question, best first; `instruction` as in `answer`."""
         said = self.model.query_instruction if instruction is None else instruction
         return self._engine.search(self.model.encode([question], said), k)[0]
 
