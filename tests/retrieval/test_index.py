@@ -118,6 +118,15 @@ def test_auto_takes_what_is_stored_and_long_questions_from_their_embedding(tmp_p
     assert [choose_mode(300, stored) for stored in (True, False)] == ["document_query_cache", "query_cache"]
 
 
+def test_a_question_that_a_block_would_cut_is_not_cut(index: Index) -> None:
+    long = "word " * 300
+    with pytest.raises(DataError, match="longer than the 96 tokens of a block, which mode query_cache would cut"):
+        index.answer(long, mode="query_cache")
+    answer = index.answer(long, max_new_tokens=1)
+    assert answer.mode == "document_cache"
+    assert answer.prompt_tokens > 300
+
+
 def test_a_damaged_file_is_read_again(index: Index) -> None:
     before = index.answer(QUESTION, mode="document_cache", max_new_tokens=5)
     size = index.num_bytes

@@ -93,6 +93,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     @property
+    def max_tokens(self) -> int:
+        """Limit of a text with its prompt that the model reads as a block."""
+
+    @property
     def kept_states(self) -> tuple[str, ...]:
         """How its documents are read for answers; the first is the default."""
 
@@ -227,17 +231,22 @@ def answer_from(source: Source, asked: Asked, **generation: Any) -> Answer:
         raise ConfigError(problems)
     model = source.model
     states = asked.states or (source.kept_states or (model.attention,))[0]
-    vector, embedded = _read_question(model, asked, model.attention)
+    vector, embedded, whole = _read_question(source, asked, model.attention)
     passages = _find(source, asked, vector)
     found = time.perf_counter()
     documents = [passage.document for passage in passages]
-    mode = choose_mode(len(embedded), source.stored(documents, states)) if asked.mode == AUTO else asked.mode
+    mode = choose_mode(len(embedded) * whole, source.stored(documents, states)) if asked.mode == AUTO else asked.mode
     layout = get_layout(mode)
+    if QUESTION in layout.blocks and not whole:
+        raise DataError(
+            f"the question is longer than the {source.max_tokens} tokens of a block, which mode {mode} would cut. Make the "
+            "index with more (max_tokens), or answer in mode document_cache or document_then_query."
+        )
     blocks: dict[str, Sequence[KeyValueCache]] = {}
     if DOCUMENTS in layout.blocks:
         blocks[DOCUMENTS] = source.caches(documents, states)
     if QUESTION in layout.blocks:
-        blocks[QUESTION] = [embedded if states == model.attention else _read_question(model, asked, states)[1]]
+        blocks[QUESTION] = [embedded if states == model.attention else _read_question(source, asked, states)[1]]
     texts = [source.written(document.text) for document in documents] if layout.writes_documents else []
     text, prompt, first = generate_answer(
         model,
@@ -257,11 +266,13 @@ def answer_from(source: Source, asked: Asked, **generation: Any) -> Answer:
     )
 
 
-def _read_question(model: UnifiedLM, asked: Asked, states: str) -> tuple[np.ndarray, KeyValueCache]:
-    """The vector of a question, float32 `[D]`, and its keys and values, from one forward."""
+def _read_question(source: Source, asked: Asked, states: str) -> tuple[np.ndarray, KeyValueCache, bool]:
+    """The vector of a question, float32 `[D]`, its keys and values, from one forward, and whether it was read as a whole."""
+    model, limit = source.model, source.max_tokens
     instruction = model.query_instruction if asked.instruction is None else asked.instruction
-    ((_, vector, cache),) = model.read([asked.question], instruction, attention=states)
-    return vector, cache
+    cut = model.num_truncated
+    ((_, vector, cache),) = model.read([asked.question], instruction, attention=states, max_tokens=limit)
+    return vector, cache, model.num_truncated == cut
 
 
 def _find(source: Source, asked: Asked, vector: np.ndarray) -> list[Passage]:

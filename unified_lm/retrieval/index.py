@@ -132,13 +132,12 @@ class Index:
             return cls(folder, model, found)
         if not _holds_only_a_lock(folder):
             check_folder(folder)
-        notice = hold_folder(folder)
+        hold_folder(folder)
         try:
             index = cls(folder, model, manifest)
             manifest.save(folder)
         finally:
-            if notice is None:
-                release_folder(folder)
+            release_folder(folder)
         return index
 
     @classmethod
@@ -222,8 +221,7 @@ class Index:
         """Remove documents.
 
         Raises:
-            DataError: some are not there; then none is removed.
-            CheckpointError: another process writes to the index.
+            DataError: some are not there, and none is removed; CheckpointError: another process writes to the index.
         """
         with self._writing():
             self._engine.get(ids)
@@ -242,7 +240,7 @@ class Index:
     def search(self, question: str, k: int = 5, instruction: str | None = None) -> list[Passage]:
         """The `k` documents nearest to a question, best first; `instruction` as in `answer`."""
         said = self.model.query_instruction if instruction is None else instruction
-        return self._engine.search(self.model.encode([question], said), k)[0]
+        return self._engine.search(self.model.encode([question], said, max_tokens=self.max_tokens), k)[0]
 
     def answer(
         self,
@@ -285,6 +283,11 @@ class Index:
     # -- what answering asks of an index ------------------------------------------------------------------------------
 
     @property
+    def max_tokens(self) -> int:
+        """Limit of a text with its prompt that the model reads as a block."""
+        return self.manifest.max_tokens
+
+    @property
     def kept_states(self) -> tuple[str, ...]:
         """How its documents are read for answers."""
         return self.manifest.states
@@ -318,10 +321,10 @@ class Index:
 
     def _tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         """What a block of each text holds."""
-        return [item.ids for item in encode_texts(self.model.prompt_encoder, texts, "", self.manifest.max_tokens)]
+        return [item.ids for item in encode_texts(self.model.prompt_encoder, texts, "", self.max_tokens)]
 
     def _read(self, texts: Sequence[str], states: str) -> Iterator[tuple[int, np.ndarray, KeyValueCache]]:
-        return self.model.read(texts, attention=states, max_tokens=self.manifest.max_tokens)
+        return self.model.read(texts, attention=states, max_tokens=self.max_tokens)
 
     def _keep(self, caches: dict[str, KeyValueCache], states: str) -> None:
         """Store what had to be read again, unless another process writes just now."""
@@ -379,7 +382,7 @@ class Index:
         vectors = np.empty((len(documents), self.manifest.dim), dtype=np.float32)
         tokens = 0
         if own not in self.manifest.states:
-            vectors[:] = self.model.encode(texts, max_tokens=self.manifest.max_tokens)
+            vectors[:] = self.model.encode(texts, max_tokens=self.max_tokens)
         for states in self.manifest.states:
             for index, vector, cache in self._read(texts, states):
                 assert self._store is not None, "an index that keeps states has a store"

@@ -1,0 +1,133 @@
+"""Time to the first token, and to 16 tokens, of every mode against the same prompt read as a whole, by length; keys and values
+come from disk, warm and cold, search included.
+
+Two sweeps: a document of N tokens with a short question, and a question of N tokens with a short document; and both long. The
+index holds `--documents` of the long kind, so that each run reads another one. Ratios are within one run of this script.
+
+Usage: python benchmarks/answers_from_cache.py [--model MODEL] [--lengths 250 1000 4000] [--repeats 3] [--form bfloat16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from unified_lm.inference import UnifiedLM
+from unified_lm.models.embedded import SMOLLM2_135M, embedded_directory
+from unified_lm.retrieval.answering import Answer
+from unified_lm.retrieval.documents import Document
+from unified_lm.retrieval.index import Index
+
+PLAIN = "document_then_query"
+SHORT = "Which word comes first in the text?"
+SWEEPS = {
+    "long document": ("document_cache", "document_query_cache"),
+    "long question": ("query_cache", "query_document_cache"),
+    "both long": ("document_query_cache", "query_document_cache"),
+}
+
+
+def words(model: UnifiedLM, tokens: int, seed: int) -> str:
+    """A text of about so many tokens: random common tokens, decoded."""
+    rng = np.random.default_rng(seed)
+    tokenizer = model.prompt_encoder.tokenizer
+    return str(tokenizer.decode(rng.integers(500, 20_000, size=tokens))).strip()
+
+
+def drop_from_memory(folder: Path) -> None:
+    """Have the system forget the pages of all files of a folder, so that they are read from disk."""
+    for path in folder.rglob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def measure(index: Index, questions: list[str], mode: str, states: str, tokens: int, *, cold: bool = False) -> list[Answer]:
+    """One answer per question, after one that is not counted."""
+    answers = []
+    for number, question in enumerate([questions[0], *questions]):
+        if cold:
+            drop_from_memory(index.folder / "key_values")
+        answer = index.answer(question, mode=mode, states=states, instruction="", max_new_tokens=tokens, min_new_tokens=tokens)
+        answers += [answer] if number else []
+    return answers
+
+
+def seconds(answers: list[Answer]) -> tuple[float, float]:
+    """Median time to the first token, and of the whole call."""
+    return statistics.median(a.first_token_seconds for a in answers), statistics.median(a.seconds for a in answers)
+
+
+def sweep(model: UnifiedLM, name: str, length: int, options: argparse.Namespace, folder: Path, table: Table) -> list[dict]:
+    """All modes of a sweep at one length."""
+    long_document, long_question = name != "long question", name != "long document"
+    size = length if long_document else 60
+    states = model.attention
+    with Index.create(folder, model, form=options.form, max_tokens=max(size, length) + 60) as index:
+        index.add([Document(f"d{i}", words(model, size, 7 + i)) for i in range(options.repeats)])
+        questions = [words(model, length, 100 + i) if long_question else f"{SHORT} {i}" for i in range(options.repeats)]
+        plain = {tokens: seconds(measure(index, questions, PLAIN, states, tokens)) for tokens in (1, 16)}
+        found = []
+        for mode in SWEEPS[name]:
+            for cold in (False, True):
+                answers = measure(index, questions, mode, states, 1, cold=cold)
+                first = seconds(answers)[0]
+                whole = seconds(measure(index, questions, mode, states, 16, cold=cold))[1]
+                row = {
+                    "sweep": name,
+                    "length": length,
+                    "mode": mode,
+                    "disk": "cold" if cold else "warm",
+                    "prompt_tokens": answers[0].prompt_tokens,
+                    "cached_tokens": answers[0].cached_tokens,
+                    "plain_first": plain[1][0],
+                    "first": first,
+                    "first_ratio": plain[1][0] / first,
+                    "plain_16": plain[16][1],
+                    "sixteen": whole,
+                    "ratio_16": plain[16][1] / whole,
+                    "bytes_per_token": index.num_bytes / (options.repeats * max(1, size)),
+                }
+                found.append(row)
+                cells = (
+                    f"{row[key]:.3f}" for key in ("plain_first", "first", "first_ratio", "plain_16", "sixteen", "ratio_16")
+                )
+                table.add_row(name, str(length), mode, row["disk"], *cells)
+    return found
+
+
+def main() -> None:
+    """Run all sweeps and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="an export; the embedded model if left out")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[250, 1000, 4000])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--form", default="bfloat16")
+    parser.add_argument("--out", type=Path, default=None, help="a JSON file for the numbers")
+    options = parser.parse_args()
+    folder = embedded_directory(SMOLLM2_135M) if options.model is None else Path(options.model)
+    model = UnifiedLM.from_pretrained(folder, template=None if options.model else "grit", device="cpu")
+    columns = ("sweep", "tokens", "mode", "disk", "plain, first s", "first s", "times", "plain, 16 s", "16 s", "times")
+    table = Table(*columns, title=f"answers from cached keys and values ({options.form})")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in SWEEPS:
+            for length in options.lengths:
+                rows += sweep(model, name, length, options, Path(scratch) / f"{name.replace(' ', '-')}-{length}", table)
+                Console(width=180).print(f"{name}, {length} tokens: done")
+    Console(width=180).print(table)
+    if options.out is not None:
+        options.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
