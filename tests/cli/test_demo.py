@@ -10,3 +10,6 @@ def test_the_demo_runs_to_its_last_line(tmp_path, capsys):
     assert out.count("search among") == 1
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
     assert (tmp_path / "run" / "export" / "modules.json").is_file()
+    assert "document_then_query: first token after" in out
+    assert "document_cache: first token after" in out
+    assert (tmp_path / "run" / "index" / "index.json").is_file()

@@ -1,18 +1,19 @@
 """A leak probe of the loaded model, run once at start-up: which tokens really see which?
 
-It assumes nothing about the family. Three short samples are packed, one token of a sample is changed, and the hidden states
-show whether earlier tokens, later tokens and other samples are affected. Then one token moves to the position of
-the longest sample, which no other sample may notice. It costs six forwards of eighteen tokens.
+It assumes nothing about the family. Short samples of every mode are packed, one token of a sample is changed, and the hidden
+states show whether earlier tokens, later tokens, other blocks and other samples are affected. Then one token moves to the
+position of the longest sample, which no other sample may notice. It costs seven forwards of twenty-four tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from unified_lm.batch import AttentionMode, Pack, Sample, make_pack
+from unified_lm.batch import AttentionMode, Block, Pack, Sample, make_pack
 from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
 from unified_lm.models import families
@@ -21,6 +22,7 @@ from unified_lm.models.modes import GatherParameters, evaluation_mode, no_gather
 
 _LENGTH = 6
 _SPAN = (1, 4)
+_BLOCKS = (Block(0, 3, bidirectional=True), Block(3, 5))
 _SPREAD = 16
 """Distance between neighboring positions where positions are probed."""
 
@@ -89,11 +91,12 @@ def stock_attention_sees_future(backbone: Backbone, *, causal: bool) -> bool:
 
 
 def _samples(vocab_size: int, partial_spans: bool) -> list[Sample]:
-    spans = [(0, 0), (0, _LENGTH), *([_SPAN] if partial_spans else [])]
-    tokens = 3 + np.arange(len(spans) * _LENGTH, dtype=np.int64) * 7
+    masks: list[dict[str, Any]] = [{"bidirectional": (0, 0)}, {"bidirectional": (0, _LENGTH)}, {"blocks": _BLOCKS}]
+    masks += [{"bidirectional": _SPAN}] if partial_spans else []
+    tokens = 3 + np.arange(len(masks) * _LENGTH, dtype=np.int64) * 7
     return [
-        Sample(input_ids=ids % vocab_size, stream="probe", bidirectional=span)
-        for ids, span in zip(tokens.reshape(-1, _LENGTH), spans, strict=True)
+        Sample(input_ids=ids % vocab_size, stream="probe", **mask)
+        for ids, mask in zip(tokens.reshape(-1, _LENGTH), masks, strict=True)
     ]
 
 
@@ -103,8 +106,9 @@ def _probe_masks(backbone: Backbone, samples: list[Sample]) -> None:
     rounding = _ROUNDING.get(before.dtype, 1e-5)
     for index, (start, length) in enumerate(zip(pack.plan.offsets, pack.plan.lengths, strict=False)):
         # The last token, which a causal mask hides from all others. For a partial span the span's last token, because the
-        # tokens behind the span are causal and see it in any case.
-        changed = pack.plan.spans[index][1] - 1 if pack.plan.mode(index) is AttentionMode.SPAN else length - 1
+        # tokens behind the span are causal and see it in any case; for blocks that of the first one, likewise.
+        ends = {AttentionMode.SPAN: pack.plan.spans[index][1], AttentionMode.BLOCKS: _BLOCKS[0].stop}
+        changed = ends.get(pack.plan.mode(index), length) - 1
         after = backbone(_flip(pack, start + changed, backbone.vocab_size))
         change_T = (after - before).float().norm(dim=-1) / before.float().norm(dim=-1).clamp_min(1e-12)
         _check_changes(backbone, pack, index, change_T.cpu(), changed, rounding)
@@ -166,14 +170,14 @@ def _check_changes(backbone: Backbone, pack: Pack, index: int, change_T: torch.T
     elsewhere = torch.cat([change_T[:start], change_T[stop:]])
     if elsewhere.max() > rounding:
         raise ModelError(f"{model} leaks: a token of one packed sample changed another sample by {elsewhere.max():.1e}.")
-    past = change_T[start : start + changed]
-    span_start = 0 if mode is AttentionMode.BIDIRECTIONAL else plan.spans[index][0]
-    if mode is not AttentionMode.BIDIRECTIONAL:
-        before_span = past if mode is AttentionMode.CAUSAL else past[:span_start]
-        if before_span.max() > rounding:
-            raise ModelError(f"{model} leaks: a causal token saw its future (changed by {before_span.max():.1e}).")
+    seen = plan.mask(index)[:, changed].to(change_T.device)
+    own = change_T[start:stop]
+    # Nobody sees the token through others: what sees it directly is all that may change.
+    if (hidden := own[~seen]).numel() and hidden.max() > rounding:
+        who = "a block saw what is outside it" if mode is AttentionMode.BLOCKS else "a causal token saw its future"
+        raise ModelError(f"{model} leaks: {who} (changed by {hidden.max():.1e}).")
     # Compared with 0, not with the tolerance: what one token contributes to another may be small.
-    if mode is not AttentionMode.CAUSAL and past[span_start] == 0:
+    if mode is not AttentionMode.CAUSAL and own[seen][0] == 0:
         raise ModelError(f"{model} is not bidirectional where it was asked to be: the first token did not see the last.")
 
 

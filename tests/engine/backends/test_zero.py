@@ -53,7 +53,7 @@ EXACT = [
     for budget in (ONE_PACK, MANY_PACKS)
 ] + [Case("zero0", "grit", MANY_PACKS)]
 PARTS = [
-    Case(backend, "grit", MANY_PACKS, family, projection=projection)
+    Case(backend, "grit", MANY_PACKS, family, projection=projection, steps=2)
     for backend in ("zero2", "zero3")
     for family, projection in (("llama", 8), ("mixtral", None))
 ]
@@ -171,7 +171,7 @@ def four_processes() -> Results:
 def alone() -> dict[tuple[str, str, int | None], State]:
     """One process, one pack, by kind, family and projection."""
     cases = [Case("single", kind, steps=STEPS.get(kind, 2)) for kind in KINDS] + [
-        Case("single", "grit", family=case.family, projection=case.projection) for case in PARTS
+        Case("single", "grit", family=case.family, projection=case.projection, steps=2) for case in PARTS
     ]
     return {(case.kind, case.family, case.projection): run(case) for case in cases}
 

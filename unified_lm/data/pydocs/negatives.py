@@ -79,11 +79,35 @@ def with_negatives(rows: Sequence[dict[str, Any]], count: int = NUM_NEGATIVES) -
     rank = {index: position for position, index in enumerate(order)}
     result = []
     for index, row in enumerate(rows):
-        window = order[max(0, rank[index] - _HUGE) : rank[index] + _HUGE + 1]
-        others = [other for other in window if other != index]
+        others = _nearest(order, rank[index], paths, count)
         others.sort(key=lambda other: (-_shared(paths[index], paths[other]), _tie(paths[index], paths[other])))
         result.append({**row, "neg": [rows[other]["pos"][0] for other in others[:count]]})
     return result
+
+
+def _nearest(order: Sequence[int], place: int, paths: Sequence[tuple[str, ...]], count: int) -> list[int]:
+    """The neighbors in sorted order with the longest common prefixes: `count` of them, and all that share as much as the last.
+
+    In sorted order what two names share gets no longer with their distance, so both sides are walked outward, the one that
+    shares more first.
+    """
+    own = paths[order[place]]
+
+    def shared(at: int) -> int:
+        return _shared(own, paths[order[at]]) if max(0, place - _HUGE) <= at <= min(len(order) - 1, place + _HUGE) else -1
+
+    found: list[int] = []
+    left, right, last = place - 1, place + 1, -1
+    on_left, on_right = shared(left), shared(right)
+    while (level := max(on_left, on_right)) >= 0 and (len(found) < count or level == last):
+        if on_left >= on_right:
+            found.append(order[left])
+            left, on_left = left - 1, shared(left - 1)
+        else:
+            found.append(order[right])
+            right, on_right = right + 1, shared(right + 1)
+        last = level
+    return found
 
 
 def _shared(left: Sequence[str], right: Sequence[str]) -> int:
