@@ -69,7 +69,7 @@ def test_mistakes(index: Path, folder: Path, tmp_path: Path, capsys: pytest.Capt
     retrieve.index([str(rows), "--column", "body", *common, str(tmp_path / "new")])
     with pytest.raises(DataError, match="empty"):
         retrieve.ask([str(index), " ", "--device", "cpu"])
-    with pytest.raises(ConfigError, match="--budget-gb: got -1"):
-        retrieve.index([str(rows), "--budget-gb", "-1", *common, str(tmp_path / "new")])
+    with pytest.raises(ConfigError, match="--budget-gb: 0 stores nothing"):
+        retrieve.index([str(rows), "--budget-gb", "0", *common, str(tmp_path / "new")])
     assert main(["ask", str(index), "x", "--rerank", "pairwise", "--device", "cpu"]) == 2
     assert "unknown way to rerank" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from tests.reporting.test_report import write_run
 from unified_lm.cli import data, evaluate
 from unified_lm.cli.main import COMMANDS, main
 
-READERS = frozenset({"search", "generate", "recipes"})
+READERS = frozenset({"search", "generate", "recipes", "ask", "chat"})
 """Commands that write nothing."""
 
 
@@ -41,6 +41,8 @@ class Place:
         self.texts.write_text("one text of several words\nanother text of several words\n")
         self.rows = root / "in" / "rows.jsonl"
         self.rows.write_text("".join(json.dumps({"query": f"what is {i}", "pos": [f"it is {i}"]}) + "\n" for i in range(4)))
+        self.grounded = root / "in" / "grounded.jsonl"
+        self.grounded.write_text('{"query": "who", "pos": ["it"], "answers": ["she"]}\n' * 2)
         self.run = write_run(root / "in" / "run")
         (root / "mine").mkdir()
         (root / "mine" / "thesis.txt").write_text("years of work")
@@ -78,6 +80,7 @@ WHOLE: Mapping[str, Command] = {
     "standardize": lambda p, t: ["standardize", str(p.root / "missing"), "--corpus", str(p.texts), "--out", str(t)],
     "train": lambda p, t: _training(p, t.parent, "export.enabled=true"),
     "report": lambda p, t: ["report", str(p.run), "--out", str(t)],
+    "index": lambda p, t: ["index", str(p.texts), "--model", str(p.model), "--out", str(t)],
     "data overlap": lambda p, t: ["data", "overlap", str(p.rows), str(p.texts), "--write", str(t)],
     "data overlap, report": lambda p, t: ["data", "overlap", str(p.rows), str(p.texts), "--report", str(t)],
     "data mine": lambda p, t: ["data", "mine", str(p.rows), "--model", str(p.model), "--out", str(t)],
@@ -93,6 +96,7 @@ WHOLE: Mapping[str, Command] = {
     "eval perplexity": lambda p, t: ["eval", "perplexity", str(p.model), "--data", f"a={p.texts}", "--out", str(t)],
     "eval mteb": lambda p, t: ["eval", "mteb", str(p.model), "--tasks", "STSBenchmark", "--prompts", str(t)],
     "eval words": lambda p, t: ["eval", "words", str(p.model), "--train-sentences", "5", "--out", str(t)],
+    "eval rag": lambda p, t: ["eval", "rag", str(p.model), "--data", str(p.grounded), "--generate", "0", "--out", str(t)],
     "eval lm": lambda p, t: ["eval", "lm", str(p.model), "--tasks", "arc_easy", "--out", str(t)],
 }
 """Commands whose output is the target itself."""

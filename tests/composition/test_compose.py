@@ -1,11 +1,15 @@
 """Arguments -> configuration: groups, dotted keys, every problem at once."""
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from unified_lm.composition import compose as composition
+from unified_lm.composition import locate
 from unified_lm.composition.compose import compose, compose_run, from_yaml, to_yaml
 from unified_lm.composition.locate import group_options
 from unified_lm.config.schema import ChainConfig, RunConfig, SourceConfig
@@ -243,6 +247,28 @@ def test_composing_again_gives_the_same(recipe: str) -> None:
     compose([*arguments, held_out])
     compose(["recipe=grit_mistral7b", "data=files", "data.pairs_path=p", "data.chat_path=c"])
     assert compose(arguments) == first
+
+
+def test_what_is_remembered_of_our_files_is_forgotten_when_one_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recipes and groups of the package are read once; a changed option, recipe or an added file is seen by the next call."""
+    for folder in (locate.configs_dir(), locate.recipes_dir()):
+        shutil.copytree(folder, tmp_path / folder.name)
+    monkeypatch.setattr(locate, "_folder", lambda name: tmp_path / name)
+    composed: list[str] = []
+    real = composition.hydra_compose
+    monkeypatch.setattr(composition, "hydra_compose", lambda name, **more: composed.append(name) or real(name, **more))
+    argv = ["recipe=generative_only", "optim=cosine"]
+    first = compose_run(argv)
+    assert compose_run([*argv, "max_steps=7"]) == replace(first, max_steps=7)
+    assert compose_run(argv) == first, "what the second call has set is not in what is remembered"
+    assert composed == ["generative_only"]
+    option = tmp_path / "configs" / "optim" / "cosine.yaml"
+    option.write_text(f"{option.read_text()}eps: 1.0e-3\n")
+    assert compose_run(argv).optim == replace(first.optim, eps=1e-3)
+    recipe = tmp_path / "recipes" / "generative_only.yaml"
+    recipe.write_text(recipe.read_text().replace("max_steps: ", "max_steps: 1"))
+    assert compose_run(argv).max_steps == int(f"1{first.max_steps}")
+    assert composed == ["generative_only"] * 3
 
 
 def test_composing_imports_neither_torch_nor_transformers() -> None:

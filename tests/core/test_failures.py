@@ -43,8 +43,9 @@ def lose_two_files(rank: int) -> None:
     raise DataError(f"file of rank {rank}")
 
 
+@pytest.mark.slow
 def test_under_torchrun_a_mistake_of_every_rank_is_printed_once() -> None:
-    """Also one that is found before the ranks know each other (an unknown key)."""
+    """The test below with torchrun itself, which imports everything three times."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py", "recipe=grit_smollm2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -55,6 +56,14 @@ def test_under_torchrun_a_mistake_of_every_rank_is_printed_once() -> None:
     assert "error on rank" not in done.stderr
     assert "Traceback" not in done.stderr.split("torch/distributed/elastic")[0]
     assert "exitcode  : 2" in done.stderr  # torchrun ends a rank that is still on its way out with SIGTERM
+
+
+def test_a_mistake_that_is_found_before_the_ranks_know_each_other_is_printed_once(tmp_path: Path) -> None:
+    printed = group(None, tmp_path / "log", "max_stepss=3")
+    assert printed.count("error: ") == 1, printed
+    assert "unknown key 'max_stepss'" in printed
+    assert "error on rank" not in printed
+    assert "Traceback" not in printed
 
 
 def test_a_mistake_of_every_rank_is_printed_once(tmp_path: Path) -> None:

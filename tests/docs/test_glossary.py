@@ -3,26 +3,33 @@
 import importlib
 import re
 from functools import cache
+from pathlib import Path
 
 from tests.docs.pages import DOCS, ROOT
 
 
 @cache
+def files() -> dict[Path, str]:
+    """The text of every file that may define a name: the package, recipes and groups."""
+    found = [path for folder in ("unified_lm", "recipes", "configs") for path in (ROOT / folder).rglob("*.*")]
+    return {path: path.read_text(encoding="utf-8") for path in found if path.suffix in (".py", ".yaml")}
+
+
+@cache
 def sources() -> str:
-    """All that may define a name: the package, recipes and groups."""
-    files = [path for suffix in ("py", "yaml") for path in ROOT.rglob(f"unified_lm/**/*.{suffix}")]
-    files += [*ROOT.glob("recipes/*.yaml"), *ROOT.glob("configs/**/*.yaml")]
-    return "\n".join(path.read_text(encoding="utf-8") for path in files)
+    return "\n".join(files().values())
 
 
 def has_attribute(name: str, attribute: str) -> bool:
     """Whether a class of the package, wherever it is defined, has or declares an attribute."""
     defines = re.compile(rf"^class {name}\b", re.MULTILINE)
-    files = [path for path in ROOT.rglob("unified_lm/**/*.py") if defines.search(path.read_text(encoding="utf-8"))]
-    modules = [importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)) for path in files]
+    found = [
+        path for path, text in files().items() if path.suffix == ".py" and f"class {name}" in text and defines.search(text)
+    ]
+    modules = [importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts)) for path in found]
     classes = [getattr(module, name) for module in modules]
-    declared = {key for found in classes for parent in found.__mro__ for key in vars(parent).get("__annotations__", {})}
-    return attribute in declared or any(hasattr(found, attribute) for found in classes)
+    declared = {key for each in classes for parent in each.__mro__ for key in vars(parent).get("__annotations__", {})}
+    return attribute in declared or any(hasattr(each, attribute) for each in classes)
 
 
 def exists(term: str) -> bool:
@@ -32,7 +39,9 @@ def exists(term: str) -> bool:
         return True
     if found := re.fullmatch(r"([A-Z]\w*)\.(\w+)", term):
         return has_attribute(*found.groups())
-    return re.search(rf"(?<![\w.]){re.escape(term)}(?!\w)", sources()) is not None
+    # The lookbehind alone is tried at every character of two million; where the term stands is found at once.
+    whole = re.compile(rf"(?<![\w.]){re.escape(term)}(?!\w)")
+    return any(whole.match(sources(), place.start()) for place in re.finditer(re.escape(term), sources()))
 
 
 def test_terms_exist() -> None:

@@ -30,7 +30,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train([*COMMON, f"run_dir={tmp_path_factory.mktemp('whole')}/run"])
 
 
-@pytest.mark.parametrize("fails_at", [1, 2])
+@pytest.mark.parametrize("fails_at", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_validation_that_runs_out_of_memory_loses_nothing(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:

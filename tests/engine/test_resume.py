@@ -53,7 +53,7 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("lines_before_kill", [1, 5])
+@pytest.mark.parametrize("lines_before_kill", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_sigkill_and_resume(uninterrupted, tmp_path, lines_before_kill):
     run_dir = tmp_path / "run"
     process = Group([*COMMON, f"run_dir={run_dir}"], 1, tmp_path / "log")

@@ -49,7 +49,7 @@ def poison_from_the_third(rank: int) -> None:
     poison(rank, set(range(3, 100)))
 
 
-@pytest.mark.parametrize("backend", ["ddp", pytest.param("zero2", marks=NEEDS_DEEPSPEED)])
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("zero2", marks=[NEEDS_DEEPSPEED, pytest.mark.slow])])
 def test_one_bad_step_is_skipped_and_counted(tmp_path, backend):
     arguments = small_run(tmp_path, tmp_path / "run", "max_steps=4", f"parallel={backend}")
     group = Group(arguments, 2, tmp_path / "log", prepare=poison_one_step)

@@ -159,6 +159,21 @@ FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "<export|M> --data conll:<conll.txt|P>,<conll.txt|P>",
         ("--out <O>", "--device <D>", "--columns word=<N>", "--subtoken <W>", "--probe <W>", "--attention <W>"),
     ),
+    "index": (
+        "<texts.txt|P> --model <export|M> --out <new|O>",
+        (
+            "--column <W>",
+            "--limit <N>",
+            "--engine <W>",
+            "--states <none|W>",
+            "--form <int8|W>",
+            "--budget-gb <N>",
+            "--device <D>",
+        ),
+    ),
+    "ask": ("<new|O> <W> --max-new-tokens 2", ("--mode <W>", "-k <N>", "--rerank <W>", "--model <M>", "--device <D>")),
+    "chat": ("<new|O>", ("--mode <W>", "--model <M>")),
+    "eval rag": ("<export|M> --data <pairs.jsonl|P> --generate 0", ("--out <O>", "-k <N>", "--modes <W>", "--limit <N>")),
     "eval lm": ("<export|M> --tasks <P>", ("--out <O>", "--device <D>", "--include-path <P>", "--limit <N>")),
     "analyze": (
         "norms <export|M> --texts <texts.txt|P> --out <new|O> --num-windows 2 --positions 4",

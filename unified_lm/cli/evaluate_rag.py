@@ -35,6 +35,7 @@ def evaluate_rag(argv: Sequence[str]) -> None:
         UserError: an error in the arguments, the data or the model.
     """
     options = _parser().parse_args(list(argv))
+    options.modes = options.modes or list(LAYOUTS)
     for mode in options.modes:
         if mode not in LAYOUTS:
             raise UserError(f"--modes: unknown mode '{mode}'.{did_you_mean(mode, LAYOUTS)}")
@@ -86,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(parser)
     add = parser.add_argument
     add("--data", default=_DATA, help=f"grounded rows: a file, hub:NAME or built-in rows, held-out split ({_DATA})")
-    add("--modes", nargs="+", default=list(LAYOUTS), metavar="MODE", help="which modes; all of them if left out")
+    add("--modes", nargs="+", default=None, metavar="MODE", help="which modes; all of them if left out")
     add("--states", nargs="+", choices=STATES, default=list(STATES), help="states of blocks (bidirectional causal)")
     add("-k", type=positive, default=3, help="documents that an answer is given (3)")
     add("--depth", type=positive, default=10, help="passages that retrieval is measured on (10)")

@@ -54,14 +54,14 @@ def index(argv: Sequence[str]) -> None:
         "--form", default="bfloat16", help="of keys and values on disk: float32, bfloat16, float16, int8 (bfloat16)"
     )
     parser.add_argument(
-        "--budget-gb", type=float, default=None, help="limit of keys and values on disk, in GB; none if left out"
+        "--budget-gb", type=from_zero, default=None, help="limit of keys and values on disk, in GB; none if left out"
     )
     parser.add_argument("--max-tokens", type=positive, default=None, help="limit of a document; the model's own if left out")
     parser.add_argument("--on-long", choices=("cut", "split"), default="cut", help="what becomes of longer ones (cut)")
     add_device_options(parser, dtype="auto")
     options = parser.parse_args(list(argv))
-    if options.budget_gb is not None and not options.budget_gb > 0:
-        raise ConfigError(f"--budget-gb: got {options.budget_gb}, expected more than 0.")
+    if options.budget_gb == 0:
+        raise ConfigError("--budget-gb: 0 stores nothing; expected more, or --states none.")
     model = _load(options.model, options)
     from unified_lm.retrieval.index import Index
 

@@ -7,7 +7,9 @@ by Hydra, so that every unknown key, wrong type and contradiction can be reporte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,21 @@ from omegaconf.errors import OmegaConfBaseException
 from unified_lm.composition.ablation_plan import KEY as ABLATION
 from unified_lm.composition.ablation_plan import read_plan
 from unified_lm.composition.convert import build_config, from_yaml, to_yaml, without_idle
-from unified_lm.composition.locate import configs_dir, find_recipe, group_options, read_yaml, recipes_dir
-from unified_lm.composition.overrides import apply_override, overlay, spell_out_sources
+from unified_lm.composition.locate import (
+    FileState,
+    configs_dir,
+    find_recipe,
+    group_options,
+    read_yaml,
+    recipes_dir,
+    shipped_state,
+)
+from unified_lm.composition.overrides import absent_data, apply_override, drop_absent_validation, overlay, spell_out_sources
 from unified_lm.composition.rehearsal import rehearse
 from unified_lm.composition.validate import find_notices, find_problems
 from unified_lm.config.schema import ArmConfig, ChainConfig, RunConfig, SweepConfig
 from unified_lm.core.errors import ConfigError, did_you_mean
 from unified_lm.core.typed import show_briefly
-from unified_lm.data.formats import FORMATS
 
 __all__ = ["compose", "compose_run", "from_yaml", "to_yaml"]
 
@@ -188,12 +197,12 @@ def _compose_values(
         )
         tree = without_idle(raw)
     else:
-        tree = _hydra(path, raw, arguments.choices)
+        tree = _hydra(path, arguments.choices)
         tree, preferred = _prefer_data(path, raw, tree, arguments)
         notices += preferred
     tree.setdefault("recipe", path.stem)
     if not resolved:
-        tree["data"] = overlay(_absent_data(), tree.get("data") or {})
+        tree["data"] = overlay(absent_data(), tree.get("data") or {})
     late = [item for item in arguments.overrides if not apply_override(tree, *item, problems)]
     tree = _resolve(tree, path, problems)
     spell_out_sources(tree)
@@ -201,7 +210,7 @@ def _compose_values(
         apply_override(tree, *item, problems)
     if not resolved:
         tree.pop("data", None)
-    _drop_absent_validation(tree)
+    drop_absent_validation(tree)
     if arguments.tiny_random and isinstance(tree.get("model"), dict):
         notices += rehearse(tree, arguments.keys, keep_data=arguments.chooses_data)
     if "model.name" in arguments.keys and "model.architecture" not in arguments.keys and isinstance(tree.get("model"), dict):
@@ -209,20 +218,26 @@ def _compose_values(
     return tree, notices
 
 
-def _absent_data() -> dict[str, Any]:
-    """What the kinds of rows that a data group does not offer resolve to. Made anew each time: it is changed in place."""
-    kinds = sorted({kind.data_key for kind in FORMATS.values()})
-    return {
-        **{kind: [] for kind in kinds},
-        "hard_negatives": 0,
-        "held_out": {**{kind: [] for kind in kinds}, "retrieval": None},
-    }
+def _hydra(path: Path, choices: dict[str, str]) -> dict[str, Any]:
+    """Compose a recipe with its groups; interpolations stay as written.
+
+    Arms of an ablation mostly differ in values, which are merged later: one of our recipes is composed with the same groups
+    once, as long as no file of the package changes. A user's own recipe may name any file beside it.
+    """
+    chosen = tuple(choices.items())
+    if path.parent != recipes_dir():
+        return _hydra_anew(path, chosen)
+    return deepcopy(_hydra_shipped(path, chosen, shipped_state()))
 
 
-def _hydra(path: Path, raw: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
-    """Compose a recipe with its groups; interpolations stay as written."""
+@lru_cache(maxsize=64)
+def _hydra_shipped(path: Path, choices: tuple[tuple[str, str], ...], _: tuple[FileState, ...]) -> dict[str, Any]:
+    return _hydra_anew(path, choices)
+
+
+def _hydra_anew(path: Path, choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     search = ",".join("'" + folder.as_uri().replace("'", "\\'") + "'" for folder in (configs_dir(), recipes_dir()))
-    overrides = [f"hydra.searchpath=[{search}]", *(f"{group}={option}" for group, option in choices.items())]
+    overrides = [f"hydra.searchpath=[{search}]", *(f"{group}={option}" for group, option in choices)]
     try:
         with initialize_config_dir(str(path.parent), version_base="1.3"):
             config = hydra_compose(path.stem, overrides=overrides)
@@ -241,7 +256,7 @@ def _prefer_data(
     own = next((entry["data"] for entry in raw["defaults"] if isinstance(entry, dict) and "data" in entry), None)
     if preferred is None or own is None or arguments.chooses_data or preferred == own:
         return tree, []
-    tree = _hydra(path, raw, {**arguments.choices, "data": preferred})
+    tree = _hydra(path, {**arguments.choices, "data": preferred})
     tree.pop("preferred_data", None)
     own_names = " and ".join(own) if isinstance(own, list) else own
     return tree, [
@@ -261,14 +276,6 @@ def _resolve(tree: dict[str, Any], path: Path, problems: list[str]) -> dict[str,
         raise ConfigError([*problems, f"{path}: an interpolation leads back to itself; write its value out."]) from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
-
-
-def _drop_absent_validation(tree: dict[str, Any]) -> None:
-    """Leave out streams whose data group offers no held-out rows: they are not validated."""
-    validation = tree.get("validation")
-    sources = validation.get("sources") if isinstance(validation, dict) else None
-    if isinstance(sources, dict):
-        tree["validation"]["sources"] = {name: rows for name, rows in sources.items() if rows != []}
 
 
 # --- chains ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,20 @@ def recipes_dir() -> Path:
 def configs_dir() -> Path:
     """The folder of the configuration groups that come with the package."""
     return _folder("configs")
+
+
+FileState = tuple[str, int, int]
+"""Path, time of the last change in ns, and bytes of a file: what is read from it is remembered until one of them differs."""
+
+
+def shipped_state() -> tuple[FileState, ...]:
+    """The state of every recipe and group option that comes with the package."""
+    return tuple(_state(path) for folder in (configs_dir(), recipes_dir()) for path in sorted(folder.rglob("*.yaml")))
+
+
+def _state(path: Path) -> FileState:
+    found = path.stat()
+    return str(path), found.st_mtime_ns, found.st_size
 
 
 def group_options() -> dict[str, tuple[str, ...]]:
@@ -79,6 +95,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: not readable, not YAML, or not a mapping; the text names the file and, where known, the line.
     """
+    if path.parent == recipes_dir():
+        return copy.deepcopy(_read_shipped(_state(path)))
+    return _read_yaml(path)
+
+
+@lru_cache(maxsize=128)
+def _read_shipped(state: FileState) -> dict[str, Any]:
+    """Listing the recipes reads all of them, and an ablation reads its base for every arm."""
+    return _read_yaml(Path(state[0]))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:

@@ -1,4 +1,4 @@
-"""`key=value` arguments merged into the nested values of a recipe, before these become dataclasses."""
+"""What is merged into the nested values of a recipe before these become dataclasses: `key=value` arguments, absent data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from unified_lm.composition.convert import schema_keys
 from unified_lm.config.streams import source_values
 from unified_lm.core.errors import did_you_mean
+from unified_lm.data.formats import FORMATS
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -129,3 +130,21 @@ def _missing_parent(tree: dict[str, Any], node: Any, parents: list[str], key: st
 
 def _matches(path: str, known: str) -> bool:
     return re.fullmatch(re.escape(known).replace(r"\*", r"[^.]+"), path) is not None
+
+
+def absent_data() -> dict[str, Any]:
+    """What the kinds of rows that a data group does not offer resolve to. Made anew each time: it is changed in place."""
+    kinds = sorted({kind.data_key for kind in FORMATS.values()})
+    return {
+        **{kind: [] for kind in kinds},
+        "hard_negatives": 0,
+        "held_out": {**{kind: [] for kind in kinds}, "retrieval": None},
+    }
+
+
+def drop_absent_validation(tree: dict[str, Any]) -> None:
+    """Leave out streams whose data group offers no held-out rows: they are not validated."""
+    validation = tree.get("validation")
+    sources = validation.get("sources") if isinstance(validation, dict) else None
+    if isinstance(sources, dict):
+        tree["validation"]["sources"] = {name: rows for name, rows in sources.items() if rows != []}
