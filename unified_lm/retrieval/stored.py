@@ -198,9 +198,9 @@ class KeyValueStore:
     def flush(self) -> None:
         """Make everything stored so far durable.
 
-        Entries are not flushed one by one, which would cost several times their computation on slow disks. A power failure may
-        take those that were stored after the last flush, or leave their files damaged, which reading them finds: nothing is
-        lost but what is computed again.
+        Entries are not flushed one by one, which doubles the time of storing them (30 ms against 14 for 2.3 MB). A power
+        failure may take those that were stored after the last flush, or leave their files damaged, which reading them finds:
+        nothing is lost but what is computed again.
         """
         with self._writing:
             written, self._not_flushed = self._not_flushed, []
