@@ -11,6 +11,7 @@ import importlib.util
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,8 +22,10 @@ NOISE = "real_accelerator.py"
 """DeepSpeed prints which device it found, on its first import in a process."""
 
 
-def python_pages() -> list[Path]:
-    return [page for page in pages() if any(block.language == "python" for block in blocks(page))]
+def python_pages() -> list[Any]:
+    """Pages with code. That of `python-api.md` trains five runs; `test_python_api.py` is its fast test."""
+    found = [page for page in pages() if any(block.language == "python" for block in blocks(page))]
+    return [pytest.param(page, marks=[pytest.mark.slow] if page.stem == "python-api" else []) for page in found]
 
 
 def run_page(page_blocks: list[Block]) -> None:

@@ -13,8 +13,6 @@ from tests.engine.small_run import equal, metrics, small_run, tensors
 from tests.processes import NEEDS_DEEPSPEED, Group
 
 EVERY = 2
-MORE_KILLS = 10
-"""At the first save, where the random ones have hit none."""
 
 
 def arguments(data: Path, run_dir: Path, backend: str, num_steps: int, *more: str) -> list[str]:
@@ -68,22 +66,23 @@ def hit_a_save(killed: list[str]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("backend", "num_kills"),
+    ("backend", "num_kills", "more_kills"),
     [
-        ("ddp", 1),
-        pytest.param("ddp", 4, marks=pytest.mark.slow),
-        pytest.param("zero2", 20, marks=[NEEDS_DEEPSPEED, pytest.mark.slow]),
+        ("ddp", 1, 3),
+        pytest.param("ddp", 4, 10, marks=pytest.mark.slow),
+        pytest.param("zero2", 20, 10, marks=[NEEDS_DEEPSPEED, pytest.mark.slow]),
     ],
 )
-def test_sigkill_at_random_points(tmp_path, backend, num_kills):
-    num_steps = 10 + 3 * num_kills + EVERY * MORE_KILLS
+def test_sigkill_at_random_points(tmp_path, backend, num_kills, more_kills):
+    """`more_kills`: the most at the first save, where the random ones have hit none."""
+    num_steps = 10 + 3 * num_kills + EVERY * more_kills
     whole = Group(arguments(tmp_path, tmp_path / "whole", backend, num_steps), 2, tmp_path / "whole.log")
     assert whole.wait(600) == [0, 0], whole.output()
 
     run_dir, dice = tmp_path / "killed", random.Random(5)
     killed: list[str] = []
     starts = 0
-    while len(killed) < num_kills or (not hit_a_save(killed) and len(killed) < num_kills + MORE_KILLS):
+    while len(killed) < num_kills or (not hit_a_save(killed) and len(killed) < num_kills + more_kills):
         starts += 1
         group = Group(arguments(tmp_path, run_dir, backend, num_steps, "resume=auto"), 2, tmp_path / f"{starts}.log")
         kind = wait_for_random_moment(group, run_dir, dice, at_first_save=len(killed) >= num_kills)
@@ -136,7 +135,7 @@ def test_a_signal_to_one_rank_loses_no_step(tmp_path, number):
 
 
 TOPOLOGIES = [
-    ("ddp", 2, "single", 1),
+    pytest.param("ddp", 2, "single", 1, marks=pytest.mark.slow),
     pytest.param("single", 1, "ddp", 2, marks=pytest.mark.slow),
     pytest.param("zero2", 2, "single", 1, marks=NEEDS_DEEPSPEED),
     pytest.param("zero2", 2, "zero3", 2, marks=[NEEDS_DEEPSPEED, pytest.mark.slow]),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 
 from tests.export.export_cases import make_manifest
 from unified_lm.cli.main import main
@@ -40,6 +41,13 @@ for folder in sys.argv[2:]:
     np.savez(folder + ".npz", documents=model.encode(texts), queries=model.encode(texts, prompt_name="query"))
 assert not any(name.partition(".")[0] == "unified_lm" for name in sys.modules), "unified_lm was imported"
 """
+
+
+def _stock_vectors(folder: Path) -> dict[str, np.ndarray]:
+    modules = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
+    assert all(module.startswith("sentence_transformers.") for module in modules)
+    model = SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
+    return {"documents": model.encode(TEXTS), "queries": model.encode(TEXTS, prompt_name="query")}
 
 
 def _export(folder: Path, projection: Projection | None = None, **changes: object) -> Path:
@@ -76,9 +84,13 @@ def exports(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str,
     return {name: (folder, root / f"{name}-std") for name, folder in made.items()}
 
 
-@pytest.fixture(scope="module")
-def stock(exports: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
-    """What sentence-transformers says, in a process that never imports unified_lm."""
+@pytest.fixture(scope="module", params=["here", pytest.param("apart", marks=pytest.mark.slow)])
+def stock(
+    request: pytest.FixtureRequest, exports: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, np.ndarray]]:
+    """What sentence-transformers says: here, or in a process that never imports unified_lm, which takes ten seconds to start."""
+    if request.param == "here":
+        return {name: _stock_vectors(standardized) for name, (_, standardized) in exports.items()}
     texts = tmp_path_factory.mktemp("stock") / "texts.txt"
     texts.write_text("\n".join(TEXTS), encoding="utf-8")
     folders = [str(standardized) for _, standardized in exports.values()]
