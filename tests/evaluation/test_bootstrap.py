@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from unified_lm.core.errors import ConfigError
-from unified_lm.evaluation.bootstrap import bootstrap_interval
+from unified_lm.evaluation.bootstrap import bootstrap_draws, bootstrap_interval, percentile_interval
 
 
 def _mean(sample: np.ndarray) -> float:
@@ -56,6 +56,15 @@ def test_pairing_narrows_a_difference() -> None:
     alone = bootstrap_interval(_mean, first)
     assert paired.low > 0
     assert paired.high - paired.low < (alone.high - alone.low) / 5
+
+
+def test_draws_of_two_models_may_be_subtracted() -> None:
+    """They are to the bit those of the difference, over the same resamples; those of another seed are not."""
+    first, second = np.random.default_rng(0).normal(size=(2, 40))
+    (value, draws), (other, others) = bootstrap_draws(_mean, first), bootstrap_draws(_mean, second)
+    subtracted = percentile_interval(value - other, draws - others)
+    assert subtracted == bootstrap_interval(lambda a, b: _mean(a) - _mean(b), first, second)
+    assert subtracted != percentile_interval(value - other, draws - bootstrap_draws(_mean, second, seed=1)[1])
 
 
 def test_deterministic_and_level() -> None:

@@ -88,7 +88,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str,
 def stock(
     request: pytest.FixtureRequest, exports: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, np.ndarray]]:
-    """What sentence-transformers says: here, or in a process that never imports unified_lm, which takes ten seconds to start."""
+    """What sentence-transformers says: here, or in a process that never imports unified_lm, ten seconds later."""
     if request.param == "here":
         return {name: _stock_vectors(standardized) for name, (_, standardized) in exports.items()}
     texts = tmp_path_factory.mktemp("stock") / "texts.txt"

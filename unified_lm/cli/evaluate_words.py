@@ -36,6 +36,8 @@ def evaluate_words(argv: Sequence[str]) -> None:
             raise ConfigError(f"unknown attention '{name}'.{did_you_mean(name, ATTENTIONS)}")
     alignments = [Alignment.parse(name).value for name in options.alignment]
     Subtoken.parse(options.subtoken)
+    if options.out is not None:
+        check_files([options.out])  # built-in data take seconds to read
     try:
         from unified_lm.evaluation.words.probe import make_probe
         from unified_lm.evaluation.words.tasks import word_level_scores

@@ -30,7 +30,7 @@ from unified_lm.evaluation.analyses.texts import (
     read_scored_pairs,
     read_texts,
 )
-from unified_lm.evaluation.bootstrap import bootstrap_interval
+from unified_lm.evaluation.bootstrap import bootstrap_draws, percentile_interval
 from unified_lm.evaluation.result_table import ResultTable
 from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.standardizer import RunningMoments, Standardizer
@@ -115,17 +115,13 @@ Scores = tuple[np.ndarray, Callable[..., float], tuple[np.ndarray, ...]]
 def _rows(score: Callable[[Standardizer | None], Scores], fitted: Mapping[str, Standardizer]) -> dict[str, Numbers]:
     """Scores without standardization and with every corpus, and the paired difference to the former, with 95 % intervals."""
     plain, statistic, fixed = score(None)
-    base = bootstrap_interval(statistic, plain, *fixed)
+    base_value, base_draws = bootstrap_draws(statistic, plain, *fixed)
+    base = percentile_interval(base_value, base_draws)
     rows = {NONE: {"value": rounded(base.value), "low": rounded(base.low), "high": rounded(base.high)}}
     for label, standardizer in fitted.items():
         values, _, _ = score(standardizer)
-        interval = bootstrap_interval(statistic, values, *fixed)
-
-        def difference(a: np.ndarray, b: np.ndarray, *columns: np.ndarray) -> float:
-            """The statistic of `a` minus that of `b`, over the same items."""
-            return statistic(a, *columns) - statistic(b, *columns)
-
-        change = bootstrap_interval(difference, values, plain, *fixed)
+        value, draws = bootstrap_draws(statistic, values, *fixed)
+        interval, change = percentile_interval(value, draws), percentile_interval(value - base_value, draws - base_draws)
         rows[label] = {
             "value": rounded(interval.value),
             "low": rounded(interval.low),
