@@ -96,13 +96,20 @@ def test_bounded_cuts_after_a_sentence_or_a_word() -> None:
 
 
 @pytest.fixture(scope="module")
-def small_build(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def built(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """The real thing over two packages: enough to see every rule, in a second or two."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIFIED_LM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(pydocs, "PACKAGES", ("numpy", "peft", "not_installed_anywhere"))
         patch.setattr(pydocs, "_root", lambda package, root=pydocs._root: None if package == "python" else root(package))
         yield pydocs.build()
+
+
+@pytest.fixture
+def small_build(built: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Found again by each test in spite of the cache of its own that it has."""
+    monkeypatch.setenv("UNIFIED_LM_CACHE", str(built.parents[1]))
+    return built
 
 
 def opened(part: str | None, kind: RecordKind, split: str = "train") -> RecordSource:
