@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.inference.conftest import make_export
 from unified_lm.inference import UnifiedLM
+from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +23,10 @@ def model(export: Path) -> UnifiedLM:
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., UnifiedLM]:
-    def make(**options: object) -> UnifiedLM:
-        return UnifiedLM.from_pretrained(make_export(tmp_path_factory.mktemp("other") / "export", **options))  # type: ignore[arg-type]
+    def make(bare: bool = False, **options: Any) -> UnifiedLM:
+        """A tiny export, or (`bare`) a tiny model as it is."""
+        if bare:
+            return UnifiedLM(tiny_model(**options), tiny_tokenizer(), template="grit", max_tokens=96)
+        return UnifiedLM.from_pretrained(make_export(tmp_path_factory.mktemp("other") / "export", **options))
 
     return make

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 
 from tests.retrieval.prompts import recorded_prompts
 from unified_lm.batch import Block, Sample, make_pack
-from unified_lm.core.errors import CheckpointError, ConfigError, DataError, OutputError, UserError
+from unified_lm.core.errors import CheckpointError, ConfigError, DataError, ModelError, OutputError, UserError
 from unified_lm.data.prompts.layouts import LAYOUTS
 from unified_lm.inference import UnifiedLM
 from unified_lm.retrieval import index as module
@@ -116,6 +116,46 @@ def test_auto_takes_what_is_stored_and_long_questions_from_their_embedding(tmp_p
     from unified_lm.retrieval.answering import choose_mode
 
     assert [choose_mode(300, stored) for stored in (True, False)] == ["document_query_cache", "query_cache"]
+
+
+def test_an_id_with_two_texts_is_an_error_and_a_changed_text_replaces(index: Index) -> None:
+    with pytest.raises(DataError, match=r"document 'a' \(b\.jsonl, line 1\) comes a second time, with another text"):
+        index.add([Document("a", "one", "a.jsonl, line 1"), Document("a", "two", "b.jsonl, line 1")])
+    assert index.add([Document("a", "one"), Document("a", "one")]).added == 1
+    index.add([Document("a", "two")])
+    assert index.get(["a"]) == [Document("a", "two")]
+    (cache,) = index.caches(index.get(["a"]), "bidirectional")
+    assert index.model.prompt_encoder.tokenizer.decode(cache.token_ids).endswith("two")
+
+
+def test_two_threads_do_not_write_at_once(index: Index) -> None:
+    def more() -> Iterator[str]:
+        yield "The first one."
+        with pytest.raises(CheckpointError, match="written by another thread"):
+            index.delete([text_id(TEXTS[0])])
+        assert index.answer(QUESTION, max_new_tokens=1).mode == "document_cache"
+        with pytest.raises(CheckpointError, match="written by another thread"):
+            index.add(["The second one."])
+
+    assert index.add(more()).added == 1
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt2"])
+def test_a_model_whose_keys_are_not_kept_still_reads_whole_prompts(
+    family: str, tmp_path: Path, other_model: Callable[..., UnifiedLM]
+) -> None:
+    """DeepSeek caches latent vectors; GPT-2's keys cannot move, and need not where a block is at the start."""
+    with Index.create(tmp_path / "i", other_model(family=family, bare=True), states=()) as made:
+        made.add(TEXTS)
+        for mode in ("auto", "document_then_query", "query_then_document", "no_retrieval"):
+            assert made.answer(QUESTION, k=2, mode=mode, max_new_tokens=2).cached_tokens == 0
+        if family == "deepseek_v2":
+            with pytest.raises(ModelError, match="caches"):
+                made.answer(QUESTION, mode="document_cache", max_new_tokens=2)
+        else:
+            assert made.answer(QUESTION, mode="document_cache", max_new_tokens=2).cached_tokens > 0
+            with pytest.raises(ModelError):
+                made.answer(QUESTION, k=2, mode="document_cache", max_new_tokens=2)
 
 
 def test_a_question_that_a_block_would_cut_is_not_cut(index: Index) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,16 @@ def _rows(options: argparse.Namespace) -> list[GroundedRecord]:
 
 def _index(options: argparse.Namespace, model_ref: EvaluatedModel, rows: list[GroundedRecord], console: Console) -> Index:
     """An index of the rows' documents, kept in the cache folder: measuring again does not read them again."""
-    model = model_ref.load(options, template="grit")
-    key = f"{model.embedding_key[:16]}-{options.max_tokens or model.max_tokens}-{'-'.join(sorted(options.states))}"
-    index = Index.create(cache_dir("rag", key), model, states=tuple(sorted(options.states)), max_tokens=options.max_tokens)
-    documents = list(corpus(rows))
-    extra = set(index.ids()) - {document.id for document in documents}
-    if extra:
-        index.delete(sorted(extra))
+    model, documents = model_ref.load(options, template="grit"), list(corpus(rows))
+    states = tuple(sorted(options.states))
+    said = [
+        model.embedding_key,
+        str(options.max_tokens or model.max_tokens),
+        *states,
+        *sorted(document.id for document in documents),
+    ]
+    folder = cache_dir("rag", blake2b("\x1f".join(said).encode(), digest_size=16).hexdigest())
+    index = Index.create(folder, model, states=states, max_tokens=options.max_tokens)
     with progress_bar("reading documents", len(documents), console) as advance:
         index.add(documents, advance)
     return index

@@ -13,6 +13,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from unified_lm.cli.arguments import add_device_options, command_parser, from_zero, positive
 from unified_lm.core.errors import ConfigError
+from unified_lm.retrieval.manifest import IndexManifest, check_place
 
 if TYPE_CHECKING:
     from unified_lm.inference import UnifiedLM
@@ -62,6 +63,7 @@ def index(argv: Sequence[str]) -> None:
     options = parser.parse_args(list(argv))
     if options.budget_gb == 0:
         raise ConfigError("--budget-gb: 0 stores nothing; expected more, or --states none.")
+    check_place(options.out)
     model = _load(options.model, options)
     from unified_lm.retrieval.index import Index
 
@@ -200,7 +202,6 @@ def _answer(opened: Index, question: str, options: argparse.Namespace, history: 
 
 def _open(options: argparse.Namespace) -> Index:
     from unified_lm.retrieval.index import Index
-    from unified_lm.retrieval.manifest import IndexManifest
 
     manifest = IndexManifest.load(options.index)
     name = options.model or manifest.model

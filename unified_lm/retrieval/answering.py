@@ -17,11 +17,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from unified_lm.config.checks import at_least
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
-from unified_lm.data.prompts.encoding import PromptEncoder
 from unified_lm.data.prompts.layouts import DOCUMENTS, LAYOUTS, QUESTION, Layout, get_layout
 from unified_lm.inference import UnifiedLM
+from unified_lm.inference.embedder import encode_texts
 from unified_lm.inference.generation import generate_text
-from unified_lm.models.key_values import KeyValueCache, KeyValueReader
+from unified_lm.models.key_values import KeyValueCache
 from unified_lm.retrieval.documents import Document, Passage
 from unified_lm.retrieval.stored import STATES
 
@@ -150,8 +150,7 @@ def choose_mode(question_tokens: int, documents_stored: bool) -> str:
 
 
 def make_prompt(
-    reader: KeyValueReader,
-    encoder: PromptEncoder,
+    model: UnifiedLM,
     layout: Layout,
     question: str,
     documents: Sequence[str],
@@ -161,8 +160,7 @@ def make_prompt(
     """Join the blocks of a layout and encode what follows them.
 
     Args:
-        reader: of the model that read the caches.
-        encoder: its template and tokenizer.
+        model: the model that read the caches.
         layout: the parts.
         question: the question.
         documents: the documents' texts, for layouts that write them.
@@ -174,48 +172,39 @@ def make_prompt(
     """
     parts = [cache for part in layout.blocks for cache in caches[part]]
     turns = [*history, ("user", layout.say(question, documents))]
-    tail = torch.from_numpy(encoder.generation_prompt(turns, continued=bool(parts)).astype(np.int64))
-    past = reader.join(parts) if parts else None
+    tail = torch.from_numpy(model.prompt_encoder.generation_prompt(turns, continued=bool(parts)).astype(np.int64))
+    past = None
+    if parts:  # a model that keeps no keys and values can still read whole prompts
+        with model.borrow_reader() as reader:
+            past = reader.join(parts)
     ids = tail if past is None else torch.cat([past.token_ids, tail])
-    reader.backbone.check_length(len(ids))
+    with model.borrow_backbone() as backbone:
+        backbone.check_length(len(ids))
     return Prompt(ids, past)
 
 
-def generate_answer(
-    model: UnifiedLM,
-    prompt_of: Callable[[KeyValueReader], Prompt],
-    *,
-    max_new_tokens: int,
-    on_text: Callable[[str], None] | None = None,
-    **options: Any,
-) -> tuple[str, Prompt, float]:
-    """Make a prompt and generate after it, holding the model.
+def generate_answer(model: UnifiedLM, prompt: Prompt, **options: Any) -> tuple[str, float]:
+    """Generate after a prompt, holding the model.
 
     Args:
         model: the model.
-        prompt_of: makes the prompt.
-        max_new_tokens: limit of the answer, in tokens.
-        on_text: called with each piece of the answer.
-        options: "temperature", "top_p", and further arguments of transformers' `generate`.
+        prompt: the prompt.
+        options: "max_new_tokens", "on_text", "temperature" and others of `inference.generation.generate_text`.
 
     Returns:
-        The answer, the prompt, and the time of the first token by `time.perf_counter`.
+        The answer, and the time of the first token by `time.perf_counter`.
     """
     clock = _Clock()
-    with model.borrow_reader() as reader:
-        prompt = prompt_of(reader)
-        with reader.backbone.stock_attention() as causal_lm:
-            text = generate_text(
-                causal_lm,
-                model.prompt_encoder,
-                prompt.ids,
-                max_new_tokens=max_new_tokens,
-                past=None if prompt.past is None else prompt.past.to_transformers(causal_lm.config),
-                on_text=on_text,
-                stopping_criteria=StoppingCriteriaList([clock]),
-                **options,
-            )
-    return text, prompt, clock.first
+    with model.borrow_backbone() as backbone, backbone.stock_attention() as causal_lm:
+        text = generate_text(
+            causal_lm,
+            model.prompt_encoder,
+            prompt.ids,
+            past=None if prompt.past is None else prompt.past.to_transformers(causal_lm.config),
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **options,
+        )
+    return text, clock.first
 
 
 def answer_from(source: Source, asked: Asked, **generation: Any) -> Answer:
@@ -231,28 +220,20 @@ def answer_from(source: Source, asked: Asked, **generation: Any) -> Answer:
         raise ConfigError(problems)
     model = source.model
     states = asked.states or (source.kept_states or (model.attention,))[0]
-    vector, embedded, whole = _read_question(source, asked, model.attention)
-    passages = _find(source, asked, vector)
+    question = _Question(model, asked, source.max_tokens)
+    passages = _find(source, asked, question) if asked.mode == AUTO or get_layout(asked.mode).retrieves else []
     found = time.perf_counter()
     documents = [passage.document for passage in passages]
-    mode = choose_mode(len(embedded) * whole, source.stored(documents, states)) if asked.mode == AUTO else asked.mode
+    mode = choose_mode(question.num_tokens, source.stored(documents, states)) if asked.mode == AUTO else asked.mode
     layout = get_layout(mode)
-    if QUESTION in layout.blocks and not whole:
-        raise DataError(
-            f"the question is longer than the {source.max_tokens} tokens of a block, which mode {mode} would cut. Make the "
-            "index with more (max_tokens), or answer in mode document_cache or document_then_query."
-        )
     blocks: dict[str, Sequence[KeyValueCache]] = {}
+    if QUESTION in layout.blocks:
+        blocks[QUESTION] = [question.cache(states, mode)]
     if DOCUMENTS in layout.blocks:
         blocks[DOCUMENTS] = source.caches(documents, states)
-    if QUESTION in layout.blocks:
-        blocks[QUESTION] = [embedded if states == model.attention else _read_question(source, asked, states)[1]]
     texts = [source.written(document.text) for document in documents] if layout.writes_documents else []
-    text, prompt, first = generate_answer(
-        model,
-        lambda reader: make_prompt(reader, model.prompt_encoder, layout, asked.question, texts, blocks, asked.history),
-        **generation,
-    )
+    prompt = make_prompt(model, layout, asked.question, texts, blocks, asked.history)
+    text, first = generate_answer(model, prompt, **generation)
     return Answer(
         text=text,
         passages=tuple(passages),
@@ -266,23 +247,50 @@ def answer_from(source: Source, asked: Asked, **generation: Any) -> Answer:
     )
 
 
-def _read_question(source: Source, asked: Asked, states: str) -> tuple[np.ndarray, KeyValueCache, bool]:
-    """The vector of a question, float32 `[D]`, its keys and values, from one forward, and whether it was read as a whole."""
-    model, limit = source.model, source.max_tokens
-    instruction = model.query_instruction if asked.instruction is None else asked.instruction
-    cut = model.num_truncated
-    ((_, vector, cache),) = model.read([asked.question], instruction, attention=states, max_tokens=limit)
-    return vector, cache, model.num_truncated == cut
+class _Question:
+    """A question, embedded; what that computed is kept where an answer may be read from it."""
+
+    def __init__(self, model: UnifiedLM, asked: Asked, limit: int) -> None:
+        self._model, self._text, self._limit = model, asked.question, limit
+        self._instruction = model.query_instruction if asked.instruction is None else asked.instruction
+        (encoded,) = encode_texts(model.prompt_encoder, [asked.question], self._instruction, limit)
+        self._cut = encoded.truncated
+        self.num_tokens = 0 if encoded.truncated else len(encoded.ids)
+        may_be_block = self.num_tokens >= LONG_QUESTION if asked.mode == AUTO else QUESTION in get_layout(asked.mode).blocks
+        self._read = self._read_as(model.attention) if may_be_block and not self._cut else None
+
+    def vector(self) -> np.ndarray:
+        """Its vector, float32 `[D]`."""
+        if self._read is not None:
+            return self._read[0]
+        return self._model.encode([self._text], self._instruction, max_tokens=self._limit)[0]
+
+    def cache(self, states: str, mode: str) -> KeyValueCache:
+        """Its keys and values.
+
+        Raises:
+            DataError: a block would cut it.
+        """
+        if self._cut:
+            raise DataError(
+                f"the question is longer than the {self._limit} tokens of a block, which mode {mode} would cut. Make the index "
+                "with more (max_tokens), or answer in mode document_cache or document_then_query."
+            )
+        kept = self._read if states == self._model.attention else None
+        return (kept or self._read_as(states))[1]
+
+    def _read_as(self, states: str) -> tuple[np.ndarray, KeyValueCache]:
+        read = self._model.read([self._text], self._instruction, attention=states, max_tokens=self._limit)
+        ((_, vector, cache),) = read
+        return vector, cache
 
 
-def _find(source: Source, asked: Asked, vector: np.ndarray) -> list[Passage]:
-    if asked.mode != AUTO and not get_layout(asked.mode).retrieves:
-        return []
+def _find(source: Source, asked: Asked, question: _Question) -> list[Passage]:
     if not len(source):
         raise DataError("the index has no documents. Add some (unified-lm index), or answer with mode no_retrieval.")
     if asked.rerank is None:
-        return source.nearest(vector, asked.k)
-    return asked.rerank(asked.question, source.nearest(vector, max(asked.k, asked.candidates)))[: asked.k]
+        return source.nearest(question.vector(), asked.k)
+    return asked.rerank(asked.question, source.nearest(question.vector(), max(asked.k, asked.candidates)))[: asked.k]
 
 
 class _Clock(StoppingCriteria):

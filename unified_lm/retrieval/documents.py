@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from unified_lm.core.errors import DataError
+
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -32,3 +34,28 @@ class Passage:
 def text_id(text: str) -> str:
     """The id of a document that has none: a hash of its text, 32 hexadecimal digits."""
     return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class SeenDocuments:
+    """The documents of one addition so far, as hashes: a million of them take some 100 MB."""
+
+    def __init__(self) -> None:
+        self._ids, self._texts = set[int](), set[int]()
+
+    def check(self, document: Document) -> None:
+        """Take note of a document.
+
+        Raises:
+            DataError: it is empty or no text, or its id has come with another text.
+        """
+        where = f" ({document.origin})" if document.origin else ""
+        if not isinstance(document.text, str) or not document.text.strip():
+            raise DataError(f"document {document.id!r}{where} is empty. Leave it out, or give it content.")
+        named, whole = hash(document.id), hash((document.id, document.text))
+        if named in self._ids and whole not in self._texts:
+            raise DataError(
+                f"document {document.id!r}{where} comes a second time, with another text. Give every document an "
+                "id of its own, or none."
+            )
+        self._ids.add(named)
+        self._texts.add(whole)

@@ -13,7 +13,7 @@ from unified_lm.data.rows.texts import open_rows
 from unified_lm.data.sources import open_source
 from unified_lm.retrieval.documents import Document, text_id
 
-PAGES = (".md", ".rst", ".html")
+PAGES = (".md", ".rst")
 """Files that are one document as a whole; rows of other files are one each."""
 
 
@@ -36,7 +36,7 @@ def read_documents(named: str, column: str = "text") -> Iterator[Document]:
     pages = [path] if path.is_file() and path.suffix in PAGES else pages
     for page in pages:
         try:
-            yield Document(str(page.relative_to(path.parent)), page.read_text(encoding="utf-8"), str(page))
+            yield Document(str(page), page.read_text(encoding="utf-8"), str(page))
         except UnicodeDecodeError as error:
             raise DataError(f"{page} is not UTF-8 ({error.reason} at byte {error.start}).") from error
     if pages and (path.is_file() or not any(file.is_file() and file.suffix not in PAGES for file in path.rglob("*"))):

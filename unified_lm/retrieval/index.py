@@ -11,6 +11,7 @@ a chunk is complete or is read again. So an indexer that is killed and started a
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from unified_lm.core.errors import CheckpointError, ConfigError, DataError
-from unified_lm.core.folder_lock import LOCK_FILE, hold_folder, release_folder
-from unified_lm.core.outputs import check_folder
+from unified_lm.core.errors import CheckpointError, ConfigError
+from unified_lm.core.folder_lock import hold_folder, release_folder
 from unified_lm.inference import UnifiedLM
 from unified_lm.inference.embedder import encode_texts
 from unified_lm.models.key_values import KeyValueCache
 from unified_lm.retrieval.answering import AUTO, Answer, Asked, Rerank, Turns, answer_from
-from unified_lm.retrieval.documents import Document, Passage, text_id
+from unified_lm.retrieval.documents import Document, Passage, SeenDocuments, text_id
 from unified_lm.retrieval.engines import open_engine
-from unified_lm.retrieval.manifest import FILE_NAME, IndexManifest
+from unified_lm.retrieval.manifest import FILE_NAME, IndexManifest, check_place
 from unified_lm.retrieval.splitting import fit
 from unified_lm.retrieval.stored import KeyValueStore
 
@@ -70,6 +70,7 @@ class Index:
         self.folder = folder
         self.model = model
         self.manifest = manifest
+        self._writer = threading.Lock()  # the folder's lock is of the process, and would let a second thread write
         with model.borrow_backbone() as backbone:
             self._dtype = backbone.causal_lm.dtype
         self._engine = open_engine(manifest.engine, manifest.address or str(folder / "vectors"), manifest.dim)
@@ -126,19 +127,20 @@ class Index:
             form=form,
             budget_bytes=budget_bytes,
         )
+        check_place(folder)
         if (folder / FILE_NAME).exists():
             found = IndexManifest.load(folder)
             found.check_same(folder, manifest)
             return cls(folder, model, found)
-        if not _holds_only_a_lock(folder):
-            check_folder(folder)
         hold_folder(folder)
         try:
-            index = cls(folder, model, manifest)
             manifest.save(folder)
+            return cls(folder, model, manifest)
+        except BaseException:  # an engine that cannot be opened leaves no index behind that can have no other
+            (folder / FILE_NAME).unlink(missing_ok=True)
+            raise
         finally:
             release_folder(folder)
-        return index
 
     @classmethod
     def open(cls, folder: str | Path, model: UnifiedLM | None = None) -> Index:
@@ -189,11 +191,11 @@ class Index:
         """Read documents and store them; those that are there with the same text are passed over.
 
         Args:
-            documents: documents, or texts, whose ids are hashes of them. An id that comes again replaces the one before.
+            documents: documents, or texts, whose ids are hashes of them. One that is there with another text is replaced.
             progress: called with the number of documents done.
 
         Raises:
-            DataError: a text is empty, or no text.
+            DataError: a text is empty, or no text; or an id comes twice with different texts. Chunks before it are stored.
             CheckpointError: another process writes to the index.
             ConfigError: a document's keys and values are larger than the budget.
         """
@@ -341,25 +343,29 @@ class Index:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Hold the index against other writers."""
-        if notice := hold_folder(self.folder):
-            _log.warning("%s", notice)
+        """Hold the index against other writers, of this process too."""
+        if not self._writer.acquire(blocking=False):
+            raise CheckpointError(f"{self.folder} is being written by another thread of this process; nothing was changed.")
         try:
-            yield
-            if self._store is not None:
-                self._store.flush()
+            if notice := hold_folder(self.folder):
+                _log.warning("%s", notice)
+            try:
+                yield
+                if self._store is not None:
+                    self._store.flush()
+            finally:
+                release_folder(self.folder)
         finally:
-            release_folder(self.folder)
+            self._writer.release()
 
     def _chunks(self, documents: Iterable[Document | str]) -> Iterator[tuple[list[Document], Added]]:
         """Documents as they are stored, in chunks whose borders depend on the documents alone, with what was done to them."""
         chunk: dict[str, Document] = {}
+        seen = SeenDocuments()
         tokens, taken, cut, split = 0, 0, 0, 0
         for given in documents:
             document = Document(text_id(given), given) if isinstance(given, str) else given
-            if not isinstance(document.text, str) or not document.text.strip():
-                where = f" ({document.origin})" if document.origin else ""
-                raise DataError(f"document {document.id!r}{where} is empty. Leave it out, or give it content.")
+            seen.check(document)
             parts, num_tokens = fit(self.model, document, self.manifest.max_tokens, self.manifest.on_long)
             taken, split = taken + 1, split + (len(parts) > 1)
             cut += self.manifest.on_long == "cut" and parts[0].text != document.text
@@ -392,9 +398,3 @@ class Index:
                     vectors[index] = vector
         self._engine.upsert(documents, vectors)
         return tokens or sum(map(len, self._tokens(texts)))
-
-
-def _holds_only_a_lock(folder: Path) -> bool:
-    """Whether a folder is what an indexer leaves that was killed before it wrote anything of its own."""
-    parts = {LOCK_FILE, "vectors", "key_values"}
-    return folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= parts

@@ -8,9 +8,22 @@ from pathlib import Path
 
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import write_json
+from unified_lm.core.folder_lock import LOCK_FILE
+from unified_lm.core.outputs import check_folder
 
 FILE_NAME = "index.json"
 _FORMAT = 1
+
+
+def check_place(folder: Path) -> None:
+    """Check that an index may be made in a folder, or is there already.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    only_locked = folder.is_dir() and not folder.is_symlink() and [path.name for path in folder.iterdir()] == [LOCK_FILE]
+    if not (folder / FILE_NAME).exists() and not only_locked:  # a lock is what an indexer leaves that was killed at once
+        check_folder(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
