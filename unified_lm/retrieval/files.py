@@ -8,6 +8,7 @@ from typing import Any
 from unified_lm.config.streams import BUILTIN_PREFIX, SourceConfig
 from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.core.user_files import user_path
+from unified_lm.data.rows.readers import FORMATS, extension
 from unified_lm.data.rows.records import PairRecord, RecordKind
 from unified_lm.data.rows.texts import open_rows
 from unified_lm.data.sources import open_source
@@ -32,18 +33,18 @@ def read_documents(named: str, column: str = "text") -> Iterator[Document]:
         yield from _built_in(named)
         return
     path = user_path(named)
-    pages = sorted(page for page in path.rglob("*") if page.suffix in PAGES) if path.is_dir() else []
-    pages = [path] if path.is_file() and path.suffix in PAGES else pages
+    inside = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    pages = [file for file in files if file.is_file() and file.suffix in PAGES]
     for page in pages:
         try:
             yield Document(str(page), page.read_text(encoding="utf-8"), str(page))
         except UnicodeDecodeError as error:
             raise DataError(f"{page} is not UTF-8 ({error.reason} at byte {error.start}).") from error
-    if pages and (path.is_file() or not any(file.is_file() and file.suffix not in PAGES for file in path.rglob("*"))):
-        return
-    for file in open_rows(named):
-        for location, row in file.rows():
-            yield _document(row, f"{file.name}, {location}", column)
+    if not pages or any(extension(file) in FORMATS for file in files):  # without either it says what was found and expected
+        for rows in open_rows(named):
+            for location, row in rows.rows():
+                yield _document(row, f"{rows.name}, {location}", column)
 
 
 def _document(row: Any, origin: str, column: str) -> Document:

@@ -29,7 +29,7 @@ def fit(model: UnifiedLM, document: Document, max_tokens: int, on_long: str) -> 
     """
     tokenizer = model.prompt_encoder.tokenizer
     prompt = tokenizer(model.embedding_prompt())["input_ids"]
-    room = max_tokens - len(prompt) - 1  # a tokenizer or a template may add a token at the end
+    room = max_tokens - len(prompt) - (model.prompt_encoder.appended_end is not None)
     if room < 1:
         raise DataError(
             f"the prompt of a document takes {len(prompt)} tokens, and the limit is {max_tokens}. Raise max_tokens."

@@ -46,11 +46,6 @@ class GroundedStream(StreamConfig):
         """See `StreamConfig.longest_sample`."""
         return self.max_query_tokens + self.num_documents * self.max_document_tokens + self.max_turn_tokens
 
-    @property
-    def embedding_limits(self) -> tuple[int, int]:
-        """See `StreamConfig.embedding_limits`."""
-        return self.max_query_tokens, self.max_document_tokens
-
     @classmethod
     def rehearsal_changes(
         cls, values: Mapping[str, Any], sizes: RehearsalSizes, *, own_data: bool
