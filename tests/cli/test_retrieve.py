@@ -67,7 +67,7 @@ def test_mistakes(index: Path, folder: Path, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(DataError, match=r"line 1: no text under 'text' among \[body\]"):
         retrieve.index([str(rows), *common, str(tmp_path / "new")])
     retrieve.index([str(rows), "--column", "body", *common, str(tmp_path / "new")])
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(DataError, match="the question is empty"):
         retrieve.ask([str(index), " ", "--device", "cpu"])
     with pytest.raises(ConfigError, match="--budget-gb: 0 stores nothing"):
         retrieve.index([str(rows), "--budget-gb", "0", *common, str(tmp_path / "new")])

@@ -30,6 +30,40 @@ _MODES = (
 
 def index(argv: Sequence[str]) -> None:
     """Make an index of documents, or add to one."""
+    options = _index_parser().parse_args(list(argv))
+    if options.budget_gb == 0:
+        raise ConfigError("--budget-gb: 0 stores nothing; expected more, or --states none.")
+    check_place(options.out)
+    model = _load(options.model, options)
+    from unified_lm.retrieval.index import Index
+
+    states = {"embedded": [model.attention], "causal": ["causal"], "both": ["bidirectional", "causal"], "none": []}
+    with Index.create(
+        options.out,
+        model,
+        name=str(Path(options.model).resolve()) if Path(options.model).exists() else options.model,
+        engine=options.engine,
+        address=options.address,
+        states=states[options.states],
+        form=options.form,
+        budget_bytes=None if options.budget_gb is None else int(options.budget_gb * 1e9),
+        max_tokens=options.max_tokens,
+        on_long=options.on_long,
+    ) as made:
+        columns = (SpinnerColumn(), TextColumn("reading documents"), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+            task = bar.add_task("reading", total=options.limit)
+            added = made.add(_documents(options), lambda count: bar.update(task, advance=count))
+        speed = f"{added.tokens / added.seconds:,.0f} tokens/s" if added.seconds else ""
+        told = [f"{getattr(added, name):,} {name}" for name in ("added", "unchanged", "cut", "split")]
+        print(f"{options.out}: {len(made):,} documents, {made.num_bytes / 1e9:.2f} GB of keys and values")
+        if added.cut:
+            limit = f"{added.cut:,} documents are longer than {made.max_tokens} tokens and were cut"
+            Console(stderr=True).print(f"{limit}: --max-tokens reads more of them, --on-long split all", highlight=False)
+        print(f"{', '.join(told)}; {added.tokens:,} tokens in {added.seconds:.1f} s, {speed}")
+
+
+def _index_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "index",
         "read documents with a model, and keep what searching them and answering from them needs.\n"
@@ -60,34 +94,7 @@ def index(argv: Sequence[str]) -> None:
     parser.add_argument("--max-tokens", type=positive, default=None, help="limit of a document; the model's own if left out")
     parser.add_argument("--on-long", choices=("cut", "split"), default="cut", help="what becomes of longer ones (cut)")
     add_device_options(parser, dtype="auto")
-    options = parser.parse_args(list(argv))
-    if options.budget_gb == 0:
-        raise ConfigError("--budget-gb: 0 stores nothing; expected more, or --states none.")
-    check_place(options.out)
-    model = _load(options.model, options)
-    from unified_lm.retrieval.index import Index
-
-    states = {"embedded": [model.attention], "causal": ["causal"], "both": ["bidirectional", "causal"], "none": []}
-    with Index.create(
-        options.out,
-        model,
-        name=str(Path(options.model).resolve()) if Path(options.model).exists() else options.model,
-        engine=options.engine,
-        address=options.address,
-        states=states[options.states],
-        form=options.form,
-        budget_bytes=None if options.budget_gb is None else int(options.budget_gb * 1e9),
-        max_tokens=options.max_tokens,
-        on_long=options.on_long,
-    ) as made:
-        columns = (SpinnerColumn(), TextColumn("reading documents"), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-            task = bar.add_task("reading", total=options.limit)
-            added = made.add(_documents(options), lambda count: bar.update(task, advance=count))
-        speed = f"{added.tokens / added.seconds:,.0f} tokens/s" if added.seconds else ""
-        told = [f"{getattr(added, name):,} {name}" for name in ("added", "unchanged", "cut", "split")]
-        print(f"{options.out}: {len(made):,} documents, {made.num_bytes / 1e9:.2f} GB of keys and values")
-        print(f"{', '.join(told)}; {added.tokens:,} tokens in {added.seconds:.1f} s, {speed}")
+    return parser
 
 
 def _documents(options: argparse.Namespace) -> Iterator[Document]:

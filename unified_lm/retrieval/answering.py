@@ -218,6 +218,8 @@ def answer_from(source: Source, asked: Asked, **generation: Any) -> Answer:
     started = time.perf_counter()
     if problems := list(asked.problems()):
         raise ConfigError(problems)
+    if not asked.question.strip():
+        raise DataError("the question is empty.")
     model = source.model
     states = asked.states or (source.kept_states or (model.attention,))[0]
     question = _Question(model, asked, source.max_tokens)
