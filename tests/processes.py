@@ -60,6 +60,40 @@ def _run_job(rank: int, size: int, port: int, folder: str, job: Callable[[], Any
     distributed.shutdown()
 
 
+class Child:
+    """A function in a process of its own, forked from one in which nothing of the test has run; what it prints can be read.
+
+    Args:
+        function: a function of a module.
+        arguments: of the function.
+    """
+
+    def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
+        reading, writing = CONTEXT.Pipe(duplex=False)
+        self.process = CONTEXT.Process(target=_print_into, args=(writing, function, arguments))
+        self.process.start()
+        writing.close()
+        self.stdout = os.fdopen(os.dup(reading.fileno()))
+        reading.close()
+
+    def kill(self) -> None:
+        """SIGKILL, and wait."""
+        self.process.kill()
+        self.process.join()
+
+    def wait(self, seconds: float = 120) -> int | None:
+        """Wait for the end; returns the exit code, or None after that time."""
+        self.process.join(seconds)
+        return self.process.exitcode
+
+
+def _print_into(writing: Any, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.dup2(writing.fileno(), 1)
+    writing.close()
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

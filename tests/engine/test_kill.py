@@ -68,7 +68,6 @@ def hit_a_save(killed: list[str]) -> bool:
 @pytest.mark.parametrize(
     ("backend", "num_kills", "more_kills"),
     [
-        ("ddp", 1, 3),
         pytest.param("ddp", 4, 10, marks=pytest.mark.slow),
         pytest.param("zero2", 20, 10, marks=[NEEDS_DEEPSPEED, pytest.mark.slow]),
     ],

@@ -1,10 +1,6 @@
 """An index finds what it holds, answers from what it kept, and comes out the same however often it was killed."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -14,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.processes import Child
 from tests.retrieval.prompts import recorded_prompts
 from unified_lm.batch import Block, Sample, make_pack
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, ModelError, OutputError, UserError
+from unified_lm.core.folder_lock import hold_folder
 from unified_lm.data.prompts.layouts import LAYOUTS
 from unified_lm.inference import UnifiedLM
 from unified_lm.retrieval import index as module
@@ -269,27 +267,18 @@ def test_what_cannot_be_asked_says_so(index: Index, tmp_path: Path, model: Unifi
         Index.create(tmp_path / "x", model, on_long="drop")
 
 
-_INDEXER = """
-import sys
-from tests.retrieval.test_index import documents
-from unified_lm.inference import UnifiedLM
-from unified_lm.retrieval import index as module
-module.CHUNK_TOKENS = 64
-made = module.Index.create(sys.argv[1], UnifiedLM.from_pretrained(sys.argv[2]))
-print("ready", flush=True)
-made.add(documents(40))
-made.close()
-"""
+def read_forty(folder: str, export: str) -> None:
+    """An indexer that is killed; it says when the model is loaded."""
+    module.CHUNK_TOKENS = 64
+    with Index.create(folder, UnifiedLM.from_pretrained(export)) as made:
+        print("ready", flush=True)
+        made.add(documents(40))
 
 
-_HOLDER = """
-import sys, time
-from pathlib import Path
-from unified_lm.core.folder_lock import hold_folder
-hold_folder(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
+def hold(folder: str) -> None:
+    hold_folder(Path(folder))
+    print("held", flush=True)
+    time.sleep(60)
 
 
 def content(index: Index) -> dict[str, object]:
@@ -308,11 +297,6 @@ def content(index: Index) -> dict[str, object]:
     return {"documents": index.get(ids), "vectors": vectors, "caches": kept}
 
 
-def run_indexer(folder: Path, export: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", _INDEXER, str(folder), str(export)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()})
-
-
 def killed_and_resumed(times: int, tmp_path: Path, export: Path, model: UnifiedLM) -> None:
     """Chunks of 64 tokens; the caller sets them here, and the indexer's own code there."""
     with Index.create(tmp_path / "whole", model) as whole:
@@ -320,12 +304,10 @@ def killed_and_resumed(times: int, tmp_path: Path, export: Path, model: UnifiedL
         expected = content(whole)
     rng = np.random.default_rng(3)
     for _ in range(times):
-        process = run_indexer(tmp_path / "killed", export)
-        assert process.stdout is not None
-        process.stdout.readline()
+        process = Child(read_forty, str(tmp_path / "killed"), str(export))
+        assert process.stdout.readline() == "ready\n"
         time.sleep(float(rng.uniform(0.0, 0.3)))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
     with Index.create(tmp_path / "killed", model) as resumed:
         resumed.add(documents(40))
         found = content(resumed)
@@ -351,18 +333,12 @@ def test_killed_twenty_times_it_is_the_same_index(
 def test_two_writers_are_refused(tmp_path: Path, export: Path, model: UnifiedLM) -> None:
     with Index.create(tmp_path / "index", model) as made:
         made.add(TEXTS[:4])
-        holder = subprocess.Popen(
-            [sys.executable, "-c", _HOLDER, str(tmp_path / "index")],
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.getcwd()},
-        )
+        holder = Child(hold, str(tmp_path / "index"))
         try:
-            assert holder.stdout is not None
-            holder.stdout.readline()
+            assert holder.stdout.readline() == "held\n"
             with pytest.raises(CheckpointError, match="in use by another process"):
                 made.add(TEXTS)
             assert made.answer(QUESTION, max_new_tokens=2).mode == "document_cache", "others may read meanwhile"
         finally:
             holder.kill()
-            holder.wait()
         assert made.add(TEXTS).added == 8, "the chunk has new documents, so it is read as a whole"

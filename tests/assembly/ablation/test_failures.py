@@ -162,6 +162,7 @@ def fail_differently(rank: int) -> None:
     sweep_failures.fail_alike = lambda error, name: original(error, name, seconds=1.0)
 
 
+@pytest.mark.slow  # the rule itself: core/test_agreement.py
 def test_ranks_go_on_only_where_all_have_failed_alike(tmp_path: Path) -> None:
     arguments = [*HEAD, f"run_dir={tmp_path}/run"]
     group = Group(arguments, 2, tmp_path / "log", fail_differently)

@@ -42,7 +42,7 @@ def alone(variant, tmp_path_factory) -> Path:
     ("variant", "backend"),
     [
         ("full", "zero3"),
-        ("lora", "zero2"),
+        pytest.param("lora", "zero2", marks=pytest.mark.slow),
         pytest.param("full", "zero2", marks=pytest.mark.slow),
         pytest.param("lora", "zero3", marks=pytest.mark.slow),
     ],

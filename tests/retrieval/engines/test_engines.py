@@ -1,8 +1,5 @@
 """One suite for every vector engine: what is added is found, exactly, replaced, removed, and there after a restart."""
 
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.processes import Child
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError
 from unified_lm.retrieval.documents import Document
 from unified_lm.retrieval.engines import ENGINES, open_engine
@@ -138,15 +136,6 @@ def test_it_is_there_after_a_restart_and_compacting_changes_nothing(name: str, t
         open_engine(name, str(tmp_path / "v"), 4)
 
 
-_ADDER = """
-import sys
-from tests.retrieval.engines.test_engines import DIM, add_missing
-from unified_lm.retrieval.engines import open_engine
-engine = open_engine(sys.argv[1], sys.argv[2], DIM)
-add_missing(engine, *sys.argv[3:])
-"""
-
-
 def add_missing(engine: VectorEngine, prefix: str = "d", documents_in_all: int | str = 400) -> None:
     """Add documents in batches of 20, but for batches that are there; says so before and after each."""
     for start in range(0, int(documents_in_all), 20):
@@ -157,22 +146,18 @@ def add_missing(engine: VectorEngine, prefix: str = "d", documents_in_all: int |
             print("added", flush=True)
 
 
-def adder(name: str, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    # A process of its own: one that is forked after LanceDB's threads have started may hang.
-    command = [sys.executable, "-c", _ADDER, name, str(folder), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+def open_and_add(name: str, folder: str, *arguments: str) -> None:
+    add_missing(open_engine(name, folder, DIM), *arguments)
 
 
 def kill_while_it_adds(name: str, folder: Path, rng: np.random.Generator, most_batches: int) -> int:
     """SIGKILL an adder at a random moment after a random batch; returns how many batches it had said were added."""
-    process = adder(name, folder)
-    assert process.stdout is not None
+    process = Child(open_and_add, name, str(folder))
     batches = int(rng.integers(1, most_batches + 1))
     lines = [process.stdout.readline() for _ in range(2 * batches - 1)]
     time.sleep(float(rng.uniform(0, 0.02)))
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     lines += process.stdout.readlines()
-    process.wait()
     return lines.count("added\n")
 
 
@@ -211,9 +196,8 @@ def test_killed_twenty_times_it_holds_the_same(name: str, tmp_path: Path) -> Non
 def test_two_writers_lose_nothing(name: str, tmp_path: Path) -> None:
     """LanceDB takes both; Qdrant's embedded form refuses the second."""
     mine = open_engine(name, str(tmp_path / "v"), DIM)
-    other = adder(name, tmp_path / "v", "other", "100")
+    other = Child(open_and_add, name, str(tmp_path / "v"), "other", "100")
     try:
-        assert other.stdout is not None
         if name == "lance":
             other.stdout.readline()
             add_missing(mine, "mine", 100)
@@ -230,7 +214,6 @@ def test_two_writers_lose_nothing(name: str, tmp_path: Path) -> None:
             assert len(mine) == 1
     finally:
         other.kill()
-        other.wait()
         mine.close()
 
 
