@@ -4,7 +4,10 @@ come from disk, warm and cold, search included.
 Two sweeps: a document of N tokens with a short question, and a question of N tokens with a short document; and both long. The
 index holds `--documents` of the long kind, so that each run reads another one. Ratios are within one run of this script.
 
+"reader" is the time to the first token without the search, whose embedding of a long question no cache can save.
+
 Usage: python benchmarks/answers_from_cache.py [--model MODEL] [--lengths 250 1000 4000] [--repeats 3] [--form bfloat16]
+       [--sweeps "long document" ...] [--out numbers.json] [--plot plot.png]
 """
 
 from __future__ import annotations
@@ -62,9 +65,13 @@ def measure(index: Index, questions: list[str], mode: str, states: str, tokens: 
     return answers
 
 
-def seconds(answers: list[Answer]) -> tuple[float, float]:
-    """Median time to the first token, and of the whole call."""
-    return statistics.median(a.first_token_seconds for a in answers), statistics.median(a.seconds for a in answers)
+def seconds(answers: list[Answer]) -> tuple[float, float, float]:
+    """Median time to the first token, of the whole call, and to the first token without the search."""
+    return (
+        statistics.median(a.first_token_seconds for a in answers),
+        statistics.median(a.seconds for a in answers),
+        statistics.median(a.first_token_seconds - a.search_seconds for a in answers),
+    )
 
 
 def sweep(model: UnifiedLM, name: str, length: int, options: argparse.Namespace, folder: Path, table: Table) -> list[dict]:
@@ -80,7 +87,7 @@ def sweep(model: UnifiedLM, name: str, length: int, options: argparse.Namespace,
         for mode in SWEEPS[name]:
             for cold in (False, True):
                 answers = measure(index, questions, mode, states, 1, cold=cold)
-                first = seconds(answers)[0]
+                first, _, reader = seconds(answers)
                 whole = seconds(measure(index, questions, mode, states, 16, cold=cold))[1]
                 row = {
                     "sweep": name,
@@ -92,17 +99,36 @@ def sweep(model: UnifiedLM, name: str, length: int, options: argparse.Namespace,
                     "plain_first": plain[1][0],
                     "first": first,
                     "first_ratio": plain[1][0] / first,
+                    "plain_reader": plain[1][2],
+                    "reader": reader,
+                    "reader_ratio": plain[1][2] / reader,
                     "plain_16": plain[16][1],
                     "sixteen": whole,
                     "ratio_16": plain[16][1] / whole,
                     "bytes_per_token": index.num_bytes / (options.repeats * max(1, size)),
                 }
                 found.append(row)
-                cells = (
-                    f"{row[key]:.3f}" for key in ("plain_first", "first", "first_ratio", "plain_16", "sixteen", "ratio_16")
-                )
+                shown = ("plain_first", "first", "first_ratio", "reader_ratio", "plain_16", "sixteen", "ratio_16")
+                cells = (f"{row[key]:.3f}" for key in shown)
                 table.add_row(name, str(length), mode, row["disk"], *cells)
     return found
+
+
+def plot(rows: list[dict], out: Path) -> None:
+    """Time to the first token by length, a panel for each sweep, keys and values from a warm disk."""
+    from matplotlib import pyplot
+
+    names = [name for name in SWEEPS if any(row["sweep"] == name for row in rows)]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(4 * len(names), 3.4), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names, strict=True):
+        found = [row for row in rows if row["sweep"] == name and row["disk"] == "warm"]
+        for mode in SWEEPS[name]:
+            line = sorted((row["length"], row["first"], row["plain_first"]) for row in found if row["mode"] == mode)
+            axis.plot([x for x, _, _ in line], [y for _, y, _ in line], marker="o", label=mode)
+        axis.plot([x for x, _, _ in line], [y for _, _, y in line], marker="o", color="black", label=PLAIN)
+        axis.set(title=name, xlabel="tokens", ylabel="seconds to the first token", xscale="log", yscale="log")
+        axis.legend(fontsize=7)
+    figure.savefig(out, dpi=150)
 
 
 def main() -> None:
@@ -112,21 +138,37 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[250, 1000, 4000])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--form", default="bfloat16")
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which sweeps")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file for the numbers")
+    parser.add_argument("--plot", type=Path, default=None, help="a picture of the time to the first token by length")
     options = parser.parse_args()
     folder = embedded_directory(SMOLLM2_135M) if options.model is None else Path(options.model)
     model = UnifiedLM.from_pretrained(folder, template=None if options.model else "grit", device="cpu")
-    columns = ("sweep", "tokens", "mode", "disk", "plain, first s", "first s", "times", "plain, 16 s", "16 s", "times")
+    columns = (
+        "sweep",
+        "tokens",
+        "mode",
+        "disk",
+        "plain, first s",
+        "first s",
+        "times",
+        "reader, times",
+        "plain, 16 s",
+        "16 s",
+        "times",
+    )
     table = Table(*columns, title=f"answers from cached keys and values ({options.form})")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name in SWEEPS:
+        for name in options.sweeps:
             for length in options.lengths:
                 rows += sweep(model, name, length, options, Path(scratch) / f"{name.replace(' ', '-')}-{length}", table)
                 Console(width=180).print(f"{name}, {length} tokens: done")
     Console(width=180).print(table)
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1))
+    if options.plot is not None:
+        plot(rows, options.plot)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,25 @@ def test_parts_moves_and_sizes() -> None:
     assert blocked.blocks == (Block(0, 2), Block(2, 10))
 
 
+def test_first_tokens_that_are_read_again_see_what_stands_before_them() -> None:
+    backbone = backbone_of("llama")
+    reader = KeyValueReader(backbone)
+    texts = [text(12, 1, False), text(9, 2, False), text(3, 3, False)]
+    caches = read_texts(reader, texts)
+    everything = np.concatenate([sample.input_ids for sample in texts])
+    (plain,) = read_texts(reader, [Sample(input_ids=everything, stream="s")])
+    for recompute, same in ((100, slice(0, 24)), (4, slice(0, 16))):
+        joined = reader.join(caches, recompute)
+        assert joined.position_ids.tolist() == list(range(24))
+        for mine, theirs in zip(joined[same].layers, plain[same].layers, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    unrepaired = reader.join(caches)
+    for mine, theirs in zip(joined[16:21].layers, unrepaired[16:21].layers, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert joined.blocks == (Block(0, 12), Block(16, 21)), "what was read again is causal, as all outside blocks is"
+    assert reader.join(caches[:1], 4) is not None
+
+
 def test_frequencies_that_follow_the_length_move_up_to_where_they_change() -> None:
     scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     backbone = backbone_of("llama", rope_parameters=scaling, max_position_embeddings=64)

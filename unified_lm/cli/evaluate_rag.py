@@ -24,6 +24,7 @@ from unified_lm.data.sources import open_source
 from unified_lm.evaluation.generation.grounded import ModeScores, as_dict, corpus, measure_mode, retrieve
 from unified_lm.evaluation.result_table import FOLDER
 from unified_lm.retrieval.index import Index
+from unified_lm.retrieval.rerank import METHODS, Reranker
 from unified_lm.retrieval.stored import STATES
 
 _DATA = "builtin:pydocs:grounded"
@@ -47,7 +48,13 @@ def evaluate_rag(argv: Sequence[str]) -> None:
     table_file = model_ref.beside / FOLDER / "rag.json"
     check_files([out, *([table_file] if model_ref.in_run else [])])
     with _index(options, model_ref, rows, console) as index:
-        passages, recall = retrieve(index, rows, max(options.k, options.depth))
+        depth = max(options.k, options.depth)
+        passages, recall = retrieve(index, rows, depth)
+        reranked: dict[int, float] = {}
+        rerank = None if options.rerank is None else Reranker(index.model, options.rerank)
+        if rerank is not None:
+            with progress_bar(f"reranking {depth} passages", len(rows), console) as advance:
+                passages, reranked = retrieve(index, rows, depth, rerank, advance)
         given = [found[: options.k] for found in passages]
         scores = []
         for mode in options.modes:
@@ -62,14 +69,23 @@ def evaluate_rag(argv: Sequence[str]) -> None:
                         states,
                         num_generated=options.generate,
                         max_new_tokens=options.max_new_tokens,
+                        recompute=options.recompute,
+                        rerank=rerank,
+                        candidates=depth,
                         progress=advance,
                     )
                 scores.append(measured)
         stored = index.num_bytes
     result: dict[str, Any] = {"model": model_ref.name, "revision": model_ref.revision, "questions": len(rows), "k": options.k}
     result |= {"recall": {str(key): value for key, value in recall.items()}, "bytes": stored}
+    if reranked:
+        result |= {"rerank": options.rerank, "reranked_recall": {str(key): value for key, value in reranked.items()}}
     write_json_file(out, {**result, "modes": [as_dict(each) for each in scores]})
     told = ", ".join(f"recall@{key} {value:.3f}" for key, value in recall.items())
+    if reranked:
+        told += f"; reranked {options.rerank}: " + ", ".join(f"{key}: {value:.3f}" for key, value in reranked.items())
+    if options.recompute:
+        told += f"; the first {options.recompute} tokens of later blocks read again"
     table = _table(scores, f"Answers from {options.k} documents: {model_ref.name} @ {model_ref.revision[:12]}; {told}")
     if model_ref.in_run:
         note = f"{len(rows)} questions; 95 % intervals over questions; {told}; {stored / 1e6:.0f} MB of keys and values."
@@ -92,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--states", nargs="+", choices=STATES, default=list(STATES), help="states of blocks (bidirectional causal)")
     add("-k", type=positive, default=3, help="documents that an answer is given (3)")
     add("--depth", type=positive, default=10, help="passages that retrieval is measured on (10)")
+    add("--rerank", choices=METHODS, default=None, help="rerank the --depth passages; measured before and after")
+    add("--recompute", type=whole, default=0, help="first tokens of every block but the first that are read again (0)")
     add("--limit", type=positive, default=200, help="most questions (200)")
     add("--generate", type=whole, default=50, help="for so many questions an answer is generated; 0 measures losses only (50)")
     add("--max-new-tokens", type=positive, default=64, help="limit of a generated answer (64)")

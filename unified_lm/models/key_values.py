@@ -189,23 +189,53 @@ class KeyValueReader:
             )
         return hidden, caches
 
-    def join(self, caches: Sequence[KeyValueCache]) -> KeyValueCache:
+    def join(self, caches: Sequence[KeyValueCache], recompute: int = 0) -> KeyValueCache:
         """Caches one after the other, each moved to follow the one before it, from position 0.
 
         The result is what one forward computes if each of them is a block. What is read after it sees them all.
 
         Args:
             caches: at least one, on one device.
+            recompute: so many first tokens of every cache but the first are read again, causally, after all that stands before
+                them; the others keep what they knew. A remedy for models that were not trained on blocks (EPIC,
+                arXiv:2410.15332): tokens that begin a text alone draw much attention, which they should not in its middle.
 
         Raises:
             ModelError: something has to move, and the model's keys cannot; or they are more tokens than its positions.
         """
         self.backbone.check_length(sum(map(len, caches)))
+        if len(caches) > 1:
+            caches = [cache if cache.blocks else replace(cache, blocks=(Block(0, len(cache)),)) for cache in caches]
+        if not recompute:
+            return self._concatenate(caches)
+        joined = self._concatenate(caches[:1])
+        for cache in caches[1:]:
+            first = self.read_after(joined, cache.token_ids[:recompute])
+            rest = [cache[recompute:]] if len(cache) > recompute else []
+            joined = self._concatenate([joined, first, *rest])
+        return joined
+
+    @torch.no_grad()
+    def read_after(self, past: KeyValueCache, token_ids: torch.Tensor) -> KeyValueCache:
+        """Read a text causally after what a cache holds, all of which it sees.
+
+        Args:
+            past: from position 0 on.
+            token_ids: int64 `[T]`.
+
+        Raises:
+            ModelError: layers with a sliding window have dropped what is older.
+        """
+        with self.backbone.stock_attention() as model:
+            cache = past.to_transformers(model.config)
+            model.get_decoder()(input_ids=token_ids[None].to(past.layers[0][0].device), past_key_values=cache, use_cache=True)
+        return KeyValueCache.from_transformers(cache, torch.cat([past.token_ids, token_ids.cpu()]))[len(past) :]
+
+    def _concatenate(self, caches: Sequence[KeyValueCache]) -> KeyValueCache:
         start, parts, blocks = 0, [], list[Block]()
         for cache in caches:
             parts.append(cache if cache.start == start else cache.moved(start, self.rotations))
-            own = cache.blocks if len(caches) == 1 or cache.blocks else (Block(0, len(cache)),)
-            blocks += [replace(block, start=block.start + start, stop=block.stop + start) for block in own]
+            blocks += [replace(block, start=block.start + start, stop=block.stop + start) for block in cache.blocks]
             start += len(cache)
         layers = [
             (torch.cat([keys for keys, _ in layer], dim=1), torch.cat([values for _, values in layer], dim=1))

@@ -43,15 +43,17 @@ class Prompt:
     Attributes:
         ids: int64 `[T]`, on the CPU.
         past: keys and values of its first tokens, or None.
+        recomputed: how many of those were read again after what stands before them.
     """
 
     ids: torch.Tensor
     past: KeyValueCache | None = None
+    recomputed: int = 0
 
     @property
     def num_cached(self) -> int:
         """Tokens that need not be read again."""
-        return 0 if self.past is None else len(self.past)
+        return 0 if self.past is None else len(self.past) - self.recomputed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,7 @@ class Asked:
     rerank: Rerank | None = None
     candidates: int = 20
     history: Turns = ()
+    recompute: int = 0
 
     def problems(self) -> Iterator[str]:
         """What is wrong with it, one sentence each."""
@@ -134,6 +137,7 @@ class Asked:
             yield f"unknown states '{self.states}'.{did_you_mean(str(self.states), STATES)}"
         yield from at_least("k", self.k, 1)
         yield from at_least("candidates", self.candidates, 1)
+        yield from at_least("recompute", self.recompute, 0)
 
 
 def choose_mode(question_tokens: int, documents_stored: bool) -> str:
@@ -156,6 +160,7 @@ def make_prompt(
     documents: Sequence[str],
     caches: Mapping[str, Sequence[KeyValueCache]],
     history: Turns = (),
+    recompute: int = 0,
 ) -> Prompt:
     """Join the blocks of a layout and encode what follows them.
 
@@ -166,6 +171,7 @@ def make_prompt(
         documents: the documents' texts, for layouts that write them.
         caches: for each part that is a block (`QUESTION`, `DOCUMENTS`) its caches, on the model's device.
         history: earlier turns, which follow the blocks.
+        recompute: first tokens of every block but the first that are read again (`KeyValueReader.join`).
 
     Raises:
         ModelError: the caches cannot be moved, or the prompt is longer than the model's positions.
@@ -176,11 +182,11 @@ def make_prompt(
     past = None
     if parts:  # a model that keeps no keys and values can still read whole prompts
         with model.borrow_reader() as reader:
-            past = reader.join(parts)
+            past = reader.join(parts, recompute)
     ids = tail if past is None else torch.cat([past.token_ids, tail])
     with model.borrow_backbone() as backbone:
         backbone.check_length(len(ids))
-    return Prompt(ids, past)
+    return Prompt(ids, past, sum(min(recompute, len(part)) for part in parts[1:]))
 
 
 def generate_answer(model: UnifiedLM, prompt: Prompt, **options: Any) -> tuple[str, float]:
@@ -234,7 +240,7 @@ def answer_from(source: Source, asked: Asked, **generation: Any) -> Answer:
     if DOCUMENTS in layout.blocks:
         blocks[DOCUMENTS] = source.caches(documents, states)
     texts = [source.written(document.text) for document in documents] if layout.writes_documents else []
-    prompt = make_prompt(model, layout, asked.question, texts, blocks, asked.history)
+    prompt = make_prompt(model, layout, asked.question, texts, blocks, asked.history, asked.recompute)
     text, first = generate_answer(model, prompt, **generation)
     return Answer(
         text=text,

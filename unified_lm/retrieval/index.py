@@ -255,6 +255,7 @@ class Index:
         rerank: Rerank | None = None,
         candidates: int = 20,
         history: Turns = (),
+        recompute: int = 0,
         max_new_tokens: int = 256,
         on_text: Callable[[str], None] | None = None,
         **options: Any,
@@ -268,18 +269,18 @@ class Index:
             states: of the blocks, "bidirectional" or "causal"; None takes what the index keeps.
             instruction: for embedding the question; None takes the model's own.
             rerank: puts `candidates` passages in a better order before the first `k` are taken.
-            candidates: how many are reranked.
+            candidates: see `rerank`.
             history: earlier (role, content) turns.
+            recompute: first tokens of every block but the first that are read again (`models.key_values.KeyValueReader.join`).
             max_new_tokens: limit of the answer, in tokens.
             on_text: called with each piece of the answer as soon as it is there.
             options: "temperature", "top_p", and further arguments of transformers' `generate`.
 
         Raises:
             DataError: an empty question, or an empty index.
-            ConfigError: unknown mode, states or options.
-            ModelError: the prompt is longer than the model's positions, or its blocks cannot be moved.
+            ConfigError, ModelError: unknown options; a prompt longer than the positions, or whose blocks cannot be moved.
         """
-        asked = Asked(question, k, mode, states, instruction, rerank, candidates, history)
+        asked = Asked(question, k, mode, states, instruction, rerank, candidates, history, recompute)
         return answer_from(self, asked, max_new_tokens=max_new_tokens, on_text=on_text, **options)
 
     # -- what answering asks of an index ------------------------------------------------------------------------------
@@ -338,8 +339,6 @@ class Index:
                     self._store.put(id, states, cache)
         except CheckpointError as busy:
             _log.info("not stored: %s", busy)
-
-    # -- adding -------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from unified_lm.data.rows.records import GroundedRecord, PairRecord, Text
 from unified_lm.evaluation.generation.grounded import corpus, measure_mode, normalized, retrieve, token_f1
 from unified_lm.inference import UnifiedLM
 from unified_lm.retrieval.index import Index
+from unified_lm.retrieval.stored import STATES
 
 ROWS = [
     GroundedRecord(
@@ -37,28 +38,35 @@ def index(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
     return made
 
 
-@pytest.mark.parametrize("states", ["bidirectional", "causal"])
-@pytest.mark.parametrize("mode", LAYOUTS)
-def test_losses_are_those_after_the_prompt_that_answers_have(mode: str, states: str, index: Index) -> None:
+@pytest.mark.parametrize(
+    ("mode", "states", "recompute"),
+    [(mode, states, 0) for mode in LAYOUTS for states in STATES]
+    + [("document_cache", "causal", 1), ("document_query_cache", "bidirectional", 2), ("query_cache", "causal", 2)],
+)
+def test_losses_are_those_after_the_prompt_that_answers_have(mode: str, states: str, recompute: int, index: Index) -> None:
     passages, _ = retrieve(index, ROWS, 2)
-    found = measure_mode(index, ROWS, passages, mode, states, num_generated=2, max_new_tokens=2)
+    found = measure_mode(index, ROWS, passages, mode, states, num_generated=2, max_new_tokens=2, recompute=recompute)
     nats, count = 0.0, 0
     encoder = index.model.prompt_encoder
     for row, given in zip(ROWS, passages, strict=True):
         query = row.pair.query
         with recorded_prompts() as prompts:
-            answer = index.answer(query.text, k=2, mode=mode, states=states, instruction=query.instruction, max_new_tokens=1)
+            options = {"mode": mode, "states": states, "recompute": recompute}
+            answer = index.answer(query.text, k=2, instruction=query.instruction, max_new_tokens=1, **options)
         assert answer.passages == (tuple(given) if LAYOUTS[mode].retrieves else ())
         right = encoder.tokenizer(row.answers[0], add_special_tokens=False)["input_ids"] + [encoder.tokenizer.eos_token_id]
         (prompt,) = prompts
         ids = torch.cat([prompt.ids, torch.tensor(right)])
         with index.model.borrow_backbone() as backbone, backbone.stock_attention() as stock, torch.no_grad():
             past = None if prompt.past is None else prompt.past.to_transformers(stock.config)
-            logits = stock(input_ids=ids[prompt.num_cached :][None], past_key_values=past).logits[0]
+            first = 0 if prompt.past is None else len(prompt.past)
+            logits = stock(input_ids=ids[first:][None], past_key_values=past).logits[0]
         loss = torch.nn.functional.cross_entropy(logits[-len(right) - 1 : -1].float(), torch.tensor(right), reduction="sum")
         nats, count = nats + float(loss), count + len(right)
     assert found.loss.value == pytest.approx(nats / count, abs=1e-4)
     assert found.states == (states if LAYOUTS[mode].blocks else "")
+    assert answer.cached_tokens == (len(prompt.past) - prompt.recomputed if prompt.past else 0)
+    assert (prompt.recomputed > 0) == (recompute > 0 and found.cached_tokens > 0 and mode != "query_cache")
     assert found.exact_match is not None
     assert found.first_token_seconds is not None
 
@@ -111,7 +119,14 @@ def test_the_command_writes_a_table(
     assert set(result["recall"]) == {"1", "3", "5", "10"}
     assert (folder.parent / "evaluation" / "rag.json").is_file()
     rows.write_text("".join(json.dumps(row) + "\n" for row in content[:3]))
-    assert main([*common, "--modes", "document_cache", "--generate", "0", "--states", "causal", "bidirectional"]) == 0
+    more = ["--generate", "1", "--max-new-tokens", "1", "--recompute", "2", "--rerank", "pointwise"]
+    assert main([*common, "--modes", "document_cache", "no_retrieval", *more, "--states", "causal", "bidirectional"]) == 0
+    result = json.loads((folder.parent / "rag.json").read_text())
+    assert [(mode["states"], mode["recompute"]) for mode in result["modes"]] == [("causal", 2), ("bidirectional", 2), ("", 0)]
+    assert set(result["reranked_recall"]) == set(result["recall"])
+    table = (folder.parent / "evaluation" / "rag.json").read_text()
+    assert "the first 2 tokens of later blocks read again" in table
+    assert "reranked pointwise" in table
     capsys.readouterr()
     assert main([*common, "--modes", "cache"]) == 2
     assert "unknown mode 'cache'" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unified_lm.batch import IGNORE, Sample, consecutive_blocks
+from unified_lm.batch import IGNORE, Sample, consecutive_blocks, make_pack
 from unified_lm.core.errors import DataError
 from unified_lm.data.prompts.encoding import Encoded, Rejection
 from unified_lm.data.prompts.layouts import DOCUMENTS, LAYOUTS, QUESTION
@@ -25,6 +25,7 @@ from unified_lm.data.rows.records import GroundedRecord
 from unified_lm.evaluation.bootstrap import Interval, bootstrap_interval
 from unified_lm.models.embedding import sample_states
 from unified_lm.objectives.cross_entropy import token_losses
+from unified_lm.retrieval.answering import Rerank
 from unified_lm.retrieval.documents import Document, Passage, text_id
 from unified_lm.retrieval.index import Index
 
@@ -40,6 +41,7 @@ class ModeScores:
     Attributes:
         mode: the layout's name.
         states: of the blocks; "" without blocks.
+        recompute: first tokens of every block but the first that were read again.
         loss: nats per token of the right answers, with an interval over questions.
         exact_match: share of greedy answers that equal a right one after normalization; None if none was generated.
         f1: token F1 of greedy answers with the nearest right one; None likewise.
@@ -50,6 +52,7 @@ class ModeScores:
 
     mode: str
     states: str
+    recompute: int
     loss: Interval
     exact_match: Interval | None
     f1: Interval | None
@@ -68,15 +71,39 @@ def corpus(rows: Sequence[GroundedRecord]) -> Iterator[Document]:
                 yield Document(id, text.text)
 
 
-def retrieve(index: Index, rows: Sequence[GroundedRecord], k: int) -> tuple[list[list[Passage]], dict[int, float]]:
-    """The passages of every question, and recall at 1, 3, 5, ... k: the share of questions with a right document among them."""
-    found = [index.search(row.pair.query.text, k, row.pair.query.instruction or None) for row in rows]
+def retrieve(
+    index: Index,
+    rows: Sequence[GroundedRecord],
+    k: int,
+    rerank: Rerank | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[list[Passage]], dict[int, float]]:
+    """The passages of every question, and their recall (`recall`).
+
+    Args:
+        index: of the documents.
+        rows: the questions.
+        k: passages of a question.
+        rerank: puts them in another order.
+        progress: called after each question.
+    """
+    found = []
+    for row in rows:
+        passages = index.search(row.pair.query.text, k, row.pair.query.instruction or None)
+        found.append(passages if rerank is None else rerank(row.pair.query.text, passages))
+        if progress is not None:
+            progress(1)
+    return found, recall(rows, found, k)
+
+
+def recall(rows: Sequence[GroundedRecord], found: Sequence[Sequence[Passage]], k: int) -> dict[int, float]:
+    """Recall at 1, 3, 5, ... k: the share of questions with a right document among so many passages."""
     right = [{text_id(text.text) for text in row.pair.positives} for row in rows]
     ranks = [
         next((rank for rank, passage in enumerate(passages, 1) if passage.document.id in ids), k + 1)
         for passages, ids in zip(found, right, strict=True)
     ]
-    return found, {limit: float(np.mean([rank <= limit for rank in ranks])) for limit in sorted({1, 3, 5, 10, k}) if limit <= k}
+    return {limit: float(np.mean([rank <= limit for rank in ranks])) for limit in sorted({1, 3, 5, 10, k}) if limit <= k}
 
 
 def measure_mode(
@@ -88,6 +115,9 @@ def measure_mode(
     *,
     num_generated: int,
     max_new_tokens: int = 64,
+    recompute: int = 0,
+    rerank: Rerank | None = None,
+    candidates: int = 20,
     progress: Callable[[int], None] | None = None,
 ) -> ModeScores:
     """Measure one mode.
@@ -100,12 +130,15 @@ def measure_mode(
         states: of its blocks.
         num_generated: for how many of the first questions an answer is generated.
         max_new_tokens: limit of those answers.
+        recompute: first tokens of every block but the first that are read again (`KeyValueReader.join`).
+        rerank: how `passages` were reranked, so that answers are given the same.
+        candidates: how many were reranked.
         progress: called after each generated answer.
 
     Raises:
         DataError: a prompt leaves no room for its answer.
     """
-    losses, tokens, prompts, cached = _losses(index, rows, passages, mode, states)
+    losses, tokens, prompts, cached = _losses(index, rows, passages, mode, states, recompute)
     matches, overlaps, seconds = [], [], []
     for row, found in zip(rows[:num_generated], passages, strict=False):
         answer = index.answer(
@@ -115,6 +148,9 @@ def measure_mode(
             states=states,
             instruction=row.pair.query.instruction or None,
             max_new_tokens=max_new_tokens,
+            recompute=recompute,
+            rerank=rerank,
+            candidates=candidates,
         )
         matches.append(max(float(normalized(answer.text) == normalized(right)) for right in row.answers))
         overlaps.append(max(token_f1(answer.text, right) for right in row.answers))
@@ -126,6 +162,7 @@ def measure_mode(
     return ModeScores(
         mode=mode,
         states=states if LAYOUTS[mode].blocks else "",
+        recompute=recompute if LAYOUTS[mode].blocks else 0,
         loss=bootstrap_interval(lambda nats, count: float(nats.sum() / count.sum()), losses, tokens),
         exact_match=bootstrap_interval(mean, np.array(matches)) if several else None,
         f1=bootstrap_interval(mean, np.array(overlaps)) if several else None,
@@ -136,21 +173,52 @@ def measure_mode(
 
 
 def _losses(
-    index: Index, rows: Sequence[GroundedRecord], passages: Sequence[Sequence[Passage]], mode: str, states: str
+    index: Index, rows: Sequence[GroundedRecord], passages: Sequence[Sequence[Passage]], mode: str, states: str, recompute: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Nats and tokens of each right answer, and tokens of its prompt and of the prompt's blocks, float64 `[N]` each."""
     samples = [_sample(index, row, found, mode, states) for row, found in zip(rows, passages, strict=True)]
     nats = np.zeros(len(samples))
     with index.model.borrow_backbone() as backbone:
         head = backbone.output_head()
-        for number, hidden in sample_states(backbone, samples, token_budget=_TOKEN_BUDGET, device=index.model.device):
-            labels = torch.from_numpy(samples[number].labels).to(hidden.device)
-            learned = torch.nonzero(labels != IGNORE)[:, 0]
-            with torch.no_grad():
-                nats[number] = float(token_losses(hidden[learned - 1], head, labels[learned]).losses.double().sum())
+    for number, hidden in _states(index, samples, recompute if LAYOUTS[mode].blocks else 0):
+        supervised = samples[number].labels
+        assert supervised is not None, "every sample has an answer"
+        labels = torch.from_numpy(supervised[len(supervised) - len(hidden) :]).to(hidden.device)
+        learned = torch.nonzero(labels != IGNORE)[:, 0]
+        with torch.no_grad():
+            nats[number] = float(token_losses(hidden[learned - 1], head, labels[learned]).losses.double().sum())
     tokens = np.array([sample.num_supervised for sample in samples], dtype=np.float64)
     blocks = np.array([sum(block.stop - block.start for block in sample.blocks) for sample in samples], dtype=np.float64)
     return nats, tokens, np.array([len(sample) for sample in samples]) - tokens, blocks
+
+
+def _states(index: Index, samples: Sequence[Sample], recompute: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """The number of each sample and its last states `[T, D]`: all of them, or those of what follows repaired blocks.
+
+    No mask gives the second: a token that is read again was seen as it was before by the rest of its block.
+    """
+    device = index.model.device
+    if not recompute:
+        with index.model.borrow_backbone() as backbone:
+            yield from sample_states(backbone, samples, token_budget=_TOKEN_BUDGET, device=device)
+        return
+    with index.model.borrow_reader() as reader, torch.no_grad():
+        for number, sample in enumerate(samples):
+            alone = [
+                Sample(
+                    input_ids=sample.input_ids[block.start : block.stop],
+                    stream=sample.stream,
+                    bidirectional=(0, (block.stop - block.start) * block.bidirectional),
+                )
+                for block in sample.blocks
+            ]
+            pack = make_pack(alone).to(device)  # in an order of its own
+            caches = dict(zip(map(id, pack.samples), reader.read(pack)[1], strict=True))
+            past = reader.join([caches[id(text)] for text in alone], recompute)
+            tail = torch.from_numpy(sample.input_ids[len(past) :])[None].to(device)
+            with reader.backbone.stock_attention() as causal_lm:
+                read = causal_lm.get_decoder()(input_ids=tail, past_key_values=past.to_transformers(causal_lm.config))
+            yield number, read.last_hidden_state[0]
 
 
 def _sample(index: Index, row: GroundedRecord, found: Sequence[Passage], mode: str, states: str) -> Sample:
