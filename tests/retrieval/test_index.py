@@ -1,6 +1,8 @@
 """An index finds what it holds, answers from what it kept, and comes out the same however often it was killed."""
 
+import gc
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -13,9 +15,12 @@ import torch
 from tests.processes import Child
 from tests.retrieval.prompts import recorded_prompts
 from unified_lm.batch import Block, Sample, make_pack
+from unified_lm.config.streams import SourceConfig
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, ModelError, OutputError, UserError
 from unified_lm.core.folder_lock import hold_folder
 from unified_lm.data.prompts.layouts import LAYOUTS
+from unified_lm.data.rows.records import PairRecord, RecordKind
+from unified_lm.data.sources import open_source
 from unified_lm.inference import UnifiedLM
 from unified_lm.retrieval import index as module
 from unified_lm.retrieval.documents import Document, text_id
@@ -328,6 +333,52 @@ def test_killed_twenty_times_it_is_the_same_index(
 ) -> None:
     monkeypatch.setattr(module, "CHUNK_TOKENS", 64)
     killed_and_resumed(20, tmp_path, export, model)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that no other shares."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["document_cache", "query_document_cache", "document_then_query"])
+def test_memory_is_flat_over_a_thousand_answers(mode: str, tmp_path: Path, model: UnifiedLM) -> None:
+    """Each from a document of its own."""
+    texts = [Document(f"d{i}", " ".join(str(i * 7919 * k % 9973) for k in range(1, 31))) for i in range(1000)]
+    with Index.create(tmp_path / "index", model, form="float32", max_tokens=512) as made:
+        made.add(texts)
+        used, seen = [], set()
+        for number, document in enumerate(texts):
+            answer = made.answer(document.text, mode=mode, instruction="", max_new_tokens=1)
+            seen.add(answer.passages[0].document.id)
+            if number % 100 == 99:
+                gc.collect()
+                used.append(resident_bytes())
+        stored = made.num_bytes
+    print(f"{stored / 1e6:.0f} MB of keys and values; in memory", [f"{value / 1e6:.1f} MB" for value in used])
+    assert len(seen) > 950
+    assert stored > 50e6
+    assert used[-1] - used[1] < 10e6
+
+
+@pytest.mark.slow
+def test_five_thousand_documents_answer_the_same_after_a_restart(tmp_path: Path, export: Path, model: UnifiedLM) -> None:
+    source = open_source(SourceConfig(builtin="pydocs", split="train", limit=5000), RecordKind.PAIR, seed=0)
+    rows = [record for record in source if isinstance(record, PairRecord)]
+    assert len(rows) == 5000
+    texts = [Document(f"{number}", row.positives[0].text) for number, row in enumerate(rows)]
+    asked = [(row.query.text, mode) for row in rows[::250] for mode in ("document_cache", "query_document_cache")]
+    folder = tmp_path / "index"
+    with Index.create(folder, model, name=str(export), form="int8", max_tokens=128) as made:
+        assert made.add(texts).added == 5000
+        before = [made.answer(question, mode=mode, max_new_tokens=4) for question, mode in asked]
+    with Index.open(folder) as opened:  # another model object, from the name in the index
+        assert len(opened) == 5000
+        assert opened.add(texts).unchanged == 5000
+        after = [opened.answer(question, mode=mode, max_new_tokens=4) for question, mode in asked]
+    for one, other in zip(before, after, strict=True):
+        assert (one.text, one.passages, one.cached_tokens) == (other.text, other.passages, other.cached_tokens)
 
 
 def test_two_writers_are_refused(tmp_path: Path, export: Path, model: UnifiedLM) -> None:
