@@ -29,7 +29,7 @@ def test_every_recipe_has_a_rehearsal(recipe: str, lora: str | None) -> None:
         assert any("tiny random" in notice for notice in run.notices)
         for stream in run.streams.values():
             assert [source.builtin for source in stream.sources] == ["pydocs"]
-            assert stream.batch_size == 4
+            assert stream.batch_size <= 4
             assert getattr(stream, "num_hard_negatives", 0) == 0
             sizes = {getattr(stream, key) for key in stream.limit_keys}
             assert sizes == ({256, 512} if stream.format == "grounded" else {256})
