@@ -1,0 +1,34 @@
+"""The table of answers before and after training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.rag_table import main
+
+
+def result(path: Path, loss: float, f1: float | None, questions: int = 9) -> str:
+    interval = lambda value: None if value is None else {"value": value, "low": value - 1, "high": value + 1}  # noqa: E731
+    modes = [{"mode": "query_cache", "states": "causal", "loss": interval(loss), "f1": interval(f1)}]
+    path.write_text(json.dumps({"questions": questions, "k": 3, "recall": {"1": loss / 10}, "modes": modes}))
+    return str(path)
+
+
+def test_ranges_over_seeds_and_intervals_over_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [result(tmp_path / f"{i}.json", 2.0 + i, 0.25 if i else None) for i in range(3)]
+    monkeypatch.setattr(sys, "argv", ["rag_table.py", f"before={files[2]}", f"after={files[0]},{files[1]}"])
+    main()
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0].endswith("| before: answer loss | after: answer loss | before: F1 | after: F1 |")
+    assert lines[2] == "| `query_cache` | causal | 4.00 [3.00, 5.00] | 2.50 [2.00, 3.00] | 0.25 [-0.75, 1.25] |  |"
+    assert "after: recall@1 0.25" in lines
+    other = result(tmp_path / "other.json", 1.0, 1.0, questions=8)
+    monkeypatch.setattr(sys, "argv", ["rag_table.py", f"a={files[0]}", f"b={other}"])
+    with pytest.raises(SystemExit, match="asked differently"):
+        main()
