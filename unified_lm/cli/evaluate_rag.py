@@ -21,13 +21,15 @@ from unified_lm.core.outputs import check_files, write_json_file
 from unified_lm.data.prompts.layouts import LAYOUTS
 from unified_lm.data.rows.records import GroundedRecord, RecordKind
 from unified_lm.data.sources import open_source
-from unified_lm.evaluation.generation.grounded import ModeScores, as_dict, corpus, measure_mode, retrieve
+from unified_lm.evaluation.generation.grounded import ModeScores, as_dict, corpus, loss_beside, measure_mode, retrieve
 from unified_lm.evaluation.result_table import FOLDER
 from unified_lm.retrieval.index import Index
 from unified_lm.retrieval.rerank import METHODS, Reranker
 from unified_lm.retrieval.stored import STATES
 
 _DATA = "builtin:pydocs:grounded"
+_PLAIN = "document_then_query"
+"""What the other modes' losses are compared with, question by question."""
 
 
 def evaluate_rag(argv: Sequence[str]) -> None:
@@ -147,11 +149,23 @@ def _index(options: argparse.Namespace, model_ref: EvaluatedModel, rows: list[Gr
 
 
 def _table(scores: Sequence[ModeScores], title: str) -> Table:
-    columns = ("mode", "states", "answer loss", "exact match", "F1", "first token, s", "prompt tokens", "cached")
+    plain = next((each for each in scores if each.mode == _PLAIN), None)
+    columns = (
+        "mode",
+        "states",
+        "answer loss",
+        "beside plain",
+        "exact match",
+        "F1",
+        "first token, s",
+        "prompt tokens",
+        "cached",
+    )
     table = Table(*columns, title=title, title_justify="left")
     for each in scores:
         seconds = "" if each.first_token_seconds is None else f"{each.first_token_seconds:.3f}"
-        intervals = (each.loss, each.exact_match, each.f1)
+        beside = None if plain in (None, each) else loss_beside(each, plain)
+        intervals = (each.loss, beside, each.exact_match, each.f1)
         cells = ["" if value is None else f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]" for value in intervals]
         table.add_row(each.mode, each.states, *cells, seconds, f"{each.prompt_tokens:.0f}", f"{each.cached_tokens:.0f}")
     return table

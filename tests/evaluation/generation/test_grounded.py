@@ -12,7 +12,7 @@ from tests.retrieval.prompts import recorded_prompts
 from unified_lm.cli.main import main
 from unified_lm.data.prompts.layouts import LAYOUTS
 from unified_lm.data.rows.records import GroundedRecord, PairRecord, Text
-from unified_lm.evaluation.generation.grounded import corpus, measure_mode, normalized, retrieve, token_f1
+from unified_lm.evaluation.generation.grounded import corpus, loss_beside, measure_mode, normalized, retrieve, token_f1
 from unified_lm.inference import UnifiedLM
 from unified_lm.retrieval.index import Index
 from unified_lm.retrieval.stored import STATES
@@ -69,6 +69,18 @@ def test_losses_are_those_after_the_prompt_that_answers_have(mode: str, states: 
     assert (prompt.recomputed > 0) == (recompute > 0 and found.cached_tokens > 0 and mode != "query_cache")
     assert found.exact_match is not None
     assert found.first_token_seconds is not None
+
+
+def test_losses_are_compared_question_by_question(index: Index) -> None:
+    passages, _ = retrieve(index, ROWS, 2)
+    one, other = (
+        measure_mode(index, ROWS, passages, mode, "causal", num_generated=0) for mode in ("document_cache", "no_retrieval")
+    )
+    found = loss_beside(one, other)
+    assert found.value == pytest.approx(one.loss.value - other.loss.value, abs=1e-6)
+    assert found.low <= found.value <= found.high
+    assert found.high - found.low < one.loss.high - one.loss.low + other.loss.high - other.loss.low
+    assert loss_beside(one, one).high == 0
 
 
 def test_recall_counts_right_documents(index: Index) -> None:

@@ -43,6 +43,8 @@ class ModeScores:
         states: of the blocks; "" without blocks.
         recompute: first tokens of every block but the first that were read again.
         loss: nats per token of the right answers, with an interval over questions.
+        nats: of each question's right answer.
+        tokens: of each question's right answer.
         exact_match: share of greedy answers that equal a right one after normalization; None if none was generated.
         f1: token F1 of greedy answers with the nearest right one; None likewise.
         first_token_seconds: median time from the call to the first token, search and reading from disk included.
@@ -54,6 +56,8 @@ class ModeScores:
     states: str
     recompute: int
     loss: Interval
+    nats: tuple[float, ...]
+    tokens: tuple[int, ...]
     exact_match: Interval | None
     f1: Interval | None
     first_token_seconds: float | None
@@ -164,12 +168,20 @@ def measure_mode(
         states=states if LAYOUTS[mode].blocks else "",
         recompute=recompute if LAYOUTS[mode].blocks else 0,
         loss=bootstrap_interval(lambda nats, count: float(nats.sum() / count.sum()), losses, tokens),
+        nats=tuple(losses.tolist()),
+        tokens=tuple(tokens.astype(int).tolist()),
         exact_match=bootstrap_interval(mean, np.array(matches)) if several else None,
         f1=bootstrap_interval(mean, np.array(overlaps)) if several else None,
         first_token_seconds=float(np.median(seconds)) if seconds else None,
         prompt_tokens=float(prompts.mean()),
         cached_tokens=float(cached.mean()),
     )
+
+
+def loss_beside(scores: ModeScores, other: ModeScores) -> Interval:
+    """How much larger the loss is than in another mode, in nats per token: paired, with an interval over questions."""
+    pairs = (np.array(scores.nats), np.array(other.nats), np.array(scores.tokens))
+    return bootstrap_interval(lambda mine, theirs, count: float((mine - theirs).sum() / count.sum()), *pairs)
 
 
 def _losses(
