@@ -14,13 +14,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from unified_lm.evaluation.bootstrap import bootstrap_interval
-
-PLAIN = "document_then_query"
 MEASURES = {"loss": "answer loss", "beside": "beside plain", "f1": "F1", "exact_match": "exact match"}
-"""What a column shows; "beside" is the loss minus that of `PLAIN` in the same file, question by question."""
+"""What a column shows; "beside" is the loss minus that of `document_then_query` in the same file, question by question."""
 
 
 def read_group(text: str) -> tuple[str, list[dict[str, Any]]]:
@@ -31,23 +26,11 @@ def read_group(text: str) -> tuple[str, list[dict[str, Any]]]:
     return name, [json.loads(Path(file).read_text()) for file in files.split(",")]
 
 
-def measured(result: dict[str, Any], mode: str, states: str, measure: str) -> dict[str, float] | None:
-    """Value, low and high of a mode in a result; None where it was not measured."""
-    modes = {(each["mode"], each["states"]): each for each in result["modes"]}
-    if (mode, states) not in modes or (measure == "beside" and (PLAIN, "") not in modes):
-        return None
-    found = modes[mode, states]
-    if measure != "beside":
-        return found[measure]
-    count, nats, plain = (np.array(part) for part in (found["tokens"], found["nats"], modes[PLAIN, ""]["nats"]))
-    interval = bootstrap_interval(lambda mine, its, size: float((mine - its).sum() / size.sum()), nats, plain, count)
-    return {"value": interval.value, "low": interval.low, "high": interval.high}
-
-
 def cell(results: list[dict[str, Any]], mode: str, states: str, measure: str) -> str:
     """Mean and range over the results of a group, or value and interval of its only one; "" where it was not measured."""
-    found = [value for result in results if (value := measured(result, mode, states, measure)) is not None]
-    if len(found) < len(results) or (measure == "beside" and mode == PLAIN):
+    same = [each for result in results for each in result["modes"] if (each["mode"], each["states"]) == (mode, states)]
+    found = [each[measure] for each in same if each.get(measure) is not None]
+    if len(found) < len(results):
         return ""
     values = [each["value"] for each in found]
     low, high = (min(values), max(values)) if len(values) > 1 else (found[0]["low"], found[0]["high"])

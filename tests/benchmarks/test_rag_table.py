@@ -13,11 +13,9 @@ from benchmarks.rag_table import main
 
 def result(path: Path, loss: float, f1: float | None, questions: int = 9) -> str:
     interval = lambda value: None if value is None else {"value": value, "low": value - 1, "high": value + 1}  # noqa: E731
-    modes = [
-        {"mode": "query_cache", "states": "causal", "loss": interval(loss), "f1": interval(f1), "nats": [loss, 3 * loss]},
-        {"mode": "document_then_query", "states": "", "loss": interval(1.0), "f1": interval(f1), "nats": [1.0, 3.0]},
-    ]
-    modes = [{**mode, "tokens": [1, 3]} for mode in modes]
+    own = {"loss": interval(loss), "beside": interval(loss - 1), "f1": interval(f1)}
+    plain = {"loss": interval(1.0), "beside": None, "f1": interval(f1)}
+    modes = [{"mode": "query_cache", "states": "causal", **own}, {"mode": "document_then_query", "states": "", **plain}]
     path.write_text(json.dumps({"questions": questions, "k": 3, "recall": {"1": loss / 10}, "modes": modes}))
     return str(path)
 
@@ -31,7 +29,7 @@ def test_ranges_over_seeds_and_intervals_over_questions(
     lines = capsys.readouterr().out.split("\n")
     heads = "| before: answer loss | after: answer loss | before: beside plain | after: beside plain | before: F1 | after: F1 |"
     assert lines[0].endswith(heads)
-    cells = "4.00 [3.00, 5.00] | 2.50 [2.00, 3.00] | 3.00 [3.00, 3.00] | 1.50 [1.00, 2.00] | 0.25 [-0.75, 1.25] | "
+    cells = "4.00 [3.00, 5.00] | 2.50 [2.00, 3.00] | 3.00 [2.00, 4.00] | 1.50 [1.00, 2.00] | 0.25 [-0.75, 1.25] | "
     assert lines[2] == f"| `query_cache` | causal | {cells} |"
     assert lines[3].startswith("| `document_then_query` |  | 1.00 [0.00, 2.00] | 1.00 [1.00, 1.00] |  |  |")
     assert "after: recall@1 0.25" in lines

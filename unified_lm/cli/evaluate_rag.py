@@ -82,7 +82,8 @@ def evaluate_rag(argv: Sequence[str]) -> None:
     result |= {"recall": {str(key): value for key, value in recall.items()}, "bytes": stored}
     if reranked:
         result |= {"rerank": options.rerank, "reranked_recall": {str(key): value for key, value in reranked.items()}}
-    write_json_file(out, {**result, "modes": [as_dict(each) for each in scores]})
+    plain = next((each for each in scores if each.mode == _PLAIN), None)
+    write_json_file(out, {**result, "modes": [as_dict(each, plain) for each in scores]})
     told = ", ".join(f"recall@{key} {value:.3f}" for key, value in recall.items())
     if reranked:
         told += f"; reranked {options.rerank}: " + ", ".join(f"{key}: {value:.3f}" for key, value in reranked.items())

@@ -12,7 +12,7 @@ from tests.retrieval.prompts import recorded_prompts
 from unified_lm.cli.main import main
 from unified_lm.data.prompts.layouts import LAYOUTS
 from unified_lm.data.rows.records import GroundedRecord, PairRecord, Text
-from unified_lm.evaluation.generation.grounded import corpus, loss_beside, measure_mode, normalized, retrieve, token_f1
+from unified_lm.evaluation.generation.grounded import as_dict, corpus, loss_beside, measure_mode, normalized, retrieve, token_f1
 from unified_lm.inference import UnifiedLM
 from unified_lm.retrieval.index import Index
 from unified_lm.retrieval.stored import STATES
@@ -81,6 +81,8 @@ def test_losses_are_compared_question_by_question(index: Index) -> None:
     assert found.low <= found.value <= found.high
     assert found.high - found.low < one.loss.high - one.loss.low + other.loss.high - other.loss.low
     assert loss_beside(one, one).high == 0
+    assert as_dict(one, other)["beside"]["value"] == found.value
+    assert as_dict(one, one)["beside"] is None
 
 
 def test_recall_counts_right_documents(index: Index) -> None:
@@ -136,6 +138,7 @@ def test_the_command_writes_a_table(
     result = json.loads((folder.parent / "rag.json").read_text())
     assert [(mode["states"], mode["recompute"]) for mode in result["modes"]] == [("causal", 2), ("bidirectional", 2), ("", 0)]
     assert set(result["reranked_recall"]) == set(result["recall"])
+    assert all(mode["beside"] is None for mode in result["modes"]), "document_then_query was not measured"
     table = (folder.parent / "evaluation" / "rag.json").read_text()
     assert "the first 2 tokens of later blocks read again" in table
     assert "reranked pointwise" in table

@@ -271,9 +271,10 @@ def token_f1(answer: str, right: str) -> float:
     return 2 * shared / (len(given) + len(wanted))
 
 
-def as_dict(scores: ModeScores) -> dict[str, Any]:
-    """Plain values, for a result file."""
+def as_dict(scores: ModeScores, plain: ModeScores | None) -> dict[str, Any]:
+    """Plain values, for a result file; "beside" is `loss_beside` the plain mode, None without it and for itself."""
+    values = {**vars(scores), "beside": None if plain in (None, scores) else loss_beside(scores, plain)}
     return {
         name: {"value": value.value, "low": value.low, "high": value.high} if isinstance(value, Interval) else value
-        for name, value in vars(scores).items()
+        for name, value in values.items()
     }
