@@ -30,6 +30,7 @@ from unified_lm.retrieval.documents import Document
 from unified_lm.retrieval.index import Index
 
 PLAIN = "document_then_query"
+TOKENS = 16
 SHORT = "Which word comes first in the text?"
 SWEEPS = {
     "long document": ("document_cache", "document_query_cache"),
@@ -54,14 +55,14 @@ def drop_from_memory(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measure(index: Index, questions: list[str], mode: str, states: str, tokens: int, *, cold: bool = False) -> list[Answer]:
-    """One answer per question, after one that is not counted."""
+def measure(index: Index, questions: list[str], mode: str, states: str, *, cold: bool = False) -> list[Answer]:
+    """An answer of 16 tokens to each question."""
     answers = []
-    for number, question in enumerate([questions[0], *questions]):
+    for question in questions:
         if cold:
             drop_from_memory(index.folder / "key_values")
-        answer = index.answer(question, mode=mode, states=states, instruction="", max_new_tokens=tokens, min_new_tokens=tokens)
-        answers += [answer] if number else []
+        options = {"instruction": "", "max_new_tokens": TOKENS, "min_new_tokens": TOKENS}
+        answers.append(index.answer(question, mode=mode, states=states, **options))
     return answers
 
 
@@ -82,13 +83,13 @@ def sweep(model: UnifiedLM, name: str, length: int, options: argparse.Namespace,
     with Index.create(folder, model, form=options.form, max_tokens=max(size, length) + 60) as index:
         index.add([Document(f"d{i}", words(model, size, 7 + i)) for i in range(options.repeats)])
         questions = [words(model, length, 100 + i) if long_question else f"{SHORT} {i}" for i in range(options.repeats)]
-        plain = {tokens: seconds(measure(index, questions, PLAIN, states, tokens)) for tokens in (1, 16)}
+        measure(index, [f"{SHORT} 0"], SWEEPS[name][0], states)  # what happens once is not counted
+        plain_first, plain_16, plain_reader = seconds(measure(index, questions, PLAIN, states))
         found = []
         for mode in SWEEPS[name]:
             for cold in (False, True):
-                answers = measure(index, questions, mode, states, 1, cold=cold)
-                first, _, reader = seconds(answers)
-                whole = seconds(measure(index, questions, mode, states, 16, cold=cold))[1]
+                answers = measure(index, questions, mode, states, cold=cold)
+                first, whole, reader = seconds(answers)
                 row = {
                     "sweep": name,
                     "length": length,
@@ -96,15 +97,15 @@ def sweep(model: UnifiedLM, name: str, length: int, options: argparse.Namespace,
                     "disk": "cold" if cold else "warm",
                     "prompt_tokens": answers[0].prompt_tokens,
                     "cached_tokens": answers[0].cached_tokens,
-                    "plain_first": plain[1][0],
+                    "plain_first": plain_first,
                     "first": first,
-                    "first_ratio": plain[1][0] / first,
-                    "plain_reader": plain[1][2],
+                    "first_ratio": plain_first / first,
+                    "plain_reader": plain_reader,
                     "reader": reader,
-                    "reader_ratio": plain[1][2] / reader,
-                    "plain_16": plain[16][1],
+                    "reader_ratio": plain_reader / reader,
+                    "plain_16": plain_16,
                     "sixteen": whole,
-                    "ratio_16": plain[16][1] / whole,
+                    "ratio_16": plain_16 / whole,
                     "bytes_per_token": index.num_bytes / (options.repeats * max(1, size)),
                 }
                 found.append(row)
@@ -164,9 +165,9 @@ def main() -> None:
             for length in options.lengths:
                 rows += sweep(model, name, length, options, Path(scratch) / f"{name.replace(' ', '-')}-{length}", table)
                 Console(width=180).print(f"{name}, {length} tokens: done")
+                if options.out is not None:
+                    options.out.write_text(json.dumps(rows, indent=1))
     Console(width=180).print(table)
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=1))
     if options.plot is not None:
         plot(rows, options.plot)
 

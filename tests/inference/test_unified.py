@@ -107,6 +107,16 @@ def test_generate(model: UnifiedLM) -> None:
     assert drawn != answer
 
 
+def test_an_answer_ends_with_the_last_learned_position(exported: Callable[..., Path]) -> None:
+    model = UnifiedLM.from_pretrained(exported("gpt2", max_position_embeddings=40), device="cpu")
+    prompt = len(model.prompt_encoder.generation_prompt([("user", "x")]))
+    pieces: list[str] = []
+    model.generate("x", max_new_tokens=1000, min_new_tokens=40 - prompt, on_text=pieces.append)
+    assert "".join(pieces)
+    with pytest.raises(DataError, match=r"the prompt has \d+ tokens, but family 'gpt2' has a table of 40 positions: no room"):
+        model.generate("a rather long question " * 10)
+
+
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [

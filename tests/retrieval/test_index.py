@@ -24,7 +24,7 @@ from unified_lm.data.sources import open_source
 from unified_lm.inference import UnifiedLM
 from unified_lm.retrieval import index as module
 from unified_lm.retrieval.documents import Document, text_id
-from unified_lm.retrieval.engines import ENGINES
+from unified_lm.retrieval.engines import ENGINES, open_engine
 from unified_lm.retrieval.index import Index
 
 WORDS = ("apples", "bears", "clouds", "doors", "eels", "frogs", "gates", "hills")
@@ -250,6 +250,21 @@ def test_what_cannot_be_opened_says_so(
     manifest.write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
         Index.open(index.folder, model)
+
+
+def test_an_engine_that_cannot_be_opened_leaves_the_place_to_another(
+    tmp_path: Path, model: UnifiedLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(name: str, location: str, dim: int) -> None:
+        open_engine("lance", location, dim)
+        raise CheckpointError("no room")
+
+    monkeypatch.setattr(module, "open_engine", fails)
+    with pytest.raises(CheckpointError, match="no room"):
+        Index.create(tmp_path / "index", model)
+    monkeypatch.undo()
+    with Index.create(tmp_path / "index", model, engine="qdrant") as made:
+        assert made.manifest.engine == "qdrant"
 
 
 def test_what_cannot_be_asked_says_so(index: Index, tmp_path: Path, model: UnifiedLM) -> None:

@@ -23,6 +23,8 @@ from unified_lm.data.rows.records import GroundedRecord, RecordKind
 from unified_lm.data.sources import open_source
 from unified_lm.evaluation.generation.grounded import ModeScores, as_dict, corpus, loss_beside, measure_mode, retrieve
 from unified_lm.evaluation.result_table import FOLDER
+from unified_lm.retrieval.answering import Rerank
+from unified_lm.retrieval.documents import Passage
 from unified_lm.retrieval.index import Index
 from unified_lm.retrieval.rerank import METHODS, Reranker
 from unified_lm.retrieval.stored import STATES
@@ -50,13 +52,7 @@ def evaluate_rag(argv: Sequence[str]) -> None:
     table_file = model_ref.beside / FOLDER / "rag.json"
     check_files([out, *([table_file] if model_ref.in_run else [])])
     with _index(options, model_ref, rows, console) as index:
-        depth = max(options.k, options.depth)
-        passages, recall = retrieve(index, rows, depth)
-        reranked: dict[int, float] = {}
-        rerank = None if options.rerank is None else Reranker(index.model, options.rerank)
-        if rerank is not None:
-            with progress_bar(f"reranking {depth} passages", len(rows), console) as advance:
-                passages, reranked = retrieve(index, rows, depth, rerank, advance)
+        passages, recall, reranked, in_order = _passages(index, rows, options, console)
         given = [found[: options.k] for found in passages]
         scores = []
         for mode in options.modes:
@@ -72,8 +68,8 @@ def evaluate_rag(argv: Sequence[str]) -> None:
                         num_generated=options.generate,
                         max_new_tokens=options.max_new_tokens,
                         recompute=options.recompute,
-                        rerank=rerank,
-                        candidates=depth,
+                        rerank=in_order,
+                        candidates=max(options.k, options.depth),
                         progress=advance,
                     )
                 scores.append(measured)
@@ -111,7 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--states", nargs="+", choices=STATES, default=list(STATES), help="states of blocks (bidirectional causal)")
     add("-k", type=positive, default=3, help="documents that an answer is given (3)")
     add("--depth", type=positive, default=10, help="passages that retrieval is measured on (10)")
-    add("--rerank", choices=METHODS, default=None, help="rerank the --depth passages; measured before and after")
+    add(
+        "--rerank",
+        choices=METHODS,
+        default=None,
+        help="rerank the --depth passages, once; times to the first token leave it out",
+    )
     add("--recompute", type=whole, default=0, help="first tokens of every block but the first that are read again (0)")
     add("--limit", type=positive, default=200, help="most questions (200)")
     add("--generate", type=whole, default=50, help="for so many questions an answer is generated; 0 measures losses only (50)")
@@ -147,6 +148,20 @@ def _index(options: argparse.Namespace, model_ref: EvaluatedModel, rows: list[Gr
     with progress_bar("reading documents", len(documents), console) as advance:
         index.add(documents, advance)
     return index
+
+
+def _passages(
+    index: Index, rows: list[GroundedRecord], options: argparse.Namespace, console: Console
+) -> tuple[list[list[Passage]], dict[int, float], dict[int, float], Rerank | None]:
+    """The passages of every question, recall before and after reranking, and what gives answers the same order."""
+    depth = max(options.k, options.depth)
+    passages, recall = retrieve(index, rows, depth)
+    if options.rerank is None:
+        return passages, recall, {}, None
+    with progress_bar(f"reranking {depth} passages", len(rows), console) as advance:
+        passages, reranked = retrieve(index, rows, depth, Reranker(index.model, options.rerank), advance)
+    known = {row.pair.query.text: found for row, found in zip(rows, passages, strict=True)}
+    return passages, recall, reranked, lambda question, found: known[question]
 
 
 def _table(scores: Sequence[ModeScores], title: str) -> Table:

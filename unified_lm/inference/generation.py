@@ -13,6 +13,7 @@ from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.data.prompts.encoding import PromptEncoder
 from unified_lm.data.prompts.templates import Template
 from unified_lm.export.directory import stop_token_ids
+from unified_lm.models.positions import learned_positions
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: `{"role": ..., "content": ...}` per turn; the last turn is the one to answer."""
@@ -67,7 +68,7 @@ def generate_text(
         causal_lm: in its stock state (`Backbone.stock_attention`).
         encoder: its template, whose answers' end stops generation, and its tokenizer.
         prompt: int64 `[T]`, on the CPU.
-        max_new_tokens: limit of the answer, in tokens.
+        max_new_tokens: limit of the answer, in tokens; where positions are learned, also that there are.
         temperature: see `generation_settings`, as `top_p`.
         past: keys and values of the first tokens of the prompt, at most of all but one; they are not read again.
         on_text: called with each piece of the answer as soon as it is there.
@@ -78,12 +79,13 @@ def generate_text(
 
     Raises:
         ConfigError: a number is out of its range.
+        DataError: the prompt takes all the positions that the model has learned.
     """
     settings = generation_settings(
         encoder.template,
         encoder.tokenizer,
         causal_lm.generation_config,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=_within_positions(causal_lm, len(prompt), max_new_tokens),
         temperature=temperature,
         top_p=top_p,
     )
@@ -94,6 +96,16 @@ def generate_text(
     with torch.inference_mode():
         answer = generate(input_ids=ids, attention_mask=torch.ones_like(ids), **{**settings, **options})
     return str(encoder.tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def _within_positions(causal_lm: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> int:
+    """The limit of an answer that ends with the model's last learned position."""
+    limit = learned_positions(causal_lm)
+    if limit is None:
+        return max_new_tokens
+    if prompt_tokens >= limit.tokens:
+        raise DataError(f"the prompt has {prompt_tokens} tokens, but {limit.reason}: no room for an answer. Shorten it.")
+    return min(max_new_tokens, limit.tokens - prompt_tokens)
 
 
 class _Pieces(TextStreamer):

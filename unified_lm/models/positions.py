@@ -36,12 +36,27 @@ def position_limit(causal_lm: PreTrainedModel) -> PositionLimit | None:
     transformers takes the length from the longest position of the pack, so a sample would depend on its neighbors.
     """
     config: Any = causal_lm.config.get_text_config(decoder=True)
-    limits = [_learned(causal_lm, getattr(config, "max_position_embeddings", None))]
+    limits = [learned_positions(causal_lm)]
     for module in causal_lm.modules():
         types = getattr(module, "rope_type", None)
         for layer_type, rope_type in types.items() if isinstance(types, dict) else [(None, types)]:
             limits.append(_rotary(module, config, layer_type, rope_type))
     return min((limit for limit in limits if limit is not None), key=lambda limit: limit.tokens, default=None)
+
+
+def learned_positions(causal_lm: PreTrainedModel) -> PositionLimit | None:
+    """The number of positions that a model has learned, where it has a table of them; no way of running it goes beyond."""
+    rows = getattr(causal_lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if rows is None:
+        return None
+    tokens = causal_lm.get_input_embeddings()
+    tokens = getattr(tokens, "base_layer", tokens)
+    tables = (module for module in causal_lm.modules() if isinstance(module, nn.Embedding) and module is not tokens)
+    # GPT-J and CodeGen keep the sines of every position in a buffer of this name.
+    computed = any(name.rpartition(".")[2] == "embed_positions" for name, _ in causal_lm.named_buffers())
+    if computed or any(table.num_embeddings - rows in _OFFSETS for table in tables):
+        return PositionLimit(rows, f"family '{causal_lm.config.model_type}' has a table of {rows} positions")
+    return None
 
 
 def check_lengths(causal_lm: PreTrainedModel, lengths: Mapping[str, int]) -> None:
@@ -63,19 +78,6 @@ def check_lengths(causal_lm: PreTrainedModel, lengths: Mapping[str, int]) -> Non
         ]
         if problems:
             raise ConfigError(problems)
-
-
-def _learned(causal_lm: PreTrainedModel, rows: int | None) -> PositionLimit | None:
-    if rows is None:
-        return None
-    tokens = causal_lm.get_input_embeddings()
-    tokens = getattr(tokens, "base_layer", tokens)
-    tables = (module for module in causal_lm.modules() if isinstance(module, nn.Embedding) and module is not tokens)
-    # GPT-J and CodeGen keep the sines of every position in a buffer of this name.
-    computed = any(name.rpartition(".")[2] == "embed_positions" for name, _ in causal_lm.named_buffers())
-    if computed or any(table.num_embeddings - rows in _OFFSETS for table in tables):
-        return PositionLimit(rows, f"family '{causal_lm.config.model_type}' has a table of {rows} positions")
-    return None
 
 
 def _rotary(module: nn.Module, config: Any, layer_type: str | None, rope_type: object) -> PositionLimit | None:

@@ -29,7 +29,7 @@ from unified_lm.models.key_values import KeyValueCache
 from unified_lm.retrieval.answering import AUTO, Answer, Asked, Rerank, Turns, answer_from
 from unified_lm.retrieval.documents import Document, Passage, SeenDocuments, text_id
 from unified_lm.retrieval.engines import open_engine
-from unified_lm.retrieval.manifest import FILE_NAME, IndexManifest, check_place
+from unified_lm.retrieval.manifest import FILE_NAME, KEY_VALUES, VECTORS, IndexManifest, check_place
 from unified_lm.retrieval.splitting import fit
 from unified_lm.retrieval.stored import KeyValueStore
 
@@ -73,8 +73,8 @@ class Index:
         self._writer = threading.Lock()  # the folder's lock is of the process, and would let a second thread write
         with model.borrow_backbone() as backbone:
             self._dtype = backbone.causal_lm.dtype
-        self._engine = open_engine(manifest.engine, manifest.address or str(folder / "vectors"), manifest.dim)
-        self._store = KeyValueStore(folder / "key_values", manifest.form, manifest.budget_bytes) if manifest.states else None
+        self._engine = open_engine(manifest.engine, manifest.address or str(folder / VECTORS), manifest.dim)
+        self._store = KeyValueStore(folder / KEY_VALUES, manifest.form, manifest.budget_bytes) if manifest.states else None
 
     @classmethod
     def create(
@@ -136,8 +136,8 @@ class Index:
         try:
             manifest.save(folder)
             return cls(folder, model, manifest)
-        except BaseException:  # an engine that cannot be opened leaves no index behind that can have no other
-            (folder / FILE_NAME).unlink(missing_ok=True)
+        except BaseException:  # an engine that cannot be opened leaves nothing behind that is in another one's way
+            manifest.remove(folder)
             raise
         finally:
             release_folder(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from unified_lm.core.folder_lock import LOCK_FILE
 from unified_lm.core.outputs import check_folder
 
 FILE_NAME = "index.json"
+VECTORS, KEY_VALUES = "vectors", "key_values"
 _FORMAT = 1
 
 
@@ -69,6 +71,13 @@ class IndexManifest:
     def save(self, folder: Path) -> None:
         """Write it into the folder of an index, atomically."""
         write_json(folder / FILE_NAME, asdict(self))
+
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Take back an index that was made just now, and whatever its engine has left."""
+        (folder / FILE_NAME).unlink(missing_ok=True)
+        for part in (VECTORS, KEY_VALUES):
+            shutil.rmtree(folder / part, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path) -> IndexManifest:

@@ -15,6 +15,7 @@ from unified_lm.data.rows.records import GroundedRecord, PairRecord, Text
 from unified_lm.evaluation.generation.grounded import as_dict, corpus, loss_beside, measure_mode, normalized, retrieve, token_f1
 from unified_lm.inference import UnifiedLM
 from unified_lm.retrieval.index import Index
+from unified_lm.retrieval.rerank import Reranker
 from unified_lm.retrieval.stored import STATES
 
 ROWS = [
@@ -133,8 +134,14 @@ def test_the_command_writes_a_table(
     assert set(result["recall"]) == {"1", "3", "5", "10"}
     assert (folder.parent / "evaluation" / "rag.json").is_file()
     rows.write_text("".join(json.dumps(row) + "\n" for row in content[:3]))
+    calls = []
+    order = Reranker.__call__
+    monkeypatch.setattr(
+        Reranker, "__call__", lambda self, question, found: calls.append(question) or order(self, question, found)
+    )
     more = ["--generate", "1", "--max-new-tokens", "1", "--recompute", "2", "--rerank", "pointwise"]
     assert main([*common, "--modes", "document_cache", "no_retrieval", *more, "--states", "causal", "bidirectional"]) == 0
+    assert calls == ["q 0", "q 1", "q 2"], "each question's passages once, whatever is answered from them"
     result = json.loads((folder.parent / "rag.json").read_text())
     assert [(mode["states"], mode["recompute"]) for mode in result["modes"]] == [("causal", 2), ("bidirectional", 2), ("", 0)]
     assert set(result["reranked_recall"]) == set(result["recall"])
