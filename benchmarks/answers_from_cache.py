@@ -40,10 +40,12 @@ SWEEPS = {
 
 
 def words(model: UnifiedLM, tokens: int, seed: int) -> str:
-    """A text of about so many tokens: random common tokens, decoded."""
+    """A text of so many tokens: random common tokens, decoded, which may be read as more of them, and cut."""
     rng = np.random.default_rng(seed)
     tokenizer = model.prompt_encoder.tokenizer
-    return str(tokenizer.decode(rng.integers(500, 20_000, size=tokens))).strip()
+    text = str(tokenizer.decode(rng.integers(500, 20_000, size=tokens))).strip()
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text[: offsets[:tokens][-1][1]].strip()
 
 
 def drop_from_memory(folder: Path) -> None:
