@@ -193,7 +193,7 @@ def test_weighted_mean_behind_a_prompt_is_refused(tmp_path: Path) -> None:
         sentence_transformers=False,
     )
     assert not (tmp_path / "export" / "modules.json").exists()
-    assert "cannot express how this model pools" in (tmp_path / "export" / "README.md").read_text()
+    assert "cannot express how this model makes its vectors" in (tmp_path / "export" / "README.md").read_text()
     export_model(
         tiny_model("llama"), tiny_tokenizer(), tmp_path / "plain", manifest=plain, template=TEMPLATES["plain"], verify="full"
     )

@@ -25,11 +25,14 @@ WINDOWED: dict[str, dict[str, Any]] = {
 }
 PACKED = [
     *((family, {}) for family in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt2")),
-    *((family, {}) for family in ("olmoe", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")),
+    *(
+        (family, {})
+        for family in ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+    ),
     *WINDOWED.items(),
 ]
 PADDED = [("gptj", {}), ("falcon", {})]
-MIXTURES = ("olmoe", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")
+MIXTURES = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "deepseek_v2", "deepseek_v3", "gpt_oss")
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 LENGTHS = (11, 4, 19, 1, 24, 7)
@@ -123,7 +126,7 @@ def test_law_2_partial_spans_agree_with_the_familys_own_eager_attention(family: 
 def test_law_1_a_layer_lets_exactly_the_masks_tokens_through(family: str, values: dict[str, Any]) -> None:
     """Through one layer, token i's state has a gradient to token j's embedding where the mask says so, and only there."""
     model = tiny_model(family, **{**values, "num_hidden_layers": 1, "n_layer": 1, "max_window_layers": 0})
-    window = getattr(model.config, "sliding_window", None)
+    window = getattr(model.config, "sliding_window", None) or None  # 0 in Qwen2-MoE: none
     spans = [(0, 0), (2, 7), (0, 10), (0, 0)]
     pack = make_pack(
         [

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from unified_lm.cli.arguments import command_parser, device, positive
+from unified_lm.cli.arguments import command_parser, device, from_zero, positive
+from unified_lm.config.streams import EMBEDDING_METHODS
 from unified_lm.core.errors import ConfigError, UserError, did_you_mean
 from unified_lm.core.outputs import check_folder
 from unified_lm.core.user_files import user_path
@@ -92,7 +93,11 @@ def standardize(argv: Sequence[str]) -> None:
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("embedding the corpus", total=len(texts))
         fitted = fit_standardizer(
-            model, texts, instruction=options.instruction, progress=lambda count: bar.update(task, advance=count)
+            model,
+            texts,
+            instruction=options.instruction,
+            routing=options.method != "hs",
+            progress=lambda count: bar.update(task, advance=count),
         )
     record = StandardizerRecord(
         corpus=name,
@@ -102,7 +107,7 @@ def standardize(argv: Sequence[str]) -> None:
         relative_eps=RELATIVE_EPS,
         instruction=options.instruction,
     )
-    write_standardized(source, options.out, fitted.standardizer, record)
+    write_standardized(source, options.out, fitted.standardizer, record, method=options.method, alpha=options.alpha)
     print(f"{options.out}: standardized on {fitted.num_texts} texts of {name}")
     if fitted.num_floored:
         print(f"{fitted.num_floored} dimensions hardly vary; their deviation was raised to {RELATIVE_EPS:g} of the median one")
@@ -172,6 +177,8 @@ def _standardize_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="the folder to write")
     add("--num-texts", type=positive, default=None, help="texts of the corpus, at most; by default all")
     add("--instruction", default="", help="embed the corpus with this instruction; as documents if left out")
+    add("--method", choices=EMBEDDING_METHODS, default="hs", help="what the copy makes vectors of; hidden states (hs)")
+    add("--alpha", type=from_zero, default=1.0, help="weight of the routing in method moee_sum (1.0)")
     _add_model_options(parser)
     return parser
 

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from unified_lm.config.streams import MODES
+from unified_lm.config.streams import EMBEDDING_METHODS, MODES
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_json
 from unified_lm.core.typed import require_typed, show
@@ -27,6 +27,8 @@ FORMAT_VERSION = 1
 ATTENTIONS = ("bidirectional", "causal")
 """Attention with which an export embeds texts."""
 
+_YOUNGER: dict[str, Any] = {"method": "hs", "alpha": 1.0}
+"""Fields that earlier versions do not know; at these values they are not written, so that those still read the file."""
 
 _VERSIONED = ("unified_lm", "torch", "transformers", "peft", "sentence-transformers")
 
@@ -126,6 +128,8 @@ class Manifest:
         embedding_dim: size of an embedding; 0 before the export is written.
         projection_dim: output size of the linear head on the pooled vector, or None.
         standardizer: the reference corpus whose statistics standardize the vectors, or None if they are not standardized.
+        method: what a vector is made of, one of `EMBEDDING_METHODS`; "hs" is left out of the file, as earlier versions had it.
+        alpha: weight of the routing in method "moee_sum".
         instructions: prompt name -> instruction; "query" is the default for queries, "document" (absent: no instruction) for
             documents.
         max_tokens: limit of an embedded text with its prompt, in tokens.
@@ -152,6 +156,8 @@ class Manifest:
     embedding_dim: int = 0
     projection_dim: int | None = None
     standardizer: StandardizerRecord | None = None
+    method: str = _YOUNGER["method"]
+    alpha: float = _YOUNGER["alpha"]
     instructions: Mapping[str, str] = field(default_factory=dict)
     max_tokens: int = 512
     dtype: str = "bfloat16"
@@ -167,6 +173,8 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.attention not in ATTENTIONS:
             raise CheckpointError(f"unknown embedding attention '{self.attention}'.{did_you_mean(self.attention, ATTENTIONS)}")
+        if self.method not in EMBEDDING_METHODS:
+            raise CheckpointError(f"unknown embedding method '{self.method}'.{did_you_mean(self.method, EMBEDDING_METHODS)}")
         for mode in self.modes:
             if mode not in MODES:
                 raise CheckpointError(f"unknown mode '{mode}'.{did_you_mean(mode, MODES)}")
@@ -185,7 +193,9 @@ class Manifest:
 
     def save(self, directory: Path) -> None:
         """Write `directory/unified_lm.json`."""
-        write_json(directory / FILE_NAME, asdict(self))
+        write_json(
+            directory / FILE_NAME, {key: value for key, value in asdict(self).items() if _YOUNGER.get(key, self) != value}
+        )
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:

@@ -85,6 +85,7 @@ def _settings(manifest: Manifest) -> list[tuple[str, object]]:
         rows += [
             ("attention when embedding", manifest.attention),
             ("pooling", manifest.pooling),
+            *_routed(manifest),
             ("dimensions", manifest.embedding_dim),
             ("normalized", "yes" if manifest.normalize else "no"),
             *_standardized(manifest),
@@ -93,6 +94,12 @@ def _settings(manifest: Manifest) -> list[tuple[str, object]]:
     if manifest.base_revision:
         rows.append(("revision of the base model", manifest.base_revision))
     return rows + [(f"{name} version", version) for name, version in manifest.versions.items()]
+
+
+def _routed(manifest: Manifest) -> list[tuple[str, object]]:
+    if manifest.method == "hs":
+        return []
+    return [("vectors", f"{manifest.method}, alpha {manifest.alpha:g} (hidden states and routing, arXiv:2410.10814)")]
 
 
 def _standardized(manifest: Manifest) -> list[tuple[str, object]]:

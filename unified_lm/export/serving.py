@@ -143,6 +143,8 @@ def _obstacles(
             "it pools the prompt too, which training left out. Pass --pool-prompt to accept other vectors than training's, "
             "or fetch token embeddings and pool in the client."
         )
+    if manifest.method != "hs":
+        found.append(f"it embeds with routing (method {manifest.method}), which no engine computes.")
     if manifest.projection_dim is not None or manifest.standardizer is not None:
         found.append(
             "it may leave out the layers behind the pooling (2_Dense) without an error, and was not tried with them. Serve an "

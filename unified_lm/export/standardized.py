@@ -1,4 +1,4 @@
-"""A copy of an export whose vectors are standardized."""
+"""A copy of an export whose vectors are standardized, or made with routing."""
 
 from __future__ import annotations
 
@@ -20,20 +20,32 @@ from unified_lm.models.standardizer import Standardizer
 from unified_lm.models.weights_hash import check_weights_hash, hash_weights
 
 _MODULES = "modules.json"
+_STOCK = (_MODULES, "sentence_bert_config.json", "1_Pooling")
+"""By which sentence-transformers takes a folder for one of its models."""
 
 
 def write_standardized(
-    source: Path, target: Path, standardizer: Standardizer, record: StandardizerRecord, *, verify: bool = True
+    source: Path,
+    target: Path,
+    standardizer: Standardizer,
+    record: StandardizerRecord,
+    *,
+    method: str = "hs",
+    alpha: float = 1.0,
+    verify: bool = True,
 ) -> Manifest:
     """Copy an export and add a standardizer; it replaces one that the export already has.
 
-    The folder appears only once it is complete and stock sentence-transformers computes our vectors with it.
+    The folder appears only once it is complete and stock sentence-transformers computes our vectors with it. A copy that embeds
+    with routing has no files of sentence-transformers, which cannot compute its vectors; its card says so.
 
     Args:
         source: the export.
         target: the folder to create, or to replace where this package wrote all of it; not `source` or a folder in it.
         standardizer: fitted on vectors of this export that are not standardized.
         record: origin of its statistics.
+        method: what the copy makes vectors of (`models.moee`). With routing, the statistics are of method "moee_concat".
+        alpha: weight of the routing in method "moee_sum".
         verify: whether to check with sentence-transformers, in float32.
 
     Returns:
@@ -47,18 +59,26 @@ def write_standardized(
     manifest = Manifest.load(source)
     if not manifest.can_embed:
         raise CheckpointError(f"{source} was exported to generate only: it has no vectors to standardize.")
-    if standardizer.dim != manifest.embedding_dim:
-        raise CheckpointError(f"the statistics have {standardizer.dim} dimensions, the export has {manifest.embedding_dim}.")
+    if manifest.method != "hs":
+        raise CheckpointError(
+            f"{source} embeds with method {manifest.method} already; start from the export that it was made of."
+        )
+    states, routed = manifest.embedding_dim, method != "hs"
+    if standardizer.dim <= states if routed else standardizer.dim != states:
+        raise CheckpointError(
+            f"the statistics have {standardizer.dim} dimensions, the export has {states}{' and its routing more' * routed}."
+        )
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise CheckpointError(f"--out {target} lies in the export itself; name another folder.")
     check_weights_hash(source, manifest.weights_hash, always=True)
     old = None if manifest.standardizer is None else standardizer_folder(manifest)
-    complete = replace(manifest, standardizer=record, weights_hash="")
+    dim = standardizer.dim - states * (method == "rw")
+    complete = replace(manifest, standardizer=record, weights_hash="", method=method, alpha=alpha, embedding_dim=dim)
     written: list[Manifest] = []
 
     def fill(building: Path) -> None:
         """Copy the export into `building`, add the statistics, and update the files that list them."""
-        skipped = shutil.ignore_patterns(*([old] if old else []))
+        skipped = shutil.ignore_patterns(*([old] if old else []), *(_STOCK if routed else ()))
         shutil.copytree(source, building, dirs_exist_ok=True, ignore=skipped)
         save_standardizer(standardizer, building / standardizer_folder(complete))
         loads = (building / _MODULES).is_file()

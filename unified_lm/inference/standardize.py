@@ -38,6 +38,7 @@ def fit_standardizer(
     texts: Iterable[str],
     *,
     instruction: str = "",
+    routing: bool = False,
     min_texts: int = MIN_TEXTS,
     progress: Callable[[int], None] | None = None,
 ) -> Fitted:
@@ -49,6 +50,7 @@ def fit_standardizer(
         model: embeds the texts.
         texts: the reference corpus; read once. Empty texts are ignored.
         instruction: for embedding the texts; "" embeds them as documents.
+        routing: whether the statistics are of hidden states and routing, so that they serve every method of `models.moee`.
         min_texts: fewest distinct texts.
         progress: called after each block with its number of texts.
 
@@ -61,7 +63,7 @@ def fit_standardizer(
     own, model.standardizer = model.standardizer, None
     try:
         for block in _blocks(_distinct(texts, hashes)):
-            moments.update(model.encode(block, instruction, normalize=False))
+            moments.update(model.encode(block, instruction, method="moee_concat" if routing else "hs", normalize=False))
             if progress is not None:
                 progress(len(block))
     finally:

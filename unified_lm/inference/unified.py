@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from unified_lm.core.errors import CheckpointError, ConfigError, did_you_mean
 from unified_lm.data.prompts.encoding import PromptEncoder
 from unified_lm.data.prompts.templates import Template, get_template
 from unified_lm.export.manifest import ATTENTIONS, MODES, Manifest
-from unified_lm.inference.embedder import Embedder
+from unified_lm.inference.embedder import TOKEN_BUDGET, Embedder, EncodeOptions
 from unified_lm.inference.generation import Messages, conversation_turns, generate_text
 from unified_lm.inference.loading import load_parts
 from unified_lm.inference.search import Hit, best_hits, cosine_similarity
@@ -30,8 +30,8 @@ from unified_lm.models.key_values import KeyValueCache, KeyValueReader
 from unified_lm.models.pooling import Pooling, Projection
 from unified_lm.models.standardizer import Standardizer
 
-TOKEN_BUDGET = 4096
-"""Most tokens of one forward when embedding."""
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class UnifiedLM:
@@ -52,6 +52,8 @@ class UnifiedLM:
         normalize: bool = True,
         projection: Projection | None = None,
         standardizer: Standardizer | None = None,
+        method: str = "hs",
+        alpha: float = 1.0,
         instructions: Mapping[str, str] | None = None,
         max_tokens: int = 512,
         modes: Sequence[str] = MODES,
@@ -69,6 +71,8 @@ class UnifiedLM:
             normalize: whether `encode` scales vectors to length 1 by default.
             projection: linear head on the pooled vector, or None.
             standardizer: applied after the head and before scaling to length 1, or None.
+            method: what `encode` makes vectors of; see there.
+            alpha: weight of the routing in method "moee_sum".
             instructions: prompt name -> instruction; `search` embeds queries with "query".
             max_tokens: limit of an embedded text with its prompt, in tokens.
             modes: what the model was exported for: "embed", "generate".
@@ -95,6 +99,8 @@ class UnifiedLM:
             normalize,
             max_tokens,
             None if projection is None else projection.to(self._device).eval(),
+            method=method,
+            alpha=alpha,
         )
         self._embedder.set_standardizer(standardizer)
         self._instructions = dict(instructions or {})
@@ -115,6 +121,8 @@ class UnifiedLM:
         template: str | Template | None = None,
         pooling: str | None = None,
         attention: str | None = None,
+        method: str | None = None,
+        alpha: float | None = None,
         check_weights: bool | None = None,
     ) -> UnifiedLM:
         """Load an export, or any causal language model together with a template.
@@ -129,6 +137,8 @@ class UnifiedLM:
             template: replaces the export's prompt template. Required if the model is not an export.
             pooling: replaces the export's; without an export the default is "mean".
             attention: replaces the export's; without an export the default is "bidirectional".
+            method: replaces the export's; without an export the default is "hs" (see `encode`).
+            alpha: weight of the routing in method "moee_sum"; replaces the export's.
             check_weights: whether to compare weights with the hash that an export records; None does up to 2 GiB.
 
         Raises:
@@ -139,10 +149,10 @@ class UnifiedLM:
         where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
         parts = load_parts(name_or_path, **where, needs_manifest=template is None, check_weights=check_weights)
         manifest = parts.manifest
-        given = {"template": template, "pooling": pooling, "attention": attention}
+        given = {"template": template, "pooling": pooling, "attention": attention, "method": method, "alpha": alpha}
         chosen: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if manifest is not None:
-            recorded = ("pooling", "attention", "normalize", "instructions", "max_tokens", "modes")
+            recorded = ("pooling", "attention", "normalize", "method", "alpha", "instructions", "max_tokens", "modes")
             own = {name: getattr(manifest, name) for name in recorded}
             own |= {"template": parts.template or manifest.template, "manifest": manifest}
             chosen = {**own, "projection": parts.projection, "standardizer": parts.standardizer, **chosen}
@@ -208,10 +218,7 @@ class UnifiedLM:
         instruction: str = ...,
         *,
         output: Literal["numpy"] = ...,
-        normalize: bool | None = ...,
-        max_tokens: int | None = ...,
-        token_budget: int = ...,
-        show_progress: bool = ...,
+        **options: Unpack[EncodeOptions],
     ) -> np.ndarray: ...
 
     @overload
@@ -221,10 +228,7 @@ class UnifiedLM:
         instruction: str = ...,
         *,
         output: Literal["torch"],
-        normalize: bool | None = ...,
-        max_tokens: int | None = ...,
-        token_budget: int = ...,
-        show_progress: bool = ...,
+        **options: Unpack[EncodeOptions],
     ) -> torch.Tensor: ...
 
     def encode(
@@ -233,6 +237,7 @@ class UnifiedLM:
         instruction: str = "",
         *,
         output: Literal["numpy", "torch"] = "numpy",
+        method: str | None = None,
         normalize: bool | None = None,
         max_tokens: int | None = None,
         token_budget: int = TOKEN_BUDGET,
@@ -244,6 +249,7 @@ class UnifiedLM:
             texts: one text, or several. White space around a text is removed.
             instruction: the task, for queries; "" for documents. The model reads it, but it is not pooled.
             output: "numpy" or "torch" (on the CPU).
+            method: "hs", or of a mixture of experts "rw", "moee_concat" or "moee_sum" (`models.moee`); None: the model's own.
             normalize: whether to scale vectors to length 1; None takes the export's setting.
             max_tokens: limit of a text with its prompt, in tokens; longer texts are truncated and counted in `num_truncated`.
             token_budget: the most tokens of one forward; a longer text gets a forward of its own.
@@ -254,7 +260,7 @@ class UnifiedLM:
 
         Raises:
             DataError: a text is empty or not a string (the error names its index), or the instruction alone reaches the limit.
-            ConfigError: unknown output.
+            ConfigError: unknown output or method; ModelError: routing of a dense model.
             CheckpointError: the model was exported for generation only.
         """
         if output not in ("numpy", "torch"):
@@ -263,7 +269,8 @@ class UnifiedLM:
         text_list = [texts] if isinstance(texts, str) else list(texts)
         samples = self._embedder.samples(text_list, instruction, max_tokens)
         with self._lock, progress_bar(len(samples), show_progress) as advance:
-            vectors = self._embedder.embed(samples, token_budget=token_budget, normalize=normalize, progress=advance)
+            options: dict[str, Any] = {"normalize": normalize, "method": method, "progress": advance}
+            vectors = self._embedder.embed(samples, token_budget=token_budget, **options)
         vectors = vectors[0] if isinstance(texts, str) else vectors
         return vectors.numpy() if output == "numpy" else vectors
 

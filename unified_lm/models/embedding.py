@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -15,13 +15,14 @@ from torch import nn
 from unified_lm.batch import Pack, Sample, make_pack
 from unified_lm.models.key_values import KeyValueCache, KeyValueReader
 from unified_lm.models.modes import evaluation_mode
+from unified_lm.models.moee import RoutedPooling
 from unified_lm.models.pooling import Pooling, pool
 
 
 def embed_samples(
     backbone: Callable[[Pack], torch.Tensor],
     samples: Sequence[Sample],
-    pooling: str | Pooling,
+    pooling: str | Pooling | RoutedPooling,
     *,
     token_budget: int,
     device: torch.device | str,
@@ -38,7 +39,7 @@ def embed_samples(
         backbone: pack -> last hidden states `[T, D]`. If it is a module, or a module's method, the module is switched to
             evaluation mode and back.
         samples: each with a pool span; the same object may appear twice.
-        pooling: a `Pooling` or its name.
+        pooling: a `Pooling` or its name, or what pools routing too.
         token_budget: the most tokens of one forward; a longer sample gets a forward of its own.
         device: where the backbone runs.
         normalize: whether to scale vectors to length 1.
@@ -51,7 +52,7 @@ def embed_samples(
     Raises:
         ConfigError: unknown pooling.
     """
-    method = Pooling.parse(pooling)
+    method = pooling if isinstance(pooling, RoutedPooling) else Pooling.parse(pooling)
     if not samples:
         return torch.zeros(0, 0)
     parts: list[torch.Tensor] = []
@@ -60,7 +61,9 @@ def embed_samples(
     with evaluation_mode(backbone, projection), torch.no_grad():
         for indices in _plan(samples, token_budget):
             pack = _number(samples, indices).to(torch.device(device))
-            parts.append(_vectors(backbone(pack), pack, method, projection, normalize))
+            with _listening(method, pack):
+                hidden = backbone(pack)
+            parts.append(_vectors(hidden, pack, method, projection, normalize))
             order.extend(pack.pool_rows)
             if progress is not None:
                 progress(len(indices))
@@ -73,7 +76,7 @@ def embed_samples(
 def read_samples(
     reader: KeyValueReader,
     samples: Sequence[Sample],
-    pooling: str | Pooling,
+    pooling: str | Pooling | RoutedPooling,
     *,
     token_budget: int,
     device: torch.device | str,
@@ -85,18 +88,26 @@ def read_samples(
     Yields:
         The index of a sample, its vector, float32 `[D]` on the CPU, and its keys and values, on the device; pack by pack.
     """
-    method = Pooling.parse(pooling)
+    method = pooling if isinstance(pooling, RoutedPooling) else Pooling.parse(pooling)
     for indices in _plan(samples, token_budget) if samples else ():
         # entered again for every pack: the consumer of this generator may train the model between two of them
         with evaluation_mode(reader.backbone, projection), torch.no_grad():
             pack = _number(samples, indices).to(torch.device(device))
-            hidden, caches = reader.read(pack)
+            with _listening(method, pack):
+                hidden, caches = reader.read(pack)
             vectors = _vectors(hidden, pack, method, projection, normalize)
         yield from zip(pack.pool_rows, vectors, caches, strict=True)
 
 
-def _vectors(hidden: torch.Tensor, pack: Pack, method: Pooling, projection: nn.Module | None, normalize: bool) -> torch.Tensor:
-    vectors = pool(hidden, pack.pool_spans, method)
+def _listening(method: Pooling | RoutedPooling, pack: Pack) -> AbstractContextManager[None]:
+    return nullcontext() if isinstance(method, Pooling) else method.listening(pack)
+
+
+def _vectors(
+    hidden: torch.Tensor, pack: Pack, method: Pooling | RoutedPooling, projection: nn.Module | None, normalize: bool
+) -> torch.Tensor:
+    spans = pack.pool_spans
+    vectors = pool(hidden, spans, method) if isinstance(method, Pooling) else method(hidden, spans)
     if projection is not None:
         vectors = projection(vectors)
     if normalize:

@@ -122,6 +122,10 @@ class Standardizer(nn.Module):
         """D."""
         return len(self.scale)
 
+    def part(self, start: int, stop: int) -> Standardizer:
+        """The standardizer of some neighboring dimensions."""
+        return Standardizer(self.scale[start:stop], self.shift[start:stop])
+
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         """Standardize `[N, D]`, in float32 (float64 for float64) with autocast off."""
         with torch.autocast(vectors.device.type, enabled=False):

@@ -86,6 +86,8 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": _COMMON,
     "qwen3": _COMMON | {"head_dim": 16},
     "qwen3_moe": _COMMON | _EXPERTS | {"head_dim": 16, "decoder_sparse_step": 1},
+    "qwen2_moe": _COMMON | _EXPERTS | {"shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    "granitemoe": _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma2": _COMMON | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
     "gemma3_text": _COMMON | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
     "phi3": _COMMON | {"sliding_window": None},

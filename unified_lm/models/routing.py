@@ -1,0 +1,240 @@
+"""What the routers of a mixture of experts do with a text: logits, probabilities and choices, layer by layer.
+
+Every family of transformers names its router module (`_can_record_outputs`), whose output holds the raw logits and the chosen
+experts. A hook on each of them reads the pooled tokens of a pack and keeps nothing else, so that routing beside the states of
+one forward costs little. What "probability" means is found out by asking the model (`find_gate`): the weights of chosen
+experts follow the softmax over all experts, or each expert's own sigmoid.
+
+Legend: `batch/__init__.py`; E experts of a layer, P pooled vectors of a pack, R rows that are traced.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from unified_lm.batch import Pack
+from unified_lm.core.errors import ModelError
+from unified_lm.models.backbone import Backbone
+from unified_lm.models.modes import evaluation_mode
+from unified_lm.models.rotation import probe_pack
+
+_MISFIT = 0.3
+_CLEARLY = 0.1
+"""Relative to how much weights differ: the largest misfit of the right gate, and by how much the other one has to fit worse."""
+
+
+class Gate(Enum):
+    """What becomes of the logits of a router.
+
+    Attributes:
+        SOFTMAX: over all experts of the layer; probabilities sum to one. Models that take the softmax over the chosen ones only
+            (Mixtral, gpt-oss, Granite) have the same ratios.
+        SIGMOID: each expert's own (DeepSeek-V3, GLM-4, Llama 4); each between 0 and 1, of any sum. A bias that balances choices
+            is not part of it, as in the models themselves.
+    """
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Probabilities `[..., E]` of raw logits, in float32 (float64 stays)."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.softmax(-1) if self is Gate.SOFTMAX else logits.sigmoid()
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRouting:
+    """One router's logits and choices.
+
+    Attributes:
+        layer: name of the module.
+        logits: `[R, E]`, raw.
+        selected: bool `[R, E]`, the experts that a token went to.
+        gate: what turns logits into probabilities.
+    """
+
+    layer: str
+    logits: torch.Tensor
+    selected: torch.Tensor
+    gate: Gate
+
+    @cached_property
+    def probabilities(self) -> torch.Tensor:
+        """float32 `[R, E]`; before groups of experts are excluded, and before the chosen ones are scaled to a sum of one."""
+        return self.gate(self.logits)
+
+
+class Routers:
+    """The routers of a model.
+
+    Args:
+        backbone: the model, on its device.
+
+    Attributes:
+        names: of the router modules, in the order of the layers.
+        sizes: experts of each.
+        gate: see `Gate`.
+
+    Raises:
+        ModelError: the model is dense, runs padded, or has routers whose output is not understood.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._family = str(backbone.causal_lm.config.get_text_config(decoder=True).model_type)
+        self._places = _find(backbone.causal_lm.get_decoder(), self._family)
+        self.names = tuple(name for name, _, _ in self._places)
+        outputs = self._probe()
+        self.sizes = tuple(_read(output, index, self._family)[0].shape[-1] for output, index in outputs)
+        source = inspect.getsource(type(self._places[0][1]))
+        self.gate = find_gate([_read(output, index, self._family) for output, index in outputs], source, self._family)
+
+    @property
+    def num_features(self) -> int:
+        """Experts of all layers together: the dimensions of a routing vector."""
+        return sum(self.sizes)
+
+    def trace(self, pack: Pack, rows: torch.Tensor) -> tuple[torch.Tensor, tuple[LayerRouting, ...]]:
+        """Run a pack, and read what every router does with some tokens.
+
+        Args:
+            pack: on the model's device.
+            rows: int64 `[R]`, tokens of the pack.
+
+        Returns:
+            The hidden states `[T, D]`, and the routing of each layer.
+        """
+        found: dict[int, LayerRouting] = {}
+
+        def read(number: int, logits: torch.Tensor, chosen: torch.Tensor) -> None:
+            selected = torch.zeros(len(rows), logits.shape[-1], dtype=torch.bool, device=logits.device)
+            selected.scatter_(1, chosen.index_select(0, rows), True)
+            found[number] = LayerRouting(self.names[number], logits.index_select(0, rows), selected, self.gate)
+
+        with self.reading(read):
+            hidden = self._backbone(pack)
+        return hidden, tuple(found[number] for number in range(len(self._places)))
+
+    @contextmanager
+    def reading(self, read: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+        """Context in which every forward hands over what its routers do.
+
+        Args:
+            read: called with the number of a layer among those with experts, its logits `[T, E]` and the experts that each
+                token went to, int64 `[T, k]`.
+        """
+        hooks = []
+
+        def hook(number: int, index: int) -> Callable[..., None]:
+            return lambda module, inputs, output: read(number, *_read(output, index, self._family)[:2])
+
+        try:
+            for number, (_, module, index) in enumerate(self._places):
+                hooks.append(module.register_forward_hook(hook(number, index)))
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def _probe(self) -> list[tuple[Any, int]]:
+        """The output of every router on a short sample, and where its logits are."""
+        seen: dict[int, Any] = {}
+        hooks = [
+            module.register_forward_hook(lambda module, inputs, output, number=number: seen.__setitem__(number, output))
+            for number, (_, module, _) in enumerate(self._places)
+        ]
+        try:
+            with evaluation_mode(self._backbone), torch.no_grad():
+                self._backbone(probe_pack(self._backbone))
+        finally:
+            for handle in hooks:
+                handle.remove()
+        return [(seen[number], index) for number, (_, _, index) in enumerate(self._places)]
+
+
+def find_gate(outputs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], source: str = "", family: str = "") -> Gate:
+    """The gate whose probabilities explain how a model weighs the experts that it chose.
+
+    Weights may be scaled, by one factor for all tokens or to a sum of one for each: so ratios within a token are compared, or,
+    with a single choice, between tokens.
+
+    Args:
+        outputs: per layer the logits `[T, E]`, the choices `[T, k]` and their weights `[T, k]`.
+        source: of the router's class, which decides where weights do not.
+        family: for the message.
+
+    Raises:
+        ModelError: no gate does.
+    """
+    misfits = dict.fromkeys(Gate, 0.0)
+    spread = 0.0
+    for logits, chosen, weights in outputs:
+        told = _centered(weights.double().clamp_min(1e-30).log())
+        spread += float(told.abs().sum())
+        for gate in Gate:
+            expected = gate(logits.double()).gather(1, chosen).clamp_min(1e-30).log()
+            misfits[gate] += float((_centered(expected) - told).abs().sum())
+    best, other = sorted(Gate, key=lambda gate: misfits[gate])
+    if misfits[best] > _MISFIT * spread + 1e-9:
+        raise ModelError(
+            f"family '{family}' weighs its experts neither by a softmax nor by sigmoids of its router's logits, so there are "
+            "no routing probabilities of it. Choose another model."
+        )
+    if spread and misfits[other] - misfits[best] > _CLEARLY * spread:
+        return best
+    # Routers that are still zero, or choose one expert with weight 1, tell nothing.
+    return Gate.SIGMOID if "sigmoid" in source else Gate.SOFTMAX
+
+
+def _centered(logs: torch.Tensor) -> torch.Tensor:
+    """Without what all choices of a token, or all tokens with one choice, have in common."""
+    return logs - logs.mean(dim=1 if logs.shape[1] > 1 else 0, keepdim=True)
+
+
+def _find(decoder: nn.Module, family: str) -> list[tuple[str, nn.Module, int]]:
+    """Name, module, and place of the logits in the output, of every router, in the order of the layers."""
+    known = getattr(decoder, "_can_record_outputs", None) or {}
+    recorders = known.get("router_logits", ())
+    places: list[tuple[str, nn.Module, int]] = []
+    for recorder in recorders if isinstance(recorders, (list, tuple)) else [recorders]:
+        target: Any = getattr(recorder, "target_class", recorder)
+        part = getattr(recorder, "layer_name", None)
+        for name, module in decoder.named_modules():
+            is_router: bool = isinstance(target, type) and isinstance(module, target)
+            if is_router and str(part or "") in name:
+                places.append((name, module, int(getattr(recorder, "index", 0))))
+    if not places:
+        raise ModelError(
+            f"family '{family}' has no router: it is dense, or transformers does not name its router. Routing is read from "
+            "mixtures of experts, such as mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss, granitemoe."
+        )
+    order = {name: number for number, (name, _) in enumerate(decoder.named_modules())}
+    return sorted(places, key=lambda place: order[place[0]])
+
+
+def _read(output: Any, index: int, family: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits `[T, E]`, choices int64 `[T, k]` and weights `[T, k]` of a router's output."""
+    parts = [part for part in output if isinstance(part, torch.Tensor)] if isinstance(output, tuple) else []
+    if len(parts) == len(output if isinstance(output, tuple) else ()) and index < len(parts):
+        logits = parts[index].flatten(0, -2)
+        others = [part.flatten(0, -2) for number, part in enumerate(parts) if number != index]
+        integers = [part for part in others if not part.is_floating_point()]
+        weights = [part for part in others if part.is_floating_point()]
+        if len(weights) == 1 and len(integers) == 1:
+            return logits, integers[0].long(), weights[0]
+        if len(weights) == 1 and not integers and weights[0].shape == logits.shape:  # Llama 4: a weight for every expert
+            chosen = weights[0].topk(int((weights[0] != 0).sum(-1).max()), dim=-1)
+            return logits, chosen.indices, chosen.values
+    raise ModelError(
+        f"the router of family '{family}' returns {type(output).__name__} of {len(parts)} tensors, where logits, weights and "
+        "chosen experts are expected: its routing cannot be read with this version of transformers."
+    )
