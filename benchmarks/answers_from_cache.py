@@ -7,7 +7,7 @@ index holds `--documents` of the long kind, so that each run reads another one. 
 "reader" is the time to the first token without the search, whose embedding of a long question no cache can save.
 
 Usage: python benchmarks/answers_from_cache.py [--model MODEL] [--lengths 250 1000 4000] [--repeats 3] [--form bfloat16]
-       [--sweeps "long document" ...] [--out numbers.json] [--plot plot.png]
+       [--sweeps "long document" ...] [--out numbers.json] [--plot plot.svg [--drawn-from numbers.json ...]]
 """
 
 from __future__ import annotations
@@ -130,8 +130,12 @@ def plot(rows: list[dict], out: Path) -> None:
             axis.plot([x for x, _, _ in line], [y for _, y, _ in line], marker="o", label=mode)
         axis.plot([x for x, _, _ in line], [y for _, _, y in line], marker="o", color="black", label=PLAIN)
         axis.set(title=name, xlabel="tokens", ylabel="seconds to the first token", xscale="log", yscale="log")
+        axis.set_xticks([x for x, _, _ in line], [f"{x:,}" for x, _, _ in line])
+        axis.xaxis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.legend(fontsize=7)
-    figure.savefig(out, dpi=150)
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "unified_lm"}):
+        figure.savefig(out, dpi=150, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
 def main() -> None:
@@ -144,7 +148,11 @@ def main() -> None:
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="which sweeps")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file for the numbers")
     parser.add_argument("--plot", type=Path, default=None, help="a picture of the time to the first token by length")
+    parser.add_argument("--drawn-from", type=Path, nargs="+", default=None, help="draw earlier numbers, measure nothing")
     options = parser.parse_args()
+    if options.drawn_from is not None:
+        plot([row for path in options.drawn_from for row in json.loads(path.read_text())], options.plot)
+        return
     folder = embedded_directory(SMOLLM2_135M) if options.model is None else Path(options.model)
     model = UnifiedLM.from_pretrained(folder, template=None if options.model else "grit", device="cpu")
     columns = (

@@ -35,6 +35,17 @@ def test_folders_to_a_table_and_again(folder: Path, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().err.count("finished before") == 2
 
 
+def test_routing_is_measured_and_its_results_kept_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_export(tmp_path / "moe" / "export", "olmoe")
+    task_folders.sts(tmp_path / "tasks")
+    arguments = ["mteb", str(folder), "--tasks", str(tmp_path / "tasks"), "--device", "cpu"]
+    shown = []
+    for more in ([], ["--method", "rw"], ["--method", "moee_sum", "--alpha", "0.5"], ["--method", "moee_sum"]):
+        evaluate([*arguments, *more])
+        shown.append(capsys.readouterr().out.splitlines()[-1])
+    assert len(set(shown)) == 4, "a folder of results for each way of embedding"
+
+
 def test_prompts_are_written_for_plain_mteb(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.json"
     evaluate(["mteb", str(folder), "--tasks", "llm2vec15", "--instructions", "e5", "--prompts", str(path), "--device", "cpu"])

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.cli.arguments import Command, add_device_options, command_parser, positive, run_group
+from unified_lm.cli.arguments import Command, add_device_options, command_parser, from_zero, positive, run_group
+from unified_lm.config.streams import EMBEDDING_METHODS
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.core.outputs import check_file, write_json_file
 from unified_lm.core.user_files import user_path
@@ -34,7 +35,7 @@ COMMANDS: Mapping[str, Command] = {
     "lm": Command("tasks of lm-eval", "unified_lm.cli.evaluate_generation:evaluate_lm"),
 }
 """Name -> evaluation."""
-_SETTINGS = ("template", "pooling", "attention", "max_tokens", "dtype")
+_SETTINGS = ("template", "pooling", "attention", "method", "alpha", "max_tokens", "dtype")
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -71,6 +72,8 @@ def evaluate_mteb(argv: Sequence[str]) -> None:
         template=options.template,
         pooling=options.pooling,
         attention=options.attention,
+        method=options.method,
+        alpha=options.alpha,
         check_weights=True,
     )
     instructions = instructions_of(options.instructions, model.manifest.instructions if model.manifest else {})
@@ -155,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--template", default=None, help="prompt template; needed for a model that is not an export")
     add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
     add("--attention", default=None, help="bidirectional or causal, in place of the export's")
+    add("--method", choices=EMBEDDING_METHODS, default=None, help="hidden states, routing or both, in place of the export's")
+    add("--alpha", type=from_zero, default=None, help="weight of the routing in method moee_sum, in place of the export's")
     return parser
 
 

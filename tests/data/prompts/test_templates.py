@@ -261,7 +261,7 @@ CUSTOM = Template(name="custom", instruction_prompt="{instruction}\n")
 
 def test_every_prompt_ends_in_an_ordinary_token():
     for template in TEMPLATES.values():
-        if template.echoes or template.joined:
+        if template.surrounds or template.joined:
             continue  # no stock tool reads it; a token may cross the border
         for instruction in ("", "x"):
             prompt = template.body(instruction)
@@ -300,7 +300,7 @@ def test_the_embedded_models_own_tokenizer():
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     for name, template in TEMPLATES.items():
         encoder = PromptEncoder(template, tokenizer)
-        if template.echoes:
+        if template.surrounds:
             continue  # no stock tool reads it
         prompt = template.embedding_prompt(tokenizer, "Find it")
         for text, encoded in zip(TEXTS, encoder.embed([(t, "Find it") for t in TEXTS], 512), strict=True):

@@ -24,9 +24,9 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from unified_lm.core.errors import ConfigError, DataError
-from unified_lm.data.prompts.echo import EchoPrompt, encode_echo
 from unified_lm.data.prompts.encoded import Encoded, Fragment, Rejection, assemble, truncate_chat
 from unified_lm.data.prompts.plain_tokenizers import plain_tokenizers
+from unified_lm.data.prompts.surrounded import SurroundedPrompt, encode_surrounded
 from unified_lm.data.prompts.templates import Template, added_ids, special_tokens
 
 __all__ = ["Encoded", "PromptEncoder", "Rejection"]
@@ -84,8 +84,8 @@ class PromptEncoder:
         Raises:
             DataError: an instruction leaves no room for any text.
         """
-        if self.template.echoes:
-            return [self._embed_echo(text.strip(), instruction.strip(), limit) for text, instruction in texts]
+        if self.template.surrounds:
+            return [self._embed_surrounded(text.strip(), instruction.strip(), limit) for text, instruction in texts]
         prompts = [self._prompt(instruction.strip()) for _, instruction in texts]
         for (_, instruction), prompt in zip(texts, prompts, strict=True):
             if len(prompt.ids) + len(self._trailing) >= limit:
@@ -186,20 +186,23 @@ class PromptEncoder:
         tail_ids = self._encode([tail], [after_special])[0].ids if tail else []
         return _Prompt(tuple(head), tail, tuple(tail_ids), after_special, self._pool_start(head + tail_ids, bos + body))
 
-    def _embed_echo(self, text: str, instruction: str, limit: int) -> Encoded | Rejection:
+    def _embed_surrounded(self, text: str, instruction: str, limit: int) -> Encoded | Rejection:
         if not text:
             return Rejection.EMPTY
+        text = self.template.cleaned(text)
         around = len(self._leading) + len(self._trailing)
-        tokens = encode_echo(self._echo_prompt(instruction), text, limit - around, lambda s: self._encode(s, [False] * len(s)))
+        prompt = self._surrounded(instruction)
+        tokens = encode_surrounded(prompt, text, limit - around, lambda s: self._encode(s, [False] * len(s)))
         if tokens.start is None:
             return Rejection.STRADDLES
         ids = np.asarray([*self._leading, *tokens.ids, *self._trailing], dtype=np.int32)
         first = len(self._leading)
         return Encoded(ids, ((first + tokens.start, first + len(tokens.ids)),), tokens.truncated)
 
-    def _echo_prompt(self, instruction: str) -> EchoPrompt:
+    def _surrounded(self, instruction: str) -> SurroundedPrompt:
         template = self.template
-        return EchoPrompt(template.body(instruction), template.instruction_echo if instruction else template.bare_echo)
+        after = template.suffix or (template.instruction_echo if instruction else template.bare_echo)
+        return SurroundedPrompt(template.body(instruction), after, repeats=not template.suffix)
 
     def _pool_start(self, prompt_ids: list[int], prompt: str) -> int:
         """Number of tokens that sentence-transformers excludes from pooling (its `_get_prompt_length`)."""
@@ -313,8 +316,8 @@ class PromptEncoder:
 
     def _whole(self, text: str, instruction: str) -> str:
         """The complete string that is tokenized to embed a text."""
-        if self.template.echoes:
-            return self._echo_prompt(instruction).string(text)
+        if self.template.surrounds:
+            return self._surrounded(instruction).string(self.template.cleaned(text))
         return self.template.embedding_prompt(self.tokenizer, instruction) + text
 
     def _compare(self, string: str, ours: Encoded | Rejection, stock: list[int]) -> None:

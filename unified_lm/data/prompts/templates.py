@@ -43,8 +43,12 @@ class Template:
         separator: text between two turns.
         literal_bos: whether to write out the BOS token for a tokenizer that has one without adding it. For a tokenizer that
             adds it (Llama, Mistral) it is always present.
-        bare_echo: text between the two copies of an embedded text without an instruction (`data.prompts.echo`).
+        bare_echo: text between the two copies of an embedded text without an instruction (`data.prompts.surrounded`).
         instruction_echo: the same for a text with one.
+        suffix: text after every embedded text, which is pooled with it: its last token is what `last_token` takes. A text that
+            is too long is cut before it.
+        quoted: whether the text stands in double quotes: it is ended with a full stop if it ends with no mark, its own double
+            quotes become single ones, and underscores spaces, as MOEE's published prompts have it.
         embedding_end: special token that ends every embedded text, also a truncated one, and is pooled; "{eos}" stands for the
             tokenizer's EOS token. It is for tokenizers that add no end: where one adds its own, that one stays the only one.
         joined: whether one token may hold the last characters of the prompt and the first of the text; else such texts are
@@ -62,6 +66,8 @@ class Template:
     literal_bos: bool = False
     bare_echo: str = ""
     instruction_echo: str = ""
+    suffix: str = ""
+    quoted: bool = False
     embedding_end: str = ""
     joined: bool = False
     pools_prompt: bool = False
@@ -74,9 +80,15 @@ class Template:
         return f"{type(self).__qualname__}({', '.join(said)})"
 
     @property
-    def echoes(self) -> bool:
-        """Whether the prompt contains an embedded text twice."""
-        return bool(self.bare_echo or self.instruction_echo)
+    def surrounds(self) -> bool:
+        """Whether the prompt goes on after an embedded text."""
+        return bool(self.suffix or self.bare_echo or self.instruction_echo)
+
+    def cleaned(self, text: str) -> str:
+        """A text, not empty, as it stands in the prompt."""
+        if not self.quoted:
+            return text
+        return (text if text[-1] in ".?!\"'" else f"{text}.").replace('"', "'").replace("_", " ")
 
     def embedding_prompt(self, tokenizer: PreTrainedTokenizerBase, instruction: str = "") -> str:
         """The string before a text to embed, in the form that sentence-transformers needs.
@@ -88,12 +100,12 @@ class Template:
             instruction: the task, "" for none. Surrounding white space is removed.
 
         Raises:
-            ConfigError: the template repeats the text, which no prefix can express.
+            ConfigError: the template goes on after the text, which no prefix can express.
         """
-        if self.echoes:
+        if self.surrounds:
             raise ConfigError(
-                f"template '{self.name}' repeats every text (echo embeddings); stock tools only put a prompt before it. "
-                "Use it with UnifiedLM, or choose another template."
+                f"template '{self.name}' goes on after every text (echo embeddings, a suffix); stock tools only put a prompt "
+                "before it. Use it with UnifiedLM, or choose another template."
             )
         bos = "" if adds_bos(tokenizer) or not self.literal_bos else tokenizer.bos_token or ""
         return bos + self.body(instruction)
@@ -165,7 +177,7 @@ class Template:
         )
 
 
-_YOUNGER_FIELDS = ("bare_echo", "instruction_echo", "embedding_end", "joined", "pools_prompt")
+_YOUNGER_FIELDS = ("bare_echo", "instruction_echo", "suffix", "quoted", "embedding_end", "joined", "pools_prompt")
 
 
 def _quote(text: str) -> str:
@@ -201,6 +213,43 @@ def template_tokens(template: Template, tokenizer: PreTrainedTokenizerBase) -> d
     return {text: index for text, index in special_tokens(tokenizer).items() if any(text in string for string in strings)}
 
 
+_QUOTED: dict[str, tuple[str, str]] = {
+    "quoted": ("", ""),
+    "prompt_eol": ("This sentence : ", ' means in one word:"'),
+    "moee_style": ("In one word, describe the style of the following sentence - ", ' :"'),
+    "moee_sentiment": (
+        "In one word, describe the sentiment of the following sentence (positive, neutral, or negative) - ",
+        " :",
+    ),
+    "moee_tone": (
+        "In one word, describe the tone of the following sentence - ",
+        " (e.g., formal, informal, humorous, serious):",
+    ),
+    "moee_intent": (
+        "In one word, describe the intent behind the following sentence (e.g., request, suggestion, command) - ",
+        " :",
+    ),
+    "moee_complexity": ("In one word, rate the complexity of the following sentence (simple, moderate, complex) - ", " :"),
+    "moee_subjectivity": ("In one word, describe whether the following sentence is subjective or objective - ", " :"),
+    "moee_language_style": (
+        "In one word, describe the language style of the following sentence (e.g., academic, conversational, literary) - ",
+        " :",
+    ),
+    "moee_grammar_structure": (
+        "In one word, describe the grammatical structure of the following sentence (simple, compound, complex) - ",
+        " :",
+    ),
+}
+"""Name -> what stands before and after a quoted text."""
+
+
+def _quoted(name: str, before: str, after: str) -> Template:
+    before, after = f'{before}"', f'"{after}'
+    return Template(
+        name=name, instruction_prompt=f"{{instruction}}\n{before}", bare_prompt=before, suffix=after, quoted=True, joined=True
+    )
+
+
 TEMPLATES: dict[str, Template] = {
     "grit": Template(
         name="grit",
@@ -233,6 +282,7 @@ TEMPLATES: dict[str, Template] = {
         bare_prompt="Rewrite the sentence: ",
         bare_echo=", rewritten sentence: ",
     ),
+    **{name: _quoted(name, before, after) for name, (before, after) in _QUOTED.items()},
     "e5_instruct": Template(
         name="e5_instruct",
         instruction_prompt="Instruct: {instruction}\nQuery: ",
@@ -259,8 +309,11 @@ TEMPLATES: dict[str, Template] = {
 - llm2vec: "instruction;" before the text. The reference trains on "{instruction}; {text}" and infers with
   "{instruction}: {text}"; here both are the same, and a newline in place of the space makes the end of the prompt a token
   boundary.
-- echo: echo embeddings (arXiv:2402.15449, `data.prompts.echo`): the paper's zero-shot prompt, and for texts with an
+- echo: echo embeddings (arXiv:2402.15449, `data.prompts.surrounded`): the paper's zero-shot prompt, and for texts with an
   instruction the form of its released models. For causal attention; no export for stock tools can express it.
+- quoted, prompt_eol, moee_style ...: the prompts of MOEE (arXiv:2410.10814), for `last_token` pooling of causal models that
+  were not trained to embed. "quoted" is what its code calls no prompt; PromptEOL is arXiv:2307.16645. An instruction is on a
+  line of its own before them; no export for stock tools can express what follows the text.
 - e5_instruct: E5-mistral-7b-instruct (arXiv:2401.00368), GTE-Qwen2-instruct, and what follows them (SFR, Linq): documents
   are bare, every text ends with the end of text, the last token is pooled (`model.pooling=last_token`).
 - qwen3_embedding: Qwen3-Embedding (arXiv:2506.05176), the same without the space, and "<|endoftext|>" at the end whatever the
