@@ -77,6 +77,7 @@ WHOLE: Mapping[str, Command] = {
     "export": lambda p, t: ["export", str(p.root / "missing"), "--out", str(t)],
     "export, engine": lambda p, t: ["export", str(p.model), "--for", "tei", "--out", str(t)],
     "export --adapter": lambda p, t: ["export", str(p.root / "missing"), "--adapter", "--out", str(t)],
+    "upcycle": lambda p, t: ["upcycle", str(p.root / "missing"), "--out", str(t)],
     "standardize": lambda p, t: ["standardize", str(p.root / "missing"), "--corpus", str(p.texts), "--out", str(t)],
     "train": lambda p, t: _training(p, t.parent, "export.enabled=true"),
     "report": lambda p, t: ["report", str(p.run), "--out", str(t)],

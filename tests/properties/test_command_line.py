@@ -143,6 +143,10 @@ FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "search": ("<export|M> <W> <texts.txt|P>", ("--device <D>", "--dtype <T>", "-k <N>", "--instruction <W>")),
     "generate": ("<export|M> <W> --max-new-tokens 2", ("--device <D>", "--dtype <T>", "--temperature <N>")),
     "standardize": ("<export|M> --corpus <texts.txt|P> --out <new|O>", ("--num-texts <N>", "--device <D>", "--dtype <T>")),
+    "upcycle": (
+        "<export|M> --out <new|O> --experts 2",
+        ("--experts <N>", "--top-k <N>", "--parts <N>", "--drop <N>", "--noise <N>"),
+    ),
     "export": ("<run|R>", ("--out <O>", "--step <N>", "--for <vllm-embed|W>", "--for tei", "--pool-prompt")),
     "plot": ("<run|R>", ("--out <O>", "<sweep|R>")),
     "compare": ("<run|R>", ("--out <O>", "<sweep|R>", "--reference <W>")),

@@ -51,6 +51,10 @@ COMMANDS: Mapping[str, Command] = {
         "write a copy of an export whose vectors are standardized: EXPORT --corpus FILE|pydocs --out DIR",
         "unified_lm.cli.analyze:standardize",
     ),
+    "upcycle": Command(
+        "make a sparse mixture of experts of a dense model: MODEL --out DIR [--experts 8 --drop 0.5]",
+        "unified_lm.cli.upcycle:upcycle",
+    ),
     "plot": Command(
         "draw loss, learning rate, speed and validation of runs as PNG and HTML: RUN... [--out DIR]", "unified_lm.cli.plot:plot"
     ),
