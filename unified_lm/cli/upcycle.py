@@ -23,7 +23,7 @@ def upcycle(argv: Sequence[str]) -> None:
     parser = command_parser(
         "upcycle",
         "make a sparse mixture of experts of a dense model: every expert a copy of its feed-forward network",
-        "smollm2-135m --experts 8 --drop 0.5 --out runs/smollm2-8x",
+        "smollm2-135m --experts 8 --noise 0.1 --out runs/smollm2-8x",
         "then train it: unified-lm train recipe=grit_smollm2 model.source=hub model.name=DIR model.family=FAMILY",
     )
     add = parser.add_argument
@@ -44,6 +44,8 @@ def upcycle(argv: Sequence[str]) -> None:
 
     names = ("experts", "top_k", "parts", "noise", "drop", "seed")
     settings = UpcycleSettings(**{name: getattr(options, name) for name in names})
+    if problems := list(settings.problems()):
+        raise ConfigError(problems)
     found = find_model(options.model)
     if found.folder.resolve() in (options.out.resolve(), *options.out.resolve().parents):
         raise ConfigError(f"--out {options.out} lies in the model itself; name another folder.")

@@ -7,7 +7,8 @@ same have nothing to choose between, which training alone changes slowly. Two re
 
 - noise: normal, of so much of each matrix's standard deviation, another one for each expert;
 - drop: a share of each expert's hidden channels is drawn anew, from a normal of the same mean and deviation as what it replaces
-  (Drop-Upcycling, Nakamura et al. 2025, arXiv:2502.19261, best at one half).
+  (Drop-Upcycling, Nakamura et al. 2025, arXiv:2502.19261, best at one half, after long training: at first such a model has
+  forgotten nearly everything, docs/moee.md).
 """
 
 from __future__ import annotations
