@@ -86,7 +86,7 @@ def test_one_batch_has_transformers_loss_of_the_streams_tokens():
     assert losses.by_stream == plain.by_stream
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe"])
 def test_the_split_into_packs_changes_nothing(family):
     trainable = make_trainable(family)
     samples, counts = make_samples()
@@ -95,8 +95,9 @@ def test_the_split_into_packs_changes_nothing(family):
     assert distance(without, whole[1]) > 1e-4, "the term has a gradient"
     for budget in (30, 60, 120):
         losses, gradients = run(trainable, make_batch(samples, budget, counts))
+        rel = 1e-6 if family == "granitemoe" else 1e-9  # its router gives float32 logits whatever the weights are
         assert losses.metrics["generation/router_balance"] == pytest.approx(
-            whole[0].metrics["generation/router_balance"], rel=1e-9
+            whole[0].metrics["generation/router_balance"], rel=rel
         )
         assert losses.total == pytest.approx(whole[0].total, rel=1e-6)
         assert distance(gradients, whole[1]) < 1e-6
