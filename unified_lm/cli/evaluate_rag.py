@@ -23,7 +23,6 @@ from unified_lm.data.rows.records import GroundedRecord, RecordKind
 from unified_lm.data.sources import open_source
 from unified_lm.evaluation.generation.grounded import ModeScores, as_dict, corpus, loss_beside, measure_mode, retrieve
 from unified_lm.evaluation.result_table import FOLDER
-from unified_lm.retrieval.answering import Rerank
 from unified_lm.retrieval.documents import Passage
 from unified_lm.retrieval.index import Index
 from unified_lm.retrieval.rerank import METHODS, Reranker
@@ -52,7 +51,7 @@ def evaluate_rag(argv: Sequence[str]) -> None:
     table_file = model_ref.beside / FOLDER / "rag.json"
     check_files([out, *([table_file] if model_ref.in_run else [])])
     with _index(options, model_ref, rows, console) as index:
-        passages, recall, reranked, in_order = _passages(index, rows, options, console)
+        passages, recall, reranked = _passages(index, rows, options, console)
         given = [found[: options.k] for found in passages]
         scores = []
         for mode in options.modes:
@@ -68,8 +67,7 @@ def evaluate_rag(argv: Sequence[str]) -> None:
                         num_generated=options.generate,
                         max_new_tokens=options.max_new_tokens,
                         recompute=options.recompute,
-                        rerank=in_order,
-                        candidates=max(options.k, options.depth),
+                        reranked=options.rerank is not None,
                         progress=advance,
                     )
                 scores.append(measured)
@@ -152,16 +150,15 @@ def _index(options: argparse.Namespace, model_ref: EvaluatedModel, rows: list[Gr
 
 def _passages(
     index: Index, rows: list[GroundedRecord], options: argparse.Namespace, console: Console
-) -> tuple[list[list[Passage]], dict[int, float], dict[int, float], Rerank | None]:
-    """The passages of every question, recall before and after reranking, and what gives answers the same order."""
+) -> tuple[list[list[Passage]], dict[int, float], dict[int, float]]:
+    """The passages of every question, and recall before and after reranking (empty without)."""
     depth = max(options.k, options.depth)
     passages, recall = retrieve(index, rows, depth)
     if options.rerank is None:
-        return passages, recall, {}, None
+        return passages, recall, {}
     with progress_bar(f"reranking {depth} passages", len(rows), console) as advance:
         passages, reranked = retrieve(index, rows, depth, Reranker(index.model, options.rerank), advance)
-    known = {row.pair.query.text: found for row, found in zip(rows, passages, strict=True)}
-    return passages, recall, reranked, lambda question, found: known[question]
+    return passages, recall, reranked
 
 
 def _table(scores: Sequence[ModeScores], title: str) -> Table:

@@ -94,9 +94,9 @@ class Routers:
         self._places = _find(backbone.causal_lm.get_decoder(), self._family)
         self.names = tuple(name for name, _, _ in self._places)
         outputs = self._probe()
-        self.sizes = tuple(_read(output, index, self._family)[0].shape[-1] for output, index in outputs)
+        self.sizes = tuple(logits.shape[-1] for logits, _, _ in outputs)
         source = inspect.getsource(type(self._places[0][1]))
-        self.gate = find_gate([_read(output, index, self._family) for output, index in outputs], source, self._family)
+        self.gate = find_gate(outputs, source, self._family)
 
     @property
     def num_features(self) -> int:
@@ -132,33 +132,29 @@ class Routers:
             read: called with the number of a layer among those with experts, its logits `[T, E]` and the experts that each
                 token went to, int64 `[T, k]`.
         """
-        hooks = []
+        with self._hooked(lambda number, output: read(number, *_read(output, self._places[number][2], self._family)[:2])):
+            yield
 
-        def hook(number: int, index: int) -> Callable[..., None]:
-            return lambda module, inputs, output: read(number, *_read(output, index, self._family)[:2])
+    @contextmanager
+    def _hooked(self, take: Callable[[int, Any], None]) -> Iterator[None]:
+        """Context in which `take` gets the number and the output of every router that runs."""
 
+        def hook(number: int) -> Callable[..., None]:
+            return lambda module, inputs, output: take(number, output)
+
+        hooks = [module.register_forward_hook(hook(number)) for number, (_, module, _) in enumerate(self._places)]
         try:
-            for number, (_, module, index) in enumerate(self._places):
-                hooks.append(module.register_forward_hook(hook(number, index)))
             yield
         finally:
             for handle in hooks:
                 handle.remove()
 
-    def _probe(self) -> list[tuple[Any, int]]:
-        """The output of every router on a short sample, and where its logits are."""
+    def _probe(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Logits, choices and weights of every router on a short sample."""
         seen: dict[int, Any] = {}
-        hooks = [
-            module.register_forward_hook(lambda module, inputs, output, number=number: seen.__setitem__(number, output))
-            for number, (_, module, _) in enumerate(self._places)
-        ]
-        try:
-            with evaluation_mode(self._backbone), torch.no_grad():
-                self._backbone(probe_pack(self._backbone))
-        finally:
-            for handle in hooks:
-                handle.remove()
-        return [(seen[number], index) for number, (_, _, index) in enumerate(self._places)]
+        with evaluation_mode(self._backbone), torch.no_grad(), self._hooked(seen.__setitem__):
+            self._backbone(probe_pack(self._backbone))
+        return [_read(seen[number], index, self._family) for number, (_, _, index) in enumerate(self._places)]
 
 
 def find_gate(outputs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], source: str = "", family: str = "") -> Gate:

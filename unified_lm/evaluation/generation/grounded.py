@@ -12,6 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,8 +121,7 @@ def measure_mode(
     num_generated: int,
     max_new_tokens: int = 64,
     recompute: int = 0,
-    rerank: Rerank | None = None,
-    candidates: int = 20,
+    reranked: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ModeScores:
     """Measure one mode.
@@ -135,8 +135,7 @@ def measure_mode(
         num_generated: for how many of the first questions an answer is generated.
         max_new_tokens: limit of those answers.
         recompute: first tokens of every block but the first that are read again (`KeyValueReader.join`).
-        rerank: how `passages` were reranked, so that answers are given the same.
-        candidates: how many were reranked.
+        reranked: whether `passages` are in another order than the search's, which answers are then given, too.
         progress: called after each generated answer.
 
     Raises:
@@ -153,8 +152,7 @@ def measure_mode(
             instruction=row.pair.query.instruction or None,
             max_new_tokens=max_new_tokens,
             recompute=recompute,
-            rerank=rerank,
-            candidates=candidates,
+            rerank=partial(_as_given, found) if reranked else None,
         )
         matches.append(max(float(normalized(answer.text) == normalized(right)) for right in row.answers))
         overlaps.append(max(token_f1(answer.text, right) for right in row.answers))
@@ -176,6 +174,11 @@ def measure_mode(
         prompt_tokens=float(prompts.mean()),
         cached_tokens=float(cached.mean()),
     )
+
+
+def _as_given(found: Sequence[Passage], question: str, passages: Sequence[Passage]) -> list[Passage]:
+    """What was retrieved and reranked before, in place of what a search finds now."""
+    return list(found)
 
 
 def loss_beside(scores: ModeScores, other: ModeScores) -> Interval:
