@@ -15,6 +15,7 @@ from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.errors import CheckpointError, ConfigError
+from unified_lm.inference import UnifiedLM
 from unified_lm.models.loading import load_model
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 
@@ -85,3 +86,18 @@ def test_the_last_token_without_an_end_token_is_announced(tmp_path: Path) -> Non
         said[template] = console.file.getvalue()
     assert "streams.embedding.template=grit+eos adds the end of text" in said["grit"]
     assert "last_token" not in said["grit+eos"]
+
+
+@pytest.mark.parametrize(("vectors", "dim"), [("rw", 8), ("moee_sum", 72)])
+def test_an_export_embeds_with_the_vectors_that_were_trained(tmp_path: Path, vectors: str, dim: int) -> None:
+    objective = [f"streams.embedding.objective.vectors={vectors}", "streams.embedding.objective.alpha=0.5"]
+    kept = [argument for argument in start_from(tmp_path, "mixtral") if "matryoshka" not in argument]
+    train([*kept, *objective])
+    export = tmp_path / "run" / "export"
+    manifest = json.loads((export / "unified_lm.json").read_text())
+    assert (manifest["method"], manifest["alpha"], manifest["embedding_dim"]) == (vectors, 0.5, dim)
+    assert not (export / "modules.json").exists(), "sentence-transformers knows no routing"
+    assert "routing" in (export / "README.md").read_text()
+    model = UnifiedLM.from_pretrained(export, device="cpu")
+    assert model.encode(["a text"]).shape == (1, dim)
+    assert model.generate("Say something.", max_new_tokens=2) is not None

@@ -25,16 +25,20 @@ def test_the_recipes_are_these() -> None:
         "generative_only",
         "grit_mistral7b",
         "grit_mixtral8x7b",
+        "grit_olmoe",
         "grit_rag_mistral7b",
         "grit_rag_smollm2",
         "grit_smollm2",
         "grit_smollm2_short",
+        "grit_upcycled_smollm2",
         "kto_gritlm7b",
         "kto_smollm2",
         "llm2vec",
         "llm2vec_mntp",
         "llm2vec_simcse",
         "llm2vec_supervised",
+        *("moee_deepseek16b", "moee_olmoe", "moee_qwen15_moe"),
+        "upcycled_smollm2",
     ] == RECIPES
     assert set(LLM2VEC_MODELS) < set(group_options()["model"])
     assert all(list_recipes().values()), "every recipe has a description"

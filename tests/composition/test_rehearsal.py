@@ -12,6 +12,12 @@ FAMILY = {
     "grit_rag_smollm2": "llama",
     "grit_smollm2_short": "llama",
     "kto_smollm2": "llama",
+    "grit_upcycled_smollm2": "mixtral",
+    "upcycled_smollm2": "mixtral",
+    "grit_olmoe": "olmoe",
+    "moee_olmoe": "olmoe",
+    "moee_qwen15_moe": "qwen2_moe",
+    "moee_deepseek16b": "deepseek_v2",
 }
 
 

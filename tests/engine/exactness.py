@@ -17,6 +17,7 @@ from unified_lm.core import distributed
 from unified_lm.engine.backends.backend import Backend, make_backend
 from unified_lm.engine.coupled import CoupledTerm
 from unified_lm.engine.embedding_term import EmbeddingTerm
+from unified_lm.engine.routed_embedding import RoutedEmbeddingTerm, RoutingVectors
 from unified_lm.engine.router_balance import RouterBalance, RoutingReadout
 from unified_lm.engine.sequences import SequenceReadout, SequenceScoring
 from unified_lm.engine.step import GradCacheStep
@@ -24,6 +25,7 @@ from unified_lm.engine.training_module import PackOutput, TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.lora import apply_lora
 from unified_lm.models.pooling import Projection
+from unified_lm.models.routing import Routers
 from unified_lm.models.tiny import tiny_model
 from unified_lm.objectives import OBJECTIVES, ContrastiveConfig, KTOConfig, build_objective
 from unified_lm.objectives.load_balancing import expert_fraction
@@ -58,6 +60,7 @@ class Case:
         checkpointing: whether layers are recomputed in the backward.
         float32_routers: whether routers are float32 beside weights of `dtype`.
         own_choices: whether every rank balances by its own choices of experts, which is wrong.
+        vectors: what is compared (`models.moee`).
     """
 
     backend: str
@@ -76,6 +79,7 @@ class Case:
     checkpointing: bool = False
     float32_routers: bool = False
     own_choices: bool = False
+    vectors: str = "hs"
 
 
 def make_trainable(case: Case) -> TrainingModule:
@@ -98,7 +102,10 @@ def make_trainable(case: Case) -> TrainingModule:
         "mean",
         {"generation": build_objective(OBJECTIVES[objective]())},
         projection,
-        readouts=[RoutingReadout(["generation"], backbone.experts()[1])] if case.balance else [],
+        readouts=[
+            *([RoutingReadout(["generation"], backbone.experts()[1])] if case.balance else []),
+            *([RoutingVectors(Routers(backbone))] if case.vectors != "hs" else []),
+        ],
     )
 
 
@@ -205,7 +212,9 @@ def make_step(case: Case, backend: Backend) -> GradCacheStep:
     published = {"gradient_scale": "inverse_world_size", "reference_world_size": 4} if case.kind == "supervised" else {}
     contrastive = build_objective(ContrastiveConfig(temperature=0.1, **published))
     terms: list[CoupledTerm] = []
-    if case.kind != "mntp":
+    if case.vectors != "hs":
+        terms.append(RoutedEmbeddingTerm({"embedding": contrastive}, WEIGHTS, method=case.vectors, alpha=0.5))
+    elif case.kind != "mntp":
         terms.append(EmbeddingTerm({"embedding": contrastive}, WEIGHTS))
     retained = 1000 if case.retain_all else 1
     if case.kind == "kto":

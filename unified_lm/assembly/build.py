@@ -48,6 +48,7 @@ from unified_lm.models.modes import GatherParameters, no_gathering
 from unified_lm.models.pooling import Projection
 from unified_lm.models.positions import check_lengths
 from unified_lm.models.probe import probe_attention
+from unified_lm.models.routing import router_parameters
 from unified_lm.models.sharded import load_sharded
 from unified_lm.objectives import ObjectiveKind
 from unified_lm.objectives.trial import tried_objective
@@ -123,7 +124,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     streams = build_streams(config, loaded.tokenizer)
     require_same({**setting_facts(config), **model_facts(loaded), **stream_facts(streams, "streams")})
     objectives = _objectives(config, backbone.hidden_size, device)
-    trainable = _make_trainable(config, loaded, backbone, objectives).to(device)
+    trainable = _make_trainable(config, loaded, backbone, objectives, whole).to(device)
     backend = make_backend(trainable, config.optim, config.parallel)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
         probe_attention(backbone, longest=max(_lengths(config).values()), whole=backend.whole)
@@ -228,7 +229,9 @@ def make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) ->
     return None if wanted is None else Projection(hidden_size, wanted)
 
 
-def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, objectives: _Objectives) -> TrainingModule:
+def _make_trainable(
+    config: RunConfig, loaded: LoadedModel, backbone: Backbone, objectives: _Objectives, whole: GatherParameters
+) -> TrainingModule:
     projection = make_projection(config, loaded, backbone.hidden_size)
     return TrainingModule(
         backbone,
@@ -236,14 +239,16 @@ def _make_trainable(config: RunConfig, loaded: LoadedModel, backbone: Backbone, 
         {name: of for name, of in objectives.items() if config.streams[name].objective.kind is ObjectiveKind.TOKEN},
         projection,
         torch.bfloat16 if config.model.autocast else None,
-        _readouts(config, backbone),
+        _readouts(config, backbone, whole),
     )
 
 
-def _readouts(config: RunConfig, backbone: Backbone) -> list[Readout]:
-    """What the coupled terms take from a forward."""
+def _readouts(config: RunConfig, backbone: Backbone, whole: GatherParameters) -> list[Readout]:
+    """What the coupled terms take from a forward; while they are made, routers are whole and can be asked."""
     settings = {name: stream.objective for name, stream in config.streams.items()}
-    found = [term.readout({name: settings[name] for name in names}, backbone) for term, names in term_classes(settings).items()]
+    terms = term_classes(settings).items()
+    with whole(router_parameters(backbone.causal_lm)):
+        found = [term.readout({name: settings[name] for name in names}, backbone) for term, names in terms]
     return [readout for readout in found if readout is not None]
 
 
@@ -307,6 +312,7 @@ def _make_validator(
         _fixed_batches(config, streams, trainable),
         retrieval,
         config.packing.token_budget,
+        *config.vectors,
     )
 
 

@@ -197,6 +197,7 @@ def make_manifest(trained: Trained) -> Manifest:
     template = (_generating_stream(config) or embedding or next(iter(config.streams.values()))).template
     before, after = held_out(trained.run_dir, config.max_steps)
     kept = earlier if _only_adjusts(config) else {}  # what embeds is then trained nowhere, and stays what it was
+    method, alpha = config.vectors
     return Manifest(
         recipe=config.recipe,
         base_model=earlier.get("base_model") or provenance["name"],
@@ -207,6 +208,8 @@ def make_manifest(trained: Trained) -> Manifest:
         modes=config.export.modes or tuple(mode for mode in MODES if mode in (*kept.get("modes", ()), *_modes(config))),
         pooling=kept.get("pooling", config.model.pooling),
         normalize=kept.get("normalize", config.model.normalize),
+        method=kept.get("method", method),
+        alpha=kept.get("alpha", alpha),
         instructions=kept.get("instructions") or _instructions(embedding),
         max_tokens=kept.get("max_tokens", _max_tokens(config)),
         dtype=config.export.dtype,

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from unified_lm.cli.arguments import command_parser, device, from_zero, positive
-from unified_lm.config.streams import EMBEDDING_METHODS
+from unified_lm.config.objectives import EMBEDDING_METHODS
 from unified_lm.core.errors import ConfigError, UserError, did_you_mean
 from unified_lm.core.outputs import check_folder
 from unified_lm.core.user_files import user_path
 
-ALL = "all"
+GROUPED = {"all": "what any model has: the first six", "moee": "what a mixture of experts has: the last four"}
+"""Summaries of `evaluation.analyses.GROUPS`, which is imported only when it is used."""
 
 
 def analyze(argv: Sequence[str]) -> None:
@@ -25,14 +26,14 @@ def analyze(argv: Sequence[str]) -> None:
     Raises:
         UserError: a mistake in the arguments, the files or the models.
     """
-    from unified_lm.evaluation.analyses import ANALYSES, AnalysisSettings
+    from unified_lm.evaluation.analyses import ANALYSES, GROUPS, AnalysisSettings
     from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
     from unified_lm.evaluation.analyses.runner import run_analyses
 
     names = {name: analysis.summary for name, analysis in ANALYSES.items()}
     options = _analyze_parser(names).parse_args(list(argv))
-    if options.name not in (*names, ALL):
-        raise UserError(f"unknown analysis '{options.name}'.{did_you_mean(options.name, (*names, ALL))}")
+    if options.name not in (*names, *GROUPS):
+        raise UserError(f"unknown analysis '{options.name}'.{did_you_mean(options.name, (*names, *GROUPS))}")
     defaults = AnalysisSettings()
     settings = AnalysisSettings(
         texts=options.texts,
@@ -45,6 +46,9 @@ def analyze(argv: Sequence[str]) -> None:
         retrieval=None if options.retrieval == "none" else options.retrieval,
         corpora=_corpora(options.corpus) or defaults.corpora,
         corpus_texts=options.corpus_texts,
+        labels=options.labels,
+        num_labeled=options.num_labeled,
+        clusters=options.clusters,
     )
     arms = parse_arms(
         options.models,
@@ -58,7 +62,7 @@ def analyze(argv: Sequence[str]) -> None:
     )
     console = Console(stderr=True)
     outcomes = run_analyses(
-        list(ANALYSES.values()) if options.name == ALL else [ANALYSES[options.name]],
+        [ANALYSES[name] for name in GROUPS.get(options.name, (options.name,))],
         arms,
         settings,
         options.out,
@@ -131,14 +135,14 @@ def _corpora(given: Sequence[str]) -> dict[str, str]:
 
 
 def _analyze_parser(names: dict[str, str]) -> argparse.ArgumentParser:
-    listed = "".join(f"\n  {name:<12} {summary}" for name, summary in {**names, ALL: "all of these"}.items())
+    listed = "".join(f"\n  {name:<15} {summary}" for name, summary in {**names, **GROUPED}.items())
     parser = command_parser(
         "analyze",
         f"numbers and a figure for each analysis; several models share one figure:{listed}",
         "anisotropy uni=embedded@causal bi=embedded@bidirectional tuned=runs/grit --out analysis",
     )
     add = parser.add_argument
-    add("name", metavar="NAME", help=f"{', '.join(names)}, or {ALL}")
+    add("name", metavar="NAME", help=f"{', '.join((*names, *GROUPED))}")
     model_help = "[LABEL=]MODEL[@causal|@bidirectional]: export, run, folder or Hub name of a causal model, or 'embedded'"
     add("models", nargs="+", metavar="MODEL", help=model_help)
     add("--out", type=Path, default=Path("analysis"), help="folder for NAME.json and NAME.png (analysis)")
@@ -148,14 +152,20 @@ def _analyze_parser(names: dict[str, str]) -> argparse.ArgumentParser:
         default="pydocs",
         help="texts to analyze: pydocs (default), a file or folder of texts, or an offline STS task",
     )
-    add("--num-texts", type=positive, default=1000, help="texts of anisotropy (1000)")
+    add("--num-texts", type=positive, default=1000, help="texts of anisotropy and complementarity (1000)")
     add("--num-windows", type=positive, default=32, help="texts of layers and norms (32)")
     add("--positions", type=positive, default=64, help="tokens of each of those (64)")
     add("--triples", type=Path, default=None, help="prefixes with continuations for future, instead of the package's own")
-    add("--sts", default=None, help="offline STS task or file (sentence1, sentence2, score), for uniformity and standardize")
+    sts_help = "offline STS task or file (sentence1, sentence2, score), for uniformity, standardize and mixtures of experts"
+    add("--sts", default=None, help=sts_help)
     add("--num-pairs", type=positive, default=500, help="sentence pairs and retrieval rows, at most (500)")
-    add("--retrieval", default="pydocs", help="retrieval pairs for standardize: pydocs (default), a file or folder, or none")
-    corpus_help = "reference corpus for standardize, as --texts; may be given several times (pydocs)"
+    retrieval_help = "retrieval pairs for standardize and mixtures of experts: pydocs (default), a file or folder, or none"
+    add("--retrieval", default="pydocs", help=retrieval_help)
+    labels_help = "labeled texts for methods: a file (text, label), or an offline task of classification or clustering"
+    add("--labels", default=None, help=labels_help)
+    add("--num-labeled", type=positive, default=1000, help="labeled texts, at most (1000)")
+    add("--clusters", type=positive, default=20, help="clusters of complementarity (20)")
+    corpus_help = "reference corpus, as --texts; several times for standardize, the others take the first (pydocs)"
     add("--corpus", action="append", default=[], metavar="[LABEL=]CORPUS", help=corpus_help)
     add("--corpus-texts", type=positive, default=1000, help="texts of each corpus, at most (1000)")
     _add_model_options(parser)

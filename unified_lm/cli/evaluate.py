@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unified_lm.cli.arguments import Command, add_device_options, command_parser, from_zero, positive, run_group
-from unified_lm.config.streams import EMBEDDING_METHODS
+from unified_lm.config.objectives import EMBEDDING_METHODS
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.core.outputs import check_file, write_json_file
 from unified_lm.core.user_files import user_path

@@ -12,6 +12,8 @@ from unified_lm.config.checks import at_least, choice
 from unified_lm.config.parts import PartConfig, RehearsalSizes, RunFacts
 
 NORMALIZATIONS = ("token", "sample", "mixed", "sum_per_sample")
+EMBEDDING_METHODS = ("hs", "rw", "moee_concat", "moee_sum")
+"""What a vector is made of: hidden states, routing, both (`models.moee`)."""
 
 
 class ObjectiveKind(Enum):
@@ -223,10 +225,18 @@ class EmbeddingObjectiveConfig(ObjectiveConfig):
     leaves_out_missing: ClassVar[bool] = False
     """Whether places of a group without a text (`MISSING` among the text ids) are in no sum: rows may lack hard negatives."""
 
+    vectors: str = "hs"
+    """What is compared: hidden states ("hs"), or, of a mixture of experts, its routing ("rw") or both ("moee_concat",
+    "moee_sum"). The export embeds so."""
+    alpha: float = 1.0
+    """Weight of the routing in "moee_sum"."""
+
     @property
     def coupled(self) -> tuple[str, ...]:
         """See `ObjectiveConfig.coupled`."""
-        return ("unified_lm.engine.embedding_term.EmbeddingTerm",)
+        if self.vectors == "hs":
+            return ("unified_lm.engine.embedding_term.EmbeddingTerm",)
+        return ("unified_lm.engine.routed_embedding.RoutedEmbeddingTerm",)
 
     def batch_bytes(self, num_groups: int, group_size: int, dim: int) -> int:
         """See `ObjectiveConfig.batch_bytes`: float32 vectors and a matrix of scores, each with its gradient."""
@@ -239,6 +249,18 @@ class EmbeddingObjectiveConfig(ObjectiveConfig):
         if stream.batch_size < 2:
             owner = path.rpartition(".")[0]
             yield f"{owner}.batch_size: got {stream.batch_size}; {self.name} training needs at least 2 groups."
+        yield from choice(f"{path}.vectors", self.vectors, EMBEDDING_METHODS)
+        if not math.isfinite(self.alpha) or self.alpha < 0:
+            yield f"{path}.alpha: got {self.alpha}, expected a number of at least 0."
+
+    def run_problems(self, path: str, run: RunFacts) -> Iterator[str]:
+        """See `ObjectiveConfig.run_problems`."""
+        yield from super().run_problems(path, run)
+        if self.vectors != "hs" and run.pads:
+            yield (
+                f"{path}.vectors: the attention kernel mixes padding tokens into the router logits; choose another "
+                "model.attention_kernel, or hs."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

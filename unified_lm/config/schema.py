@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from unified_lm.config.kernels import KERNELS, KernelFacts
-from unified_lm.config.objectives import ObjectiveConfig
+from unified_lm.config.objectives import EmbeddingObjectiveConfig, ObjectiveConfig
 from unified_lm.config.streams import SourceConfig, StreamConfig
 
 __all__ = [
@@ -304,6 +304,13 @@ class RunConfig:
     def attention_dropout(self) -> float | None:
         """Probability of dropping attention weights; None where the checkpoint's own setting holds."""
         return self.model.attention_dropout
+
+    @property
+    def vectors(self) -> tuple[str, float]:
+        """What the run's embeddings are made of, and the weight of the routing (`models.moee`)."""
+        objectives = [stream.objective for stream in self.streams.values()]
+        found = [(of.vectors, of.alpha) for of in objectives if isinstance(of, EmbeddingObjectiveConfig)]
+        return next((one for one in found if one[0] != "hs"), ("hs", 1.0))
 
     @property
     def token_budget(self) -> int:

@@ -15,8 +15,6 @@ from unified_lm.config.objectives import ObjectiveConfig, ObjectiveKind
 from unified_lm.config.parts import PartConfig, RehearsalSizes, RunFacts
 
 MODES = (EMBED, GENERATE) = ("embed", "generate")
-EMBEDDING_METHODS = ("hs", "rw", "moee_concat", "moee_sum")
-"""What a vector is made of: hidden states, routing, both (`models.moee`)."""
 """What an export can do."""
 ATTENTIONS = ("causal", "bidirectional", "bidirectional_prompt")
 

@@ -25,11 +25,13 @@ class PackStates:
         hidden: `[T, D]`, last hidden states after the final norm, in the model's dtype.
         router_logits: per layer with experts `[T, E]`, before any softmax; empty where no readout reads routers.
         head: the output head where the pack has labels and these are read in this forward, else None.
+        pooling: how states of a pool span become one vector (`models.pooling`).
     """
 
     hidden: torch.Tensor
     router_logits: tuple[torch.Tensor, ...] = ()
     head: OutputHead | None = None
+    pooling: str = "mean"
 
 
 class Readout(ABC):

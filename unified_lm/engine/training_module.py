@@ -59,7 +59,7 @@ class TrainingModule(nn.Module):
             every forward, so that all forwards have the same graph.
 
     Raises:
-        ModelError: a readout reads routers, and the model has none that can be balanced.
+        ModelError: a readout reads routers, and the model has none.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TrainingModule(nn.Module):
         self._read_as_wholes = {stream for readout in readouts for stream in readout.labeled_streams}
         self._reads_routers = any(readout.reads_routers for readout in readouts)
         if self._reads_routers:
-            backbone.experts()  # refuses models without routers before anything is trained
+            backbone.require_routers()  # refuses models without routers before anything is trained
 
     def forward(self, pack: Pack, *, tokens: bool = True) -> PackOutput:
         """Run one pack.
@@ -110,7 +110,8 @@ class TrainingModule(nn.Module):
                 hidden, router_logits = self.backbone.router_logits(pack)
             else:
                 hidden = self.backbone(pack)
-        return PackStates(hidden, router_logits, self.backbone.output_head() if tokens and pack.supervised else None)
+        head = self.backbone.output_head() if tokens and pack.supervised else None
+        return PackStates(hidden, router_logits, head, self.pooling)
 
     def token_terms(self, states: PackStates, pack: Pack) -> dict[str, LossTerm]:
         """The token losses of a pack, per stream with supervised positions; none where labels are not read.

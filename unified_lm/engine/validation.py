@@ -16,6 +16,7 @@ from unified_lm.batch import Batch
 from unified_lm.core import distributed
 from unified_lm.core.random import RngState
 from unified_lm.data.retrieval import RetrievalSet
+from unified_lm.engine.routed_embedding import vectors_of
 from unified_lm.engine.step import GradCacheStep, StepLosses
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.engine.validation_items import ItemScores
@@ -60,6 +61,8 @@ class Validator:
         batches: returns an iterator over the held-out batches, the same ones at every call.
         retrieval: held-out retrieval, or None.
         token_budget: tokens of one forward.
+        method: what vectors are made of (`models.moee`).
+        alpha: weight of the routing in method "moee_sum".
     """
 
     def __init__(
@@ -69,12 +72,16 @@ class Validator:
         batches: Callable[[], Iterator[Batch]],
         retrieval: RetrievalSet | None,
         token_budget: int,
+        method: str = "hs",
+        alpha: float = 1.0,
     ) -> None:
         self.trainable = trainable
         self.step = step
         self.batches = batches
         self.retrieval = retrieval
         self.token_budget = token_budget
+        self.method = method
+        self.alpha = alpha
 
     def __call__(self, *, both_masks: bool = False) -> HeldOut:
         """Measure.
@@ -112,14 +119,15 @@ class Validator:
 
     def search(self, task: RetrievalSet) -> dict[str, ItemScores]:
         """nDCG@10 and recall@1 of cosine similarity between pooled vectors, by query."""
+        pooling, head = vectors_of(self.trainable, self.method, self.alpha)
         vectors = embed_samples(
             self.trainable.hidden_states,
             [*task.queries, *task.documents],
-            self.trainable.pooling,
+            pooling,
             token_budget=self.token_budget,
             device=distributed.local_device(),
             normalize=True,
-            projection=self.trainable.projection,
+            projection=head,
         )
         queries, documents = vectors[: len(task.queries)], vectors[len(task.queries) :]
         scores = queries @ documents.T

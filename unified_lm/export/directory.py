@@ -35,6 +35,7 @@ from unified_lm.export.verify import Verification, verify_export
 from unified_lm.export.weight_files import Digest, write_weights
 from unified_lm.models.pooling import Projection
 from unified_lm.models.quiet import quiet_loading
+from unified_lm.models.routing import router_sizes
 from unified_lm.models.weights_hash import hash_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,7 +73,7 @@ def export_model(
         own_config: the base checkpoint's own values of what training changed in its configuration (attention dropout).
         verify: what to verify before the folder appears, see `Verification`: "full", "sampled" or "off".
         sentence_transformers: whether sentence-transformers must be able to load it. False exports models that it cannot
-            express (see `sentence_transformers_obstacle`) for transformers and `UnifiedLM` only.
+            express (see `sentence_transformers_obstacle`) for transformers and `UnifiedLM` only; so does a method with routing.
         max_shard_size: largest weight file.
         parts: how to take the model's weights, where they are partitioned or not needed afterwards.
 
@@ -85,6 +86,7 @@ def export_model(
             cannot be written.
     """
     check = Verification.parse(verify)
+    sentence_transformers = sentence_transformers and manifest.method == "hs"  # it knows no routing
     _check_request(manifest, projection, Path(target))
     wanted = manifest.can_embed and sentence_transformers
     if wanted and (obstacle := sentence_transformers_obstacle(manifest, template, tokenizer)):
@@ -131,7 +133,8 @@ def complete_manifest(
 ) -> Manifest:
     """The manifest with everything that follows from what is exported, except the hash of its weights."""
     projection_dim = None if projection is None else projection.linear.out_features
-    size = projection_dim or causal_lm.config.get_text_config().hidden_size
+    size = 0 if manifest.method == "rw" else projection_dim or causal_lm.config.get_text_config().hidden_size
+    size += 0 if manifest.method == "hs" else sum(router_sizes(causal_lm))
     return replace(
         manifest,
         family=causal_lm.config.model_type,

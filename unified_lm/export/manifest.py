@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from unified_lm.config.streams import EMBEDDING_METHODS, MODES
+from unified_lm.config.objectives import EMBEDDING_METHODS
+from unified_lm.config.streams import MODES
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_json
 from unified_lm.core.typed import require_typed, show

@@ -28,6 +28,7 @@ from unified_lm.models.backbone import Backbone
 from unified_lm.models.embedding import progress_bar
 from unified_lm.models.key_values import KeyValueCache, KeyValueReader
 from unified_lm.models.pooling import Pooling, Projection
+from unified_lm.models.routing import Routers
 from unified_lm.models.standardizer import Standardizer
 
 if TYPE_CHECKING:
@@ -201,8 +202,7 @@ class UnifiedLM:
     def borrow_backbone(self) -> Iterator[Backbone]:
         """Context with exclusive access to the backbone, in evaluation mode; other threads of this process wait.
 
-        Yields:
-            The backbone, on `device`. The borrower must restore whatever it changes.
+        The borrower must restore whatever it changes.
         """
         with self._lock:
             yield self._backbone
@@ -260,8 +260,7 @@ class UnifiedLM:
 
         Raises:
             DataError: a text is empty or not a string (the error names its index), or the instruction alone reaches the limit.
-            ConfigError: unknown output or method; ModelError: routing of a dense model.
-            CheckpointError: the model was exported for generation only.
+            ConfigError: unknown output or method; ModelError: routing of a dense model; CheckpointError: it only generates.
         """
         if output not in ("numpy", "torch"):
             raise ConfigError(f"unknown output '{output}'.{did_you_mean(output, ('numpy', 'torch'))}")
@@ -305,11 +304,7 @@ class UnifiedLM:
 
     @contextmanager
     def borrow_reader(self) -> Iterator[KeyValueReader]:
-        """Like `borrow_backbone`, with what moves and joins the keys and values of `read`.
-
-        Raises:
-            ModelError: the model's keys and values cannot be kept.
-        """
+        """Like `borrow_backbone`, with what moves and joins the keys and values of `read`; ModelError where none are kept."""
         with self._lock:
             yield self._embedder.reader
 
@@ -327,6 +322,11 @@ class UnifiedLM:
     def embedding_dim(self) -> int:
         """Dimensions of an embedding."""
         return self._embedder.dim
+
+    @property
+    def routers(self) -> Routers:
+        """The routers of a mixture of experts; ModelError for a dense model."""
+        return self._embedder.routers
 
     def similarity(self, left: np.ndarray | torch.Tensor, right: np.ndarray | torch.Tensor) -> np.ndarray:
         """Cosine similarities, float32 `[N, M]`, of vectors `[N, D]` (or `[D]`) and `[M, D]` (or `[D]`)."""

@@ -148,7 +148,7 @@ class Backbone(nn.Module):
         Raises:
             ModelError: the model has no routers, or runs padded.
         """
-        self._require_packed_routers()
+        self.require_routers()
         outputs = self._run(pack, output_router_logits=True)
         logits = getattr(outputs, "router_logits", None)
         if not logits:
@@ -225,6 +225,16 @@ class Backbone(nn.Module):
             self.causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
         else:
             self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    def require_routers(self) -> None:
+        """Refuse what has no router logits.
+
+        Raises:
+            ModelError: the model is dense, or runs padded.
+        """
+        if not (getattr(self.causal_lm.get_decoder(), "_can_record_outputs", None) or {}).get("router_logits"):
+            raise ModelError(f"family '{self._config.model_type}' returns no router logits: it has no mixture of experts.")
+        self._require_packed_routers()
 
     def _require_packed_routers(self) -> None:
         if self._attention is None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from unified_lm.batch import Pack
-from unified_lm.config.streams import EMBEDDING_METHODS as METHODS
+from unified_lm.config.objectives import EMBEDDING_METHODS as METHODS
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.models.pooling import Pooling, pool
 from unified_lm.models.routing import Routers

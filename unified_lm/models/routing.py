@@ -20,16 +20,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from unified_lm.batch import Pack
+from unified_lm.core import distributed
 from unified_lm.core.errors import ModelError
 from unified_lm.models.backbone import Backbone
-from unified_lm.models.modes import evaluation_mode
-from unified_lm.models.rotation import probe_pack
+from unified_lm.models.modes import GatherParameters, evaluation_mode, no_gathering
 
 _MISFIT = 0.3
 _CLEARLY = 0.1
-"""Relative to how much weights differ: the largest misfit of the right gate, and by how much the other one has to fit worse."""
+_PROBED = 16
+"""Relative to how much weights differ: the largest misfit of the right gate, and by how much the other one has to fit worse.
+The last: how many random states routers are asked about."""
 
 
 class Gate(Enum):
@@ -78,6 +81,7 @@ class Routers:
 
     Args:
         backbone: the model, on its device.
+        whole: holds parameters together while they are read, where they are partitioned.
 
     Attributes:
         names: of the router modules, in the order of the layers.
@@ -88,12 +92,12 @@ class Routers:
         ModelError: the model is dense, runs padded, or has routers whose output is not understood.
     """
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, whole: GatherParameters = no_gathering) -> None:
         self._backbone = backbone
         self._family = str(backbone.causal_lm.config.get_text_config(decoder=True).model_type)
         self._places = _find(backbone.causal_lm.get_decoder(), self._family)
         self.names = tuple(name for name, _, _ in self._places)
-        outputs = self._probe()
+        outputs = self._probe(whole)
         self.sizes = tuple(logits.shape[-1] for logits, _, _ in outputs)
         source = inspect.getsource(type(self._places[0][1]))
         self.gate = find_gate(outputs, source, self._family)
@@ -149,12 +153,33 @@ class Routers:
             for handle in hooks:
                 handle.remove()
 
-    def _probe(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Logits, choices and weights of every router on a short sample."""
-        seen: dict[int, Any] = {}
-        with evaluation_mode(self._backbone), torch.no_grad(), self._hooked(seen.__setitem__):
-            self._backbone(probe_pack(self._backbone))
-        return [_read(seen[number], index, self._family) for number, (_, _, index) in enumerate(self._places)]
+    def _probe(self, whole: GatherParameters) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Logits, choices and weights of every router for a few random states; nothing else of the model runs."""
+        modules = [module for _, module, _ in self._places]
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(_PROBED, self._backbone.hidden_size, generator=generator)
+        states = states.to(parameters[0].device, self._backbone.causal_lm.dtype)
+        with evaluation_mode(*modules), torch.no_grad(), whole(parameters):
+            return [_read(module(states), index, self._family) for _, module, index in self._places]
+
+
+def router_parameters(causal_lm: PreTrainedModel) -> list[nn.Parameter]:
+    """The parameters of a model's routers, in the order of the layers; none of a dense model."""
+    return [parameter for module in _routers(causal_lm) for parameter in module.parameters()]
+
+
+def router_sizes(causal_lm: PreTrainedModel) -> list[int]:
+    """Experts of each router, in the order of the layers; none of a dense model. Parameters may be partitioned."""
+    shapes = [[distributed.full_shape(parameter) for parameter in module.parameters()] for module in _routers(causal_lm)]
+    return [next(shape[0] for shape in of_router if len(shape) == 2) for of_router in shapes]
+
+
+def _routers(causal_lm: PreTrainedModel) -> list[nn.Module]:
+    decoder = causal_lm.get_decoder()
+    if not (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits"):
+        return []
+    return [module for _, module, _ in _find(decoder, "")]
 
 
 def find_gate(outputs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], source: str = "", family: str = "") -> Gate:

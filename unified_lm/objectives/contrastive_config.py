@@ -41,6 +41,8 @@ class ContrastiveConfig(EmbeddingObjectiveConfig):
         yield from above(f"{path}.temperature", self.temperature, 0)
         yield from choice(f"{path}.gradient_scale", self.gradient_scale, ("exact", "inverse_world_size"))
         yield from choice(f"{path}.similarity_dtype", self.similarity_dtype, ("float32", "bfloat16"))
+        if self.matryoshka_dims and self.vectors != "hs":
+            yield f"{path}.matryoshka_dims: leading dimensions are those of hidden states, and vectors is {self.vectors}."
         if self.gradient_scale == "inverse_world_size" and (self.reference_world_size or 0) < 1:
             yield f"{path}.reference_world_size: 'inverse_world_size' needs the world size of the published run."
         dims = self.matryoshka_dims

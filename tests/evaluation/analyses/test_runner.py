@@ -9,7 +9,7 @@ from tests.inference.conftest import make_export
 from unified_lm.cli.analyze import analyze
 from unified_lm.cli.main import main
 from unified_lm.core.errors import CheckpointError, ConfigError, UserError
-from unified_lm.evaluation.analyses import ANALYSES
+from unified_lm.evaluation.analyses import GROUPS
 from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
 from unified_lm.evaluation.result_table import find_result_tables
 
@@ -38,7 +38,7 @@ def out(folder: Path, files: dict[str, Path], tmp_path_factory: pytest.TempPathF
     return out
 
 
-@pytest.mark.parametrize("name", ANALYSES)
+@pytest.mark.parametrize("name", GROUPS["all"])
 def test_every_analysis_writes_numbers_and_a_figure(out: Path, name: str) -> None:
     result = json.loads((out / f"{name}.json").read_text())
     assert result["analysis"] == name
@@ -59,13 +59,13 @@ def test_too_few_positions_or_windows_are_refused(folder: Path, files: dict[str,
     assert "NaN" not in (tmp_path / f"{name}.json").read_text()
 
 
-@pytest.mark.parametrize("names", [["anisotropy", "future"], pytest.param(sorted(ANALYSES), marks=pytest.mark.slow)], ids=len)
+@pytest.mark.parametrize("names", [["anisotropy", "future"], pytest.param(GROUPS["all"], marks=pytest.mark.slow)], ids=len)
 def test_the_report_of_a_run_finds_every_analysis(
     names: list[str], folder: Path, files: dict[str, Path], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = tmp_path_factory.mktemp("run")
     make_export(run / "export")
-    for name in names if len(names) < len(ANALYSES) else ["all"]:
+    for name in names if len(names) < len(GROUPS["all"]) else ["all"]:
         analyze([name, f"base={folder}", f"trained={run}", f"causal={run / 'export'}@causal", *_arguments(files, tmp_path)])
     tables = find_result_tables(run)
     assert len(tables) == len(names)

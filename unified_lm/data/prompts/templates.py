@@ -213,7 +213,7 @@ def template_tokens(template: Template, tokenizer: PreTrainedTokenizerBase) -> d
     return {text: index for text, index in special_tokens(tokenizer).items() if any(text in string for string in strings)}
 
 
-_QUOTED: dict[str, tuple[str, str]] = {
+QUOTED: dict[str, tuple[str, str]] = {
     "quoted": ("", ""),
     "prompt_eol": ("This sentence : ", ' means in one word:"'),
     "moee_style": ("In one word, describe the style of the following sentence - ", ' :"'),
@@ -240,7 +240,7 @@ _QUOTED: dict[str, tuple[str, str]] = {
         " :",
     ),
 }
-"""Name -> what stands before and after a quoted text."""
+"""The prompts of MOEE: name -> what stands before and after a quoted text. "quoted" is what its code calls none."""
 
 
 def _quoted(name: str, before: str, after: str) -> Template:
@@ -282,7 +282,7 @@ TEMPLATES: dict[str, Template] = {
         bare_prompt="Rewrite the sentence: ",
         bare_echo=", rewritten sentence: ",
     ),
-    **{name: _quoted(name, before, after) for name, (before, after) in _QUOTED.items()},
+    **{name: _quoted(name, before, after) for name, (before, after) in QUOTED.items()},
     "e5_instruct": Template(
         name="e5_instruct",
         instruction_prompt="Instruct: {instruction}\nQuery: ",

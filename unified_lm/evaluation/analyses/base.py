@@ -30,6 +30,10 @@ class AnalysisSettings:
         retrieval: retrieval pairs: "pydocs", a file or folder; None skips them.
         corpora: label -> reference corpus for standardization, in the form of `texts`.
         corpus_texts: maximum number of texts per corpus.
+        labels: labeled texts, a file with `text` and `label` or an offline task of classification or clustering; None skips
+            what needs them.
+        num_labeled: maximum number of labeled texts.
+        clusters: of the texts, for complementarity.
     """
 
     texts: str = "pydocs"
@@ -43,6 +47,9 @@ class AnalysisSettings:
     retrieval: str | None = "pydocs"
     corpora: Mapping[str, str] = field(default_factory=lambda: {"pydocs": "pydocs"})
     corpus_texts: int = 1000
+    labels: str | None = None
+    num_labeled: int = 1000
+    clusters: int = 20
 
 
 @dataclass(frozen=True)

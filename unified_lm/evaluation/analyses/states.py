@@ -53,14 +53,17 @@ def layer_states(
             bar.advance(task)
 
 
-def pooled_vectors(model: UnifiedLM, texts: Sequence[Text], show_progress: bool) -> np.ndarray:
-    """Embed texts, each with its instruction: float32 `[N, D]`, pooled and not normalized."""
-    vectors = np.empty((len(texts), model.embedding_dim), np.float32)
+def pooled_vectors(model: UnifiedLM, texts: Sequence[Text], show_progress: bool, method: str | None = None) -> np.ndarray:
+    """Embed texts, each with its instruction: float32 `[N, D]`, pooled and not normalized; `method` as of `encode`."""
+    order: list[int] = []
+    blocks = []
     for instruction in dict.fromkeys(text.instruction for text in texts):
         chosen = [i for i, text in enumerate(texts) if text.instruction == instruction]
-        vectors[chosen] = model.encode(
-            [texts[i].text for i in chosen], instruction, normalize=False, show_progress=show_progress
-        )
+        said = [texts[i].text for i in chosen]
+        blocks.append(model.encode(said, instruction, normalize=False, show_progress=show_progress, method=method))
+        order += chosen
+    vectors = np.concatenate(blocks)
+    vectors[order] = vectors.copy()
     return vectors
 
 

@@ -55,6 +55,21 @@ class RetrievalPairs:
     relevant: list[set[int]]
 
 
+@dataclass(frozen=True)
+class LabeledTexts:
+    """Texts with one label each.
+
+    Attributes:
+        name: for figures.
+        texts: the texts.
+        labels: string array `[texts]`.
+    """
+
+    name: str
+    texts: list[str]
+    labels: np.ndarray
+
+
 def fingerprint(*parts: object) -> str:
     """Hash of the inputs of a measurement: strings, numbers, and lists of them."""
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
@@ -113,6 +128,34 @@ def read_scored_pairs(source: str, limit: int | None) -> ScoredPairs:
     chosen = _choose(list(range(len(left))), limit)
     values = np.asarray([scores[i] for i in chosen], np.float64)
     return ScoredPairs(name, [left[i] for i in chosen], [right[i] for i in chosen], values)
+
+
+def read_labeled(source: str, limit: int | None) -> LabeledTexts:
+    """Read labeled texts.
+
+    Args:
+        source: the folder of an offline task of classification (its test split) or clustering, or a file with columns text and
+            label.
+        limit: maximum number of texts, sampled with a fixed seed; None for all.
+
+    Raises:
+        DataError: missing or malformed data, a task of another kind, or a single label.
+    """
+    path = user_path(source)
+    if path.is_dir():
+        task = read_task(path)
+        if task.kind not in (Kind.CLASSIFICATION, Kind.CLUSTERING):
+            raise DataError(f"{path} is a task of kind {task.kind.value}; expected classification or clustering.")
+        columns = task.splits["test"]
+        name, texts, labels = task.name, columns["text"], columns["label"]
+    else:
+        rows = [(row.text("text"), row.label("label")) for row in read_fields(path, Layout({}))]
+        name, (texts, labels) = path.name.split(".")[0], map(list, zip(*rows, strict=True))
+    chosen = _choose(list(range(len(texts))), limit)
+    kept = np.asarray([str(labels[i]) for i in chosen])
+    if len(set(kept)) < 2:
+        raise DataError(f"{path}: all {len(kept)} texts have the label '{kept[0]}'; two labels are needed at least.")
+    return LabeledTexts(name, [texts[i] for i in chosen], kept)
 
 
 def read_retrieval(source: str, limit: int | None) -> RetrievalPairs:
