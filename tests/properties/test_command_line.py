@@ -138,11 +138,16 @@ WORDS = st.sampled_from(
 Slots = Mapping[str, st.SearchStrategy[str]]
 SLOTS: Slots = {"P": PATHS, "O": OUTPUTS, "M": MODELS, "R": RUNS, "D": DEVICES, "T": DTYPES, "N": NUMBERS, "W": WORDS}
 
+EMBEDDING = ("--template <W>", "--pooling <W>", "--attention <W>", "--method rw", "--method <W>", "--alpha <N>")
+
 FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "encode": ("<export|M> <texts.txt|P> --out <out.npy|O>", ("--device <D>", "--dtype <T>", "--instruction <W>")),
-    "search": ("<export|M> <W> <texts.txt|P>", ("--device <D>", "--dtype <T>", "-k <N>", "--instruction <W>")),
+    "encode": ("<export|M> <texts.txt|P> --out <out.npy|O>", ("--device <D>", "--dtype <T>", "--instruction <W>", *EMBEDDING)),
+    "search": ("<export|M> <W> <texts.txt|P>", ("--device <D>", "--dtype <T>", "-k <N>", "--instruction <W>", *EMBEDDING)),
     "generate": ("<export|M> <W> --max-new-tokens 2", ("--device <D>", "--dtype <T>", "--temperature <N>")),
-    "standardize": ("<export|M> --corpus <texts.txt|P> --out <new|O>", ("--num-texts <N>", "--device <D>", "--dtype <T>")),
+    "standardize": (
+        "<export|M> --corpus <texts.txt|P> --out <new|O>",
+        ("--num-texts <N>", "--device <D>", "--dtype <T>", "--method <W>", "--alpha <N>", "--tune-on <P>"),
+    ),
     "upcycle": (
         "<export|M> --out <new|O> --experts 2",
         ("--experts <N>", "--top-k <N>", "--parts <N>", "--drop <N>", "--noise <N>"),
@@ -157,7 +162,7 @@ FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ),
     "eval mteb": (
         "<export|M> --tasks <./task|P> --prompts <out.json|O>",
-        ("--instructions <P>", "--device <D>", "--pooling <W>", "--attention <W>", "--template <W>"),
+        ("--instructions <P>", "--device <D>", *EMBEDDING),
     ),
     "eval words": (
         "<export|M> --data conll:<conll.txt|P>,<conll.txt|P>",
@@ -181,7 +186,7 @@ FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "eval lm": ("<export|M> --tasks <P>", ("--out <O>", "--device <D>", "--include-path <P>", "--limit <N>")),
     "analyze": (
         "norms <export|M> --texts <texts.txt|P> --out <new|O> --num-windows 2 --positions 4",
-        ("--device <D>", "--dtype <T>", "--pooling <W>", "--overwrite"),
+        ("--device <D>", "--dtype <T>", "--overwrite", *EMBEDDING),
     ),
     "data overlap": (
         "<pairs.jsonl|P> <texts.txt|P>",

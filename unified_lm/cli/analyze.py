@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from unified_lm.cli.arguments import command_parser, device, from_zero, positive
+from unified_lm.cli.arguments import add_embedding_options, command_parser, device, embedding_options, from_zero, positive
 from unified_lm.config.objectives import EMBEDDING_METHODS
 from unified_lm.core.errors import ConfigError, UserError, did_you_mean
 from unified_lm.core.outputs import check_folder
@@ -52,13 +52,7 @@ def analyze(argv: Sequence[str]) -> None:
     )
     arms = parse_arms(
         options.models,
-        ArmSettings(
-            device=options.device,
-            dtype=options.dtype,
-            template=options.template,
-            pooling=options.pooling,
-            attention=options.attention,
-        ),
+        ArmSettings(device=options.device, dtype=options.dtype, **embedding_options(options)),
     )
     console = Console(stderr=True)
     outcomes = run_analyses(
@@ -82,7 +76,7 @@ def standardize(argv: Sequence[str]) -> None:
         UserError: no export, a corpus that is missing, too small or without variance, or a copy that stock tools misread.
     """
     options = _standardize_parser().parse_args(list(argv))
-    from unified_lm.evaluation.analyses.texts import read_texts
+    from unified_lm.evaluation.analyses.texts import read_scored_pairs, read_texts
     from unified_lm.export.manifest import StandardizerRecord
     from unified_lm.export.standardized import write_standardized
     from unified_lm.inference import UnifiedLM
@@ -91,6 +85,9 @@ def standardize(argv: Sequence[str]) -> None:
     from unified_lm.models.standardizer import RELATIVE_EPS
 
     check_folder(options.out)
+    if options.tune_on is not None and (options.method != "moee_sum" or options.alpha is not None):
+        raise ConfigError("--tune-on chooses alpha of --method moee_sum; give that method, and no --alpha.")
+    pairs = None if options.tune_on is None else read_scored_pairs(options.tune_on, None)
     source = model_folder(options.export, None)
     name, texts = read_texts(options.corpus, options.num_texts, split="train")
     model = UnifiedLM.from_pretrained(source, device=options.device, dtype=options.dtype, check_weights=True)
@@ -103,6 +100,13 @@ def standardize(argv: Sequence[str]) -> None:
             routing=options.method != "hs",
             progress=lambda count: bar.update(task, advance=count),
         )
+    alpha = 1.0 if options.alpha is None else options.alpha
+    if pairs is not None:
+        from unified_lm.evaluation.analyses.methods import tune_alpha
+
+        alpha, scores = tune_alpha(model, pairs, fitted.standardizer)
+        swept = ", ".join(f"{value:g}: {100 * score:.1f}" for value, score in scores.items())
+        print(f"alpha {alpha:g} is best on {len(pairs.left)} pairs of {pairs.name} (Spearman by alpha: {swept})")
     record = StandardizerRecord(
         corpus=name,
         corpus_hash=fitted.corpus_hash,
@@ -111,7 +115,7 @@ def standardize(argv: Sequence[str]) -> None:
         relative_eps=RELATIVE_EPS,
         instruction=options.instruction,
     )
-    write_standardized(source, options.out, fitted.standardizer, record, method=options.method, alpha=options.alpha)
+    write_standardized(source, options.out, fitted.standardizer, record, method=options.method, alpha=alpha)
     print(f"{options.out}: standardized on {fitted.num_texts} texts of {name}")
     if fitted.num_floored:
         print(f"{fitted.num_floored} dimensions hardly vary; their deviation was raised to {RELATIVE_EPS:g} of the median one")
@@ -169,9 +173,7 @@ def _analyze_parser(names: dict[str, str]) -> argparse.ArgumentParser:
     add("--corpus", action="append", default=[], metavar="[LABEL=]CORPUS", help=corpus_help)
     add("--corpus-texts", type=positive, default=1000, help="texts of each corpus, at most (1000)")
     _add_model_options(parser)
-    add("--template", default=None, help="prompt template; 'plain' for a model that is not an export")
-    add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
-    add("--attention", default=None, help="bidirectional or causal, in place of the export's")
+    add_embedding_options(parser)
     return parser
 
 
@@ -188,7 +190,8 @@ def _standardize_parser() -> argparse.ArgumentParser:
     add("--num-texts", type=positive, default=None, help="texts of the corpus, at most; by default all")
     add("--instruction", default="", help="embed the corpus with this instruction; as documents if left out")
     add("--method", choices=EMBEDDING_METHODS, default="hs", help="what the copy makes vectors of; hidden states (hs)")
-    add("--alpha", type=from_zero, default=1.0, help="weight of the routing in method moee_sum (1.0)")
+    add("--alpha", type=from_zero, default=None, help="weight of the routing in method moee_sum; 1 if left out")
+    add("--tune-on", default=None, metavar="STS", help="choose alpha on scored sentence pairs: an offline STS task or a file")
     _add_model_options(parser)
     return parser
 

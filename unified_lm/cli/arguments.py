@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
+from unified_lm.config.objectives import EMBEDDING_METHODS
 from unified_lm.core.errors import UserError, did_you_mean
 
 PROGRAM = "unified-lm"
@@ -88,6 +90,21 @@ def add_device_options(parser: argparse._ActionsContainer, dtype: str | None = N
         help="float32, bfloat16..., or auto: the stored type, but float32 where the machine has no units for it "
         f"(default: {dtype or 'the stored type'})",
     )
+
+
+def add_embedding_options(parser: argparse._ActionsContainer) -> None:
+    """Add what `UnifiedLM.from_pretrained` takes in place of an export's own settings; `embedding_options` reads it."""
+    add = parser.add_argument
+    add("--template", default=None, help="prompt template; needed for a model that is not an export")
+    add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
+    add("--attention", default=None, help="bidirectional or causal, in place of the export's")
+    add("--method", choices=EMBEDDING_METHODS, default=None, help="hidden states, routing or both, in place of the export's")
+    add("--alpha", type=from_zero, default=None, help="weight of the routing in method moee_sum, in place of the export's")
+
+
+def embedding_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_embedding_options` added, as keyword arguments."""
+    return {name: getattr(options, name) for name in ("template", "pooling", "attention", "method", "alpha")}
 
 
 def device(text: str) -> str:

@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from unified_lm.cli.arguments import Command, add_device_options, command_parser, from_zero, positive, run_group
-from unified_lm.config.objectives import EMBEDDING_METHODS
+from unified_lm.cli.arguments import (
+    Command,
+    add_device_options,
+    add_embedding_options,
+    command_parser,
+    embedding_options,
+    positive,
+    run_group,
+)
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.core.outputs import check_file, write_json_file
 from unified_lm.core.user_files import user_path
@@ -69,11 +76,7 @@ def evaluate_mteb(argv: Sequence[str]) -> None:
         folder,
         device=options.device,
         dtype=options.dtype,
-        template=options.template,
-        pooling=options.pooling,
-        attention=options.attention,
-        method=options.method,
-        alpha=options.alpha,
+        **embedding_options(options),
         check_weights=True,
     )
     instructions = instructions_of(options.instructions, model.manifest.instructions if model.manifest else {})
@@ -155,11 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", type=Path, default=None, help="only write the prompts, for running plain mteb, to this .json file")
     add("--max-tokens", type=positive, default=None, help="limit of a text with its prompt; by default the export's own")
     add_device_options(parser)
-    add("--template", default=None, help="prompt template; needed for a model that is not an export")
-    add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
-    add("--attention", default=None, help="bidirectional or causal, in place of the export's")
-    add("--method", choices=EMBEDDING_METHODS, default=None, help="hidden states, routing or both, in place of the export's")
-    add("--alpha", type=from_zero, default=None, help="weight of the routing in method moee_sum, in place of the export's")
+    add_embedding_options(parser)
     return parser
 
 

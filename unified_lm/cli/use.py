@@ -6,11 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from unified_lm.cli.arguments import add_device_options, command_parser, from_zero, positive
+from unified_lm.cli.arguments import (
+    add_device_options,
+    add_embedding_options,
+    command_parser,
+    embedding_options,
+    from_zero,
+    positive,
+)
 from unified_lm.core.errors import DataError
 from unified_lm.core.outputs import check_file, write_file
 from unified_lm.data.rows.readers import read_text_lines
@@ -29,9 +36,12 @@ def encode(argv: Sequence[str]) -> None:
     parser.add_argument("texts", type=Path, help="a text file, one text per line")
     parser.add_argument("--out", type=Path, required=True, help="the .npy file to write")
     parser.add_argument("--instruction", default="", help="the task, for queries; none, as for documents, if left out")
+    add_embedding_options(parser)
     options = parser.parse_args(list(argv))
     check_file(options.out)
-    vectors = _load(options).encode(_lines(options.texts), options.instruction, show_progress=sys.stderr.isatty())
+    vectors = _load(options, **embedding_options(options)).encode(
+        _lines(options.texts), options.instruction, show_progress=sys.stderr.isatty()
+    )
     write_file(options.out, lambda path: _save(path, vectors))
     print(f"{options.out}: {vectors.shape[0]} vectors of {vectors.shape[1]} dimensions")
 
@@ -52,9 +62,10 @@ def search(argv: Sequence[str]) -> None:
     parser.add_argument("documents", type=Path, help="a text file, one document per line")
     parser.add_argument("--instruction", default=None, help="the task; by default the export's own")
     parser.add_argument("-k", type=positive, default=5, help="results (5)")
+    add_embedding_options(parser)
     options = parser.parse_args(list(argv))
     texts = _lines(options.documents)
-    for hit in _load(options).search(options.query, texts, options.k, options.instruction)[0]:
+    for hit in _load(options, **embedding_options(options)).search(options.query, texts, options.k, options.instruction)[0]:
         print(f"{hit.score:.3f}  {texts[hit.index]}")
 
 
@@ -78,10 +89,10 @@ def _parser(name: str, description: str, example: str) -> argparse.ArgumentParse
     return parser
 
 
-def _load(options: argparse.Namespace) -> UnifiedLM:
+def _load(options: argparse.Namespace, **chosen: Any) -> UnifiedLM:
     from unified_lm.inference import UnifiedLM  # takes seconds to import, which --help can do without
 
-    return UnifiedLM.from_pretrained(options.model, device=options.device, dtype=options.dtype)
+    return UnifiedLM.from_pretrained(options.model, device=options.device, dtype=options.dtype, **chosen)
 
 
 def _lines(path: Path) -> list[str]:

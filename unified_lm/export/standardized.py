@@ -61,7 +61,8 @@ def write_standardized(
         raise CheckpointError(f"{source} was exported to generate only: it has no vectors to standardize.")
     if manifest.method != "hs":
         raise CheckpointError(
-            f"{source} embeds with method {manifest.method} already; start from the export that it was made of."
+            f"{source} embeds with method {manifest.method} already. Start from an export that embeds with hidden states: the "
+            "one that it was made of, or, if it was trained so, a run with vectors=hs."
         )
     states, routed = manifest.embedding_dim, method != "hs"
     if standardizer.dim <= states if routed else standardizer.dim != states:

@@ -8,11 +8,13 @@ import pytest
 from scipy.stats import spearmanr
 
 from tests.evaluation.analyses.conftest import sentences
+from tests.inference.conftest import make_export
 from unified_lm.cli.analyze import analyze
+from unified_lm.cli.main import main
 from unified_lm.core.errors import ConfigError, DataError, ModelError
 from unified_lm.evaluation.analyses import GROUPS
 from unified_lm.evaluation.analyses.complementarity import misranked, overlap, pair_similarities
-from unified_lm.evaluation.analyses.methods import ALPHAS, RAW, STANDARDIZED
+from unified_lm.evaluation.analyses.methods import ALPHAS, RAW, STANDARDIZED, tune_alpha
 from unified_lm.evaluation.analyses.prompts import PROMPTS
 from unified_lm.evaluation.analyses.routed import embed_parts, fit_parts, prompted
 from unified_lm.evaluation.analyses.texts import read_labeled, read_scored_pairs
@@ -172,3 +174,24 @@ def test_labels_from_a_file_or_a_task(labels: Path, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "a text", "label": "x"}) + "\n")
     with pytest.raises(DataError, match="all 1 texts have the label 'x'"):
         read_labeled(str(tmp_path / "one.jsonl"), None)
+
+
+def test_the_tuned_weight_is_the_best_of_the_sweep(mixture: UnifiedLM, files: dict[str, Path]) -> None:
+    pairs = read_scored_pairs(str(files["sts"]), 20)
+    standardizer = fit_parts(embed_parts(mixture, sentences(40)))
+    alpha, scores = tune_alpha(mixture, pairs, standardizer)
+    assert list(scores) == list(ALPHAS)
+    assert scores[alpha] == max(scores.values())
+    assert len(set(scores.values())) > 1
+
+
+def test_an_export_with_a_tuned_weight(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = make_export(tmp_path / "export", "mixtral")
+    arguments = ["standardize", str(export), "--corpus", str(files["texts"]), "--device", "cpu", "--out", str(tmp_path / "out")]
+    for wrong in (["--alpha", "0.5"], ["--method", "rw"]):
+        assert main([*arguments, "--method", "moee_sum", *wrong, "--tune-on", str(files["sts"])]) == 2
+        assert "--tune-on chooses alpha of --method moee_sum" in capsys.readouterr().err
+    assert main([*arguments, "--method", "moee_sum", "--tune-on", str(files["sts"])]) == 0
+    said = capsys.readouterr().out
+    alpha = json.loads((tmp_path / "out" / "unified_lm.json").read_text())["alpha"]
+    assert f"alpha {alpha:g} is best on 59 pairs of sts" in said

@@ -209,6 +209,25 @@ def _compared(by_method: Mapping[str, Mapping[str, Values]]) -> dict[str, dict[s
     return rows
 
 
+def tune_alpha(model: UnifiedLM, pairs: ScoredPairs, standardizer: Standardizer | None) -> tuple[float, dict[float, float]]:
+    """The weight of the routing in `moee_sum` whose cosines rank scored sentence pairs best.
+
+    Args:
+        model: embeds the sentences; its own standardizer is left out.
+        pairs: development data; what is reported must be measured on others.
+        standardizer: of D + F dimensions, or None.
+
+    Returns:
+        The weight, the smallest of equally good ones, and the Spearman correlation of each of `ALPHAS`.
+    """
+    left, right = embed_parts(model, pairs.left), embed_parts(model, pairs.right)
+    scores = {}
+    for alpha in ALPHAS:
+        sides = [part.vectors("moee_sum", alpha, standardizer) for part in (left, right)]
+        scores[alpha] = rank_correlation((sides[0] * sides[1]).sum(axis=1), pairs.scores)
+    return max(scores, key=lambda alpha: scores[alpha]), scores
+
+
 def _tuned(swept: Mapping[float, Values]) -> Numbers:
     """The weight that is best on every second item, and what it scores on the others."""
 
