@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.engine.small_run import small_run
+from tests.inference.conftest import make_export
 from unified_lm.assembly import build_run
 from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
@@ -90,14 +91,35 @@ def test_the_last_token_without_an_end_token_is_announced(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("vectors", "dim"), [("rw", 8), ("moee_sum", 72)])
 def test_an_export_embeds_with_the_vectors_that_were_trained(tmp_path: Path, vectors: str, dim: int) -> None:
-    objective = [f"streams.embedding.objective.vectors={vectors}", "streams.embedding.objective.alpha=0.5"]
+    objective = [f"streams.embedding.objective.vectors={vectors}"]
+    objective += ["streams.embedding.objective.alpha=0.5"] if vectors == "moee_sum" else []
     kept = [argument for argument in start_from(tmp_path, "mixtral") if "matryoshka" not in argument]
     train([*kept, *objective])
     export = tmp_path / "run" / "export"
     manifest = json.loads((export / "unified_lm.json").read_text())
-    assert (manifest["method"], manifest["alpha"], manifest["embedding_dim"]) == (vectors, 0.5, dim)
+    assert (manifest["method"], manifest["embedding_dim"]) == (vectors, dim)
+    assert manifest.get("alpha", 1.0) == (0.5 if vectors == "moee_sum" else 1.0)
     assert not (export / "modules.json").exists(), "sentence-transformers knows no routing"
     assert "routing" in (export / "README.md").read_text()
     model = UnifiedLM.from_pretrained(export, device="cpu")
     assert model.encode(["a text"]).shape == (1, dim)
     assert model.generate("Say something.", max_new_tokens=2) is not None
+
+
+def test_vectors_that_an_export_could_not_have_are_refused(tmp_path: Path) -> None:
+    arguments = [argument for argument in start_from(tmp_path, "mixtral") if "matryoshka" not in argument]
+    other = "streams.other={format: pairs, sources: [{builtin: pydocs}], batch_size: 4, objective: {name: contrastive}}"
+    routed = "streams.embedding.objective.vectors=rw"
+    with pytest.raises(ConfigError, match=r"streams: compare different vectors \(hs \(alpha 1\), rw \(alpha 1\)\)"):
+        compose_run([*arguments, routed, f"+{other}"])
+    with pytest.raises(ConfigError, match=r"model.projection_dim: .* vectors=rw compares routing alone"):
+        compose_run([*arguments, routed, "model.projection_dim=16"])
+
+
+def test_a_run_that_goes_on_with_other_vectors_says_so(tmp_path: Path) -> None:
+    export = make_export(tmp_path / "export", "mixtral", changes={"method": "rw"})
+    kept = [a for a in small_run(tmp_path, tmp_path / "run", "max_steps=1") if a != "model=tiny_random"]
+    notices = build_run(
+        compose_run([*kept, f"model.init_from={export}", "model.family=mixtral", "model.dtype=float32"])
+    ).loaded.provenance["notices"]
+    assert any("embeds with method rw; this run compares hs" in notice for notice in notices)

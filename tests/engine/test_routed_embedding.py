@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.engine.backends.test_zero import Results, assert_same_steps
 from tests.engine.exactness import MANY_PACKS, ONE_PACK, Case, distance, run
@@ -15,15 +16,15 @@ from tests.engine.tiny import CONTRASTIVE, NEXT_TOKEN, WEIGHTS, make_samples
 from tests.models.test_families import MIXTURES
 from tests.processes import any_slow, run_on_ranks
 from unified_lm.batch import make_batch
-from unified_lm.core.errors import ConfigError, ModelError
-from unified_lm.engine.coupled import CoupledTerm, TermParts
+from unified_lm.core.errors import ModelError
+from unified_lm.engine.coupled import CoupledTerm
 from unified_lm.engine.routed_embedding import RoutedEmbeddingTerm, RoutingVectors, vectors_of
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.embedding import embed_samples
 from unified_lm.models.moee import METHODS
-from unified_lm.models.routing import Routers
+from unified_lm.models.routing import Routers, router_parameters, router_sizes
 from unified_lm.models.tiny import tiny_model
 from unified_lm.objectives import ContrastiveConfig, build_objective
 
@@ -123,12 +124,19 @@ def test_routing_is_in_the_gradient() -> None:
     assert distance(run(case), run(replace(case, vectors="rw")), "gradient/") > 1e-2
 
 
-def test_streams_with_different_vectors_are_refused() -> None:
-    trainable = make_trainable()
-    streams = {name: ContrastiveConfig(vectors=method) for name, method in (("a", "rw"), ("b", "moee_sum"))}
-    parts = TermParts(streams, {}, WEIGHTS, trainable, trainable, False)
-    with pytest.raises(ConfigError, match=r"a, b train different vectors .*moee_sum with alpha 1, rw with alpha 1"):
-        RoutedEmbeddingTerm.make(parts)
+@pytest.mark.parametrize("family", ["gemma4_text", "granitemoehybrid"])
+def test_a_dense_member_of_a_family_with_mixtures_trains_as_any_dense_model(family: str) -> None:
+    """transformers names a router for the family, and this model has none."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300}
+    own = {"num_local_experts": 0, "layer_types": ["attention"] * 2} if family == "granitemoehybrid" else {}
+    config = AutoConfig.for_model(family, hidden_size=64, intermediate_size=96, **sizes, **own)
+    model = AutoModelForCausalLM.from_config(config)
+    assert router_parameters(model) == router_sizes(model) == []
+    backbone = Backbone(model, "sdpa")
+    with pytest.raises(ModelError, match="has no router: it is dense"):
+        Routers(backbone)
+    with pytest.raises(ModelError, match="no router logits"):
+        backbone.require_routers()
 
 
 def test_dense_models_are_refused() -> None:
@@ -141,6 +149,7 @@ def test_dense_models_are_refused() -> None:
     [
         ({"vectors": "routing"}, "vectors: unknown value 'routing'"),
         ({"vectors": "moee_sum", "alpha": -1.0}, "alpha: got -1"),
+        ({"alpha": 0.5}, "alpha: only applies to vectors=moee_sum, got hs"),
         ({"vectors": "rw", "matryoshka_dims": (4,)}, "matryoshka_dims: leading dimensions are those of hidden states"),
     ],
 )

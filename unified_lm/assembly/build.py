@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -117,6 +118,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     check_lengths(loaded.causal_lm, _lengths(config))
     tokens = trained_tokens(config, loaded.tokenizer)
     loaded.provenance["notices"] += untrained_notices(config, loaded, tokens, whole)
+    loaded.provenance["notices"] += _vector_notices(config, loaded.provenance)
     lora = apply_lora(loaded.causal_lm, config.lora, config.seed, tokens, whole) if config.lora else None
     backbone = Backbone(loaded.causal_lm, config.model.attention_kernel).to(device)
     if config.model.gradient_checkpointing:
@@ -210,6 +212,17 @@ def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
     return stream.objective.needs_reference_scores(has_adapters=config.lora is not None)
 
 
+def _vector_notices(config: RunConfig, provenance: Mapping[str, Any]) -> list[str]:
+    """What a user should know where training goes on with other vectors than those of the export that it starts from."""
+    earlier = (provenance.get("manifest") or {}).get("method", "hs")
+    if earlier == "hs" or earlier == config.vectors[0] or not config.trains_embeddings:
+        return []
+    return [
+        f"{config.model.init_from} embeds with method {earlier}; this run compares {config.vectors[0]}, and so will its export "
+        f"(streams.NAME.objective.vectors={earlier} keeps it)."
+    ]
+
+
 def make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
     """The head on pooled vectors: that of the export the run starts from, or a new one.
 
@@ -247,7 +260,7 @@ def _readouts(config: RunConfig, backbone: Backbone, whole: GatherParameters) ->
     """What the coupled terms take from a forward; while they are made, routers are whole and can be asked."""
     settings = {name: stream.objective for name, stream in config.streams.items()}
     terms = term_classes(settings).items()
-    with whole(router_parameters(backbone.causal_lm)):
+    with whole(router_parameters(backbone.causal_lm)) if config.vectors[0] != "hs" else nullcontext():
         found = [term.readout({name: settings[name] for name in names}, backbone) for term, names in terms]
     return [readout for readout in found if readout is not None]
 

@@ -103,13 +103,14 @@ def check_export(trained: Trained) -> None:
         ConfigError: stock tools cannot express what the recipe asks for.
     """
     manifest = make_manifest(trained)
+    _check_kept_vectors(trained, manifest)
     _check_stock_attention(trained, manifest)
     check_tokenizer(trained.backbone.causal_lm, trained.loaded.tokenizer, get_template(manifest.template), manifest)
     if not manifest.can_embed:
         return
     _check_kept_prompts(trained, manifest)
     obstacle = sentence_transformers_obstacle(manifest, get_template(manifest.template), trained.loaded.tokenizer)
-    if obstacle:
+    if obstacle and manifest.method == "hs":  # with routing no files of sentence-transformers are written
         raise ConfigError(
             f"the result could not be exported for sentence-transformers: {obstacle} "
             "Change the recipe, or set export.enabled=false."
@@ -121,7 +122,10 @@ def _check_stock_attention(trained: Trained, manifest: Manifest) -> None:
     backbone = trained.backbone
     needs = {
         "generate": (manifest.can_generate, True),
-        f"embed with {manifest.attention} attention": (manifest.can_embed, manifest.attention == "causal"),
+        f"embed with {manifest.attention} attention": (
+            manifest.can_embed and manifest.method == "hs",  # stock tools read no routing
+            manifest.attention == "causal",
+        ),
     }
     for use, (needed, causal) in needs.items():
         if needed and stock_attention_sees_future(backbone, causal=causal) == causal:
@@ -134,6 +138,24 @@ def _check_stock_attention(trained: Trained, manifest: Manifest) -> None:
                 f"the export could not {use}: transformers' own attention does not follow is_causal={str(causal).lower()}, "
                 f"since {why}. Start from another model, leave that mode out of export.modes, or set export.enabled=false."
             )
+
+
+def _check_kept_vectors(trained: Trained, manifest: Manifest) -> None:
+    """Raise where a run that only adjusts answers would export other vectors than those of the model that it starts from."""
+    earlier: dict[str, Any] = trained.loaded.provenance.get("manifest") or {}
+    if not _only_adjusts(trained.config) or not manifest.can_embed or EMBED not in earlier.get("modes", ()):
+        return
+    start = trained.config.model.init_from
+    if earlier.get("standardizer"):
+        raise ConfigError(
+            f"{start} standardizes its vectors, and an export of training does not: it would embed otherwise than the model "
+            "that it adjusts. Start from the export that the standardized one was made of, or set export.modes=[generate]."
+        )
+    if manifest.method != "hs" and trained.config.validation.retrieval is not None:
+        raise ConfigError(
+            f"validation.retrieval: {start} embeds with method {manifest.method}, and held-out retrieval of a run without "
+            "pairs compares hidden states. Set validation.retrieval=null."
+        )
 
 
 def _check_kept_prompts(trained: Trained, manifest: Manifest) -> None:

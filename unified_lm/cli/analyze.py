@@ -78,7 +78,7 @@ def standardize(argv: Sequence[str]) -> None:
     options = _standardize_parser().parse_args(list(argv))
     from unified_lm.evaluation.analyses.texts import read_scored_pairs, read_texts
     from unified_lm.export.manifest import StandardizerRecord
-    from unified_lm.export.standardized import write_standardized
+    from unified_lm.export.standardized import check_source, write_standardized
     from unified_lm.inference import UnifiedLM
     from unified_lm.inference.loading import model_folder
     from unified_lm.inference.standardize import fit_standardizer
@@ -89,6 +89,7 @@ def standardize(argv: Sequence[str]) -> None:
         raise ConfigError("--tune-on chooses alpha of --method moee_sum; give that method, and no --alpha.")
     pairs = None if options.tune_on is None else read_scored_pairs(options.tune_on, None)
     source = model_folder(options.export, None)
+    check_source(source)
     name, texts = read_texts(options.corpus, options.num_texts, split="train")
     model = UnifiedLM.from_pretrained(source, device=options.device, dtype=options.dtype, check_weights=True)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
@@ -173,7 +174,7 @@ def _analyze_parser(names: dict[str, str]) -> argparse.ArgumentParser:
     add("--corpus", action="append", default=[], metavar="[LABEL=]CORPUS", help=corpus_help)
     add("--corpus-texts", type=positive, default=1000, help="texts of each corpus, at most (1000)")
     _add_model_options(parser)
-    add_embedding_options(parser)
+    add_embedding_options(parser, methods=False)  # `methods` compares them
     return parser
 
 

@@ -92,19 +92,27 @@ def add_device_options(parser: argparse._ActionsContainer, dtype: str | None = N
     )
 
 
-def add_embedding_options(parser: argparse._ActionsContainer) -> None:
-    """Add what `UnifiedLM.from_pretrained` takes in place of an export's own settings; `embedding_options` reads it."""
+def add_embedding_options(parser: argparse._ActionsContainer, *, methods: bool = True) -> None:
+    """Add what `UnifiedLM.from_pretrained` takes in place of an export's own settings; `embedding_options` reads it.
+
+    Args:
+        parser: takes the options.
+        methods: whether --method and --alpha are among them.
+    """
     add = parser.add_argument
     add("--template", default=None, help="prompt template; needed for a model that is not an export")
     add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
     add("--attention", default=None, help="bidirectional or causal, in place of the export's")
+    if not methods:
+        return
     add("--method", choices=EMBEDDING_METHODS, default=None, help="hidden states, routing or both, in place of the export's")
     add("--alpha", type=from_zero, default=None, help="weight of the routing in method moee_sum, in place of the export's")
 
 
 def embedding_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `add_embedding_options` added, as keyword arguments."""
-    return {name: getattr(options, name) for name in ("template", "pooling", "attention", "method", "alpha")}
+    names = ("template", "pooling", "attention", "method", "alpha")
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 def device(text: str) -> str:

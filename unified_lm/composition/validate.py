@@ -51,6 +51,7 @@ def _run(config: RunConfig) -> Iterator[str]:
     for name, stream in config.streams.items():
         yield from stream.problems(f"streams.{name}")
         yield from stream.run_problems(f"streams.{name}", config)
+    yield from _vectors(config)
     yield from _optim(config.optim)
     yield from _parallel(config)
     yield from at_least("packing.token_budget", config.packing.token_budget, 1)
@@ -65,6 +66,12 @@ def _run(config: RunConfig) -> Iterator[str]:
         yield f"resume: got '{config.resume}', expected 'none', 'auto' or the folder of a checkpoint; there is no such folder."
     if config.resume == "auto" and not config.run_dir:
         yield "resume: 'auto' looks for checkpoints in run_dir, which is not set; add run_dir=FOLDER."
+
+
+def _vectors(config: RunConfig) -> Iterator[str]:
+    if len(config.all_vectors) > 1:
+        listed = ", ".join(f"{method} (alpha {alpha:g})" for method, alpha in sorted(config.all_vectors))
+        yield f"streams: compare different vectors ({listed}), and an export embeds in one way; give them the same `vectors`."
 
 
 def _parallel(config: RunConfig) -> Iterator[str]:
@@ -111,6 +118,11 @@ def _model(config: RunConfig) -> Iterator[str]:
         yield from at_least("model.projection_dim", model.projection_dim, 1)
         if not config.trains_embeddings:
             yield "model.projection_dim: projects embeddings, but no stream trains any."
+        if config.vectors[0] == "rw":
+            yield (
+                "model.projection_dim: projects hidden states, and vectors=rw compares routing alone, which would train no "
+                "head. Leave it out, or choose vectors=moee_sum."
+            )
 
 
 def _lora(config: RunConfig) -> Iterator[str]:

@@ -228,8 +228,8 @@ class EmbeddingObjectiveConfig(ObjectiveConfig):
     vectors: str = "hs"
     """What is compared: hidden states ("hs"), or, of a mixture of experts, its routing ("rw") or both ("moee_concat",
     "moee_sum"). The export embeds so."""
-    alpha: float = 1.0
-    """Weight of the routing in "moee_sum"."""
+    alpha: float | None = None
+    """Weight of the routing in "moee_sum"; None is 1."""
 
     @property
     def coupled(self) -> tuple[str, ...]:
@@ -250,8 +250,10 @@ class EmbeddingObjectiveConfig(ObjectiveConfig):
             owner = path.rpartition(".")[0]
             yield f"{owner}.batch_size: got {stream.batch_size}; {self.name} training needs at least 2 groups."
         yield from choice(f"{path}.vectors", self.vectors, EMBEDDING_METHODS)
-        if not math.isfinite(self.alpha) or self.alpha < 0:
+        if self.alpha is not None and (not math.isfinite(self.alpha) or self.alpha < 0):
             yield f"{path}.alpha: got {self.alpha}, expected a number of at least 0."
+        if self.alpha is not None and self.vectors != "moee_sum":
+            yield f"{path}.alpha: only applies to vectors=moee_sum, got {self.vectors}."
 
     def run_problems(self, path: str, run: RunFacts) -> Iterator[str]:
         """See `ObjectiveConfig.run_problems`."""

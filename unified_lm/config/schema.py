@@ -308,9 +308,14 @@ class RunConfig:
     @property
     def vectors(self) -> tuple[str, float]:
         """What the run's embeddings are made of, and the weight of the routing (`models.moee`)."""
+        return next(iter(sorted(self.all_vectors)), ("hs", 1.0))
+
+    @property
+    def all_vectors(self) -> set[tuple[str, float]]:
+        """`vectors` of every stream that trains embeddings: a run that composes has one at most."""
         objectives = [stream.objective for stream in self.streams.values()]
-        found = [(of.vectors, of.alpha) for of in objectives if isinstance(of, EmbeddingObjectiveConfig)]
-        return next((one for one in found if one[0] != "hs"), ("hs", 1.0))
+        embedding = [of for of in objectives if isinstance(of, EmbeddingObjectiveConfig)]
+        return {(of.vectors, 1.0 if of.alpha is None else of.alpha) for of in embedding}
 
     @property
     def token_budget(self) -> int:

@@ -104,6 +104,11 @@ def full_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is one that ranks hold in parts (ZeRO-3), even if it is whole for the moment."""
+    return hasattr(tensor, "ds_shape")
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if is_initialized():

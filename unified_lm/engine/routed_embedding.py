@@ -14,7 +14,6 @@ from torch import nn
 
 from unified_lm.batch import Pack
 from unified_lm.config.objectives import EmbeddingObjectiveConfig, ObjectiveConfig
-from unified_lm.core.errors import ConfigError
 from unified_lm.engine.coupled import CoupledTerm, TermParts
 from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.readout import PackStates, Readout
@@ -67,21 +66,12 @@ class RoutedEmbeddingTerm(EmbeddingTerm):
 
     @classmethod
     def make(cls, parts: TermParts) -> CoupledTerm:
-        """See `CoupledTerm.make`.
-
-        Raises:
-            ConfigError: streams that make different vectors with routing.
-        """
-        settings = [config for config in parts.streams.values() if isinstance(config, EmbeddingObjectiveConfig)]
-        chosen = {(config.vectors, config.alpha) for config in settings}
-        if len(chosen) > 1:
-            listed = ", ".join(f"{method} with alpha {alpha:g}" for method, alpha in sorted(chosen))
-            raise ConfigError(
-                f"streams {', '.join(parts.streams)} train different vectors with routing ({listed}), and an export embeds in "
-                "one way. Give them the same `vectors` and `alpha`."
-            )
-        ((method, alpha),) = chosen
-        return cls(parts.objectives, parts.weights, method=method, alpha=alpha)
+        """See `CoupledTerm.make`."""
+        # One way for all streams: `composition.validate` sees to it, since an export embeds in one way.
+        config = next(iter(parts.streams.values()))
+        assert isinstance(config, EmbeddingObjectiveConfig)
+        alpha = 1.0 if config.alpha is None else config.alpha
+        return cls(parts.objectives, parts.weights, method=config.vectors, alpha=alpha)
 
     @classmethod
     def readout(cls, streams: Mapping[str, ObjectiveConfig], backbone: Backbone) -> Readout:

@@ -122,6 +122,9 @@ def training_draw(labels: np.ndarray, per_label: int, seed: int) -> np.ndarray:
     for label in np.unique(labels):
         (found,) = np.nonzero(labels == label)
         if len(found) <= per_label:
-            raise DataError(f"label '{label}' has {len(found)} texts; {per_label} to learn from and one to test are needed.")
+            raise DataError(
+                f"label '{label}' has {len(found)} texts; {per_label} to learn from and one to test are needed. "
+                "Give more texts (--num-labeled), or leave rare labels out."
+            )
         chosen[generator.choice(found, per_label, replace=False)] = True
     return chosen

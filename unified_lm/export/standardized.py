@@ -24,6 +24,23 @@ _STOCK = (_MODULES, "sentence_bert_config.json", "1_Pooling")
 """By which sentence-transformers takes a folder for one of its models."""
 
 
+def check_source(source: Path) -> Manifest:
+    """The manifest of an export that can be standardized.
+
+    Raises:
+        CheckpointError: it is no export, does not embed, or embeds with routing already.
+    """
+    manifest = Manifest.load(source)
+    if not manifest.can_embed:
+        raise CheckpointError(f"{source} was exported to generate only: it has no vectors to standardize.")
+    if manifest.method != "hs":
+        raise CheckpointError(
+            f"{source} embeds with method {manifest.method} already. Start from an export that embeds with hidden states: the "
+            "one that it was made of, or, if it was trained so, a run with vectors=hs."
+        )
+    return manifest
+
+
 def write_standardized(
     source: Path,
     target: Path,
@@ -56,14 +73,7 @@ def write_standardized(
         CheckpointError: `source` is not an export or does not embed, `target` lies inside it, a check fails, or the folder
             cannot be written.
     """
-    manifest = Manifest.load(source)
-    if not manifest.can_embed:
-        raise CheckpointError(f"{source} was exported to generate only: it has no vectors to standardize.")
-    if manifest.method != "hs":
-        raise CheckpointError(
-            f"{source} embeds with method {manifest.method} already. Start from an export that embeds with hidden states: the "
-            "one that it was made of, or, if it was trained so, a run with vectors=hs."
-        )
+    manifest = check_source(source)
     states, routed = manifest.embedding_dim, method != "hs"
     if standardizer.dim <= states if routed else standardizer.dim != states:
         raise CheckpointError(

@@ -28,7 +28,6 @@ from unified_lm.models.backbone import Backbone
 from unified_lm.models.embedding import progress_bar
 from unified_lm.models.key_values import KeyValueCache, KeyValueReader
 from unified_lm.models.pooling import Pooling, Projection
-from unified_lm.models.routing import Routers
 from unified_lm.models.standardizer import Standardizer
 
 if TYPE_CHECKING:
@@ -324,9 +323,9 @@ class UnifiedLM:
         return self._embedder.dim
 
     @property
-    def routers(self) -> Routers:
-        """The routers of a mixture of experts; ModelError for a dense model."""
-        return self._embedder.routers
+    def embedder(self) -> Embedder:
+        """What turns texts into vectors; it says how, and has the routers of a mixture of experts."""
+        return self._embedder
 
     def similarity(self, left: np.ndarray | torch.Tensor, right: np.ndarray | torch.Tensor) -> np.ndarray:
         """Cosine similarities, float32 `[N, M]`, of vectors `[N, D]` (or `[D]`) and `[M, D]` (or `[D]`)."""

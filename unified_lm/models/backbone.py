@@ -232,7 +232,7 @@ class Backbone(nn.Module):
         Raises:
             ModelError: the model is dense, or runs padded.
         """
-        if not (getattr(self.causal_lm.get_decoder(), "_can_record_outputs", None) or {}).get("router_logits"):
+        if not families.router_places(self.causal_lm):
             raise ModelError(f"family '{self._config.model_type}' returns no router logits: it has no mixture of experts.")
         self._require_packed_routers()
 

@@ -10,6 +10,7 @@ import inspect
 import sys
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from unified_lm.core.errors import ModelError
@@ -97,6 +98,26 @@ def experts(causal_lm: PreTrainedModel) -> tuple[int, int]:
             "Set streams.NAME.objective.router_aux_loss_coef=0."
         )
     return int(num_experts), int(top_k)
+
+
+def router_places(causal_lm: PreTrainedModel) -> list[tuple[str, nn.Module, int]]:
+    """The routers of a model, as transformers names them (`_can_record_outputs`), in the order of the layers.
+
+    Returns:
+        Of each its name in the decoder, the module, and the place of the logits in its output; none of a dense model, which may
+        be a dense member of a family that has mixtures.
+    """
+    decoder = causal_lm.get_decoder()
+    recorders = (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits", ())
+    places: list[tuple[int, str, nn.Module, int]] = []
+    for recorder in recorders if isinstance(recorders, (list, tuple)) else [recorders]:
+        target: Any = getattr(recorder, "target_class", recorder)
+        part = str(getattr(recorder, "layer_name", None) or "")
+        for number, (name, module) in enumerate(decoder.named_modules()):
+            is_router: bool = isinstance(target, type) and isinstance(module, target)
+            if is_router and part in name:
+                places.append((number, name, module, int(getattr(recorder, "index", 0))))
+    return [(name, module, index) for _, name, module, index in sorted(places, key=lambda place: place[0])]
 
 
 def logit_scale(config: Any) -> float:

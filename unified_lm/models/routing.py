@@ -25,8 +25,10 @@ from transformers import PreTrainedModel
 from unified_lm.batch import Pack
 from unified_lm.core import distributed
 from unified_lm.core.errors import ModelError
+from unified_lm.models import families
 from unified_lm.models.backbone import Backbone
-from unified_lm.models.modes import GatherParameters, evaluation_mode, no_gathering
+from unified_lm.models.modes import evaluation_mode
+from unified_lm.models.rotation import probe_pack
 
 _MISFIT = 0.3
 _CLEARLY = 0.1
@@ -80,8 +82,7 @@ class Routers:
     """The routers of a model.
 
     Args:
-        backbone: the model, on its device.
-        whole: holds parameters together while they are read, where they are partitioned.
+        backbone: the model, on its device. Where parameters are partitioned, those of the routers are whole for the moment.
 
     Attributes:
         names: of the router modules, in the order of the layers.
@@ -92,12 +93,17 @@ class Routers:
         ModelError: the model is dense, runs padded, or has routers whose output is not understood.
     """
 
-    def __init__(self, backbone: Backbone, whole: GatherParameters = no_gathering) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
         self._family = str(backbone.causal_lm.config.get_text_config(decoder=True).model_type)
-        self._places = _find(backbone.causal_lm.get_decoder(), self._family)
+        self._places = families.router_places(backbone.causal_lm)
+        if not self._places:
+            raise ModelError(
+                f"family '{self._family}' has no router: it is dense, or transformers does not name its router. Routing is "
+                "read of mixtures of experts, such as mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss."
+            )
         self.names = tuple(name for name, _, _ in self._places)
-        outputs = self._probe(whole)
+        outputs = self._probe()
         self.sizes = tuple(logits.shape[-1] for logits, _, _ in outputs)
         source = inspect.getsource(type(self._places[0][1]))
         self.gate = find_gate(outputs, source, self._family)
@@ -153,33 +159,40 @@ class Routers:
             for handle in hooks:
                 handle.remove()
 
-    def _probe(self, whole: GatherParameters) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Logits, choices and weights of every router for a few random states; nothing else of the model runs."""
+    def _probe(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Logits, choices and weights of every router on a short sample; of partitioned models for random states."""
         modules = [module for _, module, _ in self._places]
-        parameters = [parameter for module in modules for parameter in module.parameters()]
-        generator = torch.Generator().manual_seed(0)
-        states = torch.randn(_PROBED, self._backbone.hidden_size, generator=generator)
-        states = states.to(parameters[0].device, self._backbone.causal_lm.dtype)
-        with evaluation_mode(*modules), torch.no_grad(), whole(parameters):
-            return [_read(module(states), index, self._family) for _, module, index in self._places]
+        seen: dict[int, Any] = {}
+        with evaluation_mode(self._backbone), torch.no_grad():
+            if not any(distributed.is_partitioned(parameter) for module in modules for parameter in module.parameters()):
+                with self._hooked(seen.__setitem__):
+                    self._backbone(probe_pack(self._backbone))
+            else:  # the rest of the model is not whole: each router is asked alone
+                seen |= {number: self._ask(module) for number, module in enumerate(modules)}
+        return [_read(seen[number], index, self._family) for number, (_, _, index) in enumerate(self._places)]
+
+    def _ask(self, router: nn.Module) -> Any:
+        """The output of a router, which is whole, for random states."""
+        states = torch.randn(_PROBED, self._backbone.hidden_size, generator=torch.Generator().manual_seed(0))
+        try:
+            return router(states.to(next(router.parameters()).device, self._backbone.causal_lm.dtype))
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"the router of family '{self._family}' does not run alone ({error}), so that it cannot be read while "
+                "parameters are partitioned. Choose parallel=zero2."
+            ) from error
 
 
 def router_parameters(causal_lm: PreTrainedModel) -> list[nn.Parameter]:
     """The parameters of a model's routers, in the order of the layers; none of a dense model."""
-    return [parameter for module in _routers(causal_lm) for parameter in module.parameters()]
+    return [parameter for _, module, _ in families.router_places(causal_lm) for parameter in module.parameters()]
 
 
 def router_sizes(causal_lm: PreTrainedModel) -> list[int]:
     """Experts of each router, in the order of the layers; none of a dense model. Parameters may be partitioned."""
-    shapes = [[distributed.full_shape(parameter) for parameter in module.parameters()] for module in _routers(causal_lm)]
+    routers = [module for _, module, _ in families.router_places(causal_lm)]
+    shapes = [[distributed.full_shape(parameter) for parameter in module.parameters()] for module in routers]
     return [next(shape[0] for shape in of_router if len(shape) == 2) for of_router in shapes]
-
-
-def _routers(causal_lm: PreTrainedModel) -> list[nn.Module]:
-    decoder = causal_lm.get_decoder()
-    if not (getattr(decoder, "_can_record_outputs", None) or {}).get("router_logits"):
-        return []
-    return [module for _, module, _ in _find(decoder, "")]
 
 
 def find_gate(outputs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], source: str = "", family: str = "") -> Gate:
@@ -219,27 +232,6 @@ def find_gate(outputs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 def _centered(logs: torch.Tensor) -> torch.Tensor:
     """Without what all choices of a token, or all tokens with one choice, have in common."""
     return logs - logs.mean(dim=1 if logs.shape[1] > 1 else 0, keepdim=True)
-
-
-def _find(decoder: nn.Module, family: str) -> list[tuple[str, nn.Module, int]]:
-    """Name, module, and place of the logits in the output, of every router, in the order of the layers."""
-    known = getattr(decoder, "_can_record_outputs", None) or {}
-    recorders = known.get("router_logits", ())
-    places: list[tuple[str, nn.Module, int]] = []
-    for recorder in recorders if isinstance(recorders, (list, tuple)) else [recorders]:
-        target: Any = getattr(recorder, "target_class", recorder)
-        part = getattr(recorder, "layer_name", None)
-        for name, module in decoder.named_modules():
-            is_router: bool = isinstance(target, type) and isinstance(module, target)
-            if is_router and str(part or "") in name:
-                places.append((name, module, int(getattr(recorder, "index", 0))))
-    if not places:
-        raise ModelError(
-            f"family '{family}' has no router: it is dense, or transformers does not name its router. Routing is read from "
-            "mixtures of experts, such as mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss, granitemoe."
-        )
-    order = {name: number for number, (name, _) in enumerate(decoder.named_modules())}
-    return sorted(places, key=lambda place: order[place[0]])
 
 
 def _read(output: Any, index: int, family: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -124,7 +124,7 @@ def test_layers_and_tokens(out: Path, mixture: UnifiedLM, files: dict[str, Path]
     found = arm["spearman"]
     assert found["hs, last layer"]["all"]["raw"] == pytest.approx(spearman(left.states, right.states), abs=1e-4)
     assert found["rw, all layers"]["all"]["raw"] == pytest.approx(spearman(left.routing, right.routing), abs=1e-4)
-    size = mixture.routers.sizes[0]
+    size = mixture.embedder.routers.sizes[0]
     first = spearman(left.routing[:, :size], right.routing[:, :size])
     assert arm["rw_by_layer"]["all"][0] == pytest.approx(first, abs=1e-4)
     assert found["rw, last layer"]["all"]["raw"] == arm["rw_by_layer"]["all"][-1]
@@ -187,7 +187,9 @@ def test_the_tuned_weight_is_the_best_of_the_sweep(mixture: UnifiedLM, files: di
 
 def test_an_export_with_a_tuned_weight(files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export = make_export(tmp_path / "export", "mixtral")
-    arguments = ["standardize", str(export), "--corpus", str(files["texts"]), "--device", "cpu", "--out", str(tmp_path / "out")]
+    (tmp_path / "corpus.txt").write_text("\n".join(sentences(120)) + "\n")
+    corpus = ["--corpus", str(tmp_path / "corpus.txt")]
+    arguments = ["standardize", str(export), *corpus, "--device", "cpu", "--out", str(tmp_path / "out")]
     for wrong in (["--alpha", "0.5"], ["--method", "rw"]):
         assert main([*arguments, "--method", "moee_sum", *wrong, "--tune-on", str(files["sts"])]) == 2
         assert "--tune-on chooses alpha of --method moee_sum" in capsys.readouterr().err
@@ -195,3 +197,16 @@ def test_an_export_with_a_tuned_weight(files: dict[str, Path], tmp_path: Path, c
     said = capsys.readouterr().out
     alpha = json.loads((tmp_path / "out" / "unified_lm.json").read_text())["alpha"]
     assert f"alpha {alpha:g} is best on 59 pairs of sts" in said
+
+
+def test_rare_labels_are_refused_before_anything_is_embedded(sparse: Path, labels: Path, tmp_path: Path) -> None:
+    rows = labels.read_text() + json.dumps({"text": "a moon", "label": "space"}) + "\n"
+    (tmp_path / "rare.jsonl").write_text(rows)
+    with pytest.raises(DataError, match=r"label 'space' has 1 texts.*--num-labeled"):
+        analyze(["methods", str(sparse), "--labels", str(tmp_path / "rare.jsonl"), "--out", str(tmp_path)])
+
+
+def test_standardize_refuses_vectors_that_are_weighed(files: dict[str, Path], tmp_path: Path) -> None:
+    export = make_export(tmp_path / "export", "mixtral", changes={"method": "moee_sum"})
+    with pytest.raises(ConfigError, match="standardize fits statistics on vectors before they are weighed"):
+        analyze(["standardize", str(export), "--sts", str(files["sts"]), "--num-pairs", "20", "--out", str(tmp_path / "out")])

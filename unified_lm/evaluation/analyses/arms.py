@@ -33,8 +33,6 @@ class ArmSettings:
         template: prompt template. None selects the export's own, "plain" for other models.
         pooling: None selects the export's, "mean" for other models.
         attention: None selects the export's, "bidirectional" for other models.
-        method: what vectors are made of (`models.moee`); None selects the export's, "hs" for other models.
-        alpha: weight of the routing in method "moee_sum"; None selects the export's.
     """
 
     device: str | None = None
@@ -42,8 +40,6 @@ class ArmSettings:
     template: str | None = None
     pooling: str | None = None
     attention: str | None = None
-    method: str | None = None
-    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,6 @@ class Arm:
             template=settings.template or (None if exported else "plain"),
             pooling=settings.pooling,
             attention=settings.attention,
-            method=settings.method,
-            alpha=settings.alpha,
             check_weights=True,
         )
 

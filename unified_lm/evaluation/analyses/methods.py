@@ -50,7 +50,7 @@ RAW, STANDARDIZED = "raw", "standardized"
 _RANKS = 10
 _DRAWS = 10
 _PER_LABEL = 16
-"""Repetitions of clustering and classification, and texts of each label to learn from: those of MTEB."""
+"""Repetitions of clustering and classification, and texts of each label to learn from."""
 
 SCORES = {
     "spearman": "Spearman correlation of cosines",
@@ -87,6 +87,8 @@ def prepare_scored(settings: AnalysisSettings) -> Material:
     sts = None if settings.sts is None else read_scored_pairs(settings.sts, settings.num_pairs)
     retrieval = None if settings.retrieval is None else read_retrieval(settings.retrieval, settings.num_pairs)
     labeled = None if settings.labels is None else read_labeled(settings.labels, settings.num_labeled)
+    if labeled is not None:
+        training_draw(labeled.labels, _PER_LABEL, 0)  # refuses rare labels before anything is embedded
     description = {
         "sts": None if sts is None else {"name": sts.name, "num_pairs": len(sts.left)},
         "retrieval": None if retrieval is None else {"name": retrieval.name, "num_queries": len(retrieval.queries)},
@@ -159,7 +161,13 @@ def _label_scores(labels: np.ndarray, views: list[np.ndarray], clusters: bool) -
 def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbers:
     content: Scored = material.content
     embedded = embed_scored(model, content, show_progress)
-    result: Numbers = {"attention": model.attention, "gate": model.routers.gate.value, "scores": {}, "alpha": {}, "tuned": {}}
+    result: Numbers = {
+        "attention": model.attention,
+        "gate": model.embedder.routers.gate.value,
+        "scores": {},
+        "alpha": {},
+        "tuned": {},
+    }
     for way, standardizer in ((RAW, None), (STANDARDIZED, fit_parts(embedded.corpus))):
 
         def scores(method: str, standardizer: Standardizer | None = standardizer) -> dict[str, Values]:

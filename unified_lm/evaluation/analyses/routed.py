@@ -71,7 +71,7 @@ def embed_parts(model: UnifiedLM, texts: Sequence[str | Text], show_progress: bo
     Raises:
         ModelError: the model is dense, or its routers are not understood.
     """
-    features = model.routers.num_features  # refuses a dense model before anything is embedded
+    features = model.embedder.routers.num_features  # refuses a dense model before anything is embedded
     given = [Text(text) if isinstance(text, str) else text for text in texts]
     with without_standardizer(model):
         both = pooled_vectors(model, given, show_progress, method="moee_concat")
@@ -103,6 +103,7 @@ def prompted(model: UnifiedLM, template: str) -> UnifiedLM:
             template=template,
             pooling="last_token",
             attention="causal",
+            projection=model.embedder.projection,
             max_tokens=model.max_tokens,
             attention_kernel=backbone.kernel,
         )

@@ -71,7 +71,7 @@ class _Read:
 
 
 def _read(model: UnifiedLM, texts: Sequence[str]) -> _Read:
-    routers = model.routers
+    routers = model.embedder.routers
     samples = [
         embedding_sample(item, model.attention) for item in encode_texts(model.prompt_encoder, texts, "", model.max_tokens)
     ]
@@ -137,7 +137,7 @@ def _score(left: np.ndarray, right: np.ndarray, corpus: np.ndarray | None, gold:
 
 def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbers:
     content: _Content = material.content
-    sizes, gold = model.routers.sizes, content.pairs.scores
+    sizes, gold = model.embedder.routers.sizes, content.pairs.scores
     reads = [_read(model, texts) for texts in (content.pairs.left, content.pairs.right, content.corpus)]
     left, right, corpus = reads
     load = [np.sum(of_layer, axis=0) for of_layer in zip(*(read.load for read in reads), strict=True)]
@@ -154,7 +154,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
             values.append(_score(of_layer[0], of_layer[1], None, gold))
     return {
         "attention": model.attention,
-        "gate": model.routers.gate.value,
+        "gate": model.embedder.routers.gate.value,
         "spearman": {what: {tokens: scores(what, tokens) for tokens in TOKENS} for what in COMBINATIONS},
         "rw_by_layer": by_layer,
         # by all tokens of all texts: 1 is even for both

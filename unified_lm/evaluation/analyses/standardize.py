@@ -80,6 +80,11 @@ def _prepare(settings: AnalysisSettings) -> Material:
 
 def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbers:
     content: _Content = material.content
+    if model.embedder.method == "moee_sum":
+        raise ConfigError(
+            "standardize fits statistics on vectors before they are weighed, and this model's moee_sum weighs them. "
+            "Compare with `unified-lm analyze methods`, which does it in that order."
+        )
     own, model.standardizer = model.standardizer, None
     try:
 
