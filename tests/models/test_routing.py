@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.models.test_families import MIXTURES
 from unified_lm.batch import Sample, make_pack
@@ -178,3 +181,32 @@ def test_mistakes() -> None:
             check_method("moee_sum", alpha)
     with pytest.raises(DataError, match="one vector cannot be standardized by its batch"):
         standardize_batch(torch.ones(1, 3))
+
+
+_DIMENSIONS = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "num_experts_per_tok": 2}
+OTHERS: dict[str, tuple[Gate, dict[str, Any]]] = {
+    "minimax_m2": (Gate.SIGMOID, {"num_local_experts": 4, "rotary_dim": 16}),
+    "afmoe": (
+        Gate.SIGMOID,
+        {"num_experts": 4, "moe_intermediate_size": 32, "num_dense_layers": 1, "layer_types": ["full_attention"] * 2},
+    ),
+    "glm4_moe": (Gate.SIGMOID, {"n_routed_experts": 4, "moe_intermediate_size": 32, "first_k_dense_replace": 1}),
+    "ernie4_5_moe": (Gate.SOFTMAX, {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}),
+    "hunyuan_v1_moe": (Gate.SOFTMAX, {"num_experts": 4, "moe_topk": 2}),
+}
+"""Families without a tiny model of ours. Routers of the first two take more than hidden states."""
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_are_read(family: str) -> None:
+    gate, own = OTHERS[family]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **_DIMENSIONS, **_HEADS, **own)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    routers = Routers(Backbone(model, "sdpa"))
+    assert routers.gate is gate
+    assert set(routers.sizes) == {4}
