@@ -87,6 +87,8 @@ def standardize(argv: Sequence[str]) -> None:
     check_folder(options.out)
     if options.tune_on is not None and (options.method != "moee_sum" or options.alpha is not None):
         raise ConfigError("--tune-on chooses alpha of --method moee_sum; give that method, and no --alpha.")
+    if options.alpha is not None and options.method != "moee_sum":
+        raise ConfigError(f"--alpha weighs the routing in --method moee_sum, and has no effect on {options.method}.")
     pairs = None if options.tune_on is None else read_scored_pairs(options.tune_on, None)
     source = model_folder(options.export, None)
     check_source(source)

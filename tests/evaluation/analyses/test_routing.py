@@ -193,6 +193,8 @@ def test_an_export_with_a_tuned_weight(files: dict[str, Path], tmp_path: Path, c
     for wrong in (["--alpha", "0.5"], ["--method", "rw"]):
         assert main([*arguments, "--method", "moee_sum", *wrong, "--tune-on", str(files["sts"])]) == 2
         assert "--tune-on chooses alpha of --method moee_sum" in capsys.readouterr().err
+    assert main([*arguments, "--method", "rw", "--alpha", "0.5"]) == 2
+    assert "--alpha weighs the routing in --method moee_sum, and has no effect on rw" in capsys.readouterr().err
     assert main([*arguments, "--method", "moee_sum", "--tune-on", str(files["sts"])]) == 0
     said = capsys.readouterr().out
     alpha = json.loads((tmp_path / "out" / "unified_lm.json").read_text())["alpha"]

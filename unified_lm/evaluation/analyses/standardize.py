@@ -20,6 +20,7 @@ from unified_lm.core.errors import ConfigError
 from unified_lm.data.rows.records import Text
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
 from unified_lm.evaluation.analyses.figure import PALETTE, finish, save, subplots
+from unified_lm.evaluation.analyses.routed import MIN_TEXTS, without_standardizer
 from unified_lm.evaluation.analyses.states import pooled_vectors
 from unified_lm.evaluation.analyses.texts import (
     RetrievalPairs,
@@ -39,9 +40,6 @@ from unified_lm.objectives.ranking import ndcg_at_k
 NONE = "none"
 ITSELF = "the evaluated texts"
 """Labels of the two conditions that are always measured."""
-
-MIN_TEXTS = 20
-"""Minimum texts per corpus in this analysis; an export requires more."""
 
 _RANKS = 10
 
@@ -85,8 +83,8 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
             "standardize fits statistics on vectors before they are weighed, and this model's moee_sum weighs them. "
             "Compare with `unified-lm analyze methods`, which does it in that order."
         )
-    own, model.standardizer = model.standardizer, None
-    try:
+    own = model.standardizer
+    with without_standardizer(model):
 
         def encode(texts: list[Text]) -> np.ndarray:
             """Embed texts: float32 `[N, D]`, pooled and not normalized."""
@@ -102,8 +100,6 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
             queries, documents = encode(content.retrieval.queries), encode(content.retrieval.documents)
             score = partial(_ndcg, queries, documents, content.retrieval.relevant)
             result["ndcg@10"] = _rows(score, {**fitted, ITSELF: _fit(np.concatenate([queries, documents]))})
-    finally:
-        model.standardizer = own
     return result
 
 
