@@ -98,6 +98,7 @@ def test_large_weights_are_compared_on_request(copy: Path, monkeypatch: pytest.M
         ("config.json", b'{"model_type": "llama", "hidden_size": "x"}', "cannot load the model in"),
         ("tokenizer.json", b'{"version": null}', "cannot load the model in"),
         ("tokenizer_config.json", b"false", "cannot load the model in"),
+        ("tokenizer_config.json", b'{"model_max_length": []}', "cannot load the model in"),  # loads, and fails when it is used
         ("generation_config.json", b'" "', "cannot load the model in"),
         ("unified_lm.json", b"[" * 100_000, "is not valid JSON"),
         ("unified_lm.json", b"\xff", "is not valid JSON"),

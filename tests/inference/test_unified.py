@@ -1,8 +1,10 @@
 """`UnifiedLM`: shapes, order, errors, and two modes in turn."""
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from unified_lm.cli.arguments import add_embedding_options, command_parser, embedding_options
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, UserError
+from unified_lm.evaluation.analyses.arms import Arm, ArmSettings
 from unified_lm.inference import Hit, UnifiedLM
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 
@@ -175,6 +179,23 @@ def test_a_plain_model_needs_a_template(tmp_path: Path) -> None:
     built = UnifiedLM(tiny_model("llama"), tiny_tokenizer(), template="grit")
     np.testing.assert_allclose(built.encode(TEXTS), both.encode(TEXTS), atol=1e-6)
     assert both.manifest is None
+
+
+def test_what_a_command_line_may_replace_reaches_the_model(exported: Callable[..., Path]) -> None:
+    parser = command_parser("encode", "", "")
+    add_embedding_options(parser)
+    given = ["--template", "plain", "--pooling", "cls", "--attention", "causal", "--max-tokens", "5"]
+    chosen = embedding_options(parser.parse_args(given))
+    assert set(chosen) <= set(signature(UnifiedLM.from_pretrained).parameters)
+    fields = {field.name for field in dataclasses.fields(ArmSettings)}
+    assert set(chosen) - {"method", "alpha"} <= fields, "analyze takes them too"
+    model = UnifiedLM.from_pretrained(exported(), device="cpu", **chosen)
+    assert (model.max_tokens, model.attention) == (5, "causal")
+    model.encode(["a text of many more words than five tokens hold"])
+    assert model.num_truncated == 1
+    arm = Arm("a", exported(), ArmSettings(device="cpu", max_tokens=5, template="plain"))
+    assert arm.load().max_tokens == 5
+    assert arm.key() != Arm("a", exported(), ArmSettings(device="cpu", template="plain")).key(), "measured anew"
 
 
 def test_what_cannot_be_loaded(tmp_path: Path, exported: Callable[..., Path]) -> None:

@@ -92,6 +92,14 @@ def test_noise_is_relative_and_the_seed_decides() -> None:
     assert (one[name] - weight).std() == pytest.approx(0.1 * float(weight.std()), rel=0.05)
 
 
+def test_routers_are_as_uneven_as_asked_and_the_parents_outputs_stay() -> None:
+    dense = tiny_model("llama")
+    wide = upcycle(dense, replace(PLAIN, router_std=0.5))
+    for layer in wide.model.layers:
+        assert float(layer.mlp.gate.weight.detach().std()) == pytest.approx(0.5, rel=0.2)
+    torch.testing.assert_close(logits(wide), logits(dense), rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_made_is_refused() -> None:
     with pytest.raises(ModelError, match=r"family 'gpt2' cannot be upcycled: expected llama, mistral, qwen3"):
         upcycle(tiny_model("gpt2"), PLAIN)
@@ -105,6 +113,7 @@ def test_what_cannot_be_made_is_refused() -> None:
         ({"experts": 5, "parts": 5}, "parts: got 5, which does not divide the 128 hidden channels"),
         ({"drop": 1.0}, r"drop: got 1\.0"),
         ({"noise": -1.0}, "noise: got -1"),
+        ({"router_std": -1.0}, "router_std: got -1"),
     ]:
         with pytest.raises(ConfigError, match=said):
             upcycle(tiny_model("llama"), replace(PLAIN, **changes))

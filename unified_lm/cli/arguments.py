@@ -103,6 +103,7 @@ def add_embedding_options(parser: argparse._ActionsContainer, *, methods: bool =
     add("--template", default=None, help="prompt template; needed for a model that is not an export")
     add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
     add("--attention", default=None, help="bidirectional or causal, in place of the export's")
+    add("--max-tokens", type=positive, default=None, help="limit of a text with its prompt, in place of the export's")
     if not methods:
         return
     add("--method", choices=EMBEDDING_METHODS, default=None, help="hidden states, routing or both, in place of the export's")
@@ -111,7 +112,7 @@ def add_embedding_options(parser: argparse._ActionsContainer, *, methods: bool =
 
 def embedding_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `add_embedding_options` added, as keyword arguments."""
-    names = ("template", "pooling", "attention", "method", "alpha")
+    names = ("template", "pooling", "attention", "max_tokens", "method", "alpha")
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 

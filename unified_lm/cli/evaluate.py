@@ -19,7 +19,6 @@ from unified_lm.cli.arguments import (
     add_embedding_options,
     command_parser,
     embedding_options,
-    positive,
     run_group,
 )
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
@@ -89,9 +88,7 @@ def evaluate_mteb(argv: Sequence[str]) -> None:
     if instructions.label:
         settings["instructions"] = instructions.label
     identity = ModelIdentity(name=options.name or _name(folder), revision=folder_hash(folder), settings=settings)
-    encoder = adapter.UnifiedEncoder(
-        model, instructions, identity, max_tokens=options.max_tokens, show_progress=sys.stderr.isatty()
-    )
+    encoder = adapter.UnifiedEncoder(model, instructions, identity, show_progress=sys.stderr.isatty())
     out = options.out or (folder.parent / "mteb" if Path(options.model).is_dir() else Path("mteb"))
     scores = adapter.run_tasks(
         encoder, tasks, out, overwrite=options.overwrite, report=lambda score: console.print(_line(score), markup=False)
@@ -156,7 +153,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", default=None, help='name in the results, "organization/model"')
     add("--overwrite", action="store_true", help="run finished tasks again")
     add("--prompts", type=Path, default=None, help="only write the prompts, for running plain mteb, to this .json file")
-    add("--max-tokens", type=positive, default=None, help="limit of a text with its prompt; by default the export's own")
     add_device_options(parser)
     add_embedding_options(parser)
     return parser

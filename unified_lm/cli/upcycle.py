@@ -23,7 +23,7 @@ def upcycle(argv: Sequence[str]) -> None:
     parser = command_parser(
         "upcycle",
         "make a sparse mixture of experts of a dense model: every expert a copy of its feed-forward network",
-        "smollm2-135m --experts 8 --noise 0.1 --out runs/smollm2-8x",
+        "smollm2-135m --experts 8 --noise 0.02 --router-std 0.2 --out runs/smollm2-8x",
         "then train it: unified-lm train recipe=grit_smollm2 model.source=hub model.name=DIR model.family=FAMILY",
     )
     add = parser.add_argument
@@ -34,6 +34,7 @@ def upcycle(argv: Sequence[str]) -> None:
     add("--parts", type=positive, default=1, help="split each network into so many smaller experts (1)")
     add("--noise", type=from_zero, default=0.0, help="noise on each expert, relative to its weights' deviation (0.0)")
     add("--drop", type=from_zero, default=0.0, help="share of each expert's channels that is drawn anew, such as 0.5 (0.0)")
+    add("--router-std", type=from_zero, default=0.02, help="deviation of the routers' weights (0.02); more is less even")
     add("--seed", type=whole, default=0, help="for routers, noise and draws (0)")
     options = parser.parse_args(list(argv))
     check_folder(options.out)
@@ -42,7 +43,7 @@ def upcycle(argv: Sequence[str]) -> None:
     from unified_lm.models.quiet import quiet_loading
     from unified_lm.models.upcycle import UpcycleSettings, upcycle
 
-    names = ("experts", "top_k", "parts", "noise", "drop", "seed")
+    names = ("experts", "top_k", "parts", "noise", "drop", "router_std", "seed")
     settings = UpcycleSettings(**{name: getattr(options, name) for name in names})
     if problems := list(settings.problems()):
         raise ConfigError(problems)

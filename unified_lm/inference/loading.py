@@ -20,7 +20,7 @@ from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.standardizer_files import load_standardizer
 from unified_lm.export.verify import load_projection
 from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
-from unified_lm.models.load_errors import check_complete
+from unified_lm.models.load_errors import check_complete, tried
 from unified_lm.models.pooling import Projection
 from unified_lm.models.precision import AUTO, auto_inference_dtype
 from unified_lm.models.quiet import quiet_loading
@@ -87,9 +87,8 @@ def load_parts(
     base = folder if adapter is None else _base_folder(adapter, check_weights)
     try:
         with quiet_loading(reports=False):
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder if adapter is None or has_tokenizer(adapter) else base, local_files_only=True
-            )
+            holder = folder if adapter is None or has_tokenizer(adapter) else base
+            tokenizer = tried(AutoTokenizer.from_pretrained(holder, local_files_only=True))
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base, dtype=_dtype(dtype), local_files_only=True, output_loading_info=True
             )

@@ -123,6 +123,7 @@ class UnifiedLM:
         attention: str | None = None,
         method: str | None = None,
         alpha: float | None = None,
+        max_tokens: int | None = None,
         check_weights: bool | None = None,
     ) -> UnifiedLM:
         """Load an export, or any causal language model together with a template.
@@ -135,10 +136,8 @@ class UnifiedLM:
             attention_kernel: see `Backbone`.
             revision: Hub revision.
             template: replaces the export's prompt template. Required if the model is not an export.
-            pooling: replaces the export's; without an export the default is "mean".
-            attention: replaces the export's; without an export the default is "bidirectional".
-            method: replaces the export's; without an export the default is "hs" (see `encode`).
-            alpha: weight of the routing in method "moee_sum"; replaces the export's.
+            pooling, attention, method, alpha, max_tokens: replace the export's; without an export the defaults are those of
+                the constructor.
             check_weights: whether to compare weights with the hash that an export records; None does up to 2 GiB.
 
         Raises:
@@ -149,8 +148,9 @@ class UnifiedLM:
         where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
         parts = load_parts(name_or_path, **where, needs_manifest=template is None, check_weights=check_weights)
         manifest = parts.manifest
-        given = {"template": template, "pooling": pooling, "attention": attention, "method": method, "alpha": alpha}
-        chosen: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        given: dict[str, Any] = {"template": template, "pooling": pooling, "attention": attention}
+        given |= {"method": method, "alpha": alpha, "max_tokens": max_tokens}
+        chosen = {key: value for key, value in given.items() if value is not None}
         if manifest is not None:
             recorded = ("pooling", "attention", "normalize", "method", "alpha", "instructions", "max_tokens", "modes")
             own = {name: getattr(manifest, name) for name in recorded}

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unified_lm.core.errors import ModelError, UserError
 
@@ -46,6 +46,16 @@ def explain(location: str, part: str, is_hub: bool) -> Iterator[None]:
         if type(error).__module__.startswith("safetensors"):
             raise ModelError(f"the weights of '{location}' are torn ({_first_line(error)}). Fetch them again.") from error
         raise ModelError(_text(error, location, part, is_hub)) from error
+
+
+def tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, after it split a word: with values of another type in its configuration it loads, and fails in use.
+
+    Raises:
+        Exception: whatever it raises; call this where errors of loading are turned into messages.
+    """
+    tokenizer("a")
+    return tokenizer
 
 
 _OLD_BUFFER = re.compile(r"(.*\.(?:attn|attention|self_attn|self_attention))\.(?:bias|masked_bias|causal_mask|embed_positions)")

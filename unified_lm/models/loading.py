@@ -30,7 +30,7 @@ from unified_lm.core.user_files import read_json, user_path
 from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
 from unified_lm.models.architecture import check_architecture, override_dropout
 from unified_lm.models.embedded import embedded_directory
-from unified_lm.models.load_errors import check_complete, explain
+from unified_lm.models.load_errors import check_complete, explain, tried
 from unified_lm.models.precision import AUTO, auto_dtype, four_bit_config
 from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
@@ -306,7 +306,8 @@ def _load_tokenizer(origin: _Origin, config: ModelConfig) -> PreTrainedTokenizer
     location = config.tokenizer or origin.location
     revision = None if config.tokenizer else origin.revision
     with explain(location, "tokenizer", not Path(location).is_dir()):
-        return AutoTokenizer.from_pretrained(location, revision=revision, trust_remote_code=config.trust_remote_code)
+        options = {"revision": revision, "trust_remote_code": config.trust_remote_code}
+        return tried(AutoTokenizer.from_pretrained(location, **options))
 
 
 def _finish(

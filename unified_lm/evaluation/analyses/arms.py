@@ -33,6 +33,7 @@ class ArmSettings:
         template: prompt template. None selects the export's own, "plain" for other models.
         pooling: None selects the export's, "mean" for other models.
         attention: None selects the export's, "bidirectional" for other models.
+        max_tokens: limit of a text with its prompt. None selects the export's, 512 for other models.
     """
 
     device: str | None = None
@@ -40,6 +41,7 @@ class ArmSettings:
     template: str | None = None
     pooling: str | None = None
     attention: str | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Arm:
             template=settings.template or (None if exported else "plain"),
             pooling=settings.pooling,
             attention=settings.attention,
+            max_tokens=settings.max_tokens,
             check_weights=True,
         )
 

@@ -53,7 +53,6 @@ class UnifiedEncoder(AbsEncoder):
         instructions: Instructions,
         identity: ModelIdentity,
         *,
-        max_tokens: int | None = None,
         show_progress: bool = False,
     ) -> None:
         """Wrap a model.
@@ -62,13 +61,11 @@ class UnifiedEncoder(AbsEncoder):
             model: the model; it packs texts itself, so mteb's batch size has no effect.
             instructions: which instruction precedes which text.
             identity: the name under which results are filed.
-            max_tokens: limit in tokens of a text with its prompt; None selects the export's.
             show_progress: draw a progress bar per call on stderr.
         """
         self.model = model
-        self.mteb_model_meta = _model_meta(model, identity, max_tokens)
+        self.mteb_model_meta = _model_meta(model, identity)
         self._instructions = instructions
-        self._max_tokens = max_tokens
         self._show_progress = show_progress
 
     def encode(
@@ -97,9 +94,8 @@ class UnifiedEncoder(AbsEncoder):
         if len(filled) < len(texts):
             _log.warning("%s: %d of %d texts are empty", task_metadata.name, len(texts) - len(filled), len(texts))
         if filled:
-            vectors[filled] = self.model.encode(
-                [texts[index] for index in filled], instruction, max_tokens=self._max_tokens, show_progress=self._show_progress
-            )
+            chosen = [texts[index] for index in filled]
+            vectors[filled] = self.model.encode(chosen, instruction, show_progress=self._show_progress)
         return vectors
 
 
@@ -231,7 +227,7 @@ def _evaluate(encoder: UnifiedEncoder, task: AbsTask, cache: ResultCache, overwr
     return results.task_results[0]
 
 
-def _model_meta(model: UnifiedLM, identity: ModelIdentity, max_tokens: int | None) -> ModelMeta:
+def _model_meta(model: UnifiedLM, identity: ModelIdentity) -> ModelMeta:
     manifest = model.manifest
     license_name = manifest.base_license if manifest else ""
     return ModelMeta.create_empty(
@@ -239,7 +235,7 @@ def _model_meta(model: UnifiedLM, identity: ModelIdentity, max_tokens: int | Non
             "name": identity.name,
             "revision": identity.revision,
             "embed_dim": model.embedding_dim,
-            "max_tokens": max_tokens or (manifest.max_tokens if manifest else None),
+            "max_tokens": model.max_tokens,
             "license": license_name if license_name in get_args(Licenses) else None,
             "framework": ["Sentence Transformers", "PyTorch"],
             "similarity_fn_name": ScoringFunction.COSINE,
