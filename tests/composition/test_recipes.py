@@ -38,6 +38,7 @@ def test_the_recipes_are_these() -> None:
         "llm2vec_simcse",
         "llm2vec_supervised",
         *("moee_deepseek16b", "moee_olmoe", "moee_qwen15_moe"),
+        "monet_tiny",
         "upcycled_smollm2",
     ] == RECIPES
     assert set(LLM2VEC_MODELS) < set(group_options()["model"])

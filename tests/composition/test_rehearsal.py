@@ -18,6 +18,7 @@ FAMILY = {
     "moee_olmoe": "olmoe",
     "moee_qwen15_moe": "qwen2_moe",
     "moee_deepseek16b": "deepseek_v2",
+    "monet_tiny": "monet",
 }
 
 

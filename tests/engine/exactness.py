@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -15,10 +16,12 @@ from unified_lm.batch.normalization import normalize
 from unified_lm.config.schema import LoraConfig, OptimConfig, ParallelConfig
 from unified_lm.core import distributed
 from unified_lm.engine.backends.backend import Backend, make_backend
+from unified_lm.engine.backends.buffers import trained_buffers
 from unified_lm.engine.coupled import CoupledTerm
 from unified_lm.engine.embedding_term import EmbeddingTerm
 from unified_lm.engine.routed_embedding import RoutedEmbeddingTerm, RoutingVectors
 from unified_lm.engine.router_balance import RouterBalance, RoutingReadout
+from unified_lm.engine.routing_spread import RoutingSpread, SpreadReadout, product_key_routers
 from unified_lm.engine.sequences import SequenceReadout, SequenceScoring
 from unified_lm.engine.step import GradCacheStep
 from unified_lm.engine.training_module import PackOutput, TrainingModule
@@ -61,6 +64,7 @@ class Case:
         float32_routers: whether routers are float32 beside weights of `dtype`.
         own_choices: whether every rank balances by its own choices of experts, which is wrong.
         vectors: what is compared (`models.moee`).
+        spread: factor of the uniformity and the ambiguity of MONET's routers over generative tokens.
     """
 
     backend: str
@@ -80,6 +84,7 @@ class Case:
     float32_routers: bool = False
     own_choices: bool = False
     vectors: str = "hs"
+    spread: float = 0.0
 
 
 def make_trainable(case: Case) -> TrainingModule:
@@ -105,6 +110,7 @@ def make_trainable(case: Case) -> TrainingModule:
         readouts=[
             *([RoutingReadout(["generation"], backbone.experts()[1])] if case.balance else []),
             *([RoutingVectors(Routers(backbone))] if case.vectors != "hs" else []),
+            *([SpreadReadout(["generation"], product_key_routers(backbone))] if case.spread else []),
         ],
     )
 
@@ -224,6 +230,9 @@ def make_step(case: Case, backend: Backend) -> GradCacheStep:
         terms.append(scoring(backend.forward, trainable, {"preference": kto}, WEIGHTS, backend.equal_forwards))
     if case.balance:
         terms.append(_make_balance(case, backend))
+    if case.spread:
+        routers = product_key_routers(backend.trainable.backbone)  # type: ignore[attr-defined]
+        terms.append(RoutingSpread({"generation": (case.spread, case.spread)}, routers))
     return GradCacheStep(backend.forward, backend.backward, WEIGHTS, terms, retained, backend.equal_forwards)
 
 
@@ -252,7 +261,8 @@ def start(case: Case) -> Backend:
 
 
 def copy_state(backend: Backend) -> State:
-    return {name: value.detach().cpu().clone() for name, value in backend.optimizer_state()}
+    state = chain(backend.optimizer_state(), trained_buffers(backend.trainable))  # type: ignore[attr-defined]
+    return {name: value.detach().cpu().clone() for name, value in state}
 
 
 class SavedState(State):

@@ -10,8 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from unified_lm.models import identity
-from unified_lm.models.identity import identity_key
-from unified_lm.models.loading import fingerprint
+from unified_lm.models.identity import fingerprint, identity_key
 from unified_lm.models.tiny import tiny_model
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, BertConfig, T5Config
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.models.load_errors import explain
-from unified_lm.models.loading import MANIFEST, load_model
+from unified_lm.models.loading import MANIFEST, load_model, load_tokenizer
 from unified_lm.models.precision import four_bit_config
 from unified_lm.models.tiny import TINY_FAMILIES, tiny_model, tiny_tokenizer
 
@@ -279,6 +279,37 @@ def test_answers_of_the_hub(kind, message) -> None:
     cause = kind("from the server", response=Response())
     with pytest.raises(ModelError, match=message), explain("org/model", "configuration", is_hub=True):
         raise OSError("cannot load") from cause
+
+
+def test_what_a_command_should_have_made_names_the_command() -> None:
+    with pytest.raises(ModelError, match=r"no directory 'runs/smollm2-8x'.*unified-lm upcycle"):
+        load_model(ModelConfig(source="hub", name="runs/smollm2-8x", family="mixtral"))
+
+
+SCRATCH = {"source": "scratch", "family": "llama", "tokenizer": "smollm2-135m", "dtype": "float32"}
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 600}
+
+
+def test_a_model_is_built_of_its_description_and_its_seed() -> None:
+    one, again, other = (load_model(ModelConfig(**SCRATCH, architecture=SMALL, init_seed=seed)) for seed in (1, 1, 2))
+    weights = [loaded.causal_lm.model.layers[0].mlp.up_proj.weight for loaded in (one, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert one.provenance["fingerprint"] != other.provenance["fingerprint"]
+    assert one.provenance["location"] is None
+    assert len(one.tokenizer) == 600
+    text = "Zwölf Boxkämpfer: café 🙂 12\n\tif x:"
+    ids = one.tokenizer(text)["input_ids"]
+    assert max(ids) < 600
+    assert one.tokenizer.decode(ids) == text
+    assert load_tokenizer(ModelConfig(**SCRATCH, architecture=SMALL))(text)["input_ids"] == ids
+
+
+def test_what_cannot_be_built_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"vocab_size is 100.*its bytes and special tokens alone need 252\. Raise vocab_size"):
+        load_model(ModelConfig(**SCRATCH, architecture=SMALL | {"vocab_size": 100}))
+    with pytest.raises(ModelError, match="these values describe no llama model"):
+        load_model(ModelConfig(**SCRATCH, architecture=SMALL | {"num_attention_heads": 0}))
 
 
 def test_four_bit_needs_cuda_and_bitsandbytes(monkeypatch) -> None:

@@ -103,3 +103,28 @@ def test_frequencies_that_follow_the_pack_are_found(
 
 def test_a_vocabulary_smaller_than_the_probe_is_enough() -> None:
     probe_attention(Backbone(tiny_model("llama", vocab_size=4, pad_token_id=0, eos_token_id=2, bos_token_id=1), "sdpa"))
+
+
+def test_experts_that_round_by_how_many_tokens_they_get_are_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product of more rows may round differently: in mixtures other samples' tokens change that, and are not seen."""
+    backbone = Backbone(tiny_model("mixtral"), "sdpa").eval()
+    experts = [layer.mlp.experts for layer in backbone.causal_lm.model.layers]
+
+    def probe(error: float) -> None:
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            return output * (1 + error * float((inputs[1] == 0).sum() % 7))
+
+        handles = [module.register_forward_hook(hook) for module in experts]
+        try:
+            probe_attention(backbone)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    leaks = "leaks: a token of one packed sample changed another"
+    probe(4e-6)
+    with pytest.raises(ModelError, match=leaks):
+        probe(2e-3)
+    monkeypatch.setattr("unified_lm.models.probe._MIXTURE_ROUNDING", 0.0)
+    with pytest.raises(ModelError, match=leaks):
+        probe(4e-6)

@@ -18,7 +18,7 @@ from unified_lm.composition.compose import compose
 from unified_lm.composition.convert import from_yaml, schema_keys, to_plain, to_yaml
 from unified_lm.composition.locate import read_yaml, recipes_dir
 from unified_lm.config.schema import SweepConfig
-from unified_lm.core.errors import UserError
+from unified_lm.core.errors import ConfigError, UserError
 from unified_lm.engine.accounting.dry_run import print_dry_run, print_sweep
 from unified_lm.models.tiny import TINY_FAMILIES
 
@@ -190,3 +190,11 @@ def test_many_configurations_are_read_or_refused() -> None:
 @pytest.mark.slow
 def test_many_dry_runs_print_or_refuse() -> None:
     run_cases(ARCHITECTURES, check_dry_run, MANY)
+
+
+@pytest.mark.parametrize("content", ["true", "5", "1.5", "null", "[1]", "''", ".nan"])
+def test_a_recipe_that_is_no_mapping_is_refused(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"own\.yaml"):
+        compose([f"recipe={path}"])

@@ -18,6 +18,7 @@ from unified_lm.config.schema import RunConfig
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.outputs import check_folder
 from unified_lm.data.prompts.templates import get_template
+from unified_lm.engine.backends.buffers import load_buffers
 from unified_lm.engine.backends.optimizer import load_weights
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.export.adapter_folder import write_adapter
@@ -126,6 +127,7 @@ def load_trained(run_dir: Path, console: Console, step: int | None = None) -> Tr
     load_state(path, identity_of(config, loaded, trainable))
     with open_tensors(path) as read:
         load_weights(trainable.named_parameters(), read)
+        load_buffers(trainable, read)
     data = recorded_data(run_dir)
     if data is None:
         console.print(f"note: {run_dir} has no run.json: the export will not say what it was trained on", highlight=False)

@@ -109,6 +109,8 @@ def _read_shipped(state: FileState) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except AssertionError as error:  # what OmegaConf says of a truth value at the top level
+        raise ConfigError(f"{path}: expected the keys and values of a recipe or a run at the top level.") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict) or not value:

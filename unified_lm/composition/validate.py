@@ -12,7 +12,7 @@ from unified_lm.config.schema import BACKENDS, VERIFICATIONS, ChainConfig, Model
 from unified_lm.config.streams import MODES
 from unified_lm.core.errors import did_you_mean
 
-MODEL_SOURCES = ("hub", "embedded")
+MODEL_SOURCES = ("hub", "embedded", "scratch")
 DTYPES = ("float32", "bfloat16")
 AUTO = "auto"
 POOLINGS = ("mean", "weighted_mean", "last_token", "cls")
@@ -104,7 +104,9 @@ def _model(config: RunConfig) -> Iterator[str]:
     yield from choice("model.dtype", model.dtype, (*DTYPES, AUTO))
     yield from choice("model.attention_kernel", model.attention_kernel, tuple(KERNELS))
     yield from choice("model.pooling", model.pooling, POOLINGS)
-    if not model.name and not model.tiny_random and model.init_from is None:
+    if model.source == "scratch":
+        yield from _from_scratch(config)
+    elif not model.name and not model.tiny_random and model.init_from is None:
         yield "model.name: is empty; choose a model (model=smollm2_135m), or give model.name or model.init_from."
     if model.tiny_random and not model.family:
         yield "model.family: is empty; a tiny random model needs the family to build (llama, mistral, qwen3, ...)."
@@ -123,6 +125,19 @@ def _model(config: RunConfig) -> Iterator[str]:
                 "model.projection_dim: projects hidden states, and vectors=rw compares routing alone, which would train no "
                 "head. Leave it out, or choose vectors=moee_sum."
             )
+
+
+def _from_scratch(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.init_from is not None or model.tiny_random:
+        return
+    for name in ("family", "architecture", "tokenizer"):
+        if not getattr(model, name):
+            yield f"model.{name}: is empty, and model.source=scratch builds a model of it."
+    if model.name:
+        yield f"model.name: got {model.name}, and model.source=scratch loads no weights; leave it empty, or choose source=hub."
+    if config.lora is not None:
+        yield "lora: adapts weights that mean something already, and model.source=scratch draws them; use lora=none."
 
 
 def _lora(config: RunConfig) -> Iterator[str]:

@@ -40,6 +40,7 @@ CHANGES: Mapping[str, Change] = {
     "model.revision": Change.REPORTED,
     "model.family": Change.REPORTED,
     "model.architecture": Change.FREE,
+    "model.init_seed": Change.REFUSED,
     "model.tiny_random": Change.REPORTED,
     "model.init_from": Change.REPORTED,
     "model.tokenizer": Change.REPORTED,

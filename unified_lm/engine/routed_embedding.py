@@ -39,7 +39,8 @@ class RoutingVectors(Readout):
 
     def __call__(self, states: PackStates, pack: Pack) -> dict[str, torch.Tensor]:
         """See `Readout.__call__`."""
-        layers = [pool(self.routers.gate(logits), pack.pool_spans, states.pooling) for logits in states.router_logits]
+        told = self.routers.probabilities(states.router_logits)
+        layers = [pool(probabilities, pack.pool_spans, states.pooling) for probabilities in told]
         return {self.name: torch.cat(layers, dim=1)}
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from unified_lm.core.errors import ModelError
+from unified_lm.config.schema import ModelConfig
+from unified_lm.core.errors import ModelError, UserError
+from unified_lm.models.monet import MonetConfig
 
 _ENCODERS = frozenset(
     {
@@ -40,6 +45,26 @@ _ENCODERS = frozenset(
 _DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
+_MOST_LAYERS = 2000
+"""Building more of them, even without storage, takes minutes; no published model has a tenth."""
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Under which names families have their number of layers."""
+
+
+def described_config(model: ModelConfig) -> PreTrainedConfig:
+    """The configuration that `model.architecture` describes.
+
+    Raises:
+        ModelError: the values describe no model of the family, or one of senseless depth.
+    """
+    # Looked at first: families write a list with an entry for each layer into their configurations.
+    depths = [value for name in _DEPTHS if isinstance(value := model.architecture.get(name), int | float)]
+    if any(depth > _MOST_LAYERS for depth in depths):
+        raise ModelError(f"model.architecture: got {max(depths)} layers, expected at most {_MOST_LAYERS}.")
+    with blaming_architecture(model):
+        return AutoConfig.for_model(model.family, **model.architecture)
+
+
 def check_architecture(hf_config: PreTrainedConfig, family: str, name: str) -> None:
     """Refuse models that are not text decoders, or not of the expected family.
 
@@ -64,7 +89,8 @@ def check_architecture(hf_config: PreTrainedConfig, family: str, name: str) -> N
             f"'{name}' is a model of family '{kind}', but the recipe expects model.family={family}. Use a model of that "
             f"family, or set model.family={kind} (its other settings may not fit)."
         )
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(hf_config, "auto_map", None):
+    ours = isinstance(hf_config, MonetConfig)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not ours and not getattr(hf_config, "auto_map", None):
         raise ModelError(f"'{name}' ({kind}: {classes}) has no causal language model in transformers.")
 
 
@@ -98,3 +124,24 @@ def override_dropout(hf_config: PreTrainedConfig, probability: float | None) -> 
     for key in keys:
         setattr(hf_config, key, probability)
     return own
+
+
+@contextmanager
+def blaming_architecture(model: ModelConfig) -> Iterator[None]:
+    """Turn whatever transformers and torch run into with the values of `model.architecture` into an error that names them.
+
+    Raises:
+        ModelError: the values describe no model.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if model.family not in CONFIG_MAPPING:
+            raise ModelError(f"model.family: transformers knows no family '{model.family}'.") from error
+        said = " ".join(str(error).split())
+        raise ModelError(
+            f"model.architecture: these values describe no {model.family} model ({type(error).__name__}: {said[:300]}). "
+            "Compare them with the config.json of a model of that family."
+        ) from error

@@ -143,7 +143,8 @@ class Backbone(nn.Module):
             pack: on the model's device.
 
         Returns:
-            The hidden states `[T, D]`, and for each layer with experts the raw router logits `[T, E]`, before any softmax.
+            The hidden states `[T, D]`, and for each layer with a router its raw logits `[T, E]`, before any softmax (MONET:
+            float32 `[T, 2, H, E]`).
 
         Raises:
             ModelError: the model has no routers, or runs padded.
@@ -153,7 +154,7 @@ class Backbone(nn.Module):
         logits = getattr(outputs, "router_logits", None)
         if not logits:
             raise ModelError(f"family '{self._config.model_type}' returns no router logits: it has no mixture of experts.")
-        return outputs.last_hidden_state[0], tuple(logits)
+        return outputs.last_hidden_state[0], tuple(of_layer[0] if of_layer.ndim == 5 else of_layer for of_layer in logits)
 
     def experts(self) -> tuple[int, int]:
         """Number of experts of a layer, and number of experts per token; for the router balance loss.

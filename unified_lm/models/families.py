@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+import unified_lm.models.monet  # noqa: F401  (registers its family with transformers)
 from unified_lm.core.errors import ModelError
 
 _PLANNED_LAYERS = frozenset({"full_attention", "sliding_attention"})

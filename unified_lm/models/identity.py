@@ -23,10 +23,20 @@ _IGNORED_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "archi
 """Keys of a configuration that do not say what a model computes: its origin, and the dtype, which is hashed per weight."""
 
 
+def fingerprint(causal_lm: PreTrainedModel) -> str:
+    """A short hash of a model's identity: names and shapes of its parameters, and the first values of each."""
+    digest = blake2b(causal_lm.config.model_type.encode(), digest_size=8)
+    for name, parameter in causal_lm.named_parameters():
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        # 16 values: checkpoints compare fingerprints at every start, and reading whole weights takes seconds per gigabyte
+        digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def identity_key(causal_lm: PreTrainedModel, whole: GatherParameters = no_gathering) -> str:
     """A hash of the configuration (rotary base and scaling, windows, ...) and of every byte of every weight. Collective.
 
-    Unlike `loading.fingerprint`, which checkpoints compare and which reads only 16 values per tensor, it differs between any
+    Unlike `fingerprint`, which checkpoints compare and which reads only 16 values per tensor, it differs between any
     two models. It depends neither on the number of ranks nor on how weights are partitioned. It reads all weights once, on rank
     0, at about a gigabyte per second and thread. For 4-bit weights it covers the codes, not their scales.
 

@@ -5,7 +5,6 @@ Whatever cannot be loaded raises a `ModelError` that says what to do. Nothing is
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,18 +25,25 @@ from transformers import (
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.distributed import is_rank0, local_device
 from unified_lm.core.errors import ModelError, did_you_mean
+from unified_lm.core.random import derive_seed
 from unified_lm.core.user_files import read_json, user_path
 from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
-from unified_lm.models.architecture import check_architecture, override_dropout
-from unified_lm.models.embedded import embedded_directory
+from unified_lm.models.architecture import blaming_architecture, check_architecture, described_config, override_dropout
+from unified_lm.models.embedded import EMBEDDED_MODELS, embedded_directory
+from unified_lm.models.identity import fingerprint
 from unified_lm.models.load_errors import check_complete, explain, tried
 from unified_lm.models.precision import AUTO, auto_dtype, four_bit_config
 from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
+from unified_lm.models.vocabulary import cut_vocabulary
 from unified_lm.models.weights_hash import check_weights_hash
 
 MANIFEST = "unified_lm.json"
 """The file of an export that records what stock formats have no field for."""
+
+SCRATCH = "scratch"
+RANDOM = ("tiny_random", SCRATCH)
+"""The source of a model whose weights are drawn, and all such sources in a provenance."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Weight types by their name in a recipe."""
@@ -110,6 +116,8 @@ def load_model(
     dtype = DTYPES[config.dtype]
     if config.tiny_random and config.init_from is None:
         return _load_tiny(config, dtype, device, quantize_4bit)
+    if config.source == SCRATCH and config.init_from is None:
+        return _load_scratch(config, dtype, device)
     origin = _locate(config)
     adapter = find_adapter(origin.location, origin.revision)
     base = origin if adapter is None else _base_of(adapter, origin, config)
@@ -144,8 +152,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: not found, no network or gated.
     """
-    if config.tiny_random and config.init_from is None:
-        origin = _Origin("tiny_random", config.tokenizer or "", f"tiny random {config.family}")
+    if config.init_from is None and (config.tiny_random or config.source == SCRATCH):
+        source = "tiny_random" if config.tiny_random else SCRATCH
+        origin = _Origin(source, config.tokenizer or "", f"random {config.family}")
         tokenizer = _load_tokenizer(origin, config) if config.tokenizer else tiny_tokenizer()
     else:
         origin = _locate(config)
@@ -168,6 +177,22 @@ def _load_tiny(config: ModelConfig, dtype: torch.dtype, device: torch.device | s
     origin = _Origin("tiny_random", config.tokenizer or "", f"tiny random {config.family}")
     tokenizer = _load_tokenizer(origin, config) if config.tokenizer else tiny_tokenizer()
     return _finish(_move(causal_lm, device), tokenizer, config, origin, own)
+
+
+def _load_scratch(config: ModelConfig, dtype: torch.dtype, device: torch.device | str | None) -> LoadedModel:
+    """A model of `config.architecture` with weights that `config.init_seed` decides, drawn in float32.
+
+    Raises:
+        ModelError: the values describe no model.
+    """
+    hf_config = described_config(config)
+    check_architecture(hf_config, config.family, config.family)
+    own = override_dropout(hf_config, config.attention_dropout)
+    with blaming_architecture(config), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed("scratch", config.family, config.init_seed))
+        causal_lm = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).to(dtype)
+    origin = _Origin(SCRATCH, config.tokenizer or "", f"random {config.family}")
+    return _finish(_move(causal_lm, device), _load_tokenizer(origin, config), config, origin, own)
 
 
 def _dtype_name(name: str, device: torch.device | str | None) -> str:
@@ -300,14 +325,20 @@ def _move(causal_lm: PreTrainedModel, device: torch.device | str | None) -> PreT
 
 def _load_tokenizer(origin: _Origin, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; that of its base for an adapter without one."""
-    adapter = None if config.tokenizer or origin.source == "tiny_random" else find_adapter(origin.location, origin.revision)
+    adapter = None if config.tokenizer or origin.source in RANDOM else find_adapter(origin.location, origin.revision)
     if adapter is not None and not has_tokenizer(adapter):
         origin = _base_of(adapter, origin, config)
     location = config.tokenizer or origin.location
+    if location in EMBEDDED_MODELS and not Path(location).is_dir():
+        location = str(embedded_directory(location))
     revision = None if config.tokenizer else origin.revision
     with explain(location, "tokenizer", not Path(location).is_dir()):
         options = {"revision": revision, "trust_remote_code": config.trust_remote_code}
-        return tried(AutoTokenizer.from_pretrained(location, **options))
+        tokenizer = tried(AutoTokenizer.from_pretrained(location, **options))
+    wanted = config.architecture.get("vocab_size")
+    if origin.source == SCRATCH and isinstance(wanted, int) and wanted < len(tokenizer):
+        return cut_vocabulary(tokenizer, wanted)
+    return tokenizer
 
 
 def _finish(
@@ -341,7 +372,7 @@ def _finish(
         "family": causal_lm.config.model_type,
         "dtype": config.dtype,
         "fingerprint": fingerprint(causal_lm),
-        "location": None if origin.source == "tiny_random" else origin.location if origin.is_hub else str(local),
+        "location": None if origin.source in RANDOM else origin.location if origin.is_hub else str(local),
         "notices": notices,
         "own_config": own_config,
         **origin.extra,
@@ -357,13 +388,3 @@ def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str
         raise ModelError(f"the tokenizer of '{name}' has neither a pad nor an end nor an unknown token. Set model.tokenizer.")
     tokenizer.pad_token = substitute
     return [f"the tokenizer has no pad token: {substitute!r} stands in for it (no token was added)"]
-
-
-def fingerprint(causal_lm: PreTrainedModel) -> str:
-    """A short hash of a model's identity: names and shapes of its parameters, and the first values of each."""
-    digest = hashlib.blake2b(causal_lm.config.model_type.encode(), digest_size=8)
-    for name, parameter in causal_lm.named_parameters():
-        digest.update(f"{name}{list(parameter.shape)}".encode())
-        # 16 values: checkpoints compare fingerprints at every start, and reading whole weights takes seconds per gigabyte
-        digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -28,7 +28,7 @@ from unified_lm.batch import Pack
 from unified_lm.config.objectives import EMBEDDING_METHODS as METHODS
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.models.pooling import Pooling, pool
-from unified_lm.models.routing import Routers
+from unified_lm.models.routing import LayerRouting, Routers
 from unified_lm.models.standardizer import Standardizer
 
 
@@ -72,13 +72,13 @@ class RoutedPooling:
     def listening(self, pack: Pack) -> Iterator[None]:
         """Context of the forward of a pack."""
         spans, last = pack.pool_spans, Pooling.LAST_TOKEN
-        gate = (lambda logits: logits.float()) if self._logits else self._routers.gate
         rows = {last: spans[:, 1] - 1, Pooling.CLS: spans[:, 0]}.get(self._method)
         self._layers = {}
 
-        def read(number: int, logits: torch.Tensor, chosen: torch.Tensor) -> None:
-            found = pool(gate(logits), spans, self._method) if rows is None else gate(logits.index_select(0, rows))
-            self._layers[number] = found
+        def read(number: int, routing: LayerRouting) -> None:
+            told = routing if rows is None else routing.rows(rows)
+            values = told.logits.float().flatten(1) if self._logits else told.probabilities
+            self._layers[number] = pool(values, spans, self._method) if rows is None else values
 
         with self._routers.reading(read):
             yield

@@ -27,7 +27,11 @@ _SPREAD = 16
 """Distance between neighboring positions where positions are probed."""
 
 _ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""By dtype: relative change of a state that rounding may cause, for example because experts get other numbers of tokens."""
+"""By dtype: relative change of a state that rounding may cause."""
+
+_MIXTURE_ROUNDING = 1e-4
+"""The same in float32 where tokens choose experts: another token elsewhere lets experts get other numbers of tokens, whose
+products round differently (1.1e-5 after 30 layers of an upcycled SmolLM2). A token that is seen changes states by 1e-2."""
 
 
 @torch.no_grad()
@@ -87,7 +91,12 @@ def stock_attention_sees_future(backbone: Backbone, *, causal: bool) -> bool:
             config.is_causal = before
         rng.restore()
     change = float(((other - first).float().norm(dim=-1) / first.float().norm(dim=-1).clamp_min(1e-12)).max())
-    return change > _ROUNDING.get(first.dtype, 1e-5)
+    return change > _rounding(backbone, first.dtype)
+
+
+def _rounding(backbone: Backbone, dtype: torch.dtype) -> float:
+    least = _ROUNDING.get(dtype, 1e-5)
+    return max(least, _MIXTURE_ROUNDING) if families.router_places(backbone.causal_lm) else least
 
 
 def _samples(vocab_size: int, partial_spans: bool) -> list[Sample]:
@@ -103,7 +112,7 @@ def _samples(vocab_size: int, partial_spans: bool) -> list[Sample]:
 def _probe_masks(backbone: Backbone, samples: list[Sample]) -> None:
     pack = make_pack(samples).to(backbone.causal_lm.device)
     before = backbone(pack)
-    rounding = _ROUNDING.get(before.dtype, 1e-5)
+    rounding = _rounding(backbone, before.dtype)
     for index, (start, length) in enumerate(zip(pack.plan.offsets, pack.plan.lengths, strict=False)):
         # The last token, which a causal mask hides from all others. For a partial span the span's last token, because the
         # tokens behind the span are causal and see it in any case; for blocks that of the first one, likewise.
@@ -130,7 +139,7 @@ def _probe_positions(backbone: Backbone, samples: list[Sample], longest: int) ->
     before = backbone(near)[stop:].float()
     after = backbone(replace(pack, position_ids=far_T))[stop:].float()
     change = float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)).max())
-    if not change <= _ROUNDING.get(backbone.causal_lm.dtype, 1e-5):
+    if not change <= _rounding(backbone, backbone.causal_lm.dtype):
         raise ModelError(
             f"{type(backbone.causal_lm).__name__} leaks: a sample of {longest} tokens changed the positions of another one in "
             f"its pack (by {change:.1e}). Lower the streams' limits, in tokens, to the model's original context."
@@ -194,7 +203,7 @@ def _probe_head(backbone: Backbone, whole: GatherParameters) -> None:
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     error = float((logits - expected).norm() / expected.norm().clamp_min(1e-12))
-    if error > 2 * _ROUNDING.get(hidden.dtype, 1e-5):
+    if error > 2 * _rounding(backbone, hidden.dtype):
         raise ModelError(
             f"the output head of {type(backbone.causal_lm).__name__} is not linear as assumed: logits differ by {error:.1e} "
             "(relative). The family needs an entry in models/families.py."

@@ -11,9 +11,10 @@ Legend: `batch/__init__.py`; E experts of a layer, P pooled vectors of a pack, R
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -28,6 +29,7 @@ from unified_lm.core.errors import ModelError
 from unified_lm.models import families
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.modes import evaluation_mode
+from unified_lm.models.monet.router import MonetRouter
 from unified_lm.models.rotation import probe_pack
 
 _MISFIT = 0.3
@@ -62,20 +64,39 @@ class LayerRouting:
 
     Attributes:
         layer: name of the module.
-        logits: `[R, E]`, raw.
-        selected: bool `[R, E]`, the experts that a token went to.
+        logits: raw, `[R, E]`, or `[R, 2, H, E]` of MONET's product keys.
+        chosen: int64 `[R, k]`, the experts that a token went to; None where these are all whose probability is not zero.
         gate: what turns logits into probabilities.
+        parts: how many distributions a token has: one, or 2 H.
     """
 
     layer: str
     logits: torch.Tensor
-    selected: torch.Tensor
-    gate: Gate
+    chosen: torch.Tensor | None
+    gate: Callable[[torch.Tensor], torch.Tensor]
+    parts: int = 1
 
     @cached_property
     def probabilities(self) -> torch.Tensor:
-        """float32 `[R, E]`; before groups of experts are excluded, and before the chosen ones are scaled to a sum of one."""
-        return self.gate(self.logits)
+        """float32 `[R, F]`; before groups of experts are excluded, and before the chosen ones are scaled to a sum of one."""
+        return self.gate(self.logits).flatten(1)
+
+    @cached_property
+    def selected(self) -> torch.Tensor:
+        """bool `[R, F]`, the experts (or keys) that a token went to."""
+        if self.chosen is None:
+            return self.probabilities > 0
+        return torch.zeros(self.logits.shape, dtype=torch.bool, device=self.logits.device).scatter(1, self.chosen, True)
+
+    def evenness(self) -> torch.Tensor:
+        """`[R]`, entropy of a token's probabilities, in units of that of even ones; the mean over its distributions."""
+        told = torch.distributions.Categorical(probs=self.probabilities.unflatten(1, (self.parts, -1)))
+        return told.entropy().mean(1) / math.log(told.probs.shape[-1])
+
+    def rows(self, rows: torch.Tensor) -> LayerRouting:
+        """The same of some tokens, int64 `[R]`."""
+        chosen = None if self.chosen is None else self.chosen.index_select(0, rows)
+        return replace(self, logits=self.logits.index_select(0, rows), chosen=chosen)
 
 
 class Routers:
@@ -86,8 +107,8 @@ class Routers:
 
     Attributes:
         names: of the router modules, in the order of the layers.
-        sizes: experts of each.
-        gate: see `Gate`.
+        sizes: of each, the probabilities of a token: experts, or keys of both sides and all heads.
+        gate: see `Gate`; None for MONET, whose gates are softmaxes over the keys that a head chose.
 
     Raises:
         ModelError: the model is dense, runs padded, or has routers whose output is not understood.
@@ -103,15 +124,42 @@ class Routers:
                 "read of mixtures of experts, such as mixtral, qwen2_moe, qwen3_moe, olmoe, deepseek_v2, deepseek_v3, gpt_oss."
             )
         self.names = tuple(name for name, _, _ in self._places)
+        self.gate: Gate | None = None
+        if isinstance(first := self._places[0][1], MonetRouter):
+            self.sizes = (2 * first.heads * first.keys,) * len(self._places)
+            return
         outputs = self._probe()
         self.sizes = tuple(logits.shape[-1] for logits, _, _ in outputs)
-        source = inspect.getsource(type(self._places[0][1]))
-        self.gate = find_gate(outputs, source, self._family)
+        self.gate = find_gate(outputs, inspect.getsource(type(first)), self._family)
+
+    @property
+    def meaning(self) -> str:
+        """What probabilities are, in a word or two."""
+        return "product keys" if self.gate is None else self.gate.value
 
     @property
     def num_features(self) -> int:
-        """Experts of all layers together: the dimensions of a routing vector."""
+        """The dimensions of a routing vector: the sizes of all routers together."""
         return sum(self.sizes)
+
+    def probabilities(self, logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Per router float32 `[T, F]` of what `Backbone.router_logits` returns."""
+        return [self._gate(number)(of_layer).flatten(1) for number, of_layer in enumerate(logits)]
+
+    def _gate(self, number: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        module = self._places[number][1]
+        if isinstance(module, MonetRouter):
+            return module.gates
+        assert self.gate is not None
+        return self.gate
+
+    def _layer(self, number: int, output: Any) -> LayerRouting:
+        """The routing of all tokens of a forward, of a router's output."""
+        name, module, index = self._places[number]
+        if isinstance(module, MonetRouter):
+            return LayerRouting(name, output[1].flatten(0, -4), None, module.gates, parts=2 * module.heads)
+        logits, chosen, _ = _read(output, index, self._family)
+        return LayerRouting(name, logits, chosen, self._gate(number))
 
     def trace(self, pack: Pack, rows: torch.Tensor) -> tuple[torch.Tensor, tuple[LayerRouting, ...]]:
         """Run a pack, and read what every router does with some tokens.
@@ -124,25 +172,18 @@ class Routers:
             The hidden states `[T, D]`, and the routing of each layer.
         """
         found: dict[int, LayerRouting] = {}
-
-        def read(number: int, logits: torch.Tensor, chosen: torch.Tensor) -> None:
-            selected = torch.zeros(len(rows), logits.shape[-1], dtype=torch.bool, device=logits.device)
-            selected.scatter_(1, chosen.index_select(0, rows), True)
-            found[number] = LayerRouting(self.names[number], logits.index_select(0, rows), selected, self.gate)
-
-        with self.reading(read):
+        with self.reading(lambda number, routing: found.__setitem__(number, routing.rows(rows))):
             hidden = self._backbone(pack)
         return hidden, tuple(found[number] for number in range(len(self._places)))
 
     @contextmanager
-    def reading(self, read: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    def reading(self, read: Callable[[int, LayerRouting], None]) -> Iterator[None]:
         """Context in which every forward hands over what its routers do.
 
         Args:
-            read: called with the number of a layer among those with experts, its logits `[T, E]` and the experts that each
-                token went to, int64 `[T, k]`.
+            read: called with the number of a layer among those with experts, and its routing of all tokens.
         """
-        with self._hooked(lambda number, output: read(number, *_read(output, self._places[number][2], self._family)[:2])):
+        with self._hooked(lambda number, output: read(number, self._layer(number, output))):
             yield
 
     @contextmanager
@@ -189,10 +230,11 @@ def router_parameters(causal_lm: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def router_sizes(causal_lm: PreTrainedModel) -> list[int]:
-    """Experts of each router, in the order of the layers; none of a dense model. Parameters may be partitioned."""
+    """`Routers.sizes`; none of a dense model. Parameters may be partitioned."""
     routers = [module for _, module, _ in families.router_places(causal_lm)]
     shapes = [[distributed.full_shape(parameter) for parameter in module.parameters()] for module in routers]
-    return [next(shape[0] for shape in of_router if len(shape) == 2) for of_router in shapes]
+    # A matrix of all experts; MONET has one for each side.
+    return [sum(shape[0] for shape in of_router if len(shape) == 2) for of_router in shapes]
 
 
 def find_gate(outputs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], source: str = "", family: str = "") -> Gate:

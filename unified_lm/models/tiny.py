@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from unified_lm.core.errors import ModelError, did_you_mean
 from unified_lm.core.random import derive_seed
+from unified_lm.models.monet import MonetConfig
 
 _SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 # merges make token boundaries depend on the context, as in real tokenizers; "Ġ" is how byte-level BPE writes a space
@@ -99,6 +100,8 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": _COMMON | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
     "gptj": _GPT | {"rotary_dim": 8},
     "falcon": {k: _COMMON[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "initializer_range")},
+    MonetConfig.model_type: {key: value for key, value in _COMMON.items() if key != "intermediate_size"}
+    | {"moe_experts": 16, "moe_dim": 4, "moe_heads": 2, "moe_topk": 4, "moe_groups": 2},
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.1},
 }
 """Config values of the tiny model of each family."""

@@ -11,18 +11,18 @@ compute type.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from unified_lm.config.schema import ModelConfig, RunConfig
 from unified_lm.core.distributed import local_device
-from unified_lm.core.errors import ModelError, UserError
+from unified_lm.core.errors import ModelError
 from unified_lm.engine.accounting.state_bytes import Sizes, state_bytes
+from unified_lm.models.architecture import blaming_architecture, described_config
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.lora import apply_lora, linear_module_names
 from unified_lm.models.precision import AUTO, auto_dtype
@@ -32,8 +32,6 @@ from unified_lm.objectives.cross_entropy import TILE_BYTES
 _FLOAT32 = 4
 _HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmoe")  # families that normalize queries and keys
 _NF4_BYTES = 0.5 + 0.127 / 8  # QLoRA (2023), section 3: double quantization leaves 0.127 bits of constants per parameter
-_MOST_LAYERS = 2000
-"""Building more of them, even without storage, takes minutes; no published model has a tenth."""
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "embeddings", "communication")
 
 
@@ -93,7 +91,7 @@ def estimate(config: RunConfig, world_size: int = 1) -> Estimate:
         adapters = apply_lora(model, config.lora, config.seed).num_trainable if config.lora is not None else 0
     projection = _projection_parameters(config, model_config)
     trainable = projection + (base if config.lora is None else adapters)
-    with _blaming_architecture(config.model):
+    with blaming_architecture(config.model):
         activations = activation_bytes(config, model_config, pack_tokens(config, world_size))
     tokens = {name: stream.tokens_per_step for name, stream in config.streams.items()}
     pack = pack_tokens(config, world_size)
@@ -140,8 +138,7 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
         ModelError: nothing says what the model looks like.
     """
     if model.architecture and not model.tiny_random:
-        with _blaming_architecture(model):
-            return _of_sane_depth(AutoConfig.for_model(model.family, **model.architecture))
+        return described_config(model)
     if model.tiny_random:
         return tiny_config(model.family)
     place = str(embedded_directory(model.name)) if model.source == "embedded" else model.name
@@ -157,36 +154,8 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
         ) from error
 
 
-@contextmanager
-def _blaming_architecture(model: ModelConfig) -> Iterator[None]:
-    """Turn whatever transformers and torch run into with the values of `model.architecture` into an error that names them.
-
-    Raises:
-        ModelError: the values describe no model.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if model.family not in CONFIG_MAPPING:
-            raise ModelError(f"model.family: transformers knows no family '{model.family}'.") from error
-        said = " ".join(str(error).split())
-        raise ModelError(
-            f"model.architecture: these values describe no {model.family} model ({type(error).__name__}: {said[:300]}). "
-            "Compare them with the config.json of a model of that family."
-        ) from error
-
-
-def _of_sane_depth(config: PretrainedConfig) -> PretrainedConfig:
-    depth = config.get_text_config().num_hidden_layers
-    if depth > _MOST_LAYERS:
-        raise ModelError(f"model.architecture: got {depth} layers, expected at most {_MOST_LAYERS}.")
-    return config
-
-
 def _build_without_storage(config: PretrainedConfig, described: ModelConfig) -> PreTrainedModel:
-    with _blaming_architecture(described), torch.device("meta"):
+    with blaming_architecture(described), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     if not any(parameter.numel() for parameter in model.parameters()):
         raise ModelError(f"model.architecture: a {described.family} model of these sizes has no parameters.")

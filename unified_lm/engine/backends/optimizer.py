@@ -23,6 +23,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two running means, by their names in torch."""
 
 
+BUFFER = "buffer/"
+"""Prefix of what a saved state holds beside the optimizer's (`backends.buffers`)."""
+
+
 class StateReader(Protocol):
     """Reads a saved optimizer state tensor by tensor, whole or in part (`checkpoint.tensor_shards.ShardReader`)."""
 
@@ -235,6 +239,7 @@ def check_names(found: frozenset[str], trained: Iterable[str]) -> None:
     Raises:
         CheckpointError: it does not.
     """
+    found = frozenset(name for name in found if not name.startswith(BUFFER))
     weights = {f"weight/{name}" for name in trained}
     state = {f"{key}/{name}" for name in trained for key in (*MOMENTS, "step")}
     if found in (weights, weights | state):

@@ -123,7 +123,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
     }  # how far k-means agrees with itself from other first centers: no two views can agree more
     result: Numbers = {
         "attention": model.attention,
-        "gate": model.embedder.routers.gate.value,
+        "gate": model.embedder.routers.meaning,
         "clusters": {key: rounded(float(np.mean([one[key] for one in found]))) for key in found[0]},
         "ami_with_itself": {method: rounded(float(np.mean(values))) for method, values in again.items()},
         "pair_spearman": rounded(rank_correlation(*(pair_similarities(vectors) for vectors in views.values()))),

@@ -163,7 +163,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
     embedded = embed_scored(model, content, show_progress)
     result: Numbers = {
         "attention": model.attention,
-        "gate": model.embedder.routers.gate.value,
+        "gate": model.embedder.routers.meaning,
         "scores": {},
         "alpha": {},
         "tuned": {},

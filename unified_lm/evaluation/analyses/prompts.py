@@ -38,7 +38,7 @@ def _prepare(settings: AnalysisSettings) -> Material:
 
 def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbers:
     pairs: ScoredPairs = material.content
-    gate = model.embedder.routers.gate.value  # refuses a dense model first
+    gate = model.embedder.routers.meaning  # refuses a dense model first
     cosines: dict[str, dict[str, np.ndarray]] = {method: {} for method in METHODS}
     for prompt in PROMPTS:
         behind = prompted(model, prompt)

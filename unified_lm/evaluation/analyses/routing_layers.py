@@ -7,7 +7,6 @@ whether routers are alive: how even probabilities and loads are, and how many ex
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from unified_lm.export.samples import embedding_sample
 from unified_lm.inference.embedder import encode_texts
 from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.embedding import sample_states
+from unified_lm.models.routing import LayerRouting
 from unified_lm.models.standardizer import RunningMoments, Standardizer
 
 TOKENS = ("last", "all")
@@ -85,11 +85,10 @@ def _read(model: UnifiedLM, texts: Sequence[str]) -> _Read:
             """`[T, (L + 1) D + F]`."""
             probabilities: dict[int, torch.Tensor] = {}
 
-            def keep(number: int, logits: torch.Tensor, chosen: torch.Tensor) -> None:
-                probabilities[number] = told = routers.gate(logits)
-                size = routers.sizes[number]
-                load[number] += chosen.flatten().bincount(minlength=size).cpu().numpy()
-                entropy[number] += float(torch.distributions.Categorical(probs=told).entropy().sum()) / math.log(size)
+            def keep(number: int, routing: LayerRouting) -> None:
+                probabilities[number] = routing.probabilities
+                load[number] += routing.selected.sum(0).cpu().numpy()
+                entropy[number] += float(routing.evenness().sum())
 
             with routers.reading(keep):
                 hidden = backbone.layer_states(pack)
@@ -154,7 +153,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
             values.append(_score(of_layer[0], of_layer[1], None, gold))
     return {
         "attention": model.attention,
-        "gate": model.embedder.routers.gate.value,
+        "gate": model.embedder.routers.meaning,
         "spearman": {what: {tokens: scores(what, tokens) for tokens in TOKENS} for what in COMBINATIONS},
         "rw_by_layer": by_layer,
         # by all tokens of all texts: 1 is even for both
