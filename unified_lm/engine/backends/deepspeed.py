@@ -192,7 +192,9 @@ class DeepSpeedBackend:
         By default a submodule is gathered when its forward runs. Packs of different ranks visit different experts, so ranks
         would wait for each other in different collectives.
         """
-        classes = {type(m) for m in self._module.modules() if isinstance(getattr(m, "experts", None), nn.Module)}
+        modules = list(self._module.modules())
+        classes = {type(m) for m in modules if isinstance(getattr(m, "experts", None), nn.Module)}
+        classes |= {type(m) for m in modules if getattr(m, "uses_weights_of_parts", False)}
         if classes:
             self._deepspeed.utils.set_z3_leaf_modules(self._module, list(classes))
 
