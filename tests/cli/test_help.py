@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from unified_lm.cli import data, evaluate
+from unified_lm.cli import data, evaluate, experts
 from unified_lm.cli.main import COMMANDS, main
 from unified_lm.composition.compose import compose
 
-GROUPS = {"eval": evaluate.COMMANDS, "data": data.COMMANDS}
+GROUPS = {"eval": evaluate.COMMANDS, "data": data.COMMANDS, "experts": experts.COMMANDS}
 WORDS = [
     *([name] for name in COMMANDS),
     *([name, nested] for name, commands in GROUPS.items() for nested in commands),

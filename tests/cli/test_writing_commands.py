@@ -13,7 +13,7 @@ import pytest
 from tests.engine.small_run import small_run
 from tests.inference.conftest import exported  # noqa: F401 - the fixture
 from tests.reporting.test_report import write_run
-from unified_lm.cli import data, evaluate
+from unified_lm.cli import data, evaluate, experts
 from unified_lm.cli.main import COMMANDS, main
 
 READERS = frozenset({"search", "generate", "recipes", "ask", "chat"})
@@ -77,6 +77,11 @@ WHOLE: Mapping[str, Command] = {
     "export": lambda p, t: ["export", str(p.root / "missing"), "--out", str(t)],
     "export, engine": lambda p, t: ["export", str(p.model), "--for", "tei", "--out", str(t)],
     "export --adapter": lambda p, t: ["export", str(p.root / "missing"), "--adapter", "--out", str(t)],
+    "experts routing": lambda p, t: ["experts", "routing", str(p.root / "missing"), "--data", f"a={p.texts}", "--out", str(t)],
+    "experts domains": lambda p, t: ["experts", "domains", str(p.root / "missing"), "--out", str(t)],
+    "experts edit": lambda p, t: [
+        *("experts", "edit", str(p.root / "missing"), "--mask", "m", "--data", f"a={p.texts}", "--out", str(t)),
+    ],
     "upcycle": lambda p, t: ["upcycle", str(p.root / "missing"), "--out", str(t)],
     "standardize": lambda p, t: ["standardize", str(p.root / "missing"), "--corpus", str(p.texts), "--out", str(t)],
     "train": lambda p, t: _training(p, t.parent, "export.enabled=true"),
@@ -208,6 +213,7 @@ def test_outputs_of_ours_are_written_again(place: Place) -> None:
 
 def test_every_command_is_in_this_test() -> None:
     tested = {name.partition(",")[0] for name in (*WHOLE, *INSIDE)}
-    grouped = {f"data {name}" for name in data.COMMANDS} | {f"eval {name}" for name in evaluate.COMMANDS}
-    known = ({name for name in COMMANDS if name not in ("data", "eval")} | grouped) - READERS
+    groups = {"data": data.COMMANDS, "eval": evaluate.COMMANDS, "experts": experts.COMMANDS}
+    grouped = {f"{group} {name}" for group, commands in groups.items() for name in commands}
+    known = ({name for name in COMMANDS if name not in groups} | grouped) - READERS
     assert known - tested == {"demo"}, "demo trains with a run_dir of its own, as train does"

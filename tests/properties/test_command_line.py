@@ -152,6 +152,15 @@ FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "<export|M> --out <new|O> --experts 2",
         ("--experts <N>", "--top-k <N>", "--parts <N>", "--drop <N>", "--noise <N>", "--router-std <N>"),
     ),
+    "experts routing": (
+        "<export|M> --data a=<texts.txt|P> b=<pairs.jsonl|P> --out <new|O>",
+        ("--context <N>", "--documents <N>", "--device <D>", "--dtype <T>", "--template <W>"),
+    ),
+    "experts domains": ("<P> --out <new|O>", ("--ratio <N>", "--min-tokens <N>")),
+    "experts edit": (
+        "<export|M> --mask <P> --data a=<texts.txt|P>",
+        ("--out <O>", "--statistics <P>", "--draws <N>", "--context <N>"),
+    ),
     "export": ("<run|R>", ("--out <O>", "--step <N>", "--for <vllm-embed|W>", "--for tei", "--pool-prompt")),
     "plot": ("<run|R>", ("--out <O>", "<sweep|R>")),
     "compare": ("<run|R>", ("--out <O>", "<sweep|R>", "--reference <W>")),

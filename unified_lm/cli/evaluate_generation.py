@@ -31,11 +31,8 @@ def evaluate_perplexity(argv: Sequence[str]) -> None:
         UserError: an error in the arguments, the data or the model; arguments and data are checked first.
     """
     options = _perplexity_parser().parse_args(list(argv))
-    domains = [_domain(item, options.documents) for item in options.data]
+    domains = read_domains(options.data, options.documents)
     names = [domain.name for domain in domains]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"--data names {', '.join(twice)} more than once.")
     console = Console(stderr=True)
     model_ref = find_model(options.model)
     out = options.out or model_ref.beside / "perplexity.json"
@@ -83,6 +80,23 @@ def _perplexity_parser() -> argparse.ArgumentParser:
     add("--documents", type=positive, default=None, help="at most this many documents per domain, evenly spread")
     add("--out", type=Path, default=None, help="result file (default: perplexity.json beside the export)")
     return parser
+
+
+def read_domains(items: Sequence[str], limit: int | None) -> list[Domain]:
+    """The domains that --data names.
+
+    Args:
+        items: each NAME=FILE, or a built-in domain.
+        limit: documents of a domain, at most.
+
+    Raises:
+        UserError: two of one name, no such file, or rows that are neither texts nor chats.
+    """
+    domains = [_domain(item, limit) for item in items]
+    names = [domain.name for domain in domains]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"--data names {', '.join(twice)} more than once.")
+    return domains
 
 
 def _domain(item: str, limit: int | None) -> Domain:

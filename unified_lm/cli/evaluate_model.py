@@ -104,7 +104,7 @@ def _cell(text: str) -> str | float:
 
 
 @contextmanager
-def progress_bar(title: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+def progress_bar(title: str, total: int | None, console: Console) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal, nothing elsewhere; yields a function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

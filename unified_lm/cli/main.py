@@ -55,6 +55,9 @@ COMMANDS: Mapping[str, Command] = {
         "make a sparse mixture of experts of a dense model: MODEL --out DIR [--experts 8 --noise 0.1]",
         "unified_lm.cli.upcycle:upcycle",
     ),
+    "experts": Command(
+        "read and edit the experts of a MONET model: routing|domains|edit MODEL ...", "unified_lm.cli.experts:experts"
+    ),
     "plot": Command(
         "draw loss, learning rate, speed and validation of runs as PNG and HTML: RUN... [--out DIR]", "unified_lm.cli.plot:plot"
     ),

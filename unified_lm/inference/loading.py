@@ -21,6 +21,7 @@ from unified_lm.export.standardizer_files import load_standardizer
 from unified_lm.export.verify import load_projection
 from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
 from unified_lm.models.load_errors import check_complete, tried
+from unified_lm.models.monet.masks import ExpertMask, apply_mask
 from unified_lm.models.pooling import Projection
 from unified_lm.models.precision import AUTO, auto_inference_dtype
 from unified_lm.models.quiet import quiet_loading
@@ -61,6 +62,7 @@ def load_parts(
     revision: str | None = None,
     needs_manifest: bool = True,
     check_weights: bool | None = None,
+    expert_mask: str | Path | None = None,
 ) -> Parts:
     """Load a folder or a Hub repository. Code that it contains is never run.
 
@@ -71,6 +73,7 @@ def load_parts(
         revision: Hub revision.
         needs_manifest: whether to refuse a folder that is not an export.
         check_weights: whether to compare the weights of an export with the hash it records, see `check_weights_hash`.
+        expert_mask: a file of experts that a MONET model leaves out, see `models.monet.masks`.
 
     Raises:
         CheckpointError: no such folder, not an export, or files that cannot be loaded.
@@ -101,6 +104,8 @@ def load_parts(
     check_complete(info, str(base), causal_lm)
     if adapter is not None:
         causal_lm = merge_adapter(causal_lm, adapter)
+    if expert_mask is not None:
+        apply_mask(causal_lm, ExpertMask.load(user_path(expert_mask)))
     if dtype == AUTO:
         causal_lm.to(auto_inference_dtype(causal_lm.dtype, target))
     hidden_size = causal_lm.config.get_text_config().hidden_size

@@ -124,6 +124,7 @@ class UnifiedLM:
         method: str | None = None,
         alpha: float | None = None,
         max_tokens: int | None = None,
+        expert_mask: str | Path | None = None,
         check_weights: bool | None = None,
     ) -> UnifiedLM:
         """Load an export, or any causal language model together with a template.
@@ -131,13 +132,13 @@ class UnifiedLM:
         Args:
             name_or_path: a folder, or a Hub name.
             device: where to run; None takes the accelerator if there is one.
-            dtype: of the weights in memory: "float32", "bfloat16"..., None for the stored one, or "auto", which is the stored
-                one too, but float32 (twice the memory) where the device would only emulate bfloat16, several times slower.
+            dtype: of the weights in memory; None for the stored one, "auto" for that, but float32 where bfloat16 is emulated.
             attention_kernel: see `Backbone`.
             revision: Hub revision.
             template: replaces the export's prompt template. Required if the model is not an export.
             pooling, attention, method, alpha, max_tokens: replace the export's; without an export the defaults are those of
                 the constructor.
+            expert_mask: of MONET, a file of experts to leave out (`models.monet.masks`); the export's own mask if None.
             check_weights: whether to compare weights with the hash that an export records; None does up to 2 GiB.
 
         Raises:
@@ -145,7 +146,7 @@ class UnifiedLM:
             ConfigError: unknown template, pooling or attention.
             ModelError: the kernel does not support the model, weights are missing, or are not those that were exported.
         """
-        where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
+        where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "expert_mask": expert_mask}
         parts = load_parts(name_or_path, **where, needs_manifest=template is None, check_weights=check_weights)
         manifest = parts.manifest
         given: dict[str, Any] = {"template": template, "pooling": pooling, "attention": attention}

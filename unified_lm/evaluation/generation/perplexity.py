@@ -71,7 +71,7 @@ class Domain:
 
 
 @dataclass(frozen=True)
-class _Document:
+class TokenizedDocument:
     """Token ids int64 `[T]`, which of them are scored, bool `[T]` (never the first), and the bytes of the scored ones."""
 
     ids: np.ndarray
@@ -151,7 +151,7 @@ def perplexity(
         ConfigError: an invalid context or stride, or a template without a form for conversations.
         DataError: a document without a token to score.
     """
-    documents = _documents(model.prompt_encoder, domain)
+    documents = tokenized(model.prompt_encoder, domain)
     stride = _stride(context, stride)
     pieces = _windows(documents, context, stride)
     nats = np.zeros(len(documents))
@@ -182,7 +182,7 @@ def perplexity(
 
 def num_windows(model: UnifiedLM, domain: Domain, context: int = CONTEXT, stride: int | None = None) -> int:
     """The number of windows that `perplexity` reads; raises the same errors."""
-    return len(_windows(_documents(model.prompt_encoder, domain), context, _stride(context, stride)))
+    return len(_windows(tokenized(model.prompt_encoder, domain), context, _stride(context, stride)))
 
 
 def _token_perplexity(rows: np.ndarray) -> float:
@@ -213,7 +213,13 @@ def _stride(context: int, stride: int | None) -> int:
     return stride
 
 
-def _documents(encoder: PromptEncoder, domain: Domain) -> list[_Document]:
+def tokenized(encoder: PromptEncoder, domain: Domain) -> list[TokenizedDocument]:
+    """The documents of a domain as token ids; each text after one start token.
+
+    Raises:
+        ConfigError: a template without a form for conversations.
+        DataError: a document without a token to score.
+    """
     texts = [document.text for document in domain.documents if isinstance(document, TextRecord)]
     chats = [document for document in domain.documents if isinstance(document, ChatRecord)]
     text_ids = iter(encoder.running_text(texts))
@@ -237,11 +243,11 @@ def _documents(encoder: PromptEncoder, domain: Domain) -> list[_Document]:
             num_bytes = sum(len(content.strip().encode()) for content in document.answers)
         if not scored.any() or not num_bytes:
             raise DataError(f"domain '{domain.name}', document {index}: no token to score. Leave it out.")
-        result.append(_Document(ids, scored, num_bytes))
+        result.append(TokenizedDocument(ids, scored, num_bytes))
     return result
 
 
-def _windows(documents: Sequence[_Document], context: int, stride: int) -> list[_Window]:
+def _windows(documents: Sequence[TokenizedDocument], context: int, stride: int) -> list[_Window]:
     """Split documents into windows, without those that score no token."""
     result = []
     for index, document in enumerate(documents):
@@ -255,7 +261,7 @@ def _windows(documents: Sequence[_Document], context: int, stride: int) -> list[
     return result
 
 
-def _nats(states: torch.Tensor, document: _Document, piece: _Window, head: OutputHead) -> float:
+def _nats(states: torch.Tensor, document: TokenizedDocument, piece: _Window, head: OutputHead) -> float:
     """Summed cross-entropy of the tokens scored in a window; states `[stop - start, D]`."""
     targets = piece.first + np.flatnonzero(document.scored[piece.first : piece.stop])
     # The state before a token predicts it, hence -1; positions in `states` count from the start of the window.
