@@ -79,6 +79,9 @@ WHOLE: Mapping[str, Command] = {
     "export --adapter": lambda p, t: ["export", str(p.root / "missing"), "--adapter", "--out", str(t)],
     "experts routing": lambda p, t: ["experts", "routing", str(p.root / "missing"), "--data", f"a={p.texts}", "--out", str(t)],
     "experts domains": lambda p, t: ["experts", "domains", str(p.root / "missing"), "--out", str(t)],
+    "experts contexts": lambda p, t: [
+        *("experts", "contexts", str(p.root / "missing"), "--data", f"a={p.texts}", "--out", str(t)),
+    ],
     "experts edit": lambda p, t: [
         *("experts", "edit", str(p.root / "missing"), "--mask", "m", "--data", f"a={p.texts}", "--out", str(t)),
     ],

@@ -157,6 +157,7 @@ FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("--context <N>", "--documents <N>", "--device <D>", "--dtype <T>", "--template <W>"),
     ),
     "experts domains": ("<P> --out <new|O>", ("--ratio <N>", "--min-tokens <N>")),
+    "experts contexts": ("<export|M> --data a=<texts.txt|P> --out <out.json|O>", ("--top <N>", "--context <N>")),
     "experts edit": (
         "<export|M> --mask <P> --data a=<texts.txt|P>",
         ("--out <O>", "--statistics <P>", "--draws <N>", "--context <N>"),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -15,8 +16,8 @@ from unified_lm.cli.evaluate_generation import read_domains
 from unified_lm.cli.evaluate_model import add_model_options, find_model, progress_bar
 from unified_lm.core.errors import ConfigError
 from unified_lm.core.files import write_json
-from unified_lm.core.outputs import check_file, check_folder, write_folder, write_json_file
-from unified_lm.evaluation.generation.perplexity import BUILT_IN
+from unified_lm.core.outputs import check_file, check_folder, write_file, write_folder, write_json_file
+from unified_lm.evaluation.generation.perplexity import BUILT_IN, Domain
 
 _FILE = "routing.safetensors"
 _CONTEXT = 256
@@ -24,6 +25,7 @@ _CONTEXT = 256
 COMMANDS: Mapping[str, Command] = {
     "routing": Command("how much each expert is used", "unified_lm.cli.experts:routing"),
     "domains": Command("which experts belong to one kind of text, and masks without them", "unified_lm.cli.experts:domains"),
+    "contexts": Command("the tokens that use each expert most, as parquet", "unified_lm.cli.experts:contexts"),
     "edit": Command("what a mask changes, beside random ones", "unified_lm.cli.experts:edit"),
 }
 
@@ -125,6 +127,41 @@ def domains(argv: Sequence[str]) -> None:
         share = f"{100 * sum(own) / mask.keep.size:.1f} %"
         table.add_row(name, f"{found.tokens[name]:,}", f"{sum(own):,}", share, ", ".join(f"{count:,}" for count in own))
     Console().print(table)
+    print(options.out)
+
+
+def contexts(argv: Sequence[str]) -> None:
+    """Write the tokens that use each expert most, with what stands around them."""
+    parser = command_parser(
+        "experts contexts",
+        "the tokens that use each expert of a MONET model most, and whether they are of one kind",
+        "runs/monet --data news=news.jsonl --out runs/monet/contexts.parquet",
+    )
+    _add_data(parser)
+    parser.add_argument("--out", type=Path, required=True, help="the .parquet file to write")
+    parser.add_argument("--top", type=positive, default=10, help="tokens of each expert (10)")
+    options = parser.parse_args(list(argv))
+    check_file(options.out)
+    kinds = read_domains(options.data, options.documents)
+    together = Domain("texts", tuple(document for kind in kinds for document in kind.documents))
+    model = find_model(options.model).load(options, template="plain")
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from unified_lm.evaluation.experts.contexts import chance_purity, context_rows, purities, top_contexts
+
+    with progress_bar("tokens", None, Console(stderr=True)) as advance:
+        found = top_contexts(model, together, context=options.context, num_contexts=options.top, progress=advance)
+    tokenizer = model.prompt_encoder.tokenizer
+    table = pa.table(context_rows(found, lambda ids: str(tokenizer.decode(list(ids)))))
+    write_file(options.out, lambda path: parquet.write_table(table, path))
+    scores = purities(found)
+    known = scores[~np.isnan(scores)]
+    print(f"{found.read:,} tokens; {known.size:,} of {scores.size:,} experts are used by {options.top} of them or more")
+    if known.size:
+        chance = chance_purity(found)
+        same, drawn = 100 * known.mean(), 100 * chance
+        print(f"of their {options.top} best tokens {same:.0f} % are the same one; of as many drawn {drawn:.0f} %")
     print(options.out)
 
 

@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pyarrow import parquet
 
 from tests.inference.conftest import make_export
 from unified_lm.batch import Sample, make_pack
 from unified_lm.cli.main import main
 from unified_lm.core.errors import DataError, ModelError
+from unified_lm.evaluation.experts.contexts import chance_purity, purities, purity, top_contexts
 from unified_lm.evaluation.experts.domains import mask_without, owners, random_mask
 from unified_lm.evaluation.experts.edit import edit_effects, masked
-from unified_lm.evaluation.experts.statistics import RoutingStatistics, routing_statistics
+from unified_lm.evaluation.experts.statistics import RoutingStatistics, gates_of, routing_statistics
 from unified_lm.evaluation.generation.perplexity import read_domain, tokenized
 from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.monet.masks import ExpertMask, apply_mask, router_key, routers_of
@@ -183,5 +185,38 @@ def test_the_commands(export: Path, folder: Path, tmp_path: Path, capsys: pytest
     assert main([*command, "--statistics", str(statistics), "--out", str(out)]) == 0
     assert [effect["name"] for effect in json.loads(out.read_text())["effects"]] == list(KINDS)
     capsys.readouterr()
+    table = tmp_path / "contexts.parquet"
+    assert main(["experts", "contexts", str(export), *data, "--out", str(table), "--top", "2", "--device", "cpu"]) == 0
+    assert "of as many drawn" in capsys.readouterr().out
+    rows = parquet.read_table(table).to_pylist()
+    assert {(row["i"], row["j"]) for row in rows} <= {(i, j) for i in range(16) for j in range(16)}
+    texts = [text for of_kind in KINDS.values() for text in of_kind]
+    assert all(any(row["before"].removeprefix("<s>") + row["token"] + row["after"] in text for text in texts) for row in rows)
     assert main(["experts", "routing", "smollm2-135m", *data, "--out", str(tmp_path / "no"), "--device", "cpu"]) == 2
     assert "family 'llama' has no experts of product keys" in capsys.readouterr().err
+
+
+@torch.no_grad()
+def test_the_tokens_that_use_an_expert_most(model: UnifiedLM, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unified_lm.evaluation.experts.contexts._CHUNK_BYTES", 5 * 4 * 256)  # five tokens at a time
+    (domain, _) = domains(folder)
+    found = top_contexts(model, domain, context=9, num_contexts=3)
+    every = {}
+    for gates, where in gates_of(model, domain, 9):
+        pairs = torch.einsum("nghi,nghj->ngij", gates[:, :, 0], gates[:, :, 1]).flatten(2)
+        every |= dict(zip(where, pairs[:, 0], strict=True))
+    places, weights = list(every), torch.stack(list(every.values()))
+    assert found.read == len(places)
+    best = weights.topk(3, dim=0)
+    np.testing.assert_allclose(found.weights[0], best.values.numpy(), rtol=1e-5, atol=1e-7)
+    used = (weights > 0).sum(0)
+    assert int(used.min()) < 3 < int(used.max()), "some experts have fewer tokens"
+    for expert in (int(used.argmax()), int(used.argmin())):
+        expected = [float(weights[places.index(tuple(place)), expert]) for place in found.places[0, :, expert] if place[0] >= 0]
+        np.testing.assert_allclose(expected, found.weights[0, :, expert][: len(expected)], rtol=1e-5)
+        assert len(found.tokens(0, expert)) == min(3, int(used[expert]))
+    scores = purities(found)
+    for expert in range(0, 256, 17):
+        tokens = found.tokens(0, expert)
+        assert scores[0, expert] == pytest.approx(purity(tokens)) if len(tokens) == 3 else np.isnan(scores[0, expert])
+    assert 0.3 < chance_purity(found, num_draws=200) < 0.7
