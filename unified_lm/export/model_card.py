@@ -9,7 +9,9 @@ from importlib.resources import files
 import jinja2
 
 from unified_lm.export.manifest import FILE_NAME, Manifest
+from unified_lm.models.families import OWN_FAMILIES
 
+_REGISTERING = "import unified_lm.models.monet  # registers the family, which transformers does not know"
 _TEMPLATE = "model_card.md.jinja"
 
 
@@ -58,6 +60,7 @@ def model_card(manifest: Manifest, prompts: Mapping[str, str], sentence_transfor
         overlay_note=overlaid,
         manifest_file=FILE_NAME,
         weights_hash=manifest.weights_hash,
+        registering=f"\n{_REGISTERING}\n" if manifest.family in OWN_FAMILIES else "",
     )
     return card.replace("\n\n\n", "\n\n")
 

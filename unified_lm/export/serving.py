@@ -24,6 +24,7 @@ from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import read_object, read_prompts
 from unified_lm.export.tokenizer_files import with_end
+from unified_lm.models.families import OWN_FAMILIES
 
 _SENTENCE_TRANSFORMERS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 _GENERATION = ("generation_config.json", "chat_template.jinja")
@@ -124,6 +125,8 @@ def _obstacles(
     engine: Engine, manifest: Manifest, config: dict[str, Any], prompts: dict[str, str], *, pool_prompt: bool
 ) -> list[str]:
     """Why the engine would not compute what was trained; one sentence each."""
+    if manifest.family in OWN_FAMILIES:
+        return [f"family '{manifest.family}' is this project's own, and no engine has it."]
     if engine.mode not in manifest.modes:
         return [f"it was exported to {' and '.join(manifest.modes)} only."]
     if engine.mode == "generate":

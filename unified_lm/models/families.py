@@ -13,8 +13,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-import unified_lm.models.monet  # noqa: F401  (registers its family with transformers)
 from unified_lm.core.errors import ModelError
+from unified_lm.models.monet import MonetConfig  # registers its family with transformers
+
+OWN_FAMILIES = frozenset({MonetConfig.model_type})
+"""Families that transformers has from this package alone: stock tools load them where it is installed and imported."""
 
 _PLANNED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """Layer types whose mask the plan describes. Others (linear, chunked, state space) carry state across packed sequences."""
