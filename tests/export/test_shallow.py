@@ -36,6 +36,13 @@ def test_a_view_computes_what_the_first_layers_do(family: str, tmp_path: Path) -
     assert torch.equal(found[1], whole[1])
 
 
+def test_layers_that_share_a_router_stay_together(tmp_path: Path) -> None:
+    model = tiny_model("monet", num_hidden_layers=8, moe_groups=4)
+    write(tmp_path / "export", model, verify="sampled", family="monet", dtype="float32")
+    with shallow_view(tmp_path / "export") as view:
+        assert AutoModelForCausalLM.from_pretrained(view).config.num_hidden_layers == 4
+
+
 def test_a_model_that_is_no_deeper_is_read_itself(tmp_path: Path) -> None:
     write(tmp_path / "export")
     with shallow_view(tmp_path / "export") as view:

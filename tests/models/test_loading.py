@@ -305,6 +305,18 @@ def test_a_model_is_built_of_its_description_and_its_seed() -> None:
     assert load_tokenizer(ModelConfig(**SCRATCH, architecture=SMALL))(text)["input_ids"] == ids
 
 
+def test_buffers_of_a_model_from_scratch_are_exact_in_bfloat16() -> None:
+    loaded = load_model(ModelConfig(**SCRATCH | {"dtype": "bfloat16"}, architecture=SMALL))
+    assert {parameter.dtype for parameter in loaded.causal_lm.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in loaded.causal_lm.buffers()} == {torch.float32}, "rotary frequencies"
+    assert loaded.causal_lm.config.dtype == torch.bfloat16
+
+
+def test_settings_without_a_weight_tell_models_apart() -> None:
+    one, other = (load_model(ModelConfig(**SCRATCH, architecture=SMALL | {"rope_theta": t})) for t in (1e4, 1e5))
+    assert one.provenance["fingerprint"] != other.provenance["fingerprint"], "a checkpoint of one is none of the other"
+
+
 def test_what_cannot_be_built_is_refused() -> None:
     with pytest.raises(ModelError, match=r"vocab_size is 100.*its bytes and special tokens alone need 252\. Raise vocab_size"):
         load_model(ModelConfig(**SCRATCH, architecture=SMALL | {"vocab_size": 100}))

@@ -5,13 +5,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from unified_lm.config.schema import LoraConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.models.architecture import check_architecture
+from unified_lm.models.identity import identity_key
+from unified_lm.models.lora import apply_lora
 from unified_lm.models.monet import MonetConfig, MonetForCausalLM
 from unified_lm.models.monet import experts as expert_layers
 from unified_lm.models.monet.baselines import PeerExperts, SparseExperts
 from unified_lm.models.monet.experts import HorizontalExperts, VerticalExperts
 from unified_lm.models.monet.router import MonetRouter, score_moments
+from unified_lm.models.routing import router_sizes
 from unified_lm.models.tiny import tiny_model
 
 KINDS = ("vertical", "horizontal")
@@ -97,10 +101,11 @@ def test_a_layer_under_autocast_and_in_bfloat16(kind: str) -> None:
 
 
 def test_an_adapter_on_a_layer_of_experts_is_not_lost() -> None:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
 
     model = tiny_model("monet")
-    adapted = get_peft_model(model, LoraConfig(target_modules=["u1", "v12"], init_lora_weights=False))
+    adapted = get_peft_model(model, PeftConfig(target_modules=["u1", "v12"], init_lora_weights=False))
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         changed = adapted(ids).logits
@@ -263,6 +268,47 @@ def test_unfamiliar_weights_are_refused(tmp_path) -> None:
         load_model(ModelConfig(name=str(tmp_path), family="monet", dtype="float32"))
 
 
+def test_statistics_stay_exact_in_bfloat16(tmp_path) -> None:
+    """A tenth of a small change would be lost."""
+    model = tiny_model("monet")
+    model.model.layers[0].router.norm1.running_var.fill_(0.123456)
+    model.save_pretrained(tmp_path)
+    router = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).model.layers[0].router
+    assert router.w1.weight.dtype == torch.bfloat16
+    assert router.norm1.running_var.dtype == torch.float32
+    assert float(router.norm1.running_var[0]) == pytest.approx(0.123456)
+
+
+def test_sizes_of_routers_with_adapters() -> None:
+    model = tiny_model("monet")
+    before = router_sizes(model)
+    apply_lora(model, LoraConfig(r=4, target_modules=("w1", "w2")), 0)
+    assert router_sizes(model) == before == [2 * 2 * 16]
+
+
+def test_a_model_is_known_by_its_statistics_and_its_mask() -> None:
+    model = tiny_model("monet", moe_masked=True)
+    keys = {identity_key(model)}
+    model.model.layers[0].router.keep[0, 0] = False
+    keys.add(identity_key(model))
+    model.model.layers[0].router.norm1.running_mean.add_(0.1)
+    assert len(keys | {identity_key(model)}) == 3
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_matrices_have_no_gradient_and_others_the_same(kind: str, trained: bool) -> None:
+    layer, hidden, gates = layer_and_inputs(kind)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(trained or name.startswith("u"))
+    layer(hidden, gates).square().sum().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in layer.parameters())
+    reference, states, weights = layer_and_inputs(kind)
+    reference(states, weights).square().sum().backward()
+    for one, other in ((hidden, states), (gates, weights)):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 # --- baselines -----------------------------------------------------------------------------------------------------------
 
 
@@ -277,7 +323,7 @@ def test_sparse_experts_are_the_weighed_sum_of_the_chosen() -> None:
     for row, state in enumerate(hidden):
         best = (layer.router.weight @ state).topk(3)
         for weight, number in zip(best.values.softmax(0), best.indices, strict=True):
-            expected[row] += weight * layer.down[number] @ (layer.up[number] @ state).relu().square()
+            expected[row] += weight * layer.experts.down[number] @ (layer.experts.up[number] @ state).relu().square()
     torch.testing.assert_close(layer(hidden), expected, rtol=1e-4, atol=1e-4)
 
 

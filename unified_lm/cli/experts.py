@@ -113,7 +113,7 @@ def domains(argv: Sequence[str]) -> None:
         """Write a mask for each kind, and the counts."""
         for name, mask in masks.items():
             if any(mask.num_left_out):
-                mask.save(building / f"without-{name}.safetensors")
+                mask.save(building / f"without-{name.replace('/', '-')}.safetensors")
         counts = {name: mask.num_left_out for name, mask in masks.items()}
         content = {"ratio": options.ratio, "tokens": dict(found.tokens), "experts_by_router": counts}
         write_json(building / "domains.json", content)

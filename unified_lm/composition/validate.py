@@ -136,6 +136,12 @@ def _from_scratch(config: RunConfig) -> Iterator[str]:
             yield f"model.{name}: is empty, and model.source=scratch builds a model of it."
     if model.name:
         yield f"model.name: got {model.name}, and model.source=scratch loads no weights; leave it empty, or choose source=hub."
+    routed = model.family == "monet" and model.architecture.get("feed_forward", "monet") == "monet"
+    if routed and not any("RoutingSpread" in term for stream in config.streams.values() for term in stream.objective.coupled):
+        yield (
+            "streams.NAME.objective.router_uniformity_coef: no stream has it or router_ambiguity_coef, and MONET's routers "
+            "learn the statistics by which they choose keys in streams that do; the paper has 1e-3 for both, and 0 is enough."
+        )
     if config.lora is not None:
         yield "lora: adapts weights that mean something already, and model.source=scratch draws them; use lora=none."
 

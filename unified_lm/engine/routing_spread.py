@@ -16,7 +16,7 @@ import torch
 from unified_lm.batch import Batch, Pack
 from unified_lm.config.objectives import ObjectiveConfig, TokenObjectiveConfig
 from unified_lm.core import distributed
-from unified_lm.core.errors import ModelError
+from unified_lm.core.errors import ConfigError, ModelError
 from unified_lm.engine.coupled import CoupledTerm, Recompute, TermParts, TermReport
 from unified_lm.engine.readout import PackStates, Readout
 from unified_lm.engine.training_module import PackOutput
@@ -108,11 +108,17 @@ class RoutingSpread(CoupledTerm):
     @classmethod
     def make(cls, parts: TermParts) -> CoupledTerm:
         """See `CoupledTerm.make`."""
+        routers = product_key_routers(parts.trainable.backbone)
+        if any(p.requires_grad for p in routers[0].parameters()) and not routers[0].w1.weight.requires_grad:
+            raise ConfigError(
+                "lora adapts MONET's routers (router.w1, router.w2), whose statistics an adapter does not hold, and a stream "
+                "has router_uniformity_coef or router_ambiguity_coef. Set both to null, or name other lora.target_modules."
+            )
         weights = {}
         for name, objective in parts.streams.items():
             assert isinstance(objective, TokenObjectiveConfig)
             weights[name] = (objective.router_uniformity_coef or 0.0, objective.router_ambiguity_coef or 0.0)
-        return cls(weights, product_key_routers(parts.trainable.backbone))
+        return cls(weights, routers)
 
     @classmethod
     def readout(cls, streams: Mapping[str, ObjectiveConfig], backbone: Backbone) -> Readout:
@@ -138,7 +144,7 @@ class RoutingSpread(CoupledTerm):
                     total += output.readouts[SpreadReadout.name][f"{stream}/{name}"]
             for total in sums.values():
                 distributed.all_reduce_sum(total)
-            tokens = float(sums["moments"][0, 0, 0, 0]) / first.keys
+            tokens = float(sums["moments"][0, 0, 0, 0])
             gates = sums["gates"].requires_grad_()
             with torch.enable_grad():
                 spread = uniformity(gates / max(tokens, 1.0)).mean() * (tokens > 0)

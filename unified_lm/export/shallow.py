@@ -33,13 +33,14 @@ def shallow_view(folder: Path) -> Iterator[Path]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     section = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     depth = int(text_config.num_hidden_layers)
-    if depth <= NUM_LAYERS:
+    num_layers = max(NUM_LAYERS, getattr(text_config, "moe_groups", 1))  # MONET's layers share a router in groups
+    if depth <= num_layers:
         yield folder
         return
     for name, value in section.items():
         if isinstance(value, list) and len(value) == depth:  # a value per layer, such as its type of attention
-            section[name] = value[:NUM_LAYERS]
-    section[key] = NUM_LAYERS
+            section[name] = value[:num_layers]
+    section[key] = num_layers
     with tempfile.TemporaryDirectory() as temporary:
         view = Path(temporary)
         for path in folder.iterdir():

@@ -18,7 +18,7 @@ from unified_lm.data.prompts.encoding import Encoded, PromptEncoder, Rejection
 from unified_lm.export.samples import embedding_sample
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.embedding import embed_samples, read_samples
-from unified_lm.models.identity import identity_key
+from unified_lm.models.identity import buffers_key, identity_key
 from unified_lm.models.key_values import KeyValueCache, KeyValueReader
 from unified_lm.models.moee import RoutedPooling, check_method, moee_head
 from unified_lm.models.pooling import Pooling, Projection
@@ -199,7 +199,7 @@ class Embedder:
             weights_hash: of the model, where it is known; else its weights are read.
         """
         said = [
-            weights_hash or identity_key(self.backbone.causal_lm),
+            f"{weights_hash}{buffers_key(self.backbone.causal_lm)}" if weights_hash else identity_key(self.backbone.causal_lm),
             self.encoder.template.signature,
             self.encoder.fingerprint,
         ]

@@ -21,7 +21,7 @@ from unified_lm.export.standardizer_files import load_standardizer
 from unified_lm.export.verify import load_projection
 from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
 from unified_lm.models.load_errors import check_complete, tried
-from unified_lm.models.monet.masks import ExpertMask, apply_mask
+from unified_lm.models.monet.masks import ExpertMask, leave_out
 from unified_lm.models.pooling import Projection
 from unified_lm.models.precision import AUTO, auto_inference_dtype
 from unified_lm.models.quiet import quiet_loading
@@ -105,7 +105,7 @@ def load_parts(
     if adapter is not None:
         causal_lm = merge_adapter(causal_lm, adapter)
     if expert_mask is not None:
-        apply_mask(causal_lm, ExpertMask.load(user_path(expert_mask)))
+        leave_out(causal_lm, ExpertMask.load(user_path(expert_mask)))
     if dtype == AUTO:
         causal_lm.to(auto_inference_dtype(causal_lm.dtype, target))
     hidden_size = causal_lm.config.get_text_config().hidden_size

@@ -56,7 +56,19 @@ def identity_key(causal_lm: PreTrainedModel, whole: GatherParameters = no_gather
                     # Blocks are hashed in parallel, and their digests in order, so the result does not depend on the threads.
                     for block in threads.map(_hash, _blocks(parameter.detach())):
                         digest.update(block)
+        if distributed.is_rank0():
+            digest.update(buffers_key(causal_lm).encode())
     return broadcast_object(digest.hexdigest())
+
+
+def buffers_key(causal_lm: PreTrainedModel) -> str:
+    """A hash of the persistent buffers that a model computes with (statistics, masks); "" where it has none."""
+    state, parameters = causal_lm.state_dict(keep_vars=True), dict(causal_lm.named_parameters(remove_duplicate=False))
+    digest = blake2b(digest_size=16)
+    found = [(name, value) for name, value in state.items() if name not in parameters and isinstance(value, torch.Tensor)]
+    for name, value in found:
+        digest.update(f"{name} {list(value.shape)}".encode() + value.detach().double().cpu().numpy().tobytes())
+    return digest.hexdigest() if found else ""
 
 
 def _configuration(causal_lm: PreTrainedModel) -> str:

@@ -25,15 +25,16 @@ from transformers import (
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.distributed import is_rank0, local_device
 from unified_lm.core.errors import ModelError, did_you_mean
-from unified_lm.core.random import derive_seed
 from unified_lm.core.user_files import read_json, user_path
 from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
-from unified_lm.models.architecture import blaming_architecture, check_architecture, described_config, override_dropout
+from unified_lm.models.architecture import check_architecture, override_dropout
 from unified_lm.models.embedded import EMBEDDED_MODELS, embedded_directory
+from unified_lm.models.families import OWN_FAMILIES
 from unified_lm.models.identity import fingerprint
 from unified_lm.models.load_errors import check_complete, explain, tried
 from unified_lm.models.precision import AUTO, auto_dtype, four_bit_config
 from unified_lm.models.quiet import quiet_loading
+from unified_lm.models.scratch import build_model, description_hash
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 from unified_lm.models.vocabulary import cut_vocabulary
 from unified_lm.models.weights_hash import check_weights_hash
@@ -44,6 +45,8 @@ MANIFEST = "unified_lm.json"
 SCRATCH = "scratch"
 RANDOM = ("tiny_random", SCRATCH)
 """The source of a model whose weights are drawn, and all such sources in a provenance."""
+
+_OTHER_TOKENIZER = "Set model.tokenizer=null, or to a tokenizer made for this model."
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Weight types by their name in a recipe."""
@@ -133,6 +136,10 @@ def load_model(
             base.location, revision=base.revision, trust_remote_code=config.trust_remote_code
         )
     check_architecture(hf_config, config.family, base.name)
+    if quantize_4bit and hf_config.model_type in OWN_FAMILIES:
+        raise ModelError(
+            "lora.quantize_4bit: MONET's routers are linear layers, whose statistics are of exact weights. Set it false."
+        )
     for found in (origin, base):
         if recorded := (found.extra.get("manifest") or {}).get("weights_hash"):
             # One rank is enough to refuse the run, and days of training on other weights cost more than seconds of reading.
@@ -185,14 +192,11 @@ def _load_scratch(config: ModelConfig, dtype: torch.dtype, device: torch.device 
     Raises:
         ModelError: the values describe no model.
     """
-    hf_config = described_config(config)
-    check_architecture(hf_config, config.family, config.family)
-    own = override_dropout(hf_config, config.attention_dropout)
-    with blaming_architecture(config), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("scratch", config.family, config.init_seed))
-        causal_lm = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).to(dtype)
+    causal_lm, own = build_model(config, dtype)
     origin = _Origin(SCRATCH, config.tokenizer or "", f"random {config.family}")
-    return _finish(_move(causal_lm, device), _load_tokenizer(origin, config), config, origin, own)
+    loaded = _finish(_move(causal_lm, device), _load_tokenizer(origin, config), config, origin, own)
+    loaded.provenance["fingerprint"] += f"-{description_hash(config)}"
+    return loaded
 
 
 def _dtype_name(name: str, device: torch.device | str | None) -> str:
@@ -355,7 +359,7 @@ def _finish(
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding table of '{origin.name}' only {rows} rows. "
-            "Set model.tokenizer=null, or to a tokenizer made for this model."
+            + ("Set model.architecture.vocab_size." if origin.source == SCRATCH else _OTHER_TOKENIZER)
         )
     notices = [f"{', '.join(own_config)} set to {config.attention_dropout} while training"] if own_config else []
     notices += _ensure_pad_token(tokenizer, origin.name)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from unified_lm.batch import AttentionMode, Block, Pack, Sample, make_pack
 from unified_lm.core.errors import ModelError
@@ -91,12 +92,13 @@ def stock_attention_sees_future(backbone: Backbone, *, causal: bool) -> bool:
             config.is_causal = before
         rng.restore()
     change = float(((other - first).float().norm(dim=-1) / first.float().norm(dim=-1).clamp_min(1e-12)).max())
-    return change > _rounding(backbone, first.dtype)
+    return change > rounding_of(backbone.causal_lm, first.dtype)
 
 
-def _rounding(backbone: Backbone, dtype: torch.dtype) -> float:
+def rounding_of(causal_lm: PreTrainedModel, dtype: torch.dtype) -> float:
+    """The relative change of a state of this dtype that rounding may cause in a model."""
     least = _ROUNDING.get(dtype, 1e-5)
-    return max(least, _MIXTURE_ROUNDING) if families.router_places(backbone.causal_lm) else least
+    return max(least, _MIXTURE_ROUNDING) if families.router_places(causal_lm) else least
 
 
 def _samples(vocab_size: int, partial_spans: bool) -> list[Sample]:
@@ -112,7 +114,7 @@ def _samples(vocab_size: int, partial_spans: bool) -> list[Sample]:
 def _probe_masks(backbone: Backbone, samples: list[Sample]) -> None:
     pack = make_pack(samples).to(backbone.causal_lm.device)
     before = backbone(pack)
-    rounding = _rounding(backbone, before.dtype)
+    rounding = rounding_of(backbone.causal_lm, before.dtype)
     for index, (start, length) in enumerate(zip(pack.plan.offsets, pack.plan.lengths, strict=False)):
         # The last token, which a causal mask hides from all others. For a partial span the span's last token, because the
         # tokens behind the span are causal and see it in any case; for blocks that of the first one, likewise.
@@ -139,7 +141,7 @@ def _probe_positions(backbone: Backbone, samples: list[Sample], longest: int) ->
     before = backbone(near)[stop:].float()
     after = backbone(replace(pack, position_ids=far_T))[stop:].float()
     change = float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)).max())
-    if not change <= _rounding(backbone, backbone.causal_lm.dtype):
+    if not change <= rounding_of(backbone.causal_lm, backbone.causal_lm.dtype):
         raise ModelError(
             f"{type(backbone.causal_lm).__name__} leaks: a sample of {longest} tokens changed the positions of another one in "
             f"its pack (by {change:.1e}). Lower the streams' limits, in tokens, to the model's original context."
@@ -203,7 +205,7 @@ def _probe_head(backbone: Backbone, whole: GatherParameters) -> None:
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     error = float((logits - expected).norm() / expected.norm().clamp_min(1e-12))
-    if error > 2 * _rounding(backbone, hidden.dtype):
+    if error > 2 * rounding_of(backbone.causal_lm, hidden.dtype):
         raise ModelError(
             f"the output head of {type(backbone.causal_lm).__name__} is not linear as assumed: logits differ by {error:.1e} "
             "(relative). The family needs an entry in models/families.py."

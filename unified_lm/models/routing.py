@@ -233,8 +233,10 @@ def router_sizes(causal_lm: PreTrainedModel) -> list[int]:
     """`Routers.sizes`; none of a dense model. Parameters may be partitioned."""
     routers = [module for _, module, _ in families.router_places(causal_lm)]
     shapes = [[distributed.full_shape(parameter) for parameter in module.parameters()] for module in routers]
-    # A matrix of all experts; MONET has one for each side.
-    return [sum(shape[0] for shape in of_router if len(shape) == 2) for of_router in shapes]
+    return [
+        2 * module.heads * module.keys if isinstance(module, MonetRouter) else next(s[0] for s in of_router if len(s) == 2)
+        for module, of_router in zip(routers, shapes, strict=True)
+    ]
 
 
 def find_gate(outputs: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], source: str = "", family: str = "") -> Gate:

@@ -107,6 +107,7 @@ def test_random_masks_leave_out_as_many_and_as_used_ones() -> None:
     plain, matched = random_mask(mask, 0), random_mask(mask, 0, [use])
     assert plain.num_left_out == matched.num_left_out == mask.num_left_out
     assert not np.array_equal(plain.keep, random_mask(mask, 1).keep)
+    assert not (~matched.keep & ~mask.keep)[1].any(), "others than the edit's own, where there are as many"
     lost = [float(use[0][~each.keep[0]].sum() / use[0].sum()) for each in (mask, matched, plain)]
     assert lost[1] > 0.5 * lost[0] > 2 * lost[2], "as much use is lost as in the edit; not so at random"
 
@@ -132,6 +133,16 @@ def test_a_mask_is_a_small_file_that_changes_its_model(model: UnifiedLM, export:
         model.prompt_encoder.tokenizer.save_pretrained(tmp_path / "saved")
     again = UnifiedLM.from_pretrained(tmp_path / "saved", device="cpu", template="grit")
     np.testing.assert_allclose(again.encode(["the cat"]), without.encode(["the cat"]), atol=1e-6)
+    assert model.embedding_key != without.embedding_key, "an index of one is none of the other"
+    other = np.random.default_rng(1).random((1, 16, 16)) > 0.5
+    ExpertMask(other, key).save(tmp_path / "other.safetensors")
+    both = UnifiedLM.from_pretrained(
+        tmp_path / "saved", device="cpu", template="grit", expert_mask=tmp_path / "other.safetensors"
+    )
+    with both.borrow_backbone() as backbone:
+        assert np.array_equal(routers_of(backbone.causal_lm)[0].keep.numpy(), (keep & other)[0]), (
+            "beside those left out already"
+        )
 
 
 def test_masks_that_do_not_fit_are_refused(model: UnifiedLM, tmp_path: Path) -> None:
@@ -144,6 +155,8 @@ def test_masks_that_do_not_fit_are_refused(model: UnifiedLM, tmp_path: Path) -> 
             apply_mask(lm, ExpertMask(np.ones((1, 16, 16), bool), "other"))
         with pytest.raises(ModelError, match="leaves router 0 no expert at all"):
             apply_mask(lm, ExpertMask(np.zeros((1, 16, 16), bool), key))
+        assert not lm.config.moe_masked
+        assert routers_of(lm)[0].keep is None
     with pytest.raises(ModelError, match="family 'llama' has no experts of product keys"):
         apply_mask(tiny_model("llama"), ExpertMask(np.ones((1, 16, 16), bool), key))
     (tmp_path / "x.safetensors").write_bytes(b"no")
@@ -165,6 +178,8 @@ def test_an_edit_is_measured_beside_random_ones(model: UnifiedLM, folder: Path) 
     again = edit_effects(model, kinds, mask, context=64, draws=1)
     assert [(effect.before, effect.after) for effect in again] == [(effect.before, effect.after) for effect in effects]
     assert again[0].as_used == ()
+    with masked(model, mask), pytest.raises(ModelError, match="leaves experts out already"):
+        edit_effects(model, kinds, mask, context=64)
 
 
 def test_the_commands(export: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,6 +190,14 @@ def test_the_commands(export: Path, folder: Path, tmp_path: Path, capsys: pytest
     assert json.loads((tmp_path / "r" / "routing.json").read_text())["tokens"].keys() == KINDS.keys()
     assert main(["experts", "domains", str(statistics), "--out", str(tmp_path / "d")]) == 2
     assert "fewer than 2,000 tokens" in capsys.readouterr().err
+    built_in = RoutingStatistics.load(statistics)
+    renamed = {f"pydocs/{name}": value for name, value in built_in.means.items()}
+    RoutingStatistics(renamed, dict.fromkeys(renamed, 9999), built_in.routers).save(tmp_path / "slash.safetensors")
+    assert (
+        main(["experts", "domains", str(tmp_path / "slash.safetensors"), "--out", str(tmp_path / "s"), "--ratio", "1.2"]) == 0
+    )
+    assert (tmp_path / "s" / "without-pydocs-words.safetensors").is_file()
+    capsys.readouterr()
     few = ["--min-tokens", "0", "--ratio", "1.2"]
     assert main(["experts", "domains", str(statistics), "--out", str(tmp_path / "d"), *few]) == 0
     mask = tmp_path / "d" / "without-words.safetensors"

@@ -81,5 +81,8 @@ def random_mask(mask: ExpertMask, seed: int, use: Sequence[np.ndarray] | None = 
             order = np.argsort(sum(of_kind[number].reshape(-1) for of_kind in use), kind="stable")
         bins = np.array_split(order, 1 if use is None else min(_BINS, wanted.size))
         for members in bins:
-            keep[number].reshape(-1)[rng.permutation(members)[: int(wanted[members].sum())]] = False
+            count = int(wanted[members].sum())
+            others = members[~wanted[members]]
+            pool = others if use is not None and len(others) >= count else members  # used as much, but not the edit's own
+            keep[number].reshape(-1)[rng.permutation(pool)[:count]] = False
     return ExpertMask(keep, mask.routers, f"as many as: {mask.note}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unified_lm.core.errors import ModelError
 from unified_lm.evaluation.experts.domains import random_mask
 from unified_lm.evaluation.generation.perplexity import Domain, perplexity
 from unified_lm.inference.unified import UnifiedLM
@@ -55,8 +56,11 @@ def edit_effects(
         report: called with a line before each pass over the texts.
 
     Raises:
-        ModelError: the mask is not of this model.
+        ModelError: the mask is not of this model, or the model has one already.
     """
+    with model.borrow_backbone() as backbone:
+        if any(router.keep is not None for router in routers_of(backbone.causal_lm)):
+            raise ModelError("the model leaves experts out already; measure an edit on the model with all of them.")
     named: list[tuple[str, ExpertMask | None]] = [("all experts", None), ("the edit", mask)]
     named += [(f"random {seed}", random_mask(mask, seed)) for seed in range(draws)]
     if use is not None:
@@ -90,8 +94,9 @@ def masked(model: UnifiedLM, mask: ExpertMask | None) -> Iterator[None]:
     with model.borrow_backbone() as backbone:
         before = [router.keep for router in routers_of(backbone.causal_lm)]
         was_masked = backbone.causal_lm.config.moe_masked
-        apply_mask(backbone.causal_lm, mask)
     try:
+        with model.borrow_backbone() as backbone:
+            apply_mask(backbone.causal_lm, mask)
         yield
     finally:
         with model.borrow_backbone() as backbone:

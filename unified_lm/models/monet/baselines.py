@@ -30,6 +30,15 @@ class SmoeRouter(nn.Module):
         return scores, best.values.softmax(-1).to(hidden.dtype), best.indices
 
 
+class ExpertWeights(nn.Module):
+    """Matrices of all experts, `[N, m, D]` and `[N, D, m]`."""
+
+    def __init__(self, config: MonetConfig) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(config.num_experts, config.moe_dim, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.moe_dim))
+
+
 class SparseExperts(nn.Module):
     """Experts of a hidden layer each, of which a token visits K. Tokens are sorted by expert."""
 
@@ -37,15 +46,14 @@ class SparseExperts(nn.Module):
         super().__init__()
         self.act = ACT2FN[config.hidden_act]
         self.router = SmoeRouter(config)
-        self.up = nn.Parameter(torch.empty(config.num_experts, config.moe_dim, config.hidden_size))
-        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.moe_dim))
+        self.experts = ExpertWeights(config)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[T, D]` of `[T, D]`."""
         _, weights, chosen = self.router(hidden)
         order = chosen.flatten().argsort(stable=True)
         tokens = order // chosen.shape[1]
-        ends = chosen.flatten().bincount(minlength=len(self.up)).tolist()
+        ends = chosen.flatten().bincount(minlength=len(self.experts.up)).tolist()
         parts = hidden[tokens].split(ends)
         outputs = [self._expert(part, number) for number, part in enumerate(parts) if len(part)]
         weighed = torch.cat(outputs) * weights.flatten()[order, None]
@@ -53,7 +61,7 @@ class SparseExperts(nn.Module):
 
     def _expert(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
         linear = nn.functional.linear
-        return linear(self.act(linear(hidden, self.up[number])), self.down[number])
+        return linear(self.act(linear(hidden, self.experts.up[number])), self.experts.down[number])
 
 
 class PeerExperts(nn.Module):

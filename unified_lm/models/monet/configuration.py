@@ -48,8 +48,8 @@ class MonetConfig(LlamaConfig):
         moe_selection: str = "threshold",
         moe_masked: bool = False,
         feed_forward: str = "monet",
-        num_experts: int = 64,
-        num_experts_per_tok: int = 2,
+        num_experts: int | None = 64,
+        num_experts_per_tok: int | None = 2,
         **values: Any,
     ) -> None:
         """See the class; other values are those of Llama.
@@ -66,10 +66,10 @@ class MonetConfig(LlamaConfig):
         self.moe_selection = moe_selection
         self.moe_masked = moe_masked
         self.feed_forward = feed_forward
-        self.num_experts = num_experts
-        self.num_experts_per_tok = num_experts_per_tok
-        # Hidden channels that are at work on a token, by which memory and operations are counted.
-        widths = {"monet": moe_experts * moe_dim, "smoe": num_experts_per_tok * moe_dim, "peer": moe_heads * moe_topk}
+        self.num_experts: Any = num_experts if feed_forward in ("smoe", "peer") else None
+        self.num_experts_per_tok: Any = num_experts_per_tok if feed_forward == "smoe" else None
+        # Hidden channels that are at work on a token (of one expert, for smoe), by which memory is counted.
+        widths = {"monet": moe_experts * moe_dim, "smoe": moe_dim, "peer": moe_heads * moe_topk}
         if feed_forward in widths:
             values.setdefault("intermediate_size", widths[feed_forward])
         values.setdefault("hidden_act", "silu" if feed_forward == "dense" else "relu2")
@@ -88,7 +88,9 @@ class MonetConfig(LlamaConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 yield f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}."
-        positive = ("moe_experts", "moe_dim", "moe_heads", "moe_topk", "moe_groups", "num_experts", "num_experts_per_tok")
+        positive = ["moe_experts", "moe_dim", "moe_heads", "moe_topk", "moe_groups"]
+        positive += ["num_experts"] if self.feed_forward in ("smoe", "peer") else []
+        positive += ["num_experts_per_tok"] if self.feed_forward == "smoe" else []
         counts = {name: getattr(self, name) for name in positive}
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -96,9 +98,9 @@ class MonetConfig(LlamaConfig):
                 return
         if self.feed_forward == "monet":
             yield from self._monet_problems()
-        elif self.feed_forward == "smoe" and self.num_experts_per_tok > self.num_experts:
+        elif self.feed_forward == "smoe" and counts["num_experts_per_tok"] > counts["num_experts"]:
             yield f"num_experts_per_tok: got {self.num_experts_per_tok}, expected at most num_experts={self.num_experts}."
-        elif self.feed_forward == "peer":
+        elif self.feed_forward == "peer" and self.num_experts:
             if math.isqrt(self.num_experts) ** 2 != self.num_experts:
                 yield f"num_experts: got {self.num_experts}, expected a square number: product keys have two sides."
             if self.moe_topk > math.isqrt(self.num_experts):

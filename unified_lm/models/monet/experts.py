@@ -185,15 +185,16 @@ class _Vertical(torch.autograd.Function):
         return torch.cat([top, bottom], dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         left_TEm, right_TEm, gates_TSHE, v11, v12, v21, v22, b1, b2 = ctx.saved_tensors
         top, bottom = grads[0].chunk(2, dim=-1)
         rows_TE, columns_TE = pair_sums(gates_TSHE)
         d_gates_TSHE = torch.zeros_like(gates_TSHE)
-        side = _Side(left_TEm, gates_TSHE, d_gates_TSHE, 0)
+        trained = any(ctx.needs_input_grad[3:7])  # adapters elsewhere leave the matrices frozen
+        side = _Side(left_TEm, gates_TSHE, d_gates_TSHE, 0, trained)
         d_left_TEm, d_v21 = side.mixed(v21, bottom)
         d_rows_TE, d_v11 = side.weighed(d_left_TEm, rows_TE, v11, top)
-        side = _Side(right_TEm, gates_TSHE, d_gates_TSHE, 1)
+        side = _Side(right_TEm, gates_TSHE, d_gates_TSHE, 1, trained)
         d_right_TEm, d_v12 = side.mixed(v12, top)
         d_columns_TE, d_v22 = side.weighed(d_right_TEm, columns_TE, v22, bottom)
         _add_pair_sums(d_gates_TSHE, gates_TSHE, d_rows_TE.addmm_(top, b1.t()), d_columns_TE.addmm_(bottom, b2.t()))
@@ -213,10 +214,10 @@ class _Horizontal(torch.autograd.Function):
         return torch.addmm(pair_sums(gates_TSHE)[1] @ b, mixed_TEm.flatten(1), down.t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         states_TEm, gates_TSHE, down, b = ctx.saved_tensors
         d_gates_TSHE = torch.zeros_like(gates_TSHE)
-        side = _Side(states_TEm, gates_TSHE, d_gates_TSHE, 0)
+        side = _Side(states_TEm, gates_TSHE, d_gates_TSHE, 0, ctx.needs_input_grad[2])
         d_states_TEm, d_down = side.mixed(down, grads[0])
         side.finish(d_states_TEm)
         _add_pair_sums(d_gates_TSHE, gates_TSHE, None, grads[0] @ b.t())
@@ -231,21 +232,26 @@ class _Side:
         gates_TSHE: of both sides.
         d_gates_TSHE: their gradient.
         number: which side.
+        trained: whether gradients of the matrices are wanted; else they are None.
     """
 
-    def __init__(self, states_TEm: torch.Tensor, gates_TSHE: torch.Tensor, d_gates_TSHE: torch.Tensor, number: int) -> None:
+    def __init__(
+        self, states_TEm: torch.Tensor, gates_TSHE: torch.Tensor, d_gates_TSHE: torch.Tensor, number: int, trained: bool
+    ) -> None:
+        self.trained = trained
         self.states_TEm, self.values_TEm = states_TEm, states_TEm.square()
         self.own_THE, self.other_THE = gates_TSHE[:, number], gates_TSHE[:, 1 - number]
         self.d_own_THE, self.d_other_THE = d_gates_TSHE[:, number], d_gates_TSHE[:, 1 - number]
 
-    def mixed(self, down: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def mixed(self, down: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Values that keys of the other side got, and that went through a matrix `[., E m]`.
 
         Returns:
             A tensor of the states' shape, for `weighed` or `finish` to fill, and the gradient of the matrix.
         """
         summed_THm = torch.bmm(self.own_THE, self.values_TEm)
-        d_down = grad.t() @ torch.bmm(self.other_THE.transpose(1, 2), summed_THm).flatten(1)
+        mixed_TEm = torch.bmm(self.other_THE.transpose(1, 2), summed_THm) if self.trained else None
+        d_down = None if mixed_TEm is None else grad.t() @ mixed_TEm.flatten(1)
         d_mixed_TEm = (grad @ down).view_as(self.values_TEm)
         self.d_summed_THm = torch.bmm(self.other_THE, d_mixed_TEm)
         self.d_other_THE.baddbmm_(summed_THm, d_mixed_TEm.transpose(1, 2))
@@ -254,7 +260,7 @@ class _Side:
 
     def weighed(
         self, d_states_TEm: torch.Tensor, sums_TE: torch.Tensor, down: torch.Tensor, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Values that were weighed by sums and went through a matrix; fills the gradient of the states.
 
         Returns:
@@ -263,7 +269,7 @@ class _Side:
         torch.mm(grad, down, out=d_states_TEm.flatten(1))
         d_sums_TE = torch.linalg.vecdot(d_states_TEm, self.values_TEm)
         d_states_TEm.mul_(sums_TE[..., None]).baddbmm_(self.own_THE.transpose(1, 2), self.d_summed_THm)
-        d_down = grad.t() @ self.values_TEm.mul_(sums_TE[..., None]).flatten(1)
+        d_down = grad.t() @ self.values_TEm.mul_(sums_TE[..., None]).flatten(1) if self.trained else None
         d_states_TEm.mul_(self.states_TEm).mul_(2)
         return d_sums_TE, d_down
 

@@ -85,7 +85,8 @@ def router_key(model: nn.Module) -> str:
     digest = blake2b(digest_size=8)
     for router in routers_of(model):
         for tensor in (router.w1.weight, router.w2.weight, *router.statistics):
-            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+            # Rounded, so that it does not matter in which precision the model was loaded.
+            digest.update(tensor.detach().bfloat16().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -96,8 +97,8 @@ def apply_mask(model: Any, mask: ExpertMask | None) -> None:
         ModelError: the mask is of another model, or leaves a router no expert.
     """
     routers = routers_of(model)
-    model.config.moe_masked = mask is not None
     if mask is None:
+        model.config.moe_masked = False
         for router in routers:
             router.keep = None
         return
@@ -111,5 +112,19 @@ def apply_mask(model: Any, mask: ExpertMask | None) -> None:
         )
     if empty := [number for number, of_router in enumerate(mask.keep) if not of_router.any()]:
         raise ModelError(f"the mask leaves router {empty[0]} no expert at all: the layers of its group would do nothing.")
+    model.config.moe_masked = True
     for router, of_router in zip(routers, mask.keep, strict=True):
         router.keep = torch.from_numpy(of_router.copy()).to(router.w1.weight.device)
+
+
+def leave_out(model: Any, mask: ExpertMask) -> None:
+    """Leave experts out of a model beside those that it leaves out already.
+
+    Raises:
+        ModelError: see `apply_mask`.
+    """
+    before = [router.keep for router in routers_of(model)]
+    apply_mask(model, mask)
+    for router, keep in zip(routers_of(model), before, strict=True):
+        if keep is not None and router.keep is not None:
+            router.keep = router.keep & keep

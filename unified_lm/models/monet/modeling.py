@@ -20,7 +20,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from unified_lm.models.monet.baselines import PeerExperts, SmoeRouter, SparseExperts
+from unified_lm.models.monet.baselines import ExpertWeights, PeerExperts, SmoeRouter, SparseExperts
 from unified_lm.models.monet.configuration import MonetConfig
 from unified_lm.models.monet.experts import HorizontalExperts, VerticalExperts
 from unified_lm.models.monet.router import MonetRouter
@@ -83,6 +83,7 @@ class MonetPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = {"norm1", "norm2"}  # noqa: RUF012  (a tenth of a change is lost in bfloat16)
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": [OutputRecorder(MonetRouter, index=1), OutputRecorder(SmoeRouter, index=0)],
         "hidden_states": MonetDecoderLayer,
@@ -98,7 +99,7 @@ class MonetPreTrainedModel(PreTrainedModel):
             init.zeros_(module.b2)
         elif isinstance(module, HorizontalExperts):
             init.zeros_(module.b)
-        elif isinstance(module, SparseExperts):
+        elif isinstance(module, ExpertWeights):
             init.normal_(module.up, std=std)
             init.normal_(module.down, std=std)
         elif isinstance(module, SmoeRouter):

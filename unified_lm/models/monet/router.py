@@ -4,7 +4,7 @@ Only the softmax of the chosen keys' raw scores weighs experts. Which keys are c
 the quantile `1 - moe_topk / E` of a standard normal, or, where none is, the best one. Mean and variance belong to a head and a
 side, over tokens and keys, and are what training has seen so far. The published code normalizes by those of the batch while it
 trains, so that a token's experts depend on its neighbors, on the pack and on the rank. Here they are updated once a step, from
-all packs of all ranks (`engine.factored_routing`), and are constants of a forward: packs and ranks change nothing.
+all packs of all ranks (`engine.routing_spread`), and are constants of a forward: packs and ranks change nothing.
 
 Legend: E keys of a side, H heads, D hidden size; the two sides come first, so gates are `[..., 2, H, E]`.
 """
@@ -96,8 +96,9 @@ class MonetRouter(nn.Module):
 
     @property
     def is_observed(self) -> bool:
-        """Whether any statistics were seen."""
-        return bool(self.norm1.num_batches_tracked)
+        """Whether any statistics were seen: converted checkpoints may have them without a count of batches."""
+        mean, variance = self.statistics
+        return bool(self.norm1.num_batches_tracked) or bool(mean.any()) or bool((variance != 1).any())
 
     @torch.no_grad()
     def observe(self, moments: torch.Tensor, *, first: bool = False) -> None:
@@ -107,7 +108,7 @@ class MonetRouter(nn.Module):
             moments: see `score_moments`, of everything that counts.
             first: take them as they are: what was there before means nothing.
         """
-        count = moments[..., 0]
+        count = moments[..., 0] * self.keys
         mean, variance = mean_and_variance(moments)
         variance = variance * count / (count - 1).clamp_min(1)
         for side, norm in enumerate((self.norm1, self.norm2)):
@@ -118,18 +119,17 @@ class MonetRouter(nn.Module):
 
 
 def score_moments(scores: torch.Tensor) -> torch.Tensor:
-    """Number, sum and sum of squares over tokens and keys, which add up over packs and ranks.
+    """Number of tokens, and their sums of means over keys of scores and of squares; all add up over packs and ranks.
 
     Args:
         scores: `[..., 2, H, E]`.
 
     Returns:
-        float64 `[2, H, 3]`.
+        `[2, H, 3]`, summed up in float64 and in the dtype of the scores.
     """
-    scores = scores.detach().flatten(0, -4).double()
-    total, squares = scores.sum((0, -1)), scores.square().sum((0, -1))
-    count = torch.full_like(total, scores.shape[0] * scores.shape[-1])
-    return torch.stack([count, total, squares], dim=-1)
+    scores = scores.detach().flatten(0, -4)
+    total, squares = scores.mean(-1).double().sum(0), scores.square().mean(-1).double().sum(0)
+    return torch.stack([torch.full_like(total, len(scores)), total, squares], dim=-1).to(scores.dtype)
 
 
 def mean_and_variance(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
