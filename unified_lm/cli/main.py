@@ -52,7 +52,7 @@ COMMANDS: Mapping[str, Command] = {
         "unified_lm.cli.analyze:standardize",
     ),
     "upcycle": Command(
-        "make a sparse mixture of experts of a dense model: MODEL --out DIR [--experts 8 --noise 0.1]",
+        "make a sparse mixture of experts of a dense model: MODEL --out DIR [--experts 8 --noise 0.02]",
         "unified_lm.cli.upcycle:upcycle",
     ),
     "experts": Command(
