@@ -6,6 +6,7 @@ are. A Llama skeleton, whose feed-forward layers are what `MonetConfig.feed_forw
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,9 @@ from unified_lm.models.monet.baselines import ExpertWeights, PeerExperts, SmoeRo
 from unified_lm.models.monet.configuration import MonetConfig
 from unified_lm.models.monet.experts import HorizontalExperts, VerticalExperts
 from unified_lm.models.monet.router import MonetRouter
+
+_TELLS_PLACES = "cache_position" in signature(create_causal_mask).parameters
+"""Whether this version of transformers is told which places of the cache a mask is for."""
 
 _EXPERTS = {"vertical": VerticalExperts, "horizontal": HorizontalExperts}
 _BASELINES = {"dense": LlamaMLP, "smoe": SparseExperts, "peer": PeerExperts}
@@ -142,9 +146,10 @@ class MonetModel(MonetPreTrainedModel):
         hidden = cast("torch.Tensor", self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen)[None]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        places = torch.arange(hidden.shape[1], device=hidden.device) + seen
+        position_ids = places[None] if position_ids is None else position_ids
+        told: dict[str, Any] = {"cache_position": places} if _TELLS_PLACES else {}
         options |= {
             "attention_mask": create_causal_mask(
                 config=self.config,
@@ -152,6 +157,7 @@ class MonetModel(MonetPreTrainedModel):
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                **told,
             ),
             "position_embeddings": self.rotary_emb(hidden, position_ids=position_ids),
             "position_ids": position_ids,
