@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import yaml
 from tests.reporting.test_report import write_run
 from unified_lm.composition.compose import compose_run
 from unified_lm.composition.convert import saved_settings, to_plain, to_yaml
+from unified_lm.config.objectives import TokenObjectiveConfig
 from unified_lm.core.errors import DataError
 from unified_lm.engine.validation_items import ItemScores
 from unified_lm.evaluation.bootstrap import bootstrap_interval
@@ -80,7 +81,7 @@ def test_runs_that_are_not_finished_are_left_out_and_named(monkeypatch: pytest.M
         ("batch_size", True),
         ("objective.normalization", True),
         ("objective.weight", False),
-        ("objective.router_aux_loss_coef", False),
+        *((f"objective.{field.name}", False) for field in fields(TokenObjectiveConfig) if field.name.startswith("router_")),
         ("objective.reference", False),
         ("objective.gradient_scale", False),
         ("objective.cross_entropy", False),

@@ -61,12 +61,13 @@ def test_panels_of_one_run(tmp_path: Path) -> None:
     assert panels["MFU"].curves[0].values[0] == 30.0
 
 
-def test_router_balance_has_a_panel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["router_balance", "router_uniformity", "router_ambiguity", "router_active_keys"])
+def test_what_routers_do_has_a_panel(name: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", steps=3)
     changed = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [line | ({"generation/router_balance": 2.1} if "loss" in line else {}) for line in changed]
+    rows = [line | ({f"generation/{name}": 2.1} if "loss" in line else {}) for line in changed]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
-    (curve,) = panels_of(run)["generation router balance"].curves
+    (curve,) = panels_of(run)[f"generation {name}".replace("_", " ")].curves
     assert (curve.kind, curve.values) == ("training", [2.1, 2.1, 2.1])
 
 

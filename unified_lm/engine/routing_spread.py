@@ -2,7 +2,7 @@
 
 The uniformity term is a function of mean gates over all tokens of a step, so packs are seen first, and each pack's share is the
 inner product of the derivative with its own sums (`engine.coupled`). The same sums over scores, not gates, move the statistics
-of the routers once a step: those that are trained, in runs with this term. The first step takes its own as they are.
+of the routers once a step: those that are trained, in runs with this term. After the first step they are that step's own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unified_lm.engine.readout import PackStates, Readout
 from unified_lm.engine.training_module import PackOutput
 from unified_lm.models import families
 from unified_lm.models.backbone import Backbone
-from unified_lm.models.monet.router import MonetRouter, score_moments
+from unified_lm.models.monet.router import MonetRouter, find_routers, score_moments
 from unified_lm.objectives.routing_spread import ambiguity, uniformity
 
 
@@ -32,7 +32,7 @@ def product_key_routers(backbone: Backbone) -> list[MonetRouter]:
     Raises:
         ModelError: it is none.
     """
-    found = [module for _, module, _ in families.router_places(backbone.causal_lm) if isinstance(module, MonetRouter)]
+    found = find_routers(backbone.causal_lm)
     if not found:
         family = families.text_config(backbone.causal_lm).model_type
         raise ModelError(

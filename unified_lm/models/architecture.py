@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.errors import ModelError, UserError
-from unified_lm.models.monet import MonetConfig
+from unified_lm.models.families import OWN_FAMILIES
 
 _ENCODERS = frozenset(
     {
@@ -43,8 +43,6 @@ _ENCODERS = frozenset(
 """`model_type`s of encoders; transformers can load some of them as causal language models, which they were not trained as."""
 
 _DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-
-
 _MOST_LAYERS = 2000
 """Building more of them, even without storage, takes minutes; no published model has a tenth."""
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -89,8 +87,8 @@ def check_architecture(hf_config: PreTrainedConfig, family: str, name: str) -> N
             f"'{name}' is a model of family '{kind}', but the recipe expects model.family={family}. Use a model of that "
             f"family, or set model.family={kind} (its other settings may not fit)."
         )
-    ours = isinstance(hf_config, MonetConfig)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not ours and not getattr(hf_config, "auto_map", None):
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *OWN_FAMILIES}
+    if kind not in known and not getattr(hf_config, "auto_map", None):
         raise ModelError(f"'{name}' ({kind}: {classes}) has no causal language model in transformers.")
 
 

@@ -32,6 +32,7 @@ _SEED_SUFFIX = re.compile(r"-seed\d+$")
 _SAME_MEASURE = {
     *("sources", "attention", "template", "source_temperature"),
     *("objective.weight", "objective.router_aux_loss_coef", "objective.reference"),
+    *("objective.router_uniformity_coef", "objective.router_ambiguity_coef"),
     *("objective.gradient_scale", "objective.reference_world_size", "objective.cross_entropy"),
 }
 """Settings of a stream that may change what a model learns, but not what its held-out loss means. Every other one, also of a

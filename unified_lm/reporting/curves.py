@@ -212,10 +212,10 @@ def _loss_panel(runs: Sequence[Run], stream: str) -> Panel:
 
 
 def _further_panels(runs: Sequence[Run]) -> list[Panel]:
-    """Panels besides losses: router balance, and further values of an objective on held-out rows ("heldout/STREAM/NAME") with
+    """Panels besides losses: what routers do, and further values of an objective on held-out rows ("heldout/STREAM/NAME") with
     the same values of training steps."""
     keys = dict.fromkeys(key for run in runs for line in run.lines for key in line)
-    names = [key for key in keys if key.endswith("/router_balance")]
+    names = [key for key in keys if key.rpartition("/")[2].startswith("router_")]
     names += [key.partition("/")[2] for key in keys if key.startswith("heldout/") and not _is_loss(key)]
     return [
         Panel(

@@ -160,7 +160,10 @@ def test_masks_that_do_not_fit_are_refused(model: UnifiedLM, tmp_path: Path) -> 
     with pytest.raises(ModelError, match="family 'llama' has no experts of product keys"):
         apply_mask(tiny_model("llama"), ExpertMask(np.ones((1, 16, 16), bool), key))
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    for path in (tmp_path / "x.safetensors", tmp_path / "missing"):
+    RoutingStatistics({"keep": np.ones((1, 2, 2), np.float32)}, {"keep": 1}, key).save(tmp_path / "statistics")
+    with pytest.raises(DataError, match="holds no routing statistics"):
+        RoutingStatistics.load(tmp_path / "x.safetensors")
+    for path in (tmp_path / "x.safetensors", tmp_path / "statistics", tmp_path / "missing"):
         with pytest.raises(ModelError, match="is no mask of experts"):
             ExpertMask.load(path)
 

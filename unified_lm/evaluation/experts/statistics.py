@@ -60,7 +60,10 @@ class RoutingStatistics:
         """
         try:
             with safe_open(path, framework="np") as file:
-                about = json.loads((file.metadata() or {})["about"])
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError("a file of another format")
+                about = json.loads(metadata["about"])
                 means = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
             return cls(means, {name: int(about["tokens"][name]) for name in means}, str(about["routers"]))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from unified_lm.core.errors import ModelError
-from unified_lm.models.monet.router import MonetRouter
+from unified_lm.models.monet.router import MonetRouter, find_routers
 
 _KEEP = "keep"
 _FORMAT = "unified_lm expert mask 1"
@@ -59,6 +59,8 @@ class ExpertMask:
         try:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError("a file of another format")
                 packed = file.get_tensor(_KEEP)
             shape = tuple(map(int, metadata["shape"].split(",")))
             keep = np.unpackbits(packed, count=int(np.prod(shape))).astype(bool).reshape(shape)
@@ -73,7 +75,7 @@ def routers_of(model: nn.Module) -> list[MonetRouter]:
     Raises:
         ModelError: it has none.
     """
-    found = [module for module in model.modules() if isinstance(module, MonetRouter)]
+    found = find_routers(model)
     if not found:
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ModelError(f"family '{family}' has no experts of product keys: only MONET's can be read and edited so.")

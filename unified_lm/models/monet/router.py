@@ -118,6 +118,11 @@ class MonetRouter(nn.Module):
             cast("torch.Tensor", norm.num_batches_tracked).add_(1)
 
 
+def find_routers(model: nn.Module) -> list[MonetRouter]:
+    """The routers of a model, in the order of the layers; none of other families and of baselines."""
+    return [module for module in model.modules() if isinstance(module, MonetRouter)]
+
+
 def score_moments(scores: torch.Tensor) -> torch.Tensor:
     """Number of tokens, and their sums of means over keys of scores and of squares; all add up over packs and ranks.
 
