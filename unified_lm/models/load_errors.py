@@ -102,11 +102,6 @@ def _text(error: Exception, location: str, part: str, is_hub: bool) -> str:
     # The chain, because transformers raises OSError from the Hub's own, more specific errors.
     chain = _chain(error)
     message = str(error)
-    if is_hub and location.startswith("runs/"):
-        return (
-            f"there is no directory '{location}'; commands of this project write below runs/. Run the one that makes it first: "
-            "a training, or `unified-lm upcycle` for a mixture of experts (the recipe and its model file say how)."
-        )
     if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in message:
         return (
             f"'{location}' is gated: ask for access on https://huggingface.co/{location}, then run `hf auth login` or set "

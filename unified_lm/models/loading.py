@@ -221,6 +221,11 @@ def _locate(config: ModelConfig) -> _Origin:
     local = user_path(config.name)
     if local.is_dir():
         return _Origin("directory", str(local), config.name)
+    if config.name.startswith("runs/"):  # it looks like a Hub name, which would be asked for
+        raise ModelError(
+            f"there is no directory '{config.name}'; commands of this project write below runs/. Run the one that makes it "
+            "first: a training, or `unified-lm upcycle` for a mixture of experts (the recipe and its model file say how)."
+        )
     # Hub names are "model" or "org/model"; anything else is a path with a typo.
     if local.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
         raise ModelError(f"model.name is '{config.name}', and there is no such directory.")
