@@ -294,6 +294,8 @@ def test_a_source_may_be_one_text() -> None:
     assert config.validation.sources == {"embedding": (SourceConfig(path="t.jsonl"),)}
     assert config.validation.retrieval is not None
     assert config.validation.retrieval.queries == SourceConfig(builtin="pydocs")
+    along = sources_of("recipe=monet_850m", "data.fineweb_edu=stream:rows")["text"]
+    assert along == (SourceConfig(path="rows", streaming=True),)
     found = sources_of("recipe=grit_mistral7b", "data.e5=rows", "streams.embedding.sources.0.instruction=Find it")
     assert found["embedding"] == (SourceConfig(path="rows", instruction="Find it"),)
 
@@ -302,6 +304,7 @@ def test_every_published_data_group_takes_rows_by_its_own_name() -> None:
     """`data.NAME=FILE`, and the older `data.NAME_path=FILE` where there was one."""
     recipes = {"e5": "embedding_only", "echo": "llm2vec_supervised", "tulu2": "generative_only", "wiki1m": "llm2vec_simcse"}
     recipes |= {"ultrafeedback": "kto_gritlm7b", "wikitext103": "llm2vec_mntp"}
+    recipes |= {"fineweb_edu": "monet_850m", "starcoder": "monet_code", "smoltalk": "monet_chat"}
     assert {*recipes, "nq", "pydocs", "files"} == set(group_options()["data"])
     for group, recipe in recipes.items():
         (sources,) = sources_of(f"recipe={recipe}", f"data.{group}=mine").values()

@@ -38,7 +38,7 @@ def test_the_recipes_are_these() -> None:
         "llm2vec_simcse",
         "llm2vec_supervised",
         *("moee_deepseek16b", "moee_olmoe", "moee_qwen15_moe"),
-        "monet_tiny",
+        *("monet_1.4b", "monet_4.1b", "monet_850m", "monet_chat", "monet_code", "monet_tiny"),
         "upcycled_smollm2",
     ] == RECIPES
     assert set(LLM2VEC_MODELS) < set(group_options()["model"])
@@ -101,6 +101,29 @@ def test_gritlm_8x7b_is_as_published() -> None:
     objective = run.streams["generation"].objective
     assert (objective.normalization, objective.weight, objective.router_aux_loss_coef) == ("sum_per_sample", 0.003, 0.02)
     assert run.streams["embedding"].objective.router_balance == 0.0
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [("850m", (24, 1536, 12, 12, 6)), ("1.4b", (24, 2048, 16, 16, 8)), ("4.1b", (32, 3072, 24, 24, 12))],
+)
+def test_monet_is_as_published(size: str, shape: tuple[int, ...]) -> None:
+    run = compose_run([f"recipe=monet_{size}"])
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "moe_dim", "moe_heads")
+    assert tuple(run.model.architecture[key] for key in keys) == shape
+    stream = run.streams["text"]
+    assert stream.tokens_per_step == 2**21
+    assert run.max_steps * stream.tokens_per_step == pytest.approx(100e9, rel=1e-4)
+    assert (run.optim.learning_rate, run.optim.frozen) == (5e-4, ())
+    assert (stream.objective.router_uniformity_coef, stream.objective.router_ambiguity_coef) == (1e-3, 1e-3)
+    assert stream.is_flowing
+
+
+def test_monet_is_fine_tuned_with_frozen_routers() -> None:
+    for recipe in ("monet_chat", "monet_code"):
+        run = compose_run([f"recipe={recipe}"])
+        assert (run.model.source, run.optim.frozen) == ("hub", ("router",))
+        assert all(stream.objective.router_uniformity_coef is None for stream in run.streams.values())
 
 
 def test_kto_is_as_published() -> None:

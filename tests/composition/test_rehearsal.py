@@ -18,7 +18,7 @@ FAMILY = {
     "moee_olmoe": "olmoe",
     "moee_qwen15_moe": "qwen2_moe",
     "moee_deepseek16b": "deepseek_v2",
-    "monet_tiny": "monet",
+    **dict.fromkeys(("monet_1.4b", "monet_4.1b", "monet_850m", "monet_chat", "monet_code", "monet_tiny"), "monet"),
 }
 
 

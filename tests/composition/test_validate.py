@@ -138,7 +138,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("grit_smollm2", "streams.embedding.sources=[{}]", "got none of path, hub, builtin; expected exactly one"),
         ("grit_smollm2", "streams.embedding.sources=[{path: a, hub: b}]", "got path and hub of path, hub, builtin"),
         ("grit_smollm2", "streams.embedding.sources=[{builtin: pydoc}]", "Did you mean 'pydocs'?"),
-        ("grit_smollm2", "streams.embedding.sources=[{path: a, streaming: true}]", "belongs to a Hub data set"),
+        ("grit_smollm2", "streams.embedding.sources=[{path: a, streaming: true}]", "only as running text, got format pairs"),
         ("grit_smollm2", "streams.embedding.sources=[{hub: a, streaming: true}]", "set limit"),
         ("grit_smollm2", "model.autocast=true", "but model.dtype is auto"),
         ("grit_smollm2", "model.name=''", "model.name: is empty"),

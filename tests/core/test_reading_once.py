@@ -9,7 +9,7 @@ from tests.data.fake_source import FakeSource, pairs, stream_config
 from unified_lm.core import agreement, distributed, files, reading_once
 from unified_lm.core.reading_once import once
 from unified_lm.data import sources, token_cache
-from unified_lm.data.streams import Stream
+from unified_lm.data.streams import TableStream
 from unified_lm.models.tiny import tiny_tokenizer
 
 
@@ -94,7 +94,7 @@ def test_a_run_hashes_and_checks_its_data_once_per_machine(tmp_path, monkeypatch
 
     def open_all():
         opened = sources.open_sources(where, config.record_kind, 0)
-        Stream("emb", config, [FakeSource(pairs(5))], tiny_tokenizer(), 0)
+        TableStream("emb", config, [FakeSource(pairs(5))], tiny_tokenizer(), 0)
         return [source.fingerprint for source in opened]
 
     expected = open_all()
@@ -114,7 +114,7 @@ def test_a_table_damaged_between_two_ranks_is_still_found(tmp_path, monkeypatch)
     config = stream_config("pairs", batch_size=2, attention="bidirectional")
 
     def table():
-        return Stream("emb", config, [FakeSource(pairs(5))], tiny_tokenizer(), 0).tables[0]
+        return TableStream("emb", config, [FakeSource(pairs(5))], tiny_tokenizer(), 0).tables[0]
 
     with start("a", monkeypatch):
         expected = table().ids.tolist()

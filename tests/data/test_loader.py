@@ -11,7 +11,7 @@ from unified_lm.batch import Batch, Sample
 from unified_lm.batch.plan import sequence_mask
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.data.loader import SampleCost, StepLoader, imbalance, partition_samples
-from unified_lm.data.streams import Stream
+from unified_lm.data.streams import TableStream
 from unified_lm.models.tiny import tiny_tokenizer
 from unified_lm.objectives import NextTokenConfig
 
@@ -19,13 +19,13 @@ TOKENIZER = tiny_tokenizer()
 MIXED = NextTokenConfig(normalization="mixed", micro_batch_size=3)
 
 
-def make_streams() -> dict[str, Stream]:
+def make_streams() -> dict[str, TableStream]:
     configs = {
         "gen": (stream_config("chat", batch_size=7, objective=MIXED), chats(20)),
         "emb": (stream_config("pairs", batch_size=6, attention="bidirectional", num_hard_negatives=1), pairs(20, negatives=2)),
         "mntp": (stream_config("masked_text", batch_size=5, attention="bidirectional", template="plain"), texts(20)),
     }
-    return {name: Stream(name, config, [FakeSource(rows)], TOKENIZER, 0) for name, (config, rows) in configs.items()}
+    return {name: TableStream(name, config, [FakeSource(rows)], TOKENIZER, 0) for name, (config, rows) in configs.items()}
 
 
 def make_loader(rank: int = 0, world_size: int = 1, token_budget: int = 256) -> StepLoader:

@@ -318,8 +318,8 @@ def test_folder_without_data(tmp_path: Path) -> None:
         ({"builtin": "pydoc"}, r"source\.builtin: unknown value 'pydoc'\. Did you mean 'pydocs'\?"),
         ({"path": "a", "limit": 0}, r"limit of source a: got 0, expected at least 1 row"),
         ({"path": "a", "on_empty": "drop"}, r"on_empty: got 'drop', expected 'error' or 'skip'"),
-        ({"path": "a", "streaming": True}, r"streaming=true is for Hub data sets"),
-        ({"hub": "a", "streaming": True}, r"say how many with limit=N"),
+        ({"path": "a", "streaming": True}, r"streaming=true without a limit reads running text along"),
+        ({"hub": "a", "streaming": True}, r"read the first rows of a Hub data set with limit=N"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict, message: str) -> None:

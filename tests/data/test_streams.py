@@ -13,20 +13,20 @@ from unified_lm.batch import Sample
 from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import ModelConfig, RetrievalConfig, RunConfig, SourceConfig, ValidationConfig
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError
-from unified_lm.data import streams as streams_module
+from unified_lm.data import stream as stream_module
 from unified_lm.data.cursor import Cursor
 from unified_lm.data.formats import MaskingConfig
 from unified_lm.data.retrieval import build_retrieval
 from unified_lm.data.rows.records import PairRecord, Text
-from unified_lm.data.streams import Stream, build_streams, build_validation_streams
+from unified_lm.data.streams import TableStream, build_streams, build_validation_streams
 from unified_lm.models.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
 
-def make_stream(*sources: list, format: str = "pairs", seed: int = 0, weights=None, **settings) -> Stream:
+def make_stream(*sources: list, format: str = "pairs", seed: int = 0, weights=None, **settings) -> TableStream:
     opened = [FakeSource(records, f"{index}.jsonl") for index, records in enumerate(sources)]
-    return Stream("s", stream_config(format, **settings), opened, TOKENIZER, seed, weights)
+    return TableStream("s", stream_config(format, **settings), opened, TOKENIZER, seed, weights)
 
 
 def content(samples: list[Sample]) -> list[tuple]:
@@ -88,7 +88,7 @@ def test_a_cursor_resumes_from_its_state_through_json(steps):
 )
 @pytest.mark.parametrize("stop", [0, 1, 3, 5])
 def test_a_resumed_stream_continues_as_if_never_stopped(format, records, settings, stop):
-    def make() -> Stream:
+    def make() -> TableStream:
         return make_stream(records, [*records[:4]], format=format, batch_size=4, **settings)
 
     uninterrupted = make()
@@ -106,7 +106,7 @@ def test_a_resumed_stream_continues_as_if_never_stopped(format, records, setting
 def test_seeds_and_names_change_the_order():
     draws = [queries(make_stream(pairs(40), seed=seed).draw(40)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
-    other = Stream("other", stream_config("pairs"), [FakeSource(pairs(40), "0.jsonl")], TOKENIZER, 0)
+    other = TableStream("other", stream_config("pairs"), [FakeSource(pairs(40), "0.jsonl")], TOKENIZER, 0)
     assert queries(other.draw(40)) != draws[0]
 
 
@@ -186,13 +186,13 @@ def test_no_source_and_no_usable_row_are_errors():
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
-    original = streams_module.PromptEncoder.embed
+    original = stream_module.PromptEncoder.embed
 
     def embed(self, texts, limit):
         calls.extend(text for text, _ in texts if text.startswith(("query", "document")))
         return original(self, texts, limit)
 
-    monkeypatch.setattr(streams_module.PromptEncoder, "embed", embed)
+    monkeypatch.setattr(stream_module.PromptEncoder, "embed", embed)
     return calls
 
 

@@ -27,7 +27,8 @@ from unified_lm.core.tracing import traced
 from unified_lm.data.loader import SampleCost, StepLoader
 from unified_lm.data.prefetch import PrefetchingLoader
 from unified_lm.data.retrieval import build_retrieval
-from unified_lm.data.streams import Stream, build_streams, build_validation_streams
+from unified_lm.data.stream import Stream
+from unified_lm.data.streams import TableStream, build_streams, build_validation_streams
 from unified_lm.engine.accounting.flops import ModelFlops
 from unified_lm.engine.accounting.throughput import ComputeClock, StepMeter, describe_device
 from unified_lm.engine.backends.backend import Backend, check_backend, make_backend
@@ -43,6 +44,7 @@ from unified_lm.engine.validation import Validator
 from unified_lm.export.manifest import Manifest
 from unified_lm.export.verify import load_projection
 from unified_lm.models.backbone import Backbone
+from unified_lm.models.frozen import freeze
 from unified_lm.models.loading import LoadedModel, load_model
 from unified_lm.models.lora import LoraReport, apply_lora
 from unified_lm.models.modes import GatherParameters, no_gathering
@@ -90,7 +92,7 @@ class Run:
     loaded: LoadedModel
     streams: dict[str, Stream]
     lora: LoraReport | None
-    scored: tuple[Stream, ...] = ()
+    scored: tuple[TableStream, ...] = ()
     stop: StopRequest = field(default_factory=StopRequest)
     trained: bool | None = None
     result: RunResult | None = None
@@ -120,6 +122,8 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     loaded.provenance["notices"] += untrained_notices(config, loaded, tokens, whole)
     loaded.provenance["notices"] += _vector_notices(config, loaded.provenance)
     lora = apply_lora(loaded.causal_lm, config.lora, config.seed, tokens, whole) if config.lora else None
+    if config.optim.frozen:
+        loaded.provenance["notices"].append(freeze(loaded.causal_lm, config.optim.frozen))
     backbone = Backbone(loaded.causal_lm, config.model.attention_kernel).to(device)
     if config.model.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
@@ -156,7 +160,8 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     )
     seed_everything(config.seed + 1 + distributed.rank())  # dropout differs between ranks, and from initialization
     both = [*streams.items(), *held_out.items()]
-    scored = tuple(stream for name, stream in both if _is_cached(config, config.streams[name]))
+    cached = [stream for name, stream in both if _is_cached(config, config.streams[name])]
+    scored = tuple(stream for stream in cached if isinstance(stream, TableStream))
     return Run(training, loaded, streams, lora, scored)
 
 
@@ -286,7 +291,7 @@ def _coupled_terms(
     ]
 
 
-def _make_loader(config: RunConfig, streams: dict[str, Stream], trainable: TrainingModule) -> StepLoader:
+def _make_loader(config: RunConfig, streams: Mapping[str, Stream], trainable: TrainingModule) -> StepLoader:
     flops = ModelFlops.of(trainable)
     per_token = 2 * (flops.trained + flops.frozen)
     return StepLoader(
@@ -304,7 +309,7 @@ def _make_validator(
     backend: Backend,
     trainable: TrainingModule,
     objectives: _Objectives,
-    streams: dict[str, Stream],
+    streams: dict[str, TableStream],
 ) -> Validator | None:
     retrieval = build_retrieval(config, loaded.tokenizer)
     if not streams and retrieval is None:
@@ -329,7 +334,9 @@ def _make_validator(
     )
 
 
-def _fixed_batches(config: RunConfig, streams: dict[str, Stream], trainable: TrainingModule) -> Callable[[], Iterator[Batch]]:
+def _fixed_batches(
+    config: RunConfig, streams: dict[str, TableStream], trainable: TrainingModule
+) -> Callable[[], Iterator[Batch]]:
     """The same held-out batches every time they are asked for."""
     if not streams:
         return lambda: iter(())

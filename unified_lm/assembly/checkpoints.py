@@ -23,6 +23,7 @@ from unified_lm.engine.backends.optimizer import load_weights
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.export.adapter_folder import write_adapter
 from unified_lm.models.backbone import PADDED, Backbone
+from unified_lm.models.frozen import freeze
 from unified_lm.models.loading import load_model
 from unified_lm.models.lora import apply_lora
 
@@ -120,6 +121,8 @@ def load_trained(run_dir: Path, console: Console, step: int | None = None) -> Tr
     loaded = load_model(config.model, quantize_4bit=config.lora is not None and config.lora.quantize_4bit)
     tokens = trained_tokens(config, loaded.tokenizer)
     lora = apply_lora(loaded.causal_lm, config.lora, config.seed, tokens) if config.lora else None
+    if config.optim.frozen:
+        freeze(loaded.causal_lm, config.optim.frozen)
     # No pack is run, so the kernel of training is not needed, which may want another device.
     backbone = Backbone(loaded.causal_lm, PADDED if config.model.attention_kernel == PADDED else "auto")
     projection = make_projection(config, loaded, backbone.hidden_size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +101,15 @@ def data_entries(run: Run) -> list[dict[str, Any]]:
     """One entry per source: rows in use, what was left out and why, cut texts, and a hash of the content."""
     found = []
     for name, stream in run.streams.items():
-        truncated = stream.stats.truncated
-        for label, source, table in zip(stream.source_names, stream.sources, stream.tables, strict=True):
+        for entry in stream.entries:
             found.append(
                 {
                     "stream": name,
-                    "source": label,
-                    "rows": len(table),
-                    "rejected": dict(Counter(source.rejected) + table.rejected),
-                    "truncated": truncated[label],
-                    "fingerprint": source.fingerprint,
+                    "source": entry.name,
+                    "rows": entry.rows,
+                    "rejected": dict(entry.rejected),
+                    "truncated": entry.truncated,
+                    "fingerprint": entry.fingerprint,
                 }
             )
     return found

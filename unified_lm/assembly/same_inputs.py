@@ -12,7 +12,7 @@ from unified_lm.config.continuation import Change, change_of
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
 from unified_lm.core.errors import DataError
-from unified_lm.data.streams import Stream
+from unified_lm.data.stream import Stream
 from unified_lm.models.loading import LoadedModel
 
 _SHOWN = 6
@@ -38,8 +38,9 @@ def stream_facts(streams: Mapping[str, Stream], section: str) -> dict[str, str]:
     """The rows of every source, by content, and what decides which samples are drawn from them."""
     facts: dict[str, str] = {}
     for name, stream in streams.items():
-        for label, source, table in zip(stream.source_names, stream.sources, stream.tables, strict=True):
-            facts[f"{section}.{name}: {label}"] = f"{len(table):,} rows, hash {source.fingerprint[:12]}"
+        for entry in stream.entries:
+            rows = "" if entry.rows is None else f"{entry.rows:,} rows, "
+            facts[f"{section}.{name}: {entry.name}"] = f"{rows}hash {entry.fingerprint[:12]}"
         facts[f"{section}.{name}"] = f"hash {stream.fingerprint[:12]}"
     return facts
 

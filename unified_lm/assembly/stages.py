@@ -204,9 +204,10 @@ def _report(run: Run, console: Console) -> None:
         stats = stream.stats
         for source, rows in stats.rows.items():
             cut = f", {stats.truncated[source]:,} texts cut to their limit" if stats.truncated[source] else ""
-            console.print(f"{name}: {source}, {rows:,} rows{cut}", highlight=False, soft_wrap=True)
-        for reason, count in stats.rejected.items():
-            console.print(f"{name}: {count:,} left out: {reason}", highlight=False, soft_wrap=True)
+            count = "read along while training" if rows is None else f"{rows:,} rows{cut}"
+            console.print(f"{name}: {source}, {count}", highlight=False, soft_wrap=True)
+        for reason, rejected in stats.rejected.items():
+            console.print(f"{name}: {rejected:,} left out: {reason}", highlight=False, soft_wrap=True)
 
 
 def _pooling_notices(run: Run) -> Iterator[str]:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -19,8 +20,14 @@ from unified_lm.core.files import write_json
 from unified_lm.core.outputs import check_file, check_folder, write_file, write_folder, write_json_file
 from unified_lm.evaluation.generation.perplexity import BUILT_IN, Domain
 
+if TYPE_CHECKING:
+    from unified_lm.evaluation.experts.contexts import Contexts
+    from unified_lm.evaluation.experts.features import Features
+    from unified_lm.inference.unified import UnifiedLM
+
 _FILE = "routing.safetensors"
 _CONTEXT = 256
+_FEATURES = ("experts", "neurons", "latents")
 
 COMMANDS: Mapping[str, Command] = {
     "routing": Command("how much each expert is used", "unified_lm.cli.experts:routing"),
@@ -134,35 +141,96 @@ def contexts(argv: Sequence[str]) -> None:
     """Write the tokens that use each expert most, with what stands around them."""
     parser = command_parser(
         "experts contexts",
-        "the tokens that use each expert of a MONET model most, and whether they are of one kind",
+        "the tokens that use each expert most, and whether they are of one kind; neurons and latents to compare with",
         "runs/monet --data news=news.jsonl --out runs/monet/contexts.parquet",
     )
     _add_data(parser)
-    parser.add_argument("--out", type=Path, required=True, help="the .parquet file to write")
-    parser.add_argument("--top", type=positive, default=10, help="tokens of each expert (10)")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="the .parquet file to write")
+    add("--top", type=positive, default=10, help="tokens of each expert (10)")
+    add("--features", choices=_FEATURES, default=_FEATURES[0], help="what to look at: experts of a MONET model (the default), "
+        "neurons of any decoder, or latents of sparse autoencoders over its layers' outputs (needs sae-lens)")  # fmt: skip
+    add("--layers", type=whole, nargs="+", default=None, help="layers of neurons (all) or latents (the last but one)")
+    add("--fit", nargs="+", default=None, metavar="NAME=FILE", help="texts to train the autoencoders on, others than --data")
+    add("--latents", type=positive, default=4096, help="of an autoencoder (4096)")
+    add("--active", type=positive, default=32, help="latents that a token may use (32)")
     options = parser.parse_args(list(argv))
     check_file(options.out)
+    _check_features(options)
     kinds = read_domains(options.data, options.documents)
-    together = Domain("texts", tuple(document for kind in kinds for document in kind.documents))
     model = find_model(options.model).load(options, template="plain")
-    import pyarrow as pa
-    from pyarrow import parquet
+    from unified_lm.evaluation.experts.contexts import chance_purity, purities, top_contexts
 
-    from unified_lm.evaluation.experts.contexts import chance_purity, context_rows, purities, top_contexts
-
+    features = _features(model, options)
     with progress_bar("tokens", None, Console(stderr=True)) as advance:
-        found = top_contexts(model, together, context=options.context, num_contexts=options.top, progress=advance)
-    tokenizer = model.prompt_encoder.tokenizer
-    table = pa.table(context_rows(found, lambda ids: str(tokenizer.decode(list(ids)))))
-    write_file(options.out, lambda path: parquet.write_table(table, path))
+        found = top_contexts(
+            model, features, _together(kinds), context=options.context, num_contexts=options.top, progress=advance
+        )
+    write_file(options.out, lambda path: _write_contexts(path, found, features, model))
     scores = purities(found)
     known = scores[~np.isnan(scores)]
-    print(f"{found.read:,} tokens; {known.size:,} of {scores.size:,} experts are used by {options.top} of them or more")
+    sort = f"{features.kind}s"
+    print(f"{found.read:,} tokens; {known.size:,} of {scores.size:,} {sort} are used by {options.top} of them or more")
     if known.size:
         chance = chance_purity(found)
         same, drawn = 100 * known.mean(), 100 * chance
         print(f"of their {options.top} best tokens {same:.0f} % are the same one; of as many drawn {drawn:.0f} %")
     print(options.out)
+
+
+def _check_features(options: argparse.Namespace) -> None:
+    if options.features == "experts" and options.layers is not None:
+        raise ConfigError("--layers: experts belong to routers, all of which are read; it is for neurons and latents.")
+    if (options.features == "latents") != (options.fit is not None):
+        raise ConfigError("--fit: names the texts that autoencoders are trained on; it goes with --features latents.")
+    if options.features == "latents":
+        from unified_lm.evaluation.experts.autoencoder import require_saelens
+
+        require_saelens()
+
+
+def _features(model: UnifiedLM, options: argparse.Namespace) -> Features:
+    from unified_lm.evaluation.experts.features import Experts, Latents, Neurons
+
+    if options.features == "experts":
+        return Experts(model)
+    if options.features == "neurons":
+        return Neurons(model, options.layers)
+    from unified_lm.evaluation.experts.autoencoder import AutoencoderSettings, train_autoencoders
+
+    with model.borrow_backbone() as backbone:
+        layers = options.layers or [max(0, int(backbone.causal_lm.config.num_hidden_layers) - 2)]
+    settings = AutoencoderSettings(latents=options.latents, active=options.active)
+    texts = _together(read_domains(options.fit, options.documents))
+    trained = train_autoencoders(model, texts, layers, context=options.context, settings=settings)
+    for layer, each in trained.items():
+        print(f"layer {layer}: an autoencoder that explains {each.explained:.0%} of the variance, {each.dead:.0%} of it unused")
+    return Latents(model, {layer: each.encode for layer, each in trained.items()}, options.latents)
+
+
+def _together(kinds: Sequence[Domain]) -> Domain:
+    return Domain("texts", tuple(document for kind in kinds for document in kind.documents))
+
+
+def _write_contexts(path: Path, found: Contexts, features: Features, model: UnifiedLM) -> None:
+    """A row group for each group of features; experts have their keys i and j too."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from unified_lm.evaluation.experts.contexts import context_rows
+
+    decode = model.prompt_encoder.tokenizer.backend_tokenizer.decode_batch
+    writer = None
+    for number, name in enumerate(features.groups):
+        columns = context_rows(found, number, lambda ids: decode(ids, skip_special_tokens=False))
+        columns = {"group": [name] * len(columns["feature"])} | columns
+        if keys := getattr(features, "keys", 0):
+            columns |= {"i": [n // keys for n in columns["feature"]], "j": [n % keys for n in columns["feature"]]}
+        table = pa.table(columns)
+        writer = writer or parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    assert writer is not None, "there is a group"
+    writer.close()
 
 
 def edit(argv: Sequence[str]) -> None:

@@ -20,7 +20,8 @@ from unified_lm.cli.mask_picture import save_mask_picture
 from unified_lm.config.schema import RunConfig
 from unified_lm.core.outputs import check_file
 from unified_lm.data.loader import StepLoader
-from unified_lm.data.streams import Stream, build_streams
+from unified_lm.data.stream import Stream
+from unified_lm.data.streams import build_streams
 
 _MAX_SHOWN = 160
 """Maximum tokens of a sample to print."""
@@ -106,7 +107,9 @@ def stream_table(streams: Mapping[str, Stream]) -> Table:
         rejected = "\n".join(f"{count} x {reason}" for reason, count in sorted(stats.rejected.items())) or "none"
         for index, source in enumerate(stats.rows):
             head = (name, config.format, config.attention, config.template) if index == 0 else ("", "", "", "")
-            numbers = (f"{stats.rows[source]:,}", f"{stream.probabilities[index]:.1%}", f"{stats.truncated[source]:,}")
+            rows = stats.rows[source]
+            count = "read along" if rows is None else f"{rows:,}"
+            numbers = (count, f"{stream.probabilities[index]:.1%}", f"{stats.truncated[source]:,}")
             table.add_row(*head, source, *numbers, rejected if index == 0 else "")
     return table
 

@@ -221,6 +221,11 @@ def _validation(config: RunConfig) -> Iterator[str]:
             yield f"validation.sources.{name}: {obstacle}."
         for index, source in enumerate(sources):
             yield from source.problems(f"validation.sources.{name}.{index}")
+            if source.flows:
+                yield (
+                    f"validation.sources.{name}.{index}.streaming: held-out rows are read before training, so that every "
+                    "validation has the same; remove it, or read the first rows of a Hub data set with limit=N."
+                )
     if validation.retrieval is None:
         return
     yield from validation.retrieval.queries.problems("validation.retrieval.queries")

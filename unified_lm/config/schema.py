@@ -132,6 +132,8 @@ class OptimConfig:
     """Global gradient norm is clipped to this; 0 turns clipping off."""
     max_skipped_steps: int = 5
     """A step without a finite loss and gradient changes nothing; after this many in a row the run ends."""
+    frozen: tuple[str, ...] = ()
+    """Modules or parameters that are not trained, by parts of their names: [router], [embed_tokens]; nor are adapters there."""
 
 
 BACKENDS = ("auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3", "zero3_offload")

@@ -29,12 +29,15 @@ class RecordKind(Enum):
     GROUNDED = "grounded"
 
 
-HUB_PREFIX, BUILTIN_PREFIX = "hub:", "builtin:"
+HUB_PREFIX, BUILTIN_PREFIX, STREAM_PREFIX = "hub:", "builtin:", "stream:"
 """What a source that is given as one text begins with where it is no path."""
 
 
-def source_values(text: str) -> dict[str, str]:
-    """The settings of a source given as one text: a path, ``hub:NAME[:SUBSET[:SPLIT]]``, or ``builtin:pydocs[:SUBSET]``."""
+def source_values(text: str) -> dict[str, Any]:
+    """The settings of a source given as one text: a path, ``hub:NAME[:SUBSET[:SPLIT]]``, or ``builtin:pydocs[:SUBSET]``; each
+    also after ``stream:``, to be read along while training."""
+    if text.startswith(STREAM_PREFIX):
+        return source_values(text.removeprefix(STREAM_PREFIX)) | {"streaming": True}
     for key, prefix in (("hub", HUB_PREFIX), ("builtin", BUILTIN_PREFIX)):
         if text.startswith(prefix):
             parts = text.removeprefix(prefix).split(":", 2)
@@ -44,7 +47,8 @@ def source_values(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One place that rows come from. As one text: a path, ``hub:NAME[:SUBSET[:SPLIT]]``, or ``builtin:pydocs[:SUBSET]``."""
+    """One place that rows come from. As one text: a path, ``hub:NAME[:SUBSET[:SPLIT]]``, or ``builtin:pydocs[:SUBSET]``; each
+    also after ``stream:``."""
 
     path: str | None = None
     """A jsonl, jsonl.gz, parquet, csv, tsv or txt file, or a folder of them."""
@@ -59,9 +63,10 @@ class SourceConfig:
     split: str | None = None
     """Split of a Hub or built-in data set (null: "train"); of a folder, the files that are named so, or "all"."""
     streaming: bool = False
-    """Read only the first `limit` rows of a Hub data set without downloading the rest."""
+    """With `limit`: the first rows of a Hub data set, the rest is not downloaded. Without: running text is read along while
+    training, whatever its length, and neither counted nor tokenized beforehand (all sources of the stream)."""
     weight: float = 1.0
-    """Relative share of draws, before temperature, multiplied with the number of rows."""
+    """Relative share of draws, before temperature, multiplied with the number of rows where that is known."""
     limit: int | None = None
     """Use at most this many rows (a seeded random choice; the first ones when streaming)."""
     instruction: str | None = None
@@ -80,7 +85,12 @@ class SourceConfig:
     @classmethod
     def from_text(cls, text: str) -> SourceConfig:
         """The source that one text names, see `source_values`."""
-        return cls(**source_values(text))  # type: ignore[arg-type]
+        return cls(**source_values(text))
+
+    @property
+    def flows(self) -> bool:
+        """Whether its rows are read along while training."""
+        return self.streaming and self.limit is None
 
     @property
     def split_or_train(self) -> str:
@@ -100,10 +110,8 @@ class SourceConfig:
             yield f"{path}.revision: belongs to a Hub data set (hub=NAME), and none is given."
         if self.split == "":
             yield f"{path}.split: is empty; leave it out, or name one, such as train."
-        if self.streaming and not self.hub:
-            yield f"{path}.streaming: belongs to a Hub data set (hub=NAME), and none is given."
-        if self.streaming and self.limit is None:
-            yield f"{path}.streaming: reads only the first `limit` rows; set limit."
+        if self.streaming and self.limit is not None and not self.hub:
+            yield f"{path}.streaming: with a limit it belongs to a Hub data set (hub=NAME), and none is given."
         yield from above(f"{path}.weight", self.weight, 0)
         yield from choice(f"{path}.on_empty", self.on_empty, ("error", "skip"))
         yield from choice(f"{path}.on_unusable", self.on_unusable, ("error", "skip"))
@@ -144,6 +152,8 @@ class StreamConfig(PartConfig):
     """Why a loss over held-out rows would say nothing; empty where it says something."""
     unit: ClassVar[str] = "samples"
     """What `batch_size` counts."""
+    can_flow: ClassVar[bool] = False
+    """Whether it can read rows along while training."""
     limit_keys: ClassVar[tuple[str, ...]] = ()
     """Its settings that are limits in tokens."""
     rehearsal_source: ClassVar[Mapping[str, Any]] = {}
@@ -194,6 +204,11 @@ class StreamConfig(PartConfig):
         return self.pooled
 
     @property
+    def is_flowing(self) -> bool:
+        """Whether rows of its sources are read along while training."""
+        return any(source.flows for source in self.sources)
+
+    @property
     def longest_sample(self) -> int:
         """The limit of its longest sample, in tokens."""
         return max(getattr(self, key) for key in self.limit_keys)
@@ -221,6 +236,7 @@ class StreamConfig(PartConfig):
             yield from source.problems(f"{path}.sources.{index}")
             if (source.instruction or source.document_instruction) and not self.instructed:
                 yield f"{path}.sources.{index}.instruction: only pairs have instructions, got format {self.format}."
+        yield from self._flow_problems(path)
         yield from choice(f"{path}.attention", self.attention, ATTENTIONS)
         if self.attention in ATTENTIONS and self.attention not in self.attentions:
             yield (
@@ -233,6 +249,18 @@ class StreamConfig(PartConfig):
         if not 0 <= self.source_temperature <= 1:
             yield f"{path}.source_temperature: got {self.source_temperature}, expected 0 to 1."
         yield from self.objective.problems(f"{path}.objective", self)
+
+    def _flow_problems(self, path: str) -> Iterator[str]:
+        flowing = [source.flows for source in self.sources]
+        if any(flowing) and not self.can_flow:
+            index = flowing.index(True)
+            yield (
+                f"{path}.sources.{index}.streaming: rows can be read along while training only as running text, got format "
+                f"{self.format}; set limit, to read the first rows of a Hub data set."
+            )
+        elif any(flowing) and not all(flowing):
+            index = flowing.index(False)
+            yield f"{path}.sources.{index}.streaming: got false; set it for all sources of a stream (and no limit) or for none."
 
     def run_problems(self, path: str, run: RunFacts) -> Iterator[str]:
         """What is wrong with this stream in this run; `problems` has what concerns the stream alone."""

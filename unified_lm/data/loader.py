@@ -11,7 +11,7 @@ from unified_lm.batch import Batch, Sample, make_batch
 from unified_lm.batch.normalization import normalize
 from unified_lm.config.objectives import TokenObjectiveConfig
 from unified_lm.core.errors import CheckpointError, ConfigError
-from unified_lm.data.streams import Stream
+from unified_lm.data.stream import Stream
 
 
 @dataclass(frozen=True)

@@ -213,10 +213,11 @@ def _check(config: SourceConfig, kind: RecordKind) -> None:
         raise DataError(f"limit of source {next(iter(named.values()))}: got {config.limit}, expected at least 1 row.")
     if config.on_empty not in ("error", "skip"):
         raise DataError(f"on_empty: got '{config.on_empty}', expected 'error' or 'skip'.")
-    if config.streaming and config.hub is None:
-        raise DataError("streaming=true is for Hub data sets (files and built-in data are memory-mapped): remove it.")
-    if config.streaming and config.limit is None:
-        raise DataError(f"streaming=true reads the first rows of {config.hub} only: say how many with limit=N.")
+    if config.flows:
+        raise DataError(
+            "streaming=true without a limit reads running text along while training, and here all rows are read: remove it, or "
+            "read the first rows of a Hub data set with limit=N."
+        )
     if (config.instruction or config.document_instruction) and kind not in INSTRUCTED:
         raise DataError(
             f"instruction, document_instruction: only pairs and grounded rows have them, and {kind.value} rows are read."

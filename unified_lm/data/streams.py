@@ -1,14 +1,10 @@
-"""Streams: endless, reproducible, resumable draws of samples.
-
-The samples of draw `i` depend on the seed, the stream's name and `i`; the order of a source's epoch on the seed, the source and
-the epoch. Nothing is replayed to resume: a state is a few integers.
-"""
+"""Streams over tables of tokens, and the streams of a run."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,14 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from unified_lm.batch.sample import Sample
 from unified_lm.config.objectives import TokenObjectiveConfig
 from unified_lm.config.schema import RunConfig, StreamConfig
-from unified_lm.core.errors import CheckpointError, ConfigError, DataError, about, did_you_mean
+from unified_lm.core.errors import ConfigError, DataError, about, did_you_mean
 from unified_lm.core.random import derive_seed
 from unified_lm.data.cursor import Cursor
-from unified_lm.data.formats import get_format
+from unified_lm.data.flowing import FlowingStream, open_flow
 from unified_lm.data.formats.facts import check_samples
-from unified_lm.data.prompts.encoding import PromptEncoder
-from unified_lm.data.prompts.templates import get_template
 from unified_lm.data.sources import HELD_OUT_SEED, RecordSource, open_sources
+from unified_lm.data.stream import SourceEntry, Stream, distinct_names
 from unified_lm.data.token_cache import TokenTable, cached_table, table_key
 
 _OTHER_FORMATS = {
@@ -39,25 +34,8 @@ _OTHER_FORMATS = {
 """Settings that every stream once had, whatever its format: part of a fingerprint, so that earlier checkpoints resume."""
 
 
-@dataclass(frozen=True)
-class StreamStats:
-    """What became of a stream's rows.
-
-    Attributes:
-        rows: usable rows per source.
-        truncated: texts cut to their limit, per source.
-        rejected: records and texts left out, by reason, over all sources.
-        epochs: finished epochs per source.
-    """
-
-    rows: dict[str, int]
-    truncated: dict[str, int]
-    rejected: Counter[str]
-    epochs: dict[str, int]
-
-
-class Stream:
-    """Samples of one format from one or more sources.
+class TableStream(Stream):
+    """A stream whose rows are tokenized before training, and drawn in another order every epoch.
 
     Args:
         name: the stream's name.
@@ -68,9 +46,6 @@ class Stream:
         weights: per source its relative share of draws (`SourceConfig.weight`); None: 1 each.
 
     Attributes:
-        pooled: whether its samples form groups that are embedded (else they carry labels).
-        scored: whether its samples count as wholes, each with a control.
-        batch_size: groups or samples per step over all ranks.
         references: per source float32 `[rows, 2]`, log-probabilities of each row's samples under the reference model, by slot;
             empty where they are computed while training.
 
@@ -90,35 +65,27 @@ class Stream:
     ) -> None:
         if not sources:
             raise DataError(f"streams.{name} has no source; set streams.{name}.sources")
-        self.name = name
-        self.config = config
+        super().__init__(name, config, tokenizer, seed)
         self.sources = list(sources)
-        self.encoder = PromptEncoder(get_template(config.template), tokenizer)
-        self.format = get_format(config)(name, config, self.encoder)
-        self.pooled = config.pooled
-        self.scored = config.scored
+        self.source_names = distinct_names([source.name for source in sources])
         self.references: list[np.ndarray] = []
-        self.batch_size = config.batch_size
-        self.seed = seed
-        self.draws = 0
         self.tables = [self._tokenize(source) for source in self.sources]
         self.cursors = [self._cursor(index) for index in range(len(self.sources))]
-        self.probabilities = self._source_probabilities([1.0] * len(self.sources) if weights is None else weights)
+        given = [1.0] * len(self.sources) if weights is None else weights
+        self.probabilities = self._shares([w * len(table) for w, table in zip(given, self.tables, strict=True)], given)
         drawn = np.flatnonzero(self.probabilities)
         self.format.check_together([self.tables[i] for i in drawn], [self.source_names[i] for i in drawn])
         check_samples(name, config, self.format.samples(self.tables[drawn[0]], 0, 0, np.random.default_rng(0)))
 
     def draw(self, count: int | None = None) -> list[Sample]:
-        """One global batch: `count` groups or samples (default: `batch_size`), group after group.
+        """See `Stream.draw`.
 
         Groups that are embedded come from one source per draw, so that a batch's negatives are of one kind (unless
         `mix_sources` is set); labeled samples choose their source one by one.
         """
         count = self.batch_size if count is None else count
-        rng = np.random.default_rng(derive_seed(self.seed, self.name, "draw", self.draws))
-        self.draws += 1
-        size = 1 if self.config.one_source_per_batch else count
-        chosen = np.broadcast_to(rng.choice(len(self.sources), size=size, p=self.probabilities), count)
+        rng = self._rng_of_draw()
+        chosen = self._sources_of_draw(count, rng)
         numbers = np.bincount(chosen, minlength=len(self.sources)).tolist()
         rows = [iter(cursor.take(number)) for cursor, number in zip(self.cursors, numbers, strict=True)]
         return [
@@ -140,55 +107,36 @@ class Stream:
         return sum(map(len, self.tables))
 
     @property
-    def stats(self) -> StreamStats:
-        """Rows, cut texts, rejections and finished epochs."""
-        names = self.source_names
-        rejected: Counter[str] = Counter()
-        for source, table in zip(self.sources, self.tables, strict=True):
-            rejected += Counter(source.rejected) + table.rejected
-        return StreamStats(
-            rows=dict(zip(names, map(len, self.tables), strict=True)),
-            truncated={name: int(table.truncated.sum()) for name, table in zip(names, self.tables, strict=True)},
-            rejected=rejected,
-            epochs={name: cursor.epoch for name, cursor in zip(names, self.cursors, strict=True)},
-        )
-
-    @property
-    def source_names(self) -> list[str]:
-        """Names of the sources, told apart by a number where two are equal."""
-        names = [source.name for source in self.sources]
-        return [name if names.count(name) == 1 else f"{name} #{index}" for index, name in enumerate(names)]
+    def entries(self) -> list[SourceEntry]:
+        """See `Stream.entries`."""
+        parts = zip(self.source_names, self.sources, self.tables, self.cursors, strict=True)
+        return [
+            SourceEntry(
+                name,
+                rows=len(table),
+                rejected=Counter(source.rejected) + table.rejected,
+                truncated=int(table.truncated.sum()),
+                epochs=cursor.epoch,
+                fingerprint=source.fingerprint,
+            )
+            for name, source, table, cursor in parts
+        ]
 
     def reset(self) -> None:
-        """Go back to the first draw."""
+        """See `Stream.reset`."""
         self.draws = 0
         self.cursors = [self._cursor(index) for index in range(len(self.sources))]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming needs, as JSON."""
-        cursors = [cursor.state_dict() for cursor in self.cursors]
-        return {"draws": self.draws, "seed": self.seed, "fingerprint": self.fingerprint, "cursors": cursors}
+    def _cursors(self) -> list[dict[str, Any]]:
+        return [cursor.state_dict() for cursor in self.cursors]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where a saved stream stopped.
-
-        Raises:
-            CheckpointError: the state is of other data, another tokenizer, other settings or another seed.
-        """
-        for key, ours in (("fingerprint", self.fingerprint), ("seed", self.seed)):
-            if state.get(key) != ours:
-                raise CheckpointError(
-                    f"the checkpoint's stream '{self.name}' has {key} {state.get(key)!r}, this run has {ours!r}: rows, "
-                    "tokenizer, limits, weights or seed have changed, so the data order cannot be continued. Undo the change, "
-                    "or start a new run from the checkpoint's weights."
-                )
-        self.draws = state["draws"]
-        for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
+    def _move_cursors(self, cursors: Sequence[Mapping[str, Any]]) -> None:
+        for cursor, saved in zip(self.cursors, cursors, strict=True):
             cursor.load_state_dict(saved)
 
     @cached_property
     def fingerprint(self) -> str:
-        """The hash of everything that decides which samples are drawn, but the seed."""
+        """See `Stream.fingerprint`."""
         own = {key: value for key, value in asdict(self.config).items() if key not in ("sources", "objective")}
         for key, default in (("mix_sources", False), ("on_few_negatives", "error")):
             if own.get(key) == default:
@@ -231,25 +179,17 @@ class Stream:
 
         return Cursor(num_rows, order)
 
-    def _source_probabilities(self, weights: Sequence[float]) -> np.ndarray:
-        """In proportion to (weight * rows) ** temperature."""
-        if min(weights) < 0 or max(weights) == 0:
-            raise ConfigError(
-                f"streams.{self.name}: source weights are {list(weights)}; none may be negative, one must be positive"
-            )
-        shares = np.array([weight * len(table) for weight, table in zip(weights, self.tables, strict=True)], dtype=np.float64)
-        powered = np.where(shares > 0, shares**self.config.source_temperature, 0.0)
-        return powered / powered.sum()
-
 
 def build_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Stream]:
     """The training streams of a run, by name."""
-    return {
-        name: _open_stream(name, stream, tokenizer, config.seed, f"streams.{name}") for name, stream in config.streams.items()
-    }
+    streams: dict[str, Stream] = {}
+    for name, stream in config.streams.items():
+        opened = _open_flowing if stream.is_flowing else _open_tables
+        streams[name] = opened(name, stream, tokenizer, config.seed, f"streams.{name}")
+    return streams
 
 
-def build_validation_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, Stream]:
+def build_validation_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, TableStream]:
     """The held-out streams of a run (`config.validation.sources`), by the name of their training stream.
 
     Settings are those of the training stream; a batch is never larger than the held-out rows, so that no batch has a row twice.
@@ -267,18 +207,26 @@ def build_validation_streams(config: RunConfig, tokenizer: PreTrainedTokenizerBa
         if config.validation.normalization is not None and isinstance(objective, TokenObjectiveConfig):
             objective = replace(objective, normalization=config.validation.normalization, micro_batch_size=None)
             held_out = replace(held_out, objective=objective)
-        stream = _open_stream(name, held_out, tokenizer, derive_seed(HELD_OUT_SEED, "validation"), f"validation.sources.{name}")
+        seed = derive_seed(HELD_OUT_SEED, "validation")
+        stream = _open_tables(name, held_out, tokenizer, seed, f"validation.sources.{name}")
         stream.batch_size = min(stream.batch_size, stream.num_rows)
         streams[name] = stream
     return streams
 
 
-def _open_stream(name: str, config: StreamConfig, tokenizer: PreTrainedTokenizerBase, seed: int, key: str) -> Stream:
+def _open_tables(name: str, config: StreamConfig, tokenizer: PreTrainedTokenizerBase, seed: int, key: str) -> TableStream:
     """Open a stream; errors begin with its `key` in the configuration."""
     kind = config.record_kind
     with about(key):
         opened = [(source, part.weight) for part in config.sources for source in open_sources(part, kind, seed)]
-        return Stream(name, config, [source for source, _ in opened], tokenizer, seed, [weight for _, weight in opened])
+        return TableStream(name, config, [source for source, _ in opened], tokenizer, seed, [weight for _, weight in opened])
+
+
+def _open_flowing(name: str, config: StreamConfig, tokenizer: PreTrainedTokenizerBase, seed: int, key: str) -> FlowingStream:
+    """As `_open_tables`, of rows that are read along while training."""
+    with about(key):
+        flows = [open_flow(part, config.record_kind) for part in config.sources]
+        return FlowingStream(name, config, flows, tokenizer, seed, [part.weight for part in config.sources])
 
 
 def _with_reference(sample: Sample, reference: float) -> Sample:

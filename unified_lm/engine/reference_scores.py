@@ -20,7 +20,7 @@ from unified_lm.core import distributed
 from unified_lm.core.agreement import run_on_rank0
 from unified_lm.core.errors import DataError
 from unified_lm.core.files import cache_dir, read_array, write_array
-from unified_lm.data.streams import Stream
+from unified_lm.data.streams import TableStream
 from unified_lm.data.token_cache import table_key
 from unified_lm.engine.sequences import sample_scores
 from unified_lm.engine.training_module import PackOutput, TrainingModule
@@ -60,11 +60,11 @@ class ReferenceCache:
         self.equal_forwards = equal_forwards
         self.progress = progress
 
-    def attach(self, stream: Stream) -> None:
+    def attach(self, stream: TableStream) -> None:
         """Give a stream the log-probabilities of all its rows; what the cache lacks is computed. Collective."""
         stream.references = [self._source(stream, index, key) for index, key in enumerate(stream.table_keys())]
 
-    def _source(self, stream: Stream, index: int, table: str) -> np.ndarray:
+    def _source(self, stream: TableStream, index: int, table: str) -> np.ndarray:
         key = table_key(version=_VERSION, table=table, model=self.model_key, attention=stream.config.attention)
         folder = cache_dir("references", key)
         num_rows = len(stream.tables[index])
@@ -78,7 +78,7 @@ class ReferenceCache:
                 bar.update(task, completed=rows.stop)
         return values
 
-    def _chunk(self, stream: Stream, index: int, rows: range, path: Path) -> np.ndarray:
+    def _chunk(self, stream: TableStream, index: int, rows: range, path: Path) -> np.ndarray:
         found = run_on_rank0(lambda: _read(path, len(rows)))
         if found is not None:
             return found

@@ -16,15 +16,15 @@ from unified_lm.data.formats import FORMATS, MaskingConfig
 from unified_lm.data.formats.base import hash_text
 from unified_lm.data.formats.embedded_config import PairsStream
 from unified_lm.data.rows.records import ChatRecord, PairRecord, Record, Text, TextRecord
-from unified_lm.data.streams import Stream
+from unified_lm.data.streams import TableStream
 from unified_lm.models.tiny import tiny_tokenizer
 from unified_lm.objectives import ContrastiveConfig
 
 TOKENIZER = tiny_tokenizer()
 
 
-def make_stream(records: list[Record], format: str, tokenizer=TOKENIZER, **settings) -> Stream:
-    return Stream("s", stream_config(format, **settings), [FakeSource(records)], tokenizer, seed=0)
+def make_stream(records: list[Record], format: str, tokenizer=TOKENIZER, **settings) -> TableStream:
+    return TableStream("s", stream_config(format, **settings), [FakeSource(records)], tokenizer, seed=0)
 
 
 def decode(sample: Sample, span: tuple[int, int] | None = None) -> str:

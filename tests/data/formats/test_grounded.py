@@ -17,7 +17,7 @@ from unified_lm.data.prompts.encoding import PromptEncoder
 from unified_lm.data.prompts.layouts import LAYOUTS, get_layout
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.data.rows.records import GroundedRecord, PairRecord, Text
-from unified_lm.data.streams import Stream
+from unified_lm.data.streams import TableStream
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.key_values import KeyValueReader
 from unified_lm.models.tiny import tiny_model
@@ -40,8 +40,8 @@ def records(count: int, distractors: int = 4) -> list[GroundedRecord]:
     ]
 
 
-def make_stream(rows: list[GroundedRecord], **settings: object) -> Stream:
-    return Stream("s", stream_config("grounded", **settings), [FakeSource(rows)], TOKENIZER, seed=0)
+def make_stream(rows: list[GroundedRecord], **settings: object) -> TableStream:
+    return TableStream("s", stream_config("grounded", **settings), [FakeSource(rows)], TOKENIZER, seed=0)
 
 
 def parts(sample: Sample) -> list[str]:
@@ -79,7 +79,7 @@ def test_every_layout_says_what_its_table_says(name: str) -> None:
 def test_blocks_are_the_tokens_of_embedded_texts() -> None:
     for tokenizer in (TOKENIZER, metaspace()):
         encoder = PromptEncoder(get_template("grit"), tokenizer)
-        stream = Stream("s", stream_config("grounded", num_documents=1), [FakeSource(records(3))], tokenizer, seed=0)
+        stream = TableStream("s", stream_config("grounded", num_documents=1), [FakeSource(records(3))], tokenizer, seed=0)
         for sample in stream.draw(3):
             (block,) = sample.blocks
             text = tokenizer.decode(sample.input_ids[: block.stop]).rpartition("\n")[2]
@@ -109,7 +109,7 @@ def test_limits_cut_documents_questions_and_answers() -> None:
     long = GroundedRecord(PairRecord(Text("q " * 400), (Text("d " * 400),)), ("a " * 400,))
     settings = {"max_query_tokens": 20, "max_document_tokens": 30, "max_turn_tokens": 90}
     config = stream_config("grounded", layouts=["query_document_cache"], num_documents=1, **settings)
-    (sample,) = Stream("s", config, [FakeSource([long])], TOKENIZER, seed=0).draw(1)
+    (sample,) = TableStream("s", config, [FakeSource([long])], TOKENIZER, seed=0).draw(1)
     assert [block.stop - block.start for block in sample.blocks] == [20, 30]
     assert len(sample) == 140 == config.longest_sample
     assert sample.truncated

@@ -19,7 +19,7 @@ from unified_lm.data.loader import StepLoader
 from unified_lm.data.pydocs.preferences import Failure, failure_of, preference_rows
 from unified_lm.data.rows.prepare import prepare
 from unified_lm.data.rows.records import PreferenceRecord
-from unified_lm.data.streams import Stream, build_streams, build_validation_streams
+from unified_lm.data.streams import TableStream, build_streams, build_validation_streams
 from unified_lm.models.tiny import tiny_tokenizer
 from unified_lm.objectives import KTOConfig
 
@@ -37,10 +37,10 @@ def preferences(count: int) -> list[PreferenceRecord]:
     return [PreferenceRecord(f"question {i // 2}", f"answer {i} {'y' * (5 * i % 23)}", i % 2 == 0) for i in range(count)]
 
 
-def make_stream(*sources: FakeSource | list[PreferenceRecord], weights: list[float] | None = None) -> Stream:
+def make_stream(*sources: FakeSource | list[PreferenceRecord], weights: list[float] | None = None) -> TableStream:
     config = stream_config("preference", objective=KTO, batch_size=4, max_tokens=128)
     opened = [source if isinstance(source, FakeSource) else FakeSource(source) for source in sources]
-    return Stream("preference", config, opened, TOKENIZER, 0, weights)  # type: ignore[arg-type]
+    return TableStream("preference", config, opened, TOKENIZER, 0, weights)  # type: ignore[arg-type]
 
 
 def answer(sample) -> str:

@@ -11,7 +11,7 @@ from unified_lm.composition.compose import compose_run
 from unified_lm.core.random import derive_seed
 from unified_lm.data.cursor import Cursor
 from unified_lm.data.loader import StepLoader
-from unified_lm.data.streams import Stream, build_streams
+from unified_lm.data.streams import TableStream, build_streams
 from unified_lm.models.loading import load_model
 
 
@@ -28,8 +28,8 @@ def test_a_resumed_loader_draws_nothing_twice(tmp_path, monkeypatch):
     state = first.state_dict()
     resumed = loader()
     drawn = []
-    draw = Stream.draw
-    monkeypatch.setattr(Stream, "draw", lambda self, count=None: drawn.append(self.name) or draw(self, count))
+    draw = TableStream.draw
+    monkeypatch.setattr(TableStream, "draw", lambda self, count=None: drawn.append(self.name) or draw(self, count))
     resumed.load_state_dict(state)
     assert drawn == []
     for expected, found in zip(first.next_batch().packs, resumed.next_batch().packs, strict=True):

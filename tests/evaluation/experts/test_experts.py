@@ -15,6 +15,7 @@ from unified_lm.core.errors import DataError, ModelError
 from unified_lm.evaluation.experts.contexts import chance_purity, purities, purity, top_contexts
 from unified_lm.evaluation.experts.domains import mask_without, owners, random_mask
 from unified_lm.evaluation.experts.edit import edit_effects, masked
+from unified_lm.evaluation.experts.features import Experts
 from unified_lm.evaluation.experts.statistics import RoutingStatistics, gates_of, routing_statistics
 from unified_lm.evaluation.generation.perplexity import read_domain, tokenized
 from unified_lm.inference.unified import UnifiedLM
@@ -226,7 +227,7 @@ def test_the_commands(export: Path, folder: Path, tmp_path: Path, capsys: pytest
 def test_the_tokens_that_use_an_expert_most(model: UnifiedLM, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unified_lm.evaluation.experts.contexts._CHUNK_BYTES", 5 * 4 * 256)  # five tokens at a time
     (domain, _) = domains(folder)
-    found = top_contexts(model, domain, context=9, num_contexts=3)
+    found = top_contexts(model, Experts(model), domain, context=9, num_contexts=3)
     every = {}
     for gates, where in gates_of(model, domain, 9):
         pairs = torch.einsum("nghi,nghj->ngij", gates[:, :, 0], gates[:, :, 1]).flatten(2)

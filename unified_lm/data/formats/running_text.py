@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -65,14 +65,21 @@ class Text(Format):
         return room
 
     def _records(self, source: Any, rejected: Counter[str]) -> Iterator[tuple[int, Encoded]]:
-        room = self._room
         for chunk in chunks(source):
-            texts = [record.text.strip() for _, record in chunk]
-            for (number, _), text, ids in zip(chunk, texts, self.encoder.running_text(texts), strict=True):
-                if text:
-                    yield number, Encoded(np.concatenate([self.leading, ids[:room]]), truncated=len(ids) > room)
-                else:
-                    rejected[Rejection.EMPTY.value] += 1
+            for (number, _), piece in zip(chunk, self._one_by_one([record.text for _, record in chunk], rejected), strict=True):
+                if piece is not None:
+                    yield number, piece
+
+    def _one_by_one(self, texts: Sequence[str], rejected: Counter[str]) -> Iterator[Encoded | None]:
+        """A piece of every text, cut at the limit; None for empty ones, which are counted."""
+        room = self._room
+        texts = [text.strip() for text in texts]
+        for text, ids in zip(texts, self.encoder.running_text(texts), strict=True):
+            if text:
+                yield Encoded(np.concatenate([self.leading, ids[:room]]), truncated=len(ids) > room)
+            else:
+                rejected[Rejection.EMPTY.value] += 1
+                yield None
 
     def _concatenated(self, source: Any) -> Iterator[tuple[int, Encoded]]:
         """Rows joined by newlines and cut into pieces of the limit; the last piece may be shorter. Attention crosses rows."""
@@ -80,9 +87,7 @@ class Text(Format):
         held, first = np.zeros(0, dtype=np.int32), 0
         for chunk in chunks(source):
             texts: list[TextRecord] = [record for _, record in chunk]
-            for (number, _), ids in zip(
-                chunk, self.encoder.running_text([f"{t.text.strip()}\n" for t in texts], continued=True)
-            ):
+            for (number, _), ids in zip(chunk, self._joined([text.text for text in texts]), strict=True):
                 held = np.concatenate([held, ids])
                 while len(held) >= room:
                     yield first, Encoded(np.concatenate([self.leading, held[:room]]))
@@ -90,13 +95,43 @@ class Text(Format):
         if len(held):
             yield first, Encoded(np.concatenate([self.leading, held]))
 
+    def _joined(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self.encoder.running_text([f"{text.strip()}\n" for text in texts], continued=True)
+
+    def pieces(self, texts: Sequence[str], held: np.ndarray, rejected: Counter[str]) -> tuple[list[Encoded], np.ndarray]:
+        """The samples' tokens of a few texts, as `rows` makes them of a whole source.
+
+        Args:
+            texts: in their order.
+            held: int32 `[tokens]`, left over from the texts before (`chunking=concatenate`), or empty.
+            rejected: counts what yields no piece.
+
+        Returns:
+            The pieces, and what is left over for the texts that follow.
+        """
+        if self.config.chunking == "record":
+            found = [piece for piece in self._one_by_one(texts, rejected) if piece is not None]
+        else:
+            room = self._room
+            joined = np.concatenate([held, *self._joined(texts)])
+            whole = len(joined) // room * room
+            found = [Encoded(np.concatenate([self.leading, piece])) for piece in joined[:whole].reshape(-1, room)]
+            held = joined[whole:]
+        usable = [piece for piece in found if self._usable(piece.ids)]
+        if len(usable) < len(found):
+            rejected[Rejection.SHORT.value] += len(found) - len(usable)
+        return usable, held
+
     def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
         """See `Format.samples`."""
-        encoded = table.encoded(int(table.row_starts[row]))
+        return [self.sample(table.encoded(int(table.row_starts[row])), group, rng)]
+
+    def sample(self, encoded: Encoded, group: int, rng: np.random.Generator) -> Sample:
+        """The sample of one piece in one draw; arguments as in `Format.samples`."""
         ids = encoded.ids.astype(np.int64)
         labels = ids.copy()
         labels[0] = IGNORE
-        return [self._labeled_sample(encoded, group, ids, labels)]
+        return self._labeled_sample(encoded, group, ids, labels)
 
 
 class MaskedText(Text):
@@ -112,7 +147,6 @@ class MaskedText(Text):
     def _usable(self, ids: np.ndarray) -> bool:
         return len(self.corruptor.maskable(ids)) > 0
 
-    def samples(self, table: TokenTable, row: int, group: int, rng: np.random.Generator) -> list[Sample]:
-        """See `Format.samples`."""
-        encoded = table.encoded(int(table.row_starts[row]))
-        return [self._labeled_sample(encoded, group, *self.corruptor.corrupt(encoded.ids, rng))]
+    def sample(self, encoded: Encoded, group: int, rng: np.random.Generator) -> Sample:
+        """See `Text.sample`."""
+        return self._labeled_sample(encoded, group, *self.corruptor.corrupt(encoded.ids, rng))

@@ -44,6 +44,7 @@ class TextStream(StreamConfig):
     attentions: ClassVar[tuple[str, ...]] = ("causal",)
     modes: ClassVar[tuple[str, ...]] = (GENERATE,)
     templated: ClassVar[bool] = False
+    can_flow: ClassVar[bool] = True
     limit_keys: ClassVar[tuple[str, ...]] = ("max_tokens",)
 
     format: str = "text"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -34,6 +34,29 @@ def hub_rows(config: SourceConfig) -> tuple[str, str, Any]:
         return name, f"stream:{json.dumps(request)}", lambda: _stream(config, name)
     dataset = _load(config, name)
     return name, f"hub:{dataset._fingerprint}", lambda: _numbered(dataset, name)
+
+
+def hub_parts(config: SourceConfig) -> tuple[str, list[Callable[[int], Rows]]]:
+    """The files of a Hub data set, none of which is read as a whole.
+
+    Args:
+        config: as in `hub_rows`, with `streaming`.
+
+    Returns:
+        Its name with subset and split, and for each of its files a function that starts reading at a row, from 0.
+
+    Raises:
+        DataError: as in `hub_rows`.
+    """
+    name = "/".join(filter(None, (config.hub, config.subset, config.split_or_train)))
+    dataset = _load(config, name)
+    count = dataset.num_shards
+
+    def reading(index: int) -> Callable[[int], Rows]:
+        origin = f"{name}, file {index + 1} of {count}"
+        return lambda start: _numbered(dataset.shard(count, index).skip(start), origin, start)
+
+    return name, [reading(index) for index in range(count)]
 
 
 def hub_label_names(config: SourceConfig) -> dict[str, list[str]]:
@@ -69,9 +92,8 @@ def _stream(config: SourceConfig, name: str) -> Rows:
     return _numbered(islice(_load(config, name), config.limit), name)
 
 
-def _numbered(rows: Any, name: str) -> Rows:
+def _numbered(rows: Any, name: str, number: int = 0) -> Rows:
     iterator: Iterator[Any] = iter(rows)
-    number = 0
     while True:
         number += 1
         try:

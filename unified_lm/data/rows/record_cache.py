@@ -211,7 +211,7 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip: Skip)
     num_rows = 0
     parser.ignored.clear()
     with pa.OSFile(str(target / "records.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch in _batched(_valid_rows(origin, rows, parser, skip, rejected)):
+        for batch in _batched(valid_rows(origin, rows, parser, skip, rejected)):
             # The hash covers records only: the same records from another format or location continue a run unchanged.
             for _, row in batch:
                 digest.update(repr(row).encode())
@@ -236,7 +236,12 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip: Skip)
     )
 
 
-def _valid_rows(origin: str, rows: Rows, parser: RowParser, skip: Skip, rejected: Counter[str]) -> Iterator[_Located]:
+def valid_rows(origin: str, rows: Rows, parser: RowParser, skip: Skip, rejected: Counter[str]) -> Iterator[_Located]:
+    """Location and parsed fields of every row that is usable; arguments as in `open_shard`, `rejected` counts the others.
+
+    Raises:
+        DataError: a row violates its format, and `skip` does not allow for it.
+    """
     for number, (location, row) in enumerate(rows, 1):
         if number % _ROWS_BETWEEN_MESSAGES == 0:
             logger.info("checking %s: %d rows so far (only the first time; cached afterwards)", origin, number)

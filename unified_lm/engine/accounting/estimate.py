@@ -24,6 +24,7 @@ from unified_lm.core.errors import ModelError
 from unified_lm.engine.accounting.state_bytes import Sizes, state_bytes
 from unified_lm.models.architecture import blaming_architecture, described_config
 from unified_lm.models.embedded import embedded_directory
+from unified_lm.models.frozen import freeze
 from unified_lm.models.lora import apply_lora, linear_module_names
 from unified_lm.models.precision import AUTO, auto_dtype
 from unified_lm.models.tiny import tiny_config
@@ -90,7 +91,9 @@ def estimate(config: RunConfig, world_size: int = 1) -> Estimate:
     with torch.device("meta"):  # adapters, too, are only counted
         adapters = apply_lora(model, config.lora, config.seed).num_trainable if config.lora is not None else 0
     projection = _projection_parameters(config, model_config)
-    trainable = projection + (base if config.lora is None else adapters)
+    if config.optim.frozen:
+        freeze(model, config.optim.frozen)
+    trainable = projection + sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with blaming_architecture(config.model):
         activations = activation_bytes(config, model_config, pack_tokens(config, world_size))
     tokens = {name: stream.tokens_per_step for name, stream in config.streams.items()}

@@ -1,7 +1,7 @@
 """The tokens that use each expert most, and whether they are of one kind.
 
-An expert's weight for a token is the sum over heads of the product of its keys' gates. The best tokens of all experts are kept
-while texts are read: `[K, E * E]` for each router, however long the texts are.
+The best tokens of all experts (or of other features, to compare with) are kept while texts are read: `[K, N]` for each router,
+however long the texts are.
 """
 
 from __future__ import annotations
@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from unified_lm.evaluation.experts.statistics import gates_of
+from unified_lm.evaluation.experts.features import Features
+from unified_lm.evaluation.experts.statistics import Places
 from unified_lm.evaluation.generation.perplexity import Domain, TokenizedDocument, tokenized
 from unified_lm.inference.unified import UnifiedLM
 
 _CHUNK_BYTES = 1 << 26
-"""Of the weights of all experts for some tokens, which are looked at together."""
+"""Of the weights of all features for some tokens, which are looked at together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,8 @@ class Contexts:
     """The tokens that use each expert most.
 
     Attributes:
-        weights: float32 `[G, K, N]`, descending; 0 where fewer tokens use the expert. N experts of a router, `i * E + j`.
+        weights: float32 `[G, K, N]`, descending; 0 where fewer tokens use the expert. N features of each of G groups; of a
+            router's experts (i, j) is number `i * E + j`.
         places: int64 `[G, K, N, 2]`, document and place of each of these tokens, -1 where there is none.
         documents: that were read.
         read: tokens that were read.
@@ -44,44 +47,45 @@ class Contexts:
 
 
 def top_contexts(
-    model: UnifiedLM, domain: Domain, *, context: int, num_contexts: int, progress: Callable[[int], None] | None = None
+    model: UnifiedLM,
+    features: Features,
+    domain: Domain,
+    *,
+    context: int,
+    num_contexts: int,
+    progress: Callable[[int], None] | None = None,
 ) -> Contexts:
-    """Read texts causally, and keep the tokens that use each expert most.
+    """Read texts causally, and keep the tokens at which each feature is most active.
 
     Args:
-        model: a MONET model.
+        model: whose features they are.
+        features: what is looked at.
         domain: the texts.
         context: tokens of a window.
-        num_contexts: K, tokens that are kept of each expert.
+        num_contexts: K, tokens that are kept of each feature.
         progress: called with the number of tokens that were read since the last call.
 
     Raises:
-        ModelError: the model is none.
         DataError: a document without a token.
     """
-    weights_GKN: torch.Tensor | None = None
-    numbers_GKN: torch.Tensor | None = None
-    places: list[tuple[int, int]] = []
-    for gates_TGSHE, where in gates_of(model, domain, context):
-        tokens, routers, _, _, keys = gates_TGSHE.shape
-        if weights_GKN is None or numbers_GKN is None:
-            weights_GKN = torch.zeros(routers, num_contexts, keys**2, device=gates_TGSHE.device)
-            numbers_GKN = torch.full(weights_GKN.shape, -1, device=gates_TGSHE.device)
-        size = max(1, _CHUNK_BYTES // (4 * keys**2))
+    shape = (len(features.groups), num_contexts, features.size)
+    weights_GKN = torch.zeros(shape, device=model.device)
+    numbers_GKN = torch.full(shape, -1, device=model.device)
+    places: Places = []
+    size = max(1, _CHUNK_BYTES // (4 * features.size))
+    for reading in features.read(domain, context):
+        tokens = len(reading.places)
         for start in range(0, tokens, size):
-            part = gates_TGSHE[start : start + size]
-            known = torch.arange(len(part), device=part.device)[:, None] + len(places) + start
-            for router in range(routers):
-                first_THE, second_THE = part[:, router].unbind(1)
-                pairs_TN = torch.bmm(first_THE.transpose(1, 2), second_THE).flatten(1)
-                best = torch.cat([weights_GKN[router], pairs_TN]).topk(num_contexts, dim=0)
-                numbers = torch.cat([numbers_GKN[router], known.expand_as(pairs_TN)])
-                weights_GKN[router], numbers_GKN[router] = best.values, numbers.gather(0, best.indices)
-        places += where
+            part = slice(start, min(start + size, tokens))
+            known = torch.arange(part.start, part.stop, device=model.device)[:, None] + len(places)
+            for group in range(len(features.groups)):
+                active_TN = reading.of(group, part)
+                best = torch.cat([weights_GKN[group], active_TN]).topk(num_contexts, dim=0)
+                numbers = torch.cat([numbers_GKN[group], known.expand_as(active_TN)])
+                weights_GKN[group], numbers_GKN[group] = best.values, numbers.gather(0, best.indices)
+        places += reading.places
         if progress is not None:
             progress(tokens)
-    assert weights_GKN is not None, "a domain has documents, and a document a token"
-    assert numbers_GKN is not None
     numbers_GKN = numbers_GKN.masked_fill(weights_GKN == 0, -1)
     known_places = np.array([*places, (-1, -1)], np.int64)  # the last for -1
     documents = tokenized(model.prompt_encoder, domain)
@@ -117,30 +121,37 @@ def chance_purity(contexts: Contexts, num_draws: int = 2000, seed: int = 0) -> f
     return float(np.mean([purity(rng.choice(every, num_contexts, replace=False).tolist()) for _ in range(num_draws)]))
 
 
-def context_rows(contexts: Contexts, decode: Callable[[Sequence[int]], str], window: int = 12) -> dict[str, list[object]]:
-    """Columns of a table with a row for each place, experts in order, the best place first.
+def context_rows(
+    contexts: Contexts, group: int, decode: Callable[[list[list[int]]], list[str]], window: int = 12
+) -> dict[str, list[Any]]:
+    """Columns of a table with a row for each place of a group, features in order, the best place first.
 
     Args:
         contexts: what was kept.
-        decode: token ids -> text.
+        group: of which features.
+        decode: token ids of several texts -> the texts.
         window: tokens of context on either side.
 
     Returns:
-        "router", "i", "j", "rank", "weight", "before", "token", "after".
+        "feature", "rank", "weight", "before", "token", "after".
     """
-    routers, num_contexts, experts = contexts.weights.shape
-    keys = round(experts**0.5)
-    columns: dict[str, list[object]] = {name: [] for name in ("router", "i", "j", "rank", "weight", "before", "token", "after")}
-    for router, expert, rank in np.ndindex(routers, experts, num_contexts):
-        document, place = map(int, contexts.places[router, rank, expert])
-        if document < 0:
-            continue
+    found = contexts.places[group]
+    features, ranks = np.nonzero(found[..., 0].T >= 0)
+    parts: tuple[list[list[int]], ...] = ([], [], [])
+    for document, place in found[ranks, features]:
         ids = contexts.documents[document].ids
-        around = (ids[max(0, place - window) : place], ids[place : place + 1], ids[place + 1 : place + 1 + window])
-        values = (router, expert // keys, expert % keys, rank, float(contexts.weights[router, rank, expert]))
-        for name, value in zip(columns, (*values, *(decode(part.tolist()) for part in around)), strict=True):
-            columns[name].append(value)
-    return columns
+        for part, piece in zip(
+            parts,
+            (ids[max(0, place - window) : place], ids[place : place + 1], ids[place + 1 : place + 1 + window]),
+            strict=True,
+        ):
+            part.append(piece.tolist())
+    numbers = {
+        "feature": features.tolist(),
+        "rank": ranks.tolist(),
+        "weight": contexts.weights[group, ranks, features].tolist(),
+    }
+    return numbers | dict(zip(("before", "token", "after"), map(decode, parts), strict=True))
 
 
 def _ids(contexts: Contexts) -> np.ndarray:

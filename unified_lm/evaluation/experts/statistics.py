@@ -22,7 +22,9 @@ from unified_lm.evaluation.generation.perplexity import Domain, tokenized
 from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.embedding import sample_states
 from unified_lm.models.monet.masks import router_key, routers_of
-from unified_lm.models.routing import LayerRouting
+
+Places = list[tuple[int, int]]
+"""Of tokens: a document, and a place among its token ids."""
 
 _TOKEN_BUDGET = 2048
 _FORMAT = "unified_lm routing statistics 1"
@@ -108,8 +110,8 @@ def routing_statistics(
     return RoutingStatistics(means, tokens, key)
 
 
-def gates_of(model: UnifiedLM, domain: Domain, context: int) -> Iterator[tuple[torch.Tensor, list[tuple[int, int]]]]:
-    """The gates of all tokens of a kind of text but the start tokens, pack by pack, read causally.
+def gates_of(model: UnifiedLM, domain: Domain, context: int) -> Iterator[tuple[torch.Tensor, Places]]:
+    """The gates of all tokens of a kind of text but the start tokens, read causally.
 
     Args:
         model: a MONET model.
@@ -117,44 +119,47 @@ def gates_of(model: UnifiedLM, domain: Domain, context: int) -> Iterator[tuple[t
         context: tokens of a window.
 
     Yields:
-        Gates `[N, G, 2, H, E]` of tokens, and of each its document and its place among the document's token ids.
+        Gates `[N, G, 2, H, E]` of tokens, and where each of them is.
 
     Raises:
         ModelError: the model is no MONET.
         DataError: a document without a token.
     """
+    with model.borrow_backbone() as backbone:
+        router = routers_of(backbone.causal_lm)[0]
+    routers = model.embedder.routers
+
+    def gates(pack: Pack) -> torch.Tensor:
+        """Gates of all routers, `[T, G, 2, H, E]`."""
+        rows = torch.arange(len(pack.input_ids), device=pack.input_ids.device)
+        _, layers = routers.trace(pack, rows)
+        return torch.stack([layer.probabilities.unflatten(1, (2, router.heads, router.keys)) for layer in layers], dim=1)
+
+    yield from read_tokens(model, domain, context, gates)
+
+
+def read_tokens(
+    model: UnifiedLM, domain: Domain, context: int, read: Callable[[Pack], torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, Places]]:
+    """What a model makes of every token of some texts but those that do not count (start tokens; in chats what is no answer).
+
+    Args:
+        model: it reads causally.
+        domain: the texts.
+        context: tokens of a window; longer documents are read in several.
+        read: runs a pack of at most a few thousand tokens; `[T, ...]`.
+
+    Yields:
+        `[N, ...]` of tokens, and where each of them is.
+
+    Raises:
+        DataError: a document without a token.
+    """
     documents = tokenized(model.prompt_encoder, domain)
-    with model.borrow_backbone() as backbone:
-        heads, keys = routers_of(backbone.causal_lm)[0].heads, routers_of(backbone.causal_lm)[0].keys
-    pieces = [
-        (number, start, Sample(input_ids=document.ids[start : start + context], stream="text"))
-        for number, document in enumerate(documents)
-        for start in range(0, len(document.ids), context)
-    ]
-    samples = [sample for _, _, sample in pieces]
-    where = {id(sample.input_ids): (number, start) for number, start, sample in pieces}
-    found: list[tuple[torch.Tensor, list[tuple[int, int]]]] = []
-    with model.borrow_backbone() as backbone:
-        routers = model.embedder.routers
-
-        def read(pack: Pack) -> torch.Tensor:
-            """Run a pack, and keep the gates of its tokens."""
-            layers: dict[int, torch.Tensor] = {}
-            places = [
-                (*where[id(sample.input_ids)], index) for sample in pack.samples for index in range(len(sample.input_ids))
-            ]
-            counted = [documents[number].scored[start + index] for number, start, index in places]
-            rows = torch.tensor(np.flatnonzero(counted), device=pack.input_ids.device)
-
-            def keep(number: int, routing: LayerRouting) -> None:
-                layers[number] = routing.rows(rows).probabilities.unflatten(1, (2, heads, keys))
-
-            with routers.reading(keep):
-                states = backbone(pack)
-            gates = torch.stack([layers[number] for number in range(len(routers.names))], dim=1)
-            found.append((gates, [(places[row][0], places[row][1] + places[row][2]) for row in rows.tolist()]))
-            return states
-
-        for _ in sample_states(read, samples, token_budget=_TOKEN_BUDGET, device=model.device):
-            while found:
-                yield found.pop()
+    pieces = [(number, start) for number, document in enumerate(documents) for start in range(0, len(document.ids), context)]
+    samples = [Sample(input_ids=documents[number].ids[start : start + context], stream="text") for number, start in pieces]
+    with model.borrow_backbone():
+        for index, values in sample_states(read, samples, token_budget=_TOKEN_BUDGET, device=model.device):
+            number, start = pieces[index]
+            counted = np.flatnonzero(documents[number].scored[start : start + context])
+            yield values[torch.from_numpy(counted).to(values.device)], [(number, start + int(place)) for place in counted]
