@@ -16,7 +16,7 @@ from tests.reporting.test_report import write_run
 from unified_lm.cli import data, evaluate, experts
 from unified_lm.cli.main import COMMANDS, main
 
-READERS = frozenset({"search", "generate", "recipes", "ask", "chat"})
+READERS = frozenset({"search", "generate", "recipes", "ask", "chat", "experts explain"})
 """Commands that write nothing."""
 
 
@@ -81,6 +81,10 @@ WHOLE: Mapping[str, Command] = {
     "experts domains": lambda p, t: ["experts", "domains", str(p.root / "missing"), "--out", str(t)],
     "experts contexts": lambda p, t: [
         *("experts", "contexts", str(p.root / "missing"), "--data", f"a={p.texts}", "--out", str(t)),
+    ],
+    "experts page": lambda p, t: ["experts", "page", str(p.root / "missing"), "--data", f"a={p.texts}", "--out", str(t)],
+    "experts correlate": lambda p, t: [
+        *("experts", "correlate", str(p.root / "missing"), "--data", str(p.rows), "--score", "s", "--out", str(t)),
     ],
     "experts edit": lambda p, t: [
         *("experts", "edit", str(p.root / "missing"), "--mask", "m", "--data", f"a={p.texts}", "--out", str(t)),

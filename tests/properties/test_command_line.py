@@ -157,7 +157,22 @@ FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         ("--context <N>", "--documents <N>", "--device <D>", "--dtype <T>", "--template <W>"),
     ),
     "experts domains": ("<P> --out <new|O>", ("--ratio <N>", "--min-tokens <N>")),
-    "experts contexts": ("<export|M> --data a=<texts.txt|P> --out <out.json|O>", ("--top <N>", "--context <N>")),
+    "experts contexts": (
+        "<export|M> --data a=<texts.txt|P> --out <out.json|O>",
+        ("--top <N>", "--context <N>", "--features neurons", "--layers <N>", "--features <W>"),
+    ),
+    "experts explain": (
+        "<export|M> --contexts <P> --experts 0:0,0",
+        ("--experts <W>", "--question <W>", "--max-new-tokens <N>"),
+    ),
+    "experts page": (
+        "<export|M> --data a=<texts.txt|P> b=<pairs.jsonl|P> --out <out.html|O>",
+        ("--most <N>", "--top <N>", "--documents <N>"),
+    ),
+    "experts correlate": (
+        "<export|M> --data <pairs.jsonl|P> --score <W> --out <new|O>",
+        ("--text <W>", "--above <N>", "--context <N>", "--device <D>"),
+    ),
     "experts edit": (
         "<export|M> --mask <P> --data a=<texts.txt|P>",
         ("--out <O>", "--statistics <P>", "--draws <N>", "--context <N>"),

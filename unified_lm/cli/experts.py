@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from unified_lm.cli.arguments import Command, command_parser, finite, positive, run_group, whole
 from unified_lm.cli.evaluate_generation import read_domains
 from unified_lm.cli.evaluate_model import add_model_options, find_model, progress_bar
-from unified_lm.core.errors import ConfigError
+from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.core.files import write_json
-from unified_lm.core.outputs import check_file, check_folder, write_file, write_folder, write_json_file
+from unified_lm.core.outputs import check_file, check_folder, write_folder, write_json_file
+from unified_lm.data.rows.readers import read_rows
+from unified_lm.data.rows.records import TextRecord
 from unified_lm.evaluation.generation.perplexity import BUILT_IN, Domain
 
-if TYPE_CHECKING:
-    from unified_lm.evaluation.experts.contexts import Contexts
-    from unified_lm.evaluation.experts.features import Features
-    from unified_lm.inference.unified import UnifiedLM
-
 _FILE = "routing.safetensors"
-_CONTEXT = 256
-_FEATURES = ("experts", "neurons", "latents")
+CONTEXT = 256
+"""Default number of tokens of a window."""
 
 COMMANDS: Mapping[str, Command] = {
     "routing": Command("how much each expert is used", "unified_lm.cli.experts:routing"),
     "domains": Command("which experts belong to one kind of text, and masks without them", "unified_lm.cli.experts:domains"),
-    "contexts": Command("the tokens that use each expert most, as parquet", "unified_lm.cli.experts:contexts"),
+    "correlate": Command("which experts go with a score of texts, and masks without them", "unified_lm.cli.experts:correlate"),
+    "contexts": Command("the tokens that use each expert most, as parquet", "unified_lm.cli.expert_contexts:contexts"),
+    "explain": Command("what a model says that an expert's tokens mean", "unified_lm.cli.expert_contexts:explain"),
+    "page": Command("an HTML page to browse experts", "unified_lm.cli.expert_contexts:experts_page"),
     "edit": Command("what a mask changes, beside random ones", "unified_lm.cli.experts:edit"),
 }
 
@@ -59,7 +58,7 @@ def routing(argv: Sequence[str]) -> None:
         "how much each expert of a MONET model is used by texts of several kinds, read causally",
         "runs/monet --data news=news.jsonl code=code/ --out runs/monet/experts",
     )
-    _add_data(parser)
+    add_data(parser)
     parser.add_argument("--out", type=Path, required=True, help=f"the folder to write {_FILE} into")
     options = parser.parse_args(list(argv))
     check_folder(options.out)
@@ -137,100 +136,67 @@ def domains(argv: Sequence[str]) -> None:
     print(options.out)
 
 
-def contexts(argv: Sequence[str]) -> None:
-    """Write the tokens that use each expert most, with what stands around them."""
+def correlate(argv: Sequence[str]) -> None:
+    """Correlate experts with a score of texts, and write masks without those that go with it."""
     parser = command_parser(
-        "experts contexts",
-        "the tokens that use each expert most, and whether they are of one kind; neurons and latents to compare with",
-        "runs/monet --data news=news.jsonl --out runs/monet/contexts.parquet",
+        "experts correlate",
+        "which experts of a MONET model go with a score of texts (how toxic they are, say)",
+        "runs/monet --data comments.jsonl --score toxicity --above 0.2 0.1 0.05 --out runs/monet/toxicity",
     )
-    _add_data(parser)
+    add_model_options(parser)
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="the .parquet file to write")
-    add("--top", type=positive, default=10, help="tokens of each expert (10)")
-    add("--features", choices=_FEATURES, default=_FEATURES[0], help="what to look at: experts of a MONET model (the default), "
-        "neurons of any decoder, or latents of sparse autoencoders over its layers' outputs (needs sae-lens)")  # fmt: skip
-    add("--layers", type=whole, nargs="+", default=None, help="layers of neurons (all) or latents (the last but one)")
-    add("--fit", nargs="+", default=None, metavar="NAME=FILE", help="texts to train the autoencoders on, others than --data")
-    add("--latents", type=positive, default=4096, help="of an autoencoder (4096)")
-    add("--active", type=positive, default=32, help="latents that a token may use (32)")
+    add("--data", type=Path, required=True, metavar="FILE", help="rows with a text and a score")
+    add("--score", required=True, metavar="COLUMN", help="the column with the score, a number")
+    add("--text", default="text", metavar="COLUMN", help="the column with the text (text)")
+    add("--above", type=finite, nargs="+", default=[0.2, 0.1, 0.05], help="a mask without experts above each (0.2 0.1 0.05)")
+    add("--context", type=positive, default=CONTEXT, help=f"tokens of a window ({CONTEXT})")
+    add("--out", type=Path, required=True, help="the folder to write correlation.safetensors and masks into")
     options = parser.parse_args(list(argv))
-    check_file(options.out)
-    _check_features(options)
-    kinds = read_domains(options.data, options.documents)
+    check_folder(options.out)
+    texts, scores = _scored_rows(options.data, options.text, options.score)
     model = find_model(options.model).load(options, template="plain")
-    from unified_lm.evaluation.experts.contexts import chance_purity, purities, top_contexts
+    from unified_lm.evaluation.experts.correlation import score_correlation
 
-    features = _features(model, options)
     with progress_bar("tokens", None, Console(stderr=True)) as advance:
-        found = top_contexts(
-            model, features, _together(kinds), context=options.context, num_contexts=options.top, progress=advance
-        )
-    write_file(options.out, lambda path: _write_contexts(path, found, features, model))
-    scores = purities(found)
-    known = scores[~np.isnan(scores)]
-    sort = f"{features.kind}s"
-    print(f"{found.read:,} tokens; {known.size:,} of {scores.size:,} {sort} are used by {options.top} of them or more")
-    if known.size:
-        chance = chance_purity(found)
-        same, drawn = 100 * known.mean(), 100 * chance
-        print(f"of their {options.top} best tokens {same:.0f} % are the same one; of as many drawn {drawn:.0f} %")
+        found = score_correlation(model, texts, scores, context=options.context, progress=advance)
+    masks = {limit: found.mask_above(limit, f"without experts above {limit:g} with {options.score}") for limit in options.above}
+
+    def fill(building: Path) -> None:
+        """Write the correlation and the masks."""
+        found.save(building / "correlation.safetensors")
+        for limit, mask in masks.items():
+            if any(mask.num_left_out):
+                mask.save(building / f"without-above-{limit:g}.safetensors")
+
+    write_folder(options.out, fill)
+    print(f"{found.texts:,} texts, {found.tokens:,} tokens; correlation {found.values.min():+.3f} to {found.values.max():+.3f}")
+    for limit, mask in masks.items():
+        count = sum(mask.num_left_out)
+        print(f"above {limit:g}: {count:,} of {mask.keep.size:,} experts ({100 * count / mask.keep.size:.2f} %)")
     print(options.out)
 
 
-def _check_features(options: argparse.Namespace) -> None:
-    if options.features == "experts" and options.layers is not None:
-        raise ConfigError("--layers: experts belong to routers, all of which are read; it is for neurons and latents.")
-    if (options.features == "latents") != (options.fit is not None):
-        raise ConfigError("--fit: names the texts that autoencoders are trained on; it goes with --features latents.")
-    if options.features == "latents":
-        from unified_lm.evaluation.experts.autoencoder import require_saelens
+def _scored_rows(path: Path, text: str, score: str) -> tuple[Domain, list[float]]:
+    """Texts and their scores.
 
-        require_saelens()
-
-
-def _features(model: UnifiedLM, options: argparse.Namespace) -> Features:
-    from unified_lm.evaluation.experts.features import Experts, Latents, Neurons
-
-    if options.features == "experts":
-        return Experts(model)
-    if options.features == "neurons":
-        return Neurons(model, options.layers)
-    from unified_lm.evaluation.experts.autoencoder import AutoencoderSettings, train_autoencoders
-
-    with model.borrow_backbone() as backbone:
-        layers = options.layers or [max(0, int(backbone.causal_lm.config.num_hidden_layers) - 2)]
-    settings = AutoencoderSettings(latents=options.latents, active=options.active)
-    texts = _together(read_domains(options.fit, options.documents))
-    trained = train_autoencoders(model, texts, layers, context=options.context, settings=settings)
-    for layer, each in trained.items():
-        print(f"layer {layer}: an autoencoder that explains {each.explained:.0%} of the variance, {each.dead:.0%} of it unused")
-    return Latents(model, {layer: each.encode for layer, each in trained.items()}, options.latents)
-
-
-def _together(kinds: Sequence[Domain]) -> Domain:
-    return Domain("texts", tuple(document for kind in kinds for document in kind.documents))
-
-
-def _write_contexts(path: Path, found: Contexts, features: Features, model: UnifiedLM) -> None:
-    """A row group for each group of features; experts have their keys i and j too."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    from unified_lm.evaluation.experts.contexts import context_rows
-
-    decode = model.prompt_encoder.tokenizer.backend_tokenizer.decode_batch
-    writer = None
-    for number, name in enumerate(features.groups):
-        columns = context_rows(found, number, lambda ids: decode(ids, skip_special_tokens=False))
-        columns = {"group": [name] * len(columns["feature"])} | columns
-        if keys := getattr(features, "keys", 0):
-            columns |= {"i": [n // keys for n in columns["feature"]], "j": [n % keys for n in columns["feature"]]}
-        table = pa.table(columns)
-        writer = writer or parquet.ParquetWriter(path, table.schema)
-        writer.write_table(table)
-    assert writer is not None, "there is a group"
-    writer.close()
+    Raises:
+        DataError: a row without one of the columns, or with a score that is no finite number.
+    """
+    texts: list[TextRecord] = []
+    scores: list[float] = []
+    for location, row in read_rows(path):
+        value = row.get(score) if isinstance(row, Mapping) else None
+        said = row.get(text) if isinstance(row, Mapping) else None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is None or not is_number or not isinstance(said, str) or not said.strip():
+            there = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+            raise DataError(
+                f"{path}, {location}: expected a text under '{text}' and a finite number under '{score}', got {there}. "
+                "Name the columns with --text and --score."
+            )
+        texts.append(TextRecord(said))
+        scores.append(float(value))
+    return Domain(path.name, tuple(texts)), scores
 
 
 def edit(argv: Sequence[str]) -> None:
@@ -240,7 +206,7 @@ def edit(argv: Sequence[str]) -> None:
         "how much worse texts of each kind are predicted without some experts, beside as many random ones",
         "runs/monet --mask runs/monet/domains/without-news.safetensors --data news=held-out.jsonl pydocs/text",
     )
-    _add_data(parser)
+    add_data(parser)
     add = parser.add_argument
     add("--mask", type=Path, required=True, help="what `unified-lm experts domains` wrote")
     use_help = "compare also with random experts that are used as much: what `unified-lm experts routing` wrote"
@@ -293,10 +259,11 @@ def _change(values: Sequence[float], before: float) -> str:
     return f"{sum(changes) / len(changes):+.3f}{spread}"
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Options of a command that reads kinds of text with a model."""
     add_model_options(parser)
     add = parser.add_argument
     kinds = f"kinds of text: files or folders of texts or chats; or {', '.join(BUILT_IN)}"
     add("--data", nargs="+", required=True, metavar="NAME=FILE", help=kinds)
-    add("--context", type=positive, default=_CONTEXT, help=f"tokens of a window ({_CONTEXT})")
+    add("--context", type=positive, default=CONTEXT, help=f"tokens of a window ({CONTEXT})")
     add("--documents", type=positive, default=None, help="at most this many documents of each kind, evenly spread")

@@ -133,7 +133,7 @@ def context_rows(
         window: tokens of context on either side.
 
     Returns:
-        "feature", "rank", "weight", "before", "token", "after".
+        "feature", "rank", "weight", "token_id", "before", "token", "after".
     """
     found = contexts.places[group]
     features, ranks = np.nonzero(found[..., 0].T >= 0)
@@ -146,12 +146,93 @@ def context_rows(
             strict=True,
         ):
             part.append(piece.tolist())
-    numbers = {
-        "feature": features.tolist(),
-        "rank": ranks.tolist(),
-        "weight": contexts.weights[group, ranks, features].tolist(),
-    }
+    weights = contexts.weights[group, ranks, features]
+    numbers = {"feature": features.tolist(), "rank": ranks.tolist(), "weight": weights.tolist()}
+    numbers["token_id"] = [piece[0] for piece in parts[1]]
     return numbers | dict(zip(("before", "token", "after"), map(decode, parts), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """One of the best places of a feature, with what stands around it.
+
+    Attributes:
+        document: that it is in.
+        ids: int64 `[n]`, tokens.
+        weights: float32 `[n]`, how active the feature is at each of them; 0 at start tokens.
+        center: number of the best one.
+    """
+
+    document: int
+    ids: np.ndarray
+    weights: np.ndarray
+    center: int
+
+
+def windows(
+    features: Features,
+    domain: Domain,
+    contexts: Contexts,
+    chosen: Sequence[Sequence[int]],
+    *,
+    context: int,
+    reach: int = 12,
+    progress: Callable[[int], None] | None = None,
+) -> list[dict[int, list[Window]]]:
+    """Read the texts once more, for what some features do around their best places.
+
+    Args:
+        features: as for `top_contexts`.
+        domain: the same texts.
+        contexts: what `top_contexts` found.
+        chosen: numbers of features, for each group.
+        context: the same one.
+        reach: tokens on either side.
+        progress: called with the number of tokens that were read since the last call.
+
+    Returns:
+        For each group: feature -> its windows, the best first.
+    """
+    lengths = [len(document.ids) for document in contexts.documents]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    columns = [np.asarray(of_group, np.int64) for of_group in chosen]
+    needed = np.zeros(starts[-1], bool)
+    spans: list[tuple[int, int, int, int, int]] = []
+    for group, of_group in enumerate(columns):
+        for column, feature in enumerate(of_group.tolist()):
+            for document, place in contexts.places[group, :, feature].tolist():
+                if document >= 0:
+                    first, stop = max(0, place - reach), min(lengths[document], place + reach + 1)
+                    spans.append((group, column, document, first, stop))
+                    needed[starts[document] + first : starts[document] + stop] = True
+    rows = np.cumsum(needed) - 1
+    known = [np.zeros((int(needed.sum()), len(of_group)), np.float32) for of_group in columns]
+    for reading in features.read(domain, context):
+        flat = np.array([starts[document] + place for document, place in reading.places])
+        wanted = np.flatnonzero(needed[flat])
+        for group, of_group in enumerate(columns):
+            for part in _runs(wanted):
+                active = reading.of(group, part)[:, torch.from_numpy(of_group)].cpu().numpy()
+                known[group][rows[flat[part]]] = active
+        if progress is not None:
+            progress(len(flat))
+    found: list[dict[int, list[Window]]] = [{feature: [] for feature in of_group.tolist()} for of_group in columns]
+    for group, column, document, first, stop in spans:
+        feature = int(columns[group][column])
+        weights = known[group][rows[starts[document] + first : starts[document] + stop], column]
+        rank = len(found[group][feature])
+        center = int(contexts.places[group, rank, feature, 1]) - first
+        found[group][feature].append(Window(document, contexts.documents[document].ids[first:stop], weights, center))
+    return found
+
+
+def _runs(indices: np.ndarray, most: int = 64) -> list[slice]:
+    """Ascending numbers as slices without gaps, none of them long."""
+    if not len(indices):
+        return []
+    cuts = np.flatnonzero(np.diff(indices) != 1) + 1
+    parts = [part for run in np.split(indices, cuts) for part in np.split(run, range(most, len(run), most))]
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
 def _ids(contexts: Contexts) -> np.ndarray:

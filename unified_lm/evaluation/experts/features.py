@@ -115,14 +115,13 @@ class Neurons:
 
     def read(self, domain: Domain, context: int) -> Iterator[Reading]:
         """See `Features.read`."""
-        with self._model.borrow_backbone() as backbone:
-            for values_NGF, places in read_tokens(self._model, domain, context, lambda pack: self._states(backbone, pack)):
+        for values_NGF, places in read_tokens(self._model, domain, context, self._states):
 
-                def active(group: int, part: slice, values: torch.Tensor = values_NGF) -> torch.Tensor:
-                    """`[n, F]`."""
-                    return values[part, group].float().clamp_min(0)
+            def active(group: int, part: slice, values: torch.Tensor = values_NGF) -> torch.Tensor:
+                """`[n, F]`."""
+                return values[part, group].float().clamp_min(0)
 
-                yield Reading(places, active)
+            yield Reading(places, active)
 
     def _states(self, backbone: Backbone, pack: Pack) -> torch.Tensor:
         """`[T, G, F]`."""
@@ -170,7 +169,7 @@ def layer_outputs(
     """
     with model.borrow_backbone() as backbone:
         chosen = [1 + number for number in _checked(layers, int(backbone.causal_lm.config.num_hidden_layers))]
-        yield from read_tokens(model, domain, context, lambda pack: backbone.layer_states(pack)[:, chosen].float())
+    yield from read_tokens(model, domain, context, lambda of, pack: of.layer_states(pack)[:, chosen].float())
 
 
 def _checked(layers: Sequence[int], count: int) -> list[int]:

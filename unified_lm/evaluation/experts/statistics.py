@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from unified_lm.batch import Pack, Sample
 from unified_lm.core.errors import DataError
 from unified_lm.evaluation.generation.perplexity import Domain, tokenized
 from unified_lm.inference.unified import UnifiedLM
+from unified_lm.models.backbone import Backbone
 from unified_lm.models.embedding import sample_states
 from unified_lm.models.monet.masks import router_key, routers_of
 
@@ -129,7 +131,7 @@ def gates_of(model: UnifiedLM, domain: Domain, context: int) -> Iterator[tuple[t
         router = routers_of(backbone.causal_lm)[0]
     routers = model.embedder.routers
 
-    def gates(pack: Pack) -> torch.Tensor:
+    def gates(_: Backbone, pack: Pack) -> torch.Tensor:
         """Gates of all routers, `[T, G, 2, H, E]`."""
         rows = torch.arange(len(pack.input_ids), device=pack.input_ids.device)
         _, layers = routers.trace(pack, rows)
@@ -139,7 +141,7 @@ def gates_of(model: UnifiedLM, domain: Domain, context: int) -> Iterator[tuple[t
 
 
 def read_tokens(
-    model: UnifiedLM, domain: Domain, context: int, read: Callable[[Pack], torch.Tensor]
+    model: UnifiedLM, domain: Domain, context: int, read: Callable[[Backbone, Pack], torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, Places]]:
     """What a model makes of every token of some texts but those that do not count (start tokens; in chats what is no answer).
 
@@ -147,7 +149,7 @@ def read_tokens(
         model: it reads causally.
         domain: the texts.
         context: tokens of a window; longer documents are read in several.
-        read: runs a pack of at most a few thousand tokens; `[T, ...]`.
+        read: runs a pack of at most a few thousand tokens; `[T, ...]`. It must not borrow the backbone, which is borrowed.
 
     Yields:
         `[N, ...]` of tokens, and where each of them is.
@@ -158,8 +160,9 @@ def read_tokens(
     documents = tokenized(model.prompt_encoder, domain)
     pieces = [(number, start) for number, document in enumerate(documents) for start in range(0, len(document.ids), context)]
     samples = [Sample(input_ids=documents[number].ids[start : start + context], stream="text") for number, start in pieces]
-    with model.borrow_backbone():
-        for index, values in sample_states(read, samples, token_budget=_TOKEN_BUDGET, device=model.device):
+    with model.borrow_backbone() as backbone:
+        of_pack = partial(read, backbone)
+        for index, values in sample_states(of_pack, samples, token_budget=_TOKEN_BUDGET, device=model.device):
             number, start = pieces[index]
             counted = np.flatnonzero(documents[number].scored[start : start + context])
             yield values[torch.from_numpy(counted).to(values.device)], [(number, start + int(place)) for place in counted]
