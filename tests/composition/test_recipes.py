@@ -19,8 +19,8 @@ def runs_of(*argv: str) -> tuple[RunConfig, ...]:
 
 def test_the_recipes_are_these() -> None:
     assert [
-        *("ablation_attention", "ablation_base", "ablation_batch", "ablation_head", "ablation_loss", "ablation_negatives"),
-        *("ablation_precision", "ablation_unified"),
+        *("ablation_attention", "ablation_base", "ablation_batch", "ablation_head", "ablation_loss", "ablation_monet"),
+        *("ablation_negatives", "ablation_precision", "ablation_unified"),
         "embedding_only",
         "generative_only",
         "grit_mistral7b",

@@ -137,7 +137,7 @@ def explain(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("--contexts", type=Path, required=True, help="what `unified-lm experts contexts` wrote for this model")
     add("--experts", nargs="+", required=True, metavar="ROUTER:I,J", help="which experts")
-    add("--question", default=QUESTION, help="with X for the word")
+    add("--question", default=QUESTION, help=f"with X for the word ({QUESTION})")
     add("--max-new-tokens", type=positive, default=48, help="of an answer (48)")
     options = parser.parse_args(list(argv))
     tokens = {name: _tokens_of(options.contexts, name) for name in options.experts}

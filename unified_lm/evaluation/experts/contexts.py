@@ -80,9 +80,13 @@ def top_contexts(
             known = torch.arange(part.start, part.stop, device=model.device)[:, None] + len(places)
             for group in range(len(features.groups)):
                 active_TN = reading.of(group, part)
-                best = torch.cat([weights_GKN[group], active_TN]).topk(num_contexts, dim=0)
-                numbers = torch.cat([numbers_GKN[group], known.expand_as(active_TN)])
-                weights_GKN[group], numbers_GKN[group] = best.values, numbers.gather(0, best.indices)
+                # Few features have a better place among a few more tokens, the fewer the more were read.
+                better = (active_TN > weights_GKN[group, -1]).any(0).nonzero()[:, 0]
+                active_TC = active_TN[:, better]
+                best = torch.cat([weights_GKN[group][:, better], active_TC]).topk(num_contexts, dim=0)
+                numbers = torch.cat([numbers_GKN[group][:, better], known.expand_as(active_TC)])
+                weights_GKN[group][:, better] = best.values
+                numbers_GKN[group][:, better] = numbers.gather(0, best.indices)
         places += reading.places
         if progress is not None:
             progress(tokens)
