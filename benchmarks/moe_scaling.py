@@ -98,7 +98,6 @@ def draw(layer: nn.Module, hidden: torch.Tensor) -> nn.Module:
 
 def step(layer: nn.Module, hidden: torch.Tensor) -> None:
     """Forward and backward."""
-    layer.zero_grad(set_to_none=False)
     output = layer(hidden.detach().requires_grad_())
     output.backward(torch.ones_like(output))
 
@@ -140,10 +139,12 @@ def main() -> None:
         found: dict[str, list[float]] = {kind: [] for kind in fitting}
         for _ in range(options.repeats + 1):  # the first is not counted
             for kind, layer in fitting.items():
+                layer.zero_grad(set_to_none=False)
                 found[kind].append(seconds(lambda layer=layer: step(layer, hidden)))  # type: ignore[misc]
         for kind in kinds:
             cells = ["not run", "not run"]
             if kind in fitting:
+                fitting[kind].zero_grad(set_to_none=False)
                 with LiveTensors() as live:
                     step(fitting[kind], hidden)
                 times[kind].append(statistics.median(found[kind][1:]))

@@ -32,10 +32,11 @@ def main() -> None:
     for name, stream in held_out.items():
         source = training[name]
         assert isinstance(source, TableStream), "rows that are read along are not counted"
-        counts = np.bincount(tokens(source), minlength=int(config.model.architecture["vocab_size"])) + 1
+        learned = tokens(source)
+        counts = np.bincount(learned, minlength=int(config.model.architecture["vocab_size"])) + 1
         seen = tokens(stream)
         nats = -np.log(counts / counts.sum())[seen].mean()
-        print(f"{name}: {nats:.3f} nats a token over {len(seen):,} held-out tokens, of {counts.sum():,} training tokens")
+        print(f"{name}: {nats:.3f} nats a token over {len(seen):,} held-out tokens, {len(learned):,} training tokens")
 
 
 if __name__ == "__main__":

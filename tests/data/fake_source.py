@@ -24,6 +24,7 @@ class FakeSource:
         self.kind = None
         self.fingerprint = blake2b(repr((name, self.records)).encode(), digest_size=16).hexdigest()
         self.rejected: Counter[str] = Counter()
+        self.ignored: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self.records)

@@ -22,6 +22,7 @@ from unified_lm.data.formats import MaskingConfig
 from unified_lm.data.rows.records import TextRecord
 from unified_lm.data.streams import TableStream
 from unified_lm.models.tiny import tiny_tokenizer
+from unified_lm.reporting.report_page import write_report
 
 TOKENIZER = tiny_tokenizer()
 LIMIT = 12
@@ -211,6 +212,7 @@ CHANGED = {
     "split": "test",
     "subset": "x",
     "revision": "y",
+    "data_dir": "z",
 }
 ELSEWHERE = {
     "streaming": "what this file is about",
@@ -244,7 +246,7 @@ def test_every_setting_changes_what_is_read_or_is_refused(tmp_path, field):
 
     before, after = read(), read(**{field: CHANGED[field]})
     assert after != before
-    if field in ("subset", "revision"):
+    if field in ("subset", "revision", "data_dir"):
         assert isinstance(after, str)
         assert field in after
 
@@ -290,6 +292,73 @@ def test_a_run_stopped_anywhere_goes_on_bit_for_bit(tmp_path):
     assert metrics(whole) == metrics(part)
     rows = json.loads((whole / "run.json").read_text())["data"]
     assert [row["rows"] for row in rows] == [None]
+
+
+def test_a_row_that_cannot_be_used_costs_no_step(tmp_path):
+    """Nobody looks at the rows beforehand, so it is met in the middle of the run."""
+    path = write(tmp_path / "a.jsonl", [f"a sentence of some words number {i} " * 40 for i in range(12)])
+    common = [
+        "recipe=llm2vec_mntp",
+        "model=tiny_random",
+        "lora=none",
+        f"streams.mntp.sources=[{{path: {path}, streaming: true}}]",
+        "~validation.sources",
+        "streams.mntp.batch_size=2",
+        "max_steps=9",
+        "checkpoint.every=0",
+        "export.enabled=false",
+        "logging.progress=false",
+    ]
+    whole = train([*common, f"run_dir={tmp_path}/whole"])
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([*rows[:6], '{"text": 5}'.ljust(len(rows[6])), *rows[7:]]) + "\n")  # of the same size
+    with pytest.raises(
+        DataError, match=r"(?s)a\.jsonl, line 7, field 'text'.*\nThe [1-8] steps taken are saved.*on_unusable=skip"
+    ):
+        train([*common, f"run_dir={tmp_path}/broken"])
+    (saved,) = (tmp_path / "broken" / "checkpoints").glob("step-*")
+    path.write_text("\n".join(rows) + "\n")
+    train([*common, f"run_dir={tmp_path}/broken", "resume=auto"])
+    last = "checkpoints/step-00000009"
+    assert saved.name != "step-00000009"
+    assert equal(tensors(whole / last), tensors(tmp_path / "broken" / last))
+
+
+def test_the_record_says_what_was_left_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    long = "a sentence of some words " * 40
+    rows = [{"text": f"{i} {long}", "source": "x"} if i % 3 else {"text": 5} for i in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train(
+        [
+            "recipe=llm2vec_mntp",
+            "model=tiny_random",
+            "lora=none",
+            f"streams.mntp.sources=[{{path: {path}, streaming: true, on_unusable: skip}}]",
+            "streams.mntp.chunking=record",
+            "~validation.sources",
+            "streams.mntp.batch_size=4",
+            "max_steps=2",
+            "export.enabled=false",
+            "logging.progress=false",
+            f"run_dir={tmp_path}/run",
+        ]
+    )
+    (entry,) = json.loads((run / "run.json").read_text())["data"]
+    assert sum(entry["rejected"].values()) == 4
+    assert entry["truncated"] == 8
+    assert entry["ignored"] == {"source": 8}
+    assert "read along" in write_report(run).read_text()
+
+
+def test_a_format_of_whole_rows_is_refused(tmp_path, monkeypatch):
+    class Own(flowing.Text):
+        def samples(self, table, row, group, rng):
+            return super().samples(table, row, group, rng)
+
+    monkeypatch.setattr("unified_lm.data.stream.get_format", lambda config: Own)
+    with pytest.raises(ConfigError, match="overrides `samples`, which has whole rows"):
+        make(folder(tmp_path))
 
 
 def test_weights_decide_how_often_a_source_is_drawn(tmp_path):

@@ -21,6 +21,7 @@ NOT_OF_ROWS = {"weight": "how often rows are drawn, not which; positive for all 
 SETTINGS = {
     "subset": "sentences",
     "revision": "abc",
+    "data_dir": "code",
     "split": "test",
     "streaming": True,
     "limit": 2,
@@ -38,6 +39,9 @@ CONTENT = {"on_empty": EMPTY, "ignore": LABELED, "on_unusable": LABELED[:1] + RO
 REFUSED = {
     ("path", "subset"),
     ("path", "revision"),
+    ("path", "data_dir"),
+    ("folder", "data_dir"),
+    ("builtin", "data_dir"),
     ("path", "streaming"),
     ("folder", "subset"),
     ("folder", "revision"),
@@ -70,8 +74,8 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             changed = [part for part in parts if part not in (None, "train", False)]
             return [row | {"query": row["query"] + "".join(map(str, changed))} for row in rows]
 
-        def load(name, subset, *, split, revision, streaming):
-            found = datasets.Dataset.from_list(selected(subset, split, revision))
+        def load(name, subset, *, split, revision, streaming, data_dir=None):
+            found = datasets.Dataset.from_list(selected(subset, split, revision, data_dir))
             return iter(found) if streaming else found
 
         monkeypatch.setattr(datasets, "load_dataset", load)

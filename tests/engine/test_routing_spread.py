@@ -161,6 +161,8 @@ def test_models_and_settings_that_it_is_not_for_are_refused(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"router_ambiguity_coef: got -1\.0, expected a number of at least 0"):
         train(small_run(tmp_path, tmp_path / "run", "streams.generation.objective.router_ambiguity_coef=-1"))
     spread = "streams.generation.objective.router_uniformity_coef=0"
+    with pytest.raises(ConfigError, match=r"optim\.frozen names one side of MONET's routers"):
+        train(small_run(tmp_path, tmp_path / "run", "model.family=monet", "optim.frozen=[w1]", spread))
     with pytest.raises(ConfigError, match=r"lora adapts MONET's routers"):
         train(small_run(tmp_path, tmp_path / "run", "model.family=monet", "lora=all_linear", spread))
     with pytest.raises(ConfigError, match=r"MONET's routers learn the statistics"):

@@ -81,6 +81,9 @@ def test_names_that_match_nothing_are_refused():
     with pytest.raises(ModelError, match="nothing is left to train"):
         freeze(model, ["model", "lm_head"])
     assert all(parameter.requires_grad for parameter in model.parameters()), "nothing has changed"
+    tied = tiny_model("llama", tie_word_embeddings=True)
+    freeze(tied, ["lm_head"])
+    assert not tied.get_input_embeddings().weight.requires_grad, "one parameter of two names"
     line = freeze(model, ["mlp.up_proj", "layers.0"])
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {

@@ -41,6 +41,12 @@ def write_record(run: Run) -> None:
     write_json(path, record)
 
 
+def record_what_was_read(run: Run) -> None:
+    """Bring the entries of sources up to date whose rows were read along while training. Call it on one rank."""
+    path = run.training.run_dir / FILE_NAME
+    write_json(path, _read(path) | {"data": data_entries(run)})
+
+
 _ENTRY_KEYS = {"stream", "source", "rows", "fingerprint"}
 """What the entry of a source has at least."""
 
@@ -109,6 +115,7 @@ def data_entries(run: Run) -> list[dict[str, Any]]:
                     "rows": entry.rows,
                     "rejected": dict(entry.rejected),
                     "truncated": entry.truncated,
+                    "ignored": dict(entry.ignored),
                     "fingerprint": entry.fingerprint,
                 }
             )

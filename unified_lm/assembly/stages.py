@@ -7,6 +7,7 @@ ablations are several such runs (`assembly.session`).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from unified_lm.assembly.continuation import check_continuation, earlier_setting
 from unified_lm.assembly.machine import settle_backend, settle_dtype
 from unified_lm.assembly.publish import Trained, check_export, write_export
 from unified_lm.assembly.run_folder import occupy
-from unified_lm.assembly.run_record import write_record
+from unified_lm.assembly.run_record import record_what_was_read, write_record
 from unified_lm.composition.compose import to_yaml
 from unified_lm.composition.locate import RESOLVED_NAME
 from unified_lm.config.schema import RunConfig
@@ -108,6 +109,9 @@ def fit_run(run: Run) -> bool:
     with run.stop as stop:
         run.trained = fit(run.training, stop)
         stopped_by = stop.agree()
+    if run.training.loader.reads_along:
+        run_on_rank0(lambda: record_what_was_read(run))
+        _report_rows(run, rank0_console())
     if run.trained and config.export.enabled:
         if stopped_by is None:
             return True
@@ -200,14 +204,22 @@ def _score_references(run: Run) -> None:
 def _report(run: Run, console: Console) -> None:
     """Say what became of every source's rows, and what loading and adapting changed."""
     _say((*run.loaded.provenance["notices"], *(run.lora.notices if run.lora else ()), *_pooling_notices(run)), console)
+    _report_rows(run, console)
+
+
+def _report_rows(run: Run, console: Console) -> None:
     for name, stream in run.streams.items():
         stats = stream.stats
         for source, rows in stats.rows.items():
             cut = f", {stats.truncated[source]:,} texts cut to their limit" if stats.truncated[source] else ""
-            count = "read along while training" if rows is None else f"{rows:,} rows{cut}"
-            console.print(f"{name}: {source}, {count}", highlight=False, soft_wrap=True)
+            count = "rows are read along" if rows is None else f"{rows:,} rows"
+            console.print(f"{name}: {source}, {count}{cut}", highlight=False, soft_wrap=True)
         for reason, rejected in stats.rejected.items():
             console.print(f"{name}: {rejected:,} left out: {reason}", highlight=False, soft_wrap=True)
+        along = sum((entry.ignored for entry in stream.entries if entry.rows is None), Counter())
+        if along:  # of the others the source's own line tells
+            not_read = ", ".join(f"{key} ({count:,})" for key, count in sorted(along.items()))
+            console.print(f"{name}: not read: {not_read}", highlight=False, soft_wrap=True)
 
 
 def _pooling_notices(run: Run) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 _FEATURES = ("experts", "neurons", "latents")
 _MOST = 400
+_FEATURES_AT_ONCE = 16384
+_TEXTS = ("group", "before", "token", "after")
+_WHOSE = "routers"
+"""Key of the parquet file's metadata: `router_key` of the model that experts are of."""
 
 
 def contexts(argv: Sequence[str]) -> None:
@@ -43,8 +47,8 @@ def contexts(argv: Sequence[str]) -> None:
         "neurons of any decoder, or latents of sparse autoencoders over its layers' outputs (needs sae-lens)")  # fmt: skip
     add("--layers", type=whole, nargs="+", default=None, help="layers of neurons (all) or latents (the last but one)")
     add("--fit", nargs="+", default=None, metavar="NAME=FILE", help="texts to train the autoencoders on, others than --data")
-    add("--latents", type=positive, default=4096, help="of an autoencoder (4096)")
-    add("--active", type=positive, default=32, help="latents that a token may use (32)")
+    add("--latents", type=positive, default=None, help="of an autoencoder (4096)")
+    add("--active", type=positive, default=None, help="latents that a token may use (32)")
     options = parser.parse_args(list(argv))
     check_file(options.out)
     _check_features(options)
@@ -74,6 +78,11 @@ def _check_features(options: argparse.Namespace) -> None:
         raise ConfigError("--layers: experts belong to routers, all of which are read; it is for neurons and latents.")
     if (options.features == "latents") != (options.fit is not None):
         raise ConfigError("--fit: names the texts that autoencoders are trained on; it goes with --features latents.")
+    if options.features != "latents" and (options.latents or options.active):
+        raise ConfigError("--latents, --active: belong to autoencoders (--features latents).")
+    options.latents, options.active = options.latents or 4096, options.active or 32
+    if options.active > options.latents:
+        raise ConfigError(f"--active: got {options.active}, expected at most the {options.latents} latents there are.")
     if options.features == "latents":
         from unified_lm.evaluation.experts.autoencoder import require_saelens
 
@@ -104,22 +113,32 @@ def _together(kinds: Sequence[Domain]) -> Domain:
 
 
 def _write_contexts(path: Path, found: Contexts, features: Features, model: UnifiedLM) -> None:
-    """A row group for each group of features; experts have their keys i and j too."""
+    """Some features at a time; experts have their keys i and j too, and the file says of which routers they are."""
     import pyarrow as pa
     from pyarrow import parquet
 
     from unified_lm.evaluation.experts.contexts import context_rows
+    from unified_lm.evaluation.experts.features import Experts
+    from unified_lm.models.monet.masks import router_key
 
     decode = model.prompt_encoder.tokenizer.backend_tokenizer.decode_batch
     writer = None
+    with model.borrow_backbone() as backbone:
+        whose = {_WHOSE: router_key(backbone.causal_lm)} if isinstance(features, Experts) else {}
     for number, name in enumerate(features.groups):
-        columns = context_rows(found, number, lambda ids: decode(ids, skip_special_tokens=False))
-        columns = {"group": [name] * len(columns["feature"])} | columns
-        if keys := getattr(features, "keys", 0):
-            columns |= {"i": [n // keys for n in columns["feature"]], "j": [n % keys for n in columns["feature"]]}
-        table = pa.table(columns)
-        writer = writer or parquet.ParquetWriter(path, table.schema)
-        writer.write_table(table)
+        for start in range(0, features.size, _FEATURES_AT_ONCE):
+            part = slice(start, min(start + _FEATURES_AT_ONCE, features.size))
+            columns = context_rows(found, number, part, lambda ids: decode(ids, skip_special_tokens=False))
+            columns = {"group": [name] * len(columns["feature"])} | columns
+            if isinstance(features, Experts):
+                keys = features.keys
+                columns |= {"i": [n // keys for n in columns["feature"]], "j": [n % keys for n in columns["feature"]]}
+            schema = pa.schema(
+                [(key, pa.float32() if key == "weight" else pa.string() if key in _TEXTS else pa.int32()) for key in columns],
+                metadata=whose,
+            )
+            writer = writer or parquet.ParquetWriter(path, schema)
+            writer.write_table(pa.table(columns, schema=schema))
     assert writer is not None, "there is a group"
     writer.close()
 
@@ -142,9 +161,11 @@ def explain(argv: Sequence[str]) -> None:
     options = parser.parse_args(list(argv))
     tokens = {name: _tokens_of(options.contexts, name) for name in options.experts}
     model = find_model(options.model).load(options, template="plain")
+    _check_whose(options.contexts, model)
+    piece = token_texts(model.prompt_encoder.tokenizer)
     for name, ids in tokens.items():
         answer = explain_tokens(model, ids, question=options.question, max_new_tokens=options.max_new_tokens)
-        said = " | ".join(dict.fromkeys(str(model.prompt_encoder.tokenizer.decode([token])) for token in ids))
+        said = " | ".join(dict.fromkeys(map(piece, ids)))
         print(f"{name} ({said}): {answer}")
 
 
@@ -173,6 +194,35 @@ def _tokens_of(path: Path, name: str) -> list[int]:
     return ids
 
 
+def _check_whose(path: Path, model: UnifiedLM) -> None:
+    """Refuse contexts of another model: its tokens would be explained as this one's."""
+    from pyarrow import parquet
+
+    from unified_lm.models.monet.masks import router_key
+
+    said = (parquet.read_schema(path).metadata or {}).get(_WHOSE.encode(), b"").decode()
+    with model.borrow_backbone() as backbone:
+        key = router_key(backbone.causal_lm)
+    if said != key:
+        raise DataError(
+            f"{path} is of a model with other routers ({said or 'not said'}) than this one's ({key}). Read this model's: "
+            "unified-lm experts contexts."
+        )
+
+
+def token_texts(tokenizer: Any) -> Callable[[int], str]:
+    """What a token adds to a text, with the space that decoding it alone may lose."""
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    before = str(tokenizer.decode(anchor))
+
+    @cache
+    def text(token: int) -> str:
+        """The text after another token's."""
+        return str(tokenizer.decode([*anchor, token])).removeprefix(before)
+
+    return text
+
+
 def experts_page(argv: Sequence[str]) -> None:
     """Write a page with the experts of a model."""
     parser = command_parser(
@@ -188,6 +238,8 @@ def experts_page(argv: Sequence[str]) -> None:
     options = parser.parse_args(list(argv))
     check_file(options.out)
     kinds = read_domains(options.data, options.documents)
+    if len(kinds) < 2:
+        raise ConfigError("--data: a page tells experts by the kind of text that uses them, and needs two kinds at least.")
     model_ref = find_model(options.model)
     model = model_ref.load(options, template="plain")
     from unified_lm.evaluation.experts.contexts import chance_purity, purities, top_contexts, windows
@@ -205,17 +257,16 @@ def experts_page(argv: Sequence[str]) -> None:
         _, owner = owners(statistics, RATIO, min_tokens=0)
         chosen = pages.choose_experts(statistics, owner, scores, options.most)
         around = windows(features, together, found, chosen, **reading)
-    tokenizer = model.prompt_encoder.tokenizer
     text = pages.experts_page(
         model=model_ref.name,
         statistics=statistics,
         owner=owner,
         purity=scores,
-        chance=chance_purity(found),
+        chance=chance_purity(found) if np.isfinite(scores).any() else None,
         contexts=found,
         document_kinds=[kind.name for kind in kinds for _ in kind.documents],
         windows=around,
-        piece=cache(lambda token: str(tokenizer.decode([token]))),
+        piece=token_texts(model.prompt_encoder.tokenizer),
     )
     write_text_file(options.out, text)
     print(f"{sum(map(len, chosen)):,} of {owner.size:,} experts; {found.read:,} tokens read")

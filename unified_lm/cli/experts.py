@@ -19,6 +19,7 @@ from unified_lm.core.files import write_json
 from unified_lm.core.outputs import check_file, check_folder, write_folder, write_json_file
 from unified_lm.data.rows.readers import read_rows
 from unified_lm.data.rows.records import TextRecord
+from unified_lm.data.rows.violations import describe
 from unified_lm.evaluation.generation.perplexity import BUILT_IN, Domain
 
 _FILE = "routing.safetensors"
@@ -185,17 +186,23 @@ def _scored_rows(path: Path, text: str, score: str) -> tuple[Domain, list[float]
     texts: list[TextRecord] = []
     scores: list[float] = []
     for location, row in read_rows(path):
-        value = row.get(score) if isinstance(row, Mapping) else None
-        said = row.get(text) if isinstance(row, Mapping) else None
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is None or not is_number or not isinstance(said, str) or not said.strip():
+        if not isinstance(row, Mapping) or not {text, score} <= row.keys():
             there = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
             raise DataError(
-                f"{path}, {location}: expected a text under '{text}' and a finite number under '{score}', got {there}. "
-                "Name the columns with --text and --score."
+                f"{path}, {location}: expected the columns '{text}' and '{score}', got {there}. Name them with --text and "
+                "--score."
             )
+        said = row[text]
+        if not isinstance(said, str) or not said.strip():
+            raise DataError(f"{path}, {location}, field '{text}': got {describe(said)}, expected a text.")
+        try:
+            number = float("nan") if isinstance(row[score], bool) else float(row[score])  # a table has numbers as texts
+        except (TypeError, ValueError, OverflowError):
+            number = float("nan")
+        if not math.isfinite(number):
+            raise DataError(f"{path}, {location}, field '{score}': got {describe(row[score])}, expected a finite number.")
         texts.append(TextRecord(said))
-        scores.append(float(value))
+        scores.append(number)
     return Domain(path.name, tuple(texts)), scores
 
 

@@ -56,6 +56,8 @@ class SourceConfig:
     """Name of a Hub dataset."""
     subset: str | None = None
     """Configuration name of the Hub dataset, or part of a built-in one."""
+    data_dir: str | None = None
+    """Folder of the Hub dataset to read alone."""
     revision: str | None = None
     """Hub revision of the dataset (branch, tag or commit)."""
     builtin: str | None = None
@@ -106,6 +108,8 @@ class SourceConfig:
             yield from choice(f"{path}.builtin", self.builtin, ("pydocs",))
         if self.path and self.subset:
             yield f"{path}.subset: belongs to a Hub or built-in data set, got the path {self.path}."
+        if self.data_dir and not self.hub:
+            yield f"{path}.data_dir: belongs to a Hub data set (hub=NAME), and none is given."
         if self.revision and not self.hub:
             yield f"{path}.revision: belongs to a Hub data set (hub=NAME), and none is given."
         if self.split == "":

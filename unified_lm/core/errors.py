@@ -59,15 +59,15 @@ def about(what: str | Path) -> Iterator[None]:
         raise
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: object, known: Iterable[object]) -> str:
     """Return " Did you mean 'x'?" for the closest known name, or the list of known names when none is close.
 
     Args:
         name: what the user typed.
-        known: the valid names.
+        known: the valid names. They may be the user's own, and then anything that YAML has as a key or in a list.
     """
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    names = sorted(map(str, known))
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(names)}." if names else ""

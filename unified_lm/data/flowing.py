@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unified_lm.batch.sample import Sample
 from unified_lm.config.streams import RecordKind, SourceConfig, StreamConfig
-from unified_lm.core.errors import CheckpointError, DataError
+from unified_lm.core.errors import CheckpointError, ConfigError, DataError
 from unified_lm.core.random import derive_seed
 from unified_lm.core.user_files import user_path
 from unified_lm.data.formats.running_text import Text
@@ -38,7 +38,10 @@ from unified_lm.data.token_cache import table_key
 logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 4096
-"""Rows that are read, shuffled and tokenized at a time: some million tokens of ordinary documents."""
+"""Rows that are read and shuffled at a time: some million tokens of ordinary documents, which are held in memory."""
+
+_ROWS_AT_ONCE = 256
+"""Rows that are tokenized at a time: a tokenizer holds much more than ids of them."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Flow:
     Attributes:
         name: as `RecordSource.name`.
         parts: its files, in sorted order.
-        fingerprint: hash of names and sizes of files (of a Hub data set: of its name, revision and number of files) and of the
-            settings that select rows. The rows themselves are not hashed: that would read all of them.
+        fingerprint: hash of names and sizes of files (on the Hub: of names and the commit) and of the settings that select
+            rows. The rows themselves are not hashed: that would read all of them.
         parser: parses rows.
         skip: rows to leave out and count instead of raising, as in `open_shard`.
     """
@@ -85,19 +88,19 @@ def open_flow(config: SourceConfig, kind: RecordKind) -> Flow:
     parser = RowParser(kind, config.columns, config.ignore)
     skip: Skip = "all" if config.on_unusable == "skip" else "empty"
     if config.hub is not None:
-        name, readers = hub_parts(config)
+        name, files_of_hub, readers = hub_parts(config)
         parts = [Part(f"Hub data set {name}", reader) for reader in readers]
-        content: list[Any] = [name, config.revision, len(parts)]
+        content: list[Any] = [name, files_of_hub, len(parts)]
     else:
-        name, root, files = _files(config, kind)
+        name, root, files = _local_files(config, kind)
         parts = [Part(str(file), partial(_rows_from, file)) for file in files]
         content = [[str(file.relative_to(root)), file.stat().st_size] for file in files]
     # Not `skip`: a run that met a row it cannot use may go on with on_unusable=skip, and reads what it would have read.
-    settings = [content, sorted(parser.columns.items()), sorted(parser.ignore)]
+    settings = [content, BLOCK_ROWS, sorted(parser.columns.items()), sorted(parser.ignore)]
     return Flow(name, parts, blake2b(repr(settings).encode(), digest_size=16).hexdigest(), parser, skip)
 
 
-def _files(config: SourceConfig, kind: RecordKind) -> tuple[str, Path, list[Path]]:
+def _local_files(config: SourceConfig, kind: RecordKind) -> tuple[str, Path, list[Path]]:
     """Name of the source, the folder that names of files are relative to, and the files."""
     if config.builtin is not None:
         name, file = pydocs_file(config.subset, config.split_or_train, kind)
@@ -111,6 +114,9 @@ def _rows_from(file: Path, start: int) -> Rows:
     return islice(read_rows(file), start, None)
 
 
+_START: Mapping[str, Any] = {"epoch": 0, "part": 0, "row": 0, "given": 0, "held": [], "rejected": {}, "truncated": 0}
+
+
 class FlowCursor:
     """Where the reading of one source stands: gives pieces, epoch after epoch.
 
@@ -122,11 +128,9 @@ class FlowCursor:
 
     def __init__(self, flow: Flow, format: Text, seed: int) -> None:
         self.flow = flow
-        self.rejected: Counter[str] = Counter()
-        self.truncated = 0
         self._format = format
         self._seed = seed
-        self._go_to({"epoch": 0, "part": 0, "row": 0, "given": 0, "held": []})
+        self._go_to(_START)
 
     def _go_to(self, state: Mapping[str, Any]) -> None:
         self.epoch, self._part, self._row = int(state["epoch"]), int(state["part"]), int(state["row"])
@@ -135,13 +139,21 @@ class FlowCursor:
         self._rows: Rows | None = None
         self._pieces: list[Encoded] = []
         self._left = self._held  # after this block
+        self._rejected_before = Counter(dict(state["rejected"]))  # in the blocks before this one
+        self._rejected: Counter[str] = Counter()  # in this block
+        self.truncated = int(state["truncated"])
         self._read = 0  # rows of this block
         # Whether this epoch has had a token; of one that was begun by another process nobody knows.
         self._fruitful = any(state[key] for key in ("part", "row", "given"))
 
     def reset(self) -> None:
         """Go back to the first row of the first epoch."""
-        self._go_to({"epoch": 0, "part": 0, "row": 0, "given": 0, "held": []})
+        self._go_to(_START)
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Records and texts left out so far, by reason; those of a block once it is read."""
+        return self._rejected_before + self._rejected
 
     def take(self) -> Encoded:
         """The next piece.
@@ -158,8 +170,15 @@ class FlowCursor:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON values: the block that is being given out, and how many of its pieces have been."""
-        held = self._held.tolist()
-        return {"epoch": self.epoch, "part": self._part, "row": self._row, "given": self._given, "held": held}
+        return {
+            "epoch": self.epoch,
+            "part": self._part,
+            "row": self._row,
+            "given": self._given,
+            "held": self._held.tolist(),
+            "rejected": dict(self._rejected_before),
+            "truncated": self.truncated,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a saved position.
@@ -182,6 +201,7 @@ class FlowCursor:
     def _next_block(self) -> None:
         """Go on to the next block that can be read, in the next file or epoch if this one is at its end."""
         self._row, self._held, self._given = self._row + self._read, self._left, 0
+        self._rejected_before, self._rejected = self.rejected, Counter()
         self._read_block()
         if self._read:
             return
@@ -198,10 +218,14 @@ class FlowCursor:
             self._rows = iter(part.rows(self._row))
         rows = list(islice(self._rows, BLOCK_ROWS))
         self._read = len(rows)
-        usable = valid_rows(part.origin, iter(rows), self.flow.parser, self.flow.skip, self.rejected)
+        usable = valid_rows(part.origin, iter(rows), self.flow.parser, self.flow.skip, self._rejected)
         texts = [str(fields["text"]) for _, fields in usable]
         order = self._rng("block", self._part, self._row).permutation(len(texts))
-        self._pieces, self._left = self._format.pieces([texts[i] for i in order], self._held, self.rejected)
+        self._pieces, self._left = [], self._held
+        for start in range(0, len(texts), _ROWS_AT_ONCE):
+            some = [texts[i] for i in order[start : start + _ROWS_AT_ONCE]]
+            pieces, self._left = self._format.pieces(some, self._left, self._rejected)
+            self._pieces += pieces
         self._fruitful |= bool(self._pieces) or len(self._left) > len(self._held)
 
     def _order(self) -> np.ndarray:
@@ -238,6 +262,11 @@ class FlowingStream(Stream):
         super().__init__(name, config, tokenizer, seed)
         assert isinstance(self.format, Text), "only running text can flow (StreamConfig.can_flow)"
         text = self.format
+        if type(text).samples is not Text.samples:
+            raise ConfigError(
+                f"streams.{name}.sources.0.streaming: the format {config.format} overrides `samples`, which has whole rows, "
+                "and rows that are read along are pieces. Override `sample`, or leave streaming out."
+            )
         self.cursors = [FlowCursor(flow, text, derive_seed(seed, name, "order", index)) for index, flow in enumerate(flows)]
         self.source_names = distinct_names([flow.name for flow in flows])
         self.probabilities = self._shares(weights, weights)
@@ -255,9 +284,11 @@ class FlowingStream(Stream):
 
     @property
     def entries(self) -> list[SourceEntry]:
-        """See `Stream.entries`; what was left out counts since the process began."""
+        """See `Stream.entries`; numbers of what has been read so far."""
         return [
-            SourceEntry(name, None, Counter(cursor.rejected), cursor.truncated, cursor.epoch, cursor.flow.fingerprint)
+            SourceEntry(
+                name, None, cursor.rejected, cursor.truncated, cursor.epoch, cursor.flow.fingerprint, cursor.flow.parser.ignored
+            )
             for name, cursor in zip(self.source_names, self.cursors, strict=True)
         ]
 

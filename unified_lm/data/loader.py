@@ -106,6 +106,11 @@ class StepLoader:
         return samples, counts
 
     @property
+    def reads_along(self) -> bool:
+        """Whether a draw reads rows that nobody has looked at before, so that it may fail at any step."""
+        return any(stream.config.is_flowing for stream in self.streams.values())
+
+    @property
     def num_drawn(self) -> int:
         """Batches drawn since the first step of the run."""
         return next(iter(self.streams.values())).draws

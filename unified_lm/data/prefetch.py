@@ -15,7 +15,8 @@ class PrefetchingLoader:
     """A `StepLoader` that draws one batch ahead, in a thread that ends with its draw.
 
     Batches, their order and the saved cursors are those of the loader itself: cursors are those of the last batch that was
-    handed out. An error of a draw is raised by the `next_batch` that would have returned its batch.
+    handed out. An error of a draw is raised by the `next_batch` that would have returned its batch; the saved cursors stay
+    those of the last batch.
 
     Args:
         loader: only this object may draw from it.
@@ -30,12 +31,20 @@ class PrefetchingLoader:
 
     def next_batch(self) -> Batch:
         """This rank's share of the next step."""
-        ahead, self._ahead, self._state = self._ahead, None, None
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            self._state = self.loader.state_dict()  # the cursors that stay where the draw fails
         batch = self.loader.next_batch() if ahead is None else ahead.result()
+        self._state = None
         if self.loader.num_drawn < self.num_steps:
             self._state = self.loader.state_dict()
             self._ahead = _in_thread(self.loader)
         return batch
+
+    @property
+    def reads_along(self) -> bool:
+        """See `StepLoader.reads_along`."""
+        return self.loader.reads_along
 
     def reset(self) -> None:
         """Go back to the first step."""

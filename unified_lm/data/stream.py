@@ -31,7 +31,8 @@ class SourceEntry:
         rejected: records and texts left out so far, by reason.
         truncated: texts cut to their limit.
         epochs: finished epochs.
-        fingerprint: hash of the rows and of the settings that select or change them.
+        fingerprint: hash of the rows (read along: of names and sizes of files) and of the settings that select or change them.
+        ignored: rows by key that they have and that is not read.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SourceEntry:
     truncated: int
     epochs: int
     fingerprint: str
+    ignored: Counter[str]
 
 
 @dataclass(frozen=True)

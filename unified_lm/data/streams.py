@@ -118,6 +118,7 @@ class TableStream(Stream):
                 truncated=int(table.truncated.sum()),
                 epochs=cursor.epoch,
                 fingerprint=source.fingerprint,
+                ignored=source.ignored,
             )
             for name, source, table, cursor in parts
         ]

@@ -16,7 +16,8 @@ from unified_lm.checkpoint.state import Identity, RunState, load_rng, load_state
 from unified_lm.checkpoint.store import CheckpointCopier, prune, remove_unfinished
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
-from unified_lm.core.agreement import run_on_rank0
+from unified_lm.core.agreement import failures, run_on_rank0
+from unified_lm.core.errors import DataError, UserError
 from unified_lm.core.random import RngState
 from unified_lm.core.tracing import trace_span
 from unified_lm.engine.accounting.throughput import StepMeter
@@ -37,6 +38,10 @@ class Loader(Protocol):
 
     def next_batch(self) -> Batch:
         """This rank's share of the next step."""
+
+    @property
+    def reads_along(self) -> bool:
+        """Whether a draw may meet rows that cannot be used: they are read while training."""
 
     def reset(self) -> None:
         """Go back to the first step."""
@@ -105,7 +110,7 @@ def fit(training: TrainingState, stop: StopRequest) -> bool:
         if _validates_at(config, progress.step) and not progress.validated:
             _validate(training, progress.step)
         while progress.step < config.max_steps:
-            values, stopped_by = _train_step(training, progress, stop)
+            values, stopped_by = _train_step(training, progress, stop, saver)
             last = progress.step == config.max_steps
             training.reporter.step(progress.step, values, last=last)
             # Saved first: whatever goes wrong while measuring, the steps are not lost. A resume measures what is missing.
@@ -143,12 +148,40 @@ def _validates_at(config: RunConfig, step: int) -> bool:
     return step in (0, config.max_steps) or _due(step, config.validation.every)
 
 
-def _train_step(training: TrainingState, progress: _Progress, stop: StopRequest) -> tuple[dict[str, float], str | None]:
+def _next_batch(training: TrainingState, progress: _Progress, saver: _Saver) -> Batch:
+    """The next batch. Where rows are read along, one that cannot be used costs no step: what is trained is saved first.
+
+    Raises:
+        DataError: a row or a file that cannot be used; on every rank, whichever met it.
+    """
+    loader = training.loader
+    if not loader.reads_along:
+        return loader.next_batch()
+    batch, error = None, None
+    try:
+        batch = loader.next_batch()
+    except UserError as failure:
+        error = failure
+    problem = failures(error)
+    if problem is None:
+        assert batch is not None
+        return batch
+    if saver.newest != progress.step > 0:
+        saver.save()
+    raise DataError(
+        f"{problem}\nThe {progress.step} steps taken are saved. Mend the data, or leave such rows out with on_unusable=skip, "
+        "and go on with resume=auto."
+    ) from error
+
+
+def _train_step(
+    training: TrainingState, progress: _Progress, stop: StopRequest, saver: _Saver
+) -> tuple[dict[str, float], str | None]:
     """Take one optimizer step; returns what it measured, and the signal that asks the run to stop."""
     config = training.config
     started = time.perf_counter()
     with trace_span("load a batch", waits=False):
-        batch = training.loader.next_batch().to(distributed.local_device())
+        batch = _next_batch(training, progress, saver).to(distributed.local_device())
     loaded = time.perf_counter()
     training.trainable.train()
     rate = learning_rate(config.optim, progress.step, config.max_steps)
@@ -213,6 +246,8 @@ class _Saver:
         self.progress = progress
         self.settings = training.config.checkpoint
         self.folder = training.run_dir / "checkpoints"
+        # The step of the newest checkpoint, written or read.
+        self.newest = None if training.resume_from is None else progress.step
         self._copier: CheckpointCopier | None = None
         if self.settings.copy_to is not None and distributed.is_rank0():
             self._copier = CheckpointCopier(Path(self.settings.copy_to), self.settings.keep_last, self.settings.keep_every)
@@ -243,6 +278,7 @@ class _Saver:
             tensors = chain(training.backend.optimizer_state(), trained_buffers(training.trainable))
             path = save_state(state, RngState.capture(), tensors, self.folder)
             run_on_rank0(lambda: self._settle(path))
+        self.newest = state.step
 
     def _remove_unfinished(self) -> None:
         for folder in (self.folder, *([Path(self.settings.copy_to)] if self.settings.copy_to else [])):

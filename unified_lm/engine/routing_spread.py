@@ -109,10 +109,17 @@ class RoutingSpread(CoupledTerm):
     def make(cls, parts: TermParts) -> CoupledTerm:
         """See `CoupledTerm.make`."""
         routers = product_key_routers(parts.trainable.backbone)
-        if any(p.requires_grad for p in routers[0].parameters()) and not routers[0].w1.weight.requires_grad:
+        trained = [routers[0].w1.weight.requires_grad, routers[0].w2.weight.requires_grad]
+        if any(p.requires_grad for p in routers[0].parameters()) and not any(trained):
             raise ConfigError(
                 "lora adapts MONET's routers (router.w1, router.w2), whose statistics an adapter does not hold, and a stream "
                 "has router_uniformity_coef or router_ambiguity_coef. Set both to null, or name other lora.target_modules."
+            )
+        if any(trained) and not all(trained):
+            raise ConfigError(
+                "optim.frozen names one side of MONET's routers (router.w1 or router.w2), and a stream has "
+                "router_uniformity_coef or router_ambiguity_coef, which move the statistics of both. Name router, or set "
+                "both to null."
             )
         weights = {}
         for name, objective in parts.streams.items():

@@ -79,7 +79,7 @@ class DataRecord:
     Attributes:
         stream: name of the stream that read it.
         name: path, Hub name or built-in name.
-        fingerprint: hash of its content; "" if unknown.
+        fingerprint: hash of its content (of rows that were read along: of names and sizes of files); "" if unknown.
         num_rows: rows in use, or None if unknown.
         license: license of the data; "" if unknown.
     """

@@ -22,7 +22,7 @@ def freeze(causal_lm: PreTrainedModel, names: Sequence[str]) -> str:
     Raises:
         ModelError: a name matches nothing that has parameters, or nothing is left to train.
     """
-    parameters = dict(causal_lm.named_parameters())
+    parameters = dict(causal_lm.named_parameters(remove_duplicate=False))
     frozen: set[str] = set()
     for name in names:
         own = {full for full in parameters if f".{name}." in f".{full}."}
@@ -33,10 +33,12 @@ def freeze(causal_lm: PreTrainedModel, names: Sequence[str]) -> str:
                 f"{did_you_mean(name, parts)}"
             )
         frozen |= own
-    if not any(parameter.requires_grad for full, parameter in parameters.items() if full not in frozen):
+    kept = {id(parameters[full]): parameters[full] for full in frozen}
+    every = {id(parameter): parameter for parameter in parameters.values()}
+    if not any(parameter.requires_grad for key, parameter in every.items() if key not in kept):
         raise ModelError(f"optim.frozen: without {', '.join(names)} nothing is left to train.")
-    for full in frozen:
-        parameters[full].requires_grad_(False)
-    sizes = {full: int(getattr(p, "ds_numel", p.numel())) for full, p in parameters.items()}  # as ZeRO-3 remembers them
-    share = sum(sizes[full] for full in frozen) / sum(sizes.values())
-    return f"{', '.join(names)}: {len(frozen)} tensors ({share:.1%} of all parameters) stay as they are (optim.frozen)"
+    for parameter in kept.values():
+        parameter.requires_grad_(False)
+    sizes = {key: int(getattr(p, "ds_numel", p.numel())) for key, p in every.items()}  # as ZeRO-3 remembers them
+    share = sum(sizes[key] for key in kept) / sum(sizes.values())
+    return f"{', '.join(names)}: {len(kept)} tensors ({share:.1%} of all parameters) stay as they are (optim.frozen)"

@@ -140,7 +140,10 @@ def _probe_positions(backbone: Backbone, samples: list[Sample], longest: int) ->
     far_T[stop - 1] = longest - 1
     before = backbone(near)[stop:].float()
     after = backbone(replace(pack, position_ids=far_T))[stop:].float()
-    change = float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)).max())
+    change_T = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-12)
+    # Other frequencies change all tokens. In low precision rounding lets a token of a mixture choose another expert now and
+    # then, which changes that one more (1.6e-2 in an upcycled SmolLM2 in bfloat16).
+    change = float(change_T.median() if families.router_places(backbone.causal_lm) else change_T.max())
     if not change <= rounding_of(backbone.causal_lm, backbone.causal_lm.dtype):
         raise ModelError(
             f"{type(backbone.causal_lm).__name__} leaks: a sample of {longest} tokens changed the positions of another one in "

@@ -47,7 +47,7 @@ def experts_page(
     statistics: RoutingStatistics,
     owner: np.ndarray,
     purity: np.ndarray,
-    chance: float,
+    chance: float | None,
     contexts: Contexts,
     document_kinds: Sequence[str],
     windows: Sequence[dict[int, list[Window]]],
@@ -60,7 +60,7 @@ def experts_page(
         statistics: how much each kind of text uses each expert.
         owner: see `choose_experts`.
         purity: see `choose_experts`.
-        chance: `contexts.chance_purity`.
+        chance: `contexts.chance_purity`; None where no expert is used enough.
         contexts: what `windows` were made of.
         document_kinds: the kind of each document of the contexts.
         windows: of the chosen experts of each router.

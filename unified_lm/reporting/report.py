@@ -187,7 +187,7 @@ class _Data:
 
     stream: str = ""
     source: str = ""
-    rows: int = 0
+    rows: int | None = 0
     rejected: Mapping[str, int]
     truncated: int = 0
     fingerprint: str = ""

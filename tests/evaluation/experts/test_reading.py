@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 from pyarrow import parquet
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from tests.inference.conftest import make_export
 from unified_lm.batch import Sample, make_pack
+from unified_lm.cli.expert_contexts import token_texts
 from unified_lm.cli.main import main
 from unified_lm.core.errors import DataError, ModelError
 from unified_lm.data.rows.records import TextRecord
@@ -142,8 +146,9 @@ def test_models_and_layers_without_such_features_are_refused(load) -> None:
         Neurons(load("llama"), [9])
     with pytest.raises(ModelError, match="layer -1: the model has 2 layers"):
         next(layer_outputs(load("llama"), TEXTS, 64, [-1]))
-    with pytest.raises(ModelError, match="feed-forward layers of one dense hidden layer"):
-        Neurons(load("mixtral"))
+    for family in ("mixtral", "qwen2_moe", "deepseek_v2"):
+        with pytest.raises(ModelError, match="does not have one dense hidden layer, always of the same width"):
+            Neurons(load(family))
 
 
 def test_latents_are_read_from_the_outputs_of_layers(load) -> None:
@@ -175,14 +180,11 @@ def test_an_explanation_reads_the_mean_of_embeddings(load) -> None:
     model = load("monet")
     with model.borrow_backbone() as backbone:
         table = backbone.causal_lm.get_input_embeddings().weight.data
-    alone = explain_tokens(model, [70], max_new_tokens=6)
-    assert alone == explain_tokens(model, [70, 70], max_new_tokens=6)
-    saved = table.clone()
-    table[71] = 3 * saved[70]  # the mean of both is then 2 * the first
-    mean = explain_tokens(model, [70, 71], max_new_tokens=6)
-    table[70] = 2 * saved[70]
-    doubled = explain_tokens(model, [70], max_new_tokens=6)
-    assert mean == doubled
+    first, second, third = 70, 95, 120
+    table[third] = (table[first] + table[second]) / 2
+    mean = explain_tokens(model, [first, second], max_new_tokens=12)
+    assert mean == explain_tokens(model, [third], max_new_tokens=12)
+    assert len({mean, *(explain_tokens(model, [token], max_new_tokens=12) for token in (first, second))}) == 3
     for tokens, question in (([], "an X"), ([70], "none")):
         with pytest.raises(DataError, match="expected at least one, and an X in it"):
             explain_tokens(model, tokens, question=question)
@@ -233,6 +235,11 @@ def test_the_commands(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for wrong, message in (("1:2", "expected ROUTER:I,J"), ("9:0,0", "has no expert 9:0,0")):
         assert main([*ask, "--experts", wrong]) == 2
         assert message in capsys.readouterr().err
+    other = make_export(tmp_path / "other", "monet", hidden_size=48)
+    assert main([*ask[:2], str(other), *ask[3:], "--experts", name]) == 2
+    assert "is of a model with other routers" in capsys.readouterr().err
+    assert main(["experts", "page", str(MADE["monet"]), *data[:2], "--out", str(tmp_path / "p.html"), "--device", "cpu"]) == 2
+    assert "needs two kinds at least" in capsys.readouterr().err
     neurons = tmp_path / "neurons.parquet"
     assert main(["experts", "contexts", str(MADE["llama"]), *data, "--out", str(neurons), "--features", "neurons"]) == 0
     assert "neurons are used by 10 of them or more" in capsys.readouterr().out
@@ -241,6 +248,8 @@ def test_the_commands(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "holds no contexts of experts" in capsys.readouterr().err
     for more, message in (
         (["--layers", "1"], "--layers: experts belong to routers"),
+        (["--latents", "64"], "--latents, --active: belong to autoencoders"),
+        (["--features", "latents", "--fit", "a", "--active", "9999"], "--active: got 9999, expected at most the 4096"),
         (["--features", "latents"], "--fit: names the texts"),
         (["--fit", f"a={tmp_path}/a.jsonl"], "--fit: names the texts"),
     ):
@@ -254,8 +263,26 @@ def test_the_commands(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main([*correlate, "--score", "bad", "--out", str(out), "--above", "0.1", "2"]) == 0
     assert {path.name for path in out.glob("*.safetensors")} == {"correlation.safetensors", "without-above-0.1.safetensors"}
     assert "above 2: 0 of 256 experts" in capsys.readouterr().out
+    table = tmp_path / "scored.csv"
+    table.write_text("text,bad\n" + "".join(f"the cat {i},{i / 10}\n" for i in range(6)))
+    assert main([*correlate[:4], str(table), *correlate[5:], "--score", "bad", "--out", str(tmp_path / "t")]) == 0
+    first, second = (Correlation.load(tmp_path / name / "correlation.safetensors") for name in "ct")
+    assert np.array_equal(first.values, second.values)
+    capsys.readouterr()
+    table.write_text("text,bad\nthe cat,often\n")
+    assert main([*correlate[:4], str(table), *correlate[5:], "--score", "bad", "--out", str(tmp_path / "u")]) == 2
+    assert "line 2, field 'bad': got 'often' (str), expected a finite number" in capsys.readouterr().err
     assert main([*correlate, "--score", "good", "--out", str(tmp_path / "d")]) == 2
-    assert "line 1: expected a text under 'text' and a finite number under 'good', got text, bad" in capsys.readouterr().err
+    assert "line 1: expected the columns 'text' and 'good', got text, bad" in capsys.readouterr().err
+
+
+def test_texts_of_tokens_keep_their_spaces() -> None:
+    words = {"<unk>": 0, "▁the": 1, "▁cat": 2, "s": 3, "▁a": 4, "a": 5}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer.decode([2]) == "cat", "alone it loses its space"
+    assert "".join(map(token_texts(tokenizer), [1, 2, 3])) == " the cats"
 
 
 def test_autoencoders_without_saelens_say_what_to_install(load, tmp_path, monkeypatch, capsys) -> None:

@@ -28,27 +28,29 @@ def hub_rows(config: SourceConfig) -> tuple[str, str, Any]:
     Raises:
         DataError: not found, not reachable, or no such subset or split.
     """
-    name = "/".join(filter(None, (config.hub, config.subset, config.split_or_train)))
+    name = _name(config)
     if config.streaming:
-        request = [config.hub, config.subset, config.split_or_train, config.revision, config.limit]
+        request: list[Any] = [config.hub, config.subset, config.split_or_train, config.revision, config.limit]
+        request += [config.data_dir] if config.data_dir else []  # younger than the first caches
         return name, f"stream:{json.dumps(request)}", lambda: _stream(config, name)
     dataset = _load(config, name)
     return name, f"hub:{dataset._fingerprint}", lambda: _numbered(dataset, name)
 
 
-def hub_parts(config: SourceConfig) -> tuple[str, list[Callable[[int], Rows]]]:
+def hub_parts(config: SourceConfig) -> tuple[str, list[str], list[Callable[[int], Rows]]]:
     """The files of a Hub data set, none of which is read as a whole.
 
     Args:
         config: as in `hub_rows`, with `streaming`.
 
     Returns:
-        Its name with subset and split, and for each of its files a function that starts reading at a row, from 0.
+        Its name with subset and split; its files, with the commit they are of (local ones with their size); and for each
+        part of it a function that starts reading at a row, from 0.
 
     Raises:
         DataError: as in `hub_rows`.
     """
-    name = "/".join(filter(None, (config.hub, config.subset, config.split_or_train)))
+    name = _name(config)
     dataset = _load(config, name)
     count = dataset.num_shards
 
@@ -56,7 +58,19 @@ def hub_parts(config: SourceConfig) -> tuple[str, list[Callable[[int], Rows]]]:
         origin = f"{name}, file {index + 1} of {count}"
         return lambda start: _numbered(dataset.shard(count, index).skip(start), origin, start)
 
-    return name, [reading(index) for index in range(count)]
+    return name, _data_files(config, name), [reading(index) for index in range(count)]
+
+
+def _data_files(config: SourceConfig, name: str) -> list[str]:
+    """Addresses of the files of a split: on the Hub they name the commit, of local files the size follows."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(config.hub, config.subset, **_folder(config), revision=config.revision)
+        found = (builder.config.data_files or {}).get(config.split_or_train, [])
+    except Exception as error:  # as in `_load`
+        raise _unreadable(name, error) from error
+    return [f"{file} {os.path.getsize(file)}" if os.path.exists(file) else str(file) for file in map(str, found)]
 
 
 def hub_label_names(config: SourceConfig) -> dict[str, list[str]]:
@@ -71,10 +85,18 @@ def hub_label_names(config: SourceConfig) -> dict[str, list[str]]:
     Raises:
         DataError: as in `hub_rows`.
     """
-    name = "/".join(filter(None, (config.hub, config.subset, config.split_or_train)))
+    name = _name(config)
     features = _load(config, name).features or {}
     inner = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
     return {column: list(feature.names) for column, feature in inner.items() if hasattr(feature, "names")}
+
+
+def _name(config: SourceConfig) -> str:
+    return "/".join(filter(None, (config.hub, config.subset, config.data_dir, config.split_or_train)))
+
+
+def _folder(config: SourceConfig) -> dict[str, str]:
+    return {"data_dir": config.data_dir} if config.data_dir else {}
 
 
 def _load(config: SourceConfig, name: str) -> Any:
@@ -82,7 +104,12 @@ def _load(config: SourceConfig, name: str) -> Any:
 
     try:
         return datasets.load_dataset(
-            config.hub, config.subset, split=config.split_or_train, revision=config.revision, streaming=config.streaming
+            config.hub,
+            config.subset,
+            **_folder(config),
+            split=config.split_or_train,
+            revision=config.revision,
+            streaming=config.streaming,
         )
     except Exception as error:  # every layer below (datasets, hub client, HTTP, parsers) has exceptions of its own
         raise _unreadable(name, error) from error

@@ -1,6 +1,7 @@
 """Sparse autoencoders over states of a layer, trained by SAELens: what MONET's experts are compared with.
 
-Top-k autoencoders (Gao et al. 2024, arXiv:2406.04093). SAELens is an optional dependency (`pip install sae-lens`).
+Top-k autoencoders (Gao et al. 2024, arXiv:2406.04093). SAELens is an optional dependency; its release 6.54 needs
+transformer-lens below 3.9.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def train_autoencoders(
     states_NGD = torch.cat([states.cpu() for states, _ in layer_outputs(model, domain, context, layers)])
     if len(states_NGD) < _BATCH:
         raise DataError(f"{len(states_NGD)} tokens to train an autoencoder on; {_BATCH} is one batch. Give more texts.")
-    return {layer: _train(states_NGD[:, group].contiguous(), settings) for group, layer in enumerate(layers)}
+    return {layer: _train(states_NGD[:, group].contiguous(), settings, model.device) for group, layer in enumerate(layers)}
 
 
 def require_saelens() -> None:
@@ -87,10 +88,10 @@ def require_saelens() -> None:
     try:
         import sae_lens  # noqa: F401 - takes seconds
     except ImportError as error:
-        raise ConfigError(f"sparse autoencoders need SAELens ({error}): pip install sae-lens") from error
+        raise ConfigError(f"sparse autoencoders need SAELens ({error}): pip install sae-lens 'transformer-lens<3.9'") from error
 
 
-def _train(states_ND: torch.Tensor, settings: AutoencoderSettings) -> Autoencoder:
+def _train(states_ND: torch.Tensor, settings: AutoencoderSettings, device: torch.device | str) -> Autoencoder:
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -98,15 +99,17 @@ def _train(states_ND: torch.Tensor, settings: AutoencoderSettings) -> Autoencode
     # States of unit mean square, so that one learning rate suits any layer; latents keep their order under a scale.
     mean_D = states_ND.mean(0)
     scale = (states_ND - mean_D).square().mean().sqrt()
-    states_ND = (states_ND - mean_D) / scale
+    states_ND = ((states_ND - mean_D) / scale).to(device)
+    mean_D, scale = mean_D.to(device), scale.to(device)
     width = states_ND.shape[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=settings.latents, k=settings.active))
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=settings.latents, k=settings.active, device=str(device)))
         steps = max(1, settings.passes * len(states_ND) // _BATCH)
         config = SAETrainerConfig(
             total_training_samples=steps * _BATCH,
             train_batch_size_samples=_BATCH,
+            device=str(device),
             lr=settings.learning_rate,
             lr_end=settings.learning_rate / 10,
             lr_warm_up_steps=steps // 20,
@@ -123,7 +126,7 @@ def _train(states_ND: torch.Tensor, settings: AutoencoderSettings) -> Autoencode
         return found.clamp_min(0)
 
     with torch.no_grad():
-        error, used = 0.0, torch.zeros(settings.latents, dtype=torch.bool)
+        error, used = 0.0, torch.zeros(settings.latents, dtype=torch.bool, device=device)
         for part in states_ND.split(4096):
             latents = sae.encode(part)
             error += float((sae.decode(latents) - part).square().sum())
@@ -137,4 +140,4 @@ def _batches(states_ND: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
     while True:
         for rows in torch.randperm(len(states_ND), generator=generator).split(_BATCH):
             if len(rows) == _BATCH:
-                yield states_ND[rows]
+                yield states_ND[rows.to(states_ND.device)]

@@ -79,7 +79,7 @@ def top_contexts(
             part = slice(start, min(start + size, tokens))
             known = torch.arange(part.start, part.stop, device=model.device)[:, None] + len(places)
             for group in range(len(features.groups)):
-                active_TN = reading.of(group, part)
+                active_TN = reading.of(group, part, None)
                 # Few features have a better place among a few more tokens, the fewer the more were read.
                 better = (active_TN > weights_GKN[group, -1]).any(0).nonzero()[:, 0]
                 active_TC = active_TN[:, better]
@@ -126,32 +126,30 @@ def chance_purity(contexts: Contexts, num_draws: int = 2000, seed: int = 0) -> f
 
 
 def context_rows(
-    contexts: Contexts, group: int, decode: Callable[[list[list[int]]], list[str]], window: int = 12
+    contexts: Contexts, group: int, part: slice, decode: Callable[[list[list[int]]], list[str]], window: int = 12
 ) -> dict[str, list[Any]]:
-    """Columns of a table with a row for each place of a group, features in order, the best place first.
+    """Columns of a table with a row for each place of some features, in order, the best place first.
 
     Args:
         contexts: what was kept.
         group: of which features.
+        part: which features of it.
         decode: token ids of several texts -> the texts.
         window: tokens of context on either side.
 
     Returns:
         "feature", "rank", "weight", "token_id", "before", "token", "after".
     """
-    found = contexts.places[group]
+    found = contexts.places[group, :, part]
     features, ranks = np.nonzero(found[..., 0].T >= 0)
     parts: tuple[list[list[int]], ...] = ([], [], [])
     for document, place in found[ranks, features]:
         ids = contexts.documents[document].ids
-        for part, piece in zip(
-            parts,
-            (ids[max(0, place - window) : place], ids[place : place + 1], ids[place + 1 : place + 1 + window]),
-            strict=True,
-        ):
-            part.append(piece.tolist())
-    weights = contexts.weights[group, ranks, features]
-    numbers = {"feature": features.tolist(), "rank": ranks.tolist(), "weight": weights.tolist()}
+        around = (ids[max(0, place - window) : place], ids[place : place + 1], ids[place + 1 : place + 1 + window])
+        for column, piece in zip(parts, around, strict=True):
+            column.append(piece.tolist())
+    weights = contexts.weights[group, :, part][ranks, features]
+    numbers = {"feature": (features + part.start).tolist(), "rank": ranks.tolist(), "weight": weights.tolist()}
     numbers["token_id"] = [piece[0] for piece in parts[1]]
     return numbers | dict(zip(("before", "token", "after"), map(decode, parts), strict=True))
 
@@ -197,40 +195,72 @@ def windows(
     Returns:
         For each group: feature -> its windows, the best first.
     """
-    lengths = [len(document.ids) for document in contexts.documents]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    columns = [np.asarray(of_group, np.int64) for of_group in chosen]
-    needed = np.zeros(starts[-1], bool)
-    spans: list[tuple[int, int, int, int, int]] = []
-    for group, of_group in enumerate(columns):
-        for column, feature in enumerate(of_group.tolist()):
-            for document, place in contexts.places[group, :, feature].tolist():
-                if document >= 0:
-                    first, stop = max(0, place - reach), min(lengths[document], place + reach + 1)
-                    spans.append((group, column, document, first, stop))
-                    needed[starts[document] + first : starts[document] + stop] = True
-    rows = np.cumsum(needed) - 1
-    known = [np.zeros((int(needed.sum()), len(of_group)), np.float32) for of_group in columns]
+    places = _WindowPlaces(contexts, chosen, reach)
     for reading in features.read(domain, context):
-        flat = np.array([starts[document] + place for document, place in reading.places])
-        wanted = np.flatnonzero(needed[flat])
-        for group, of_group in enumerate(columns):
-            for part in _runs(wanted):
-                active = reading.of(group, part)[:, torch.from_numpy(of_group)].cpu().numpy()
-                known[group][rows[flat[part]]] = active
+        flat = np.array([places.starts[document] + place for document, place in reading.places])
+        for group, of_group in enumerate(chosen):
+            wanted = torch.tensor(list(of_group), dtype=torch.long)
+            for part in _runs(np.flatnonzero(places.needed[group][flat])):
+                active = reading.of(group, part, wanted)
+                places.fill(group, int(flat[part.start]), active.float().cpu().numpy())
         if progress is not None:
             progress(len(flat))
-    found: list[dict[int, list[Window]]] = [{feature: [] for feature in of_group.tolist()} for of_group in columns]
-    for group, column, document, first, stop in spans:
-        feature = int(columns[group][column])
-        weights = known[group][rows[starts[document] + first : starts[document] + stop], column]
-        rank = len(found[group][feature])
-        center = int(contexts.places[group, rank, feature, 1]) - first
-        found[group][feature].append(Window(document, contexts.documents[document].ids[first:stop], weights, center))
-    return found
+    return places.windows()
 
 
-def _runs(indices: np.ndarray, most: int = 64) -> list[slice]:
+class _WindowPlaces:
+    """The windows of some features, filled token by token: as many weights as their tokens, and no more.
+
+    Args:
+        contexts: whose places.
+        chosen: numbers of features, for each group.
+        reach: tokens on either side.
+
+    Attributes:
+        starts: int64 `[documents + 1]`, where each document begins among all tokens.
+        needed: for each group bool `[tokens]`, whether a window has the token.
+    """
+
+    def __init__(self, contexts: Contexts, chosen: Sequence[Sequence[int]], reach: int) -> None:
+        self._contexts, self._chosen = contexts, chosen
+        lengths = [len(document.ids) for document in contexts.documents]
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        self.needed = [np.zeros(self.starts[-1], bool) for _ in chosen]
+        # of each window: column, first token, stop, best token, document
+        self._spans: list[np.ndarray] = []
+        self._weights: list[list[np.ndarray]] = []
+        for group, of_group in enumerate(chosen):
+            found = []
+            for column, feature in enumerate(of_group):
+                for document, place in contexts.places[group, :, feature].tolist():
+                    if document >= 0:
+                        first, stop = max(0, place - reach), min(lengths[document], place + reach + 1)
+                        start = int(self.starts[document])
+                        found.append((column, start + first, start + stop, start + place, document))
+                        self.needed[group][start + first : start + stop] = True
+            self._spans.append(np.array(found, np.int64).reshape(-1, 5))
+            self._weights.append([np.zeros(stop - first, np.float32) for _, first, stop, _, _ in found])
+
+    def fill(self, group: int, first: int, active_nF: np.ndarray) -> None:
+        """Take what features do at some tokens in a row, of which the first has this number among all."""
+        spans, stop = self._spans[group], first + len(active_nF)
+        for number in np.flatnonzero((spans[:, 1] < stop) & (spans[:, 2] > first)):
+            column, begin, end = spans[number, :3]
+            low, high = max(begin, first), min(end, stop)
+            self._weights[group][number][low - begin : high - begin] = active_nF[low - first : high - first, column]
+
+    def windows(self) -> list[dict[int, list[Window]]]:
+        """For each group: feature -> its windows, the best first."""
+        found: list[dict[int, list[Window]]] = [{int(feature): [] for feature in of_group} for of_group in self._chosen]
+        for group, spans in enumerate(self._spans):
+            for (column, first, stop, best, document), weights in zip(spans.tolist(), self._weights[group], strict=True):
+                start = int(self.starts[document])
+                ids = self._contexts.documents[document].ids[first - start : stop - start]
+                found[group][int(self._chosen[group][column])].append(Window(document, ids, weights, best - first))
+        return found
+
+
+def _runs(indices: np.ndarray, most: int = 256) -> list[slice]:
     """Ascending numbers as slices without gaps, none of them long."""
     if not len(indices):
         return []

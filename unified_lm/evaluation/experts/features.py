@@ -32,11 +32,12 @@ class Reading:
 
     Attributes:
         places: where each of the N tokens is.
-        of: number of a group, and a slice of the tokens -> `[n, F]`, how active each feature is, not negative.
+        of: number of a group, a slice of the tokens, and features or None for all -> `[n, F]`, how active each of these
+            features is, not negative.
     """
 
     places: Places
-    of: Callable[[int, slice], torch.Tensor]
+    of: Callable[[int, slice, torch.Tensor | None], torch.Tensor]
 
 
 class Features(Protocol):
@@ -83,9 +84,13 @@ class Experts:
         """See `Features.read`."""
         for gates_NGSHE, places in gates_of(self._model, domain, context):
 
-            def pairs(group: int, part: slice, gates: torch.Tensor = gates_NGSHE) -> torch.Tensor:
-                """`[n, E * E]`."""
+            def pairs(
+                group: int, part: slice, chosen: torch.Tensor | None = None, gates: torch.Tensor = gates_NGSHE
+            ) -> torch.Tensor:
+                """`[n, E * E]`, or of the chosen experts alone."""
                 first_nHE, second_nHE = gates[part, group].unbind(1)
+                if chosen is not None:
+                    return (first_nHE[..., chosen // self.keys] * second_nHE[..., chosen % self.keys]).sum(1)
                 return torch.bmm(first_nHE.transpose(1, 2), second_nHE).flatten(1)
 
             yield Reading(places, pairs)
@@ -111,15 +116,18 @@ class Neurons:
         chosen = list(range(len(found))) if layers is None else _checked(layers, len(found))
         self._modules = [found[number] for number in chosen]
         self.groups: Sequence[str] = [f"layer {number}" for number in chosen]
-        self.size = int(self._modules[0].weight.shape[1] if isinstance(self._modules[0], nn.Linear) else self._modules[0].nx)
+        self.size = _width(self._modules[0])
 
     def read(self, domain: Domain, context: int) -> Iterator[Reading]:
         """See `Features.read`."""
         for values_NGF, places in read_tokens(self._model, domain, context, self._states):
 
-            def active(group: int, part: slice, values: torch.Tensor = values_NGF) -> torch.Tensor:
+            def active(
+                group: int, part: slice, chosen: torch.Tensor | None = None, values: torch.Tensor = values_NGF
+            ) -> torch.Tensor:
                 """`[n, F]`."""
-                return values[part, group].float().clamp_min(0)
+                own = values[part, group].float().clamp_min(0)
+                return own if chosen is None else own[:, chosen]
 
             yield Reading(places, active)
 
@@ -151,9 +159,12 @@ class Latents:
         """See `Features.read`."""
         for states_NGD, places in layer_outputs(self._model, domain, context, self._layers):
 
-            def active(group: int, part: slice, states: torch.Tensor = states_NGD) -> torch.Tensor:
+            def active(
+                group: int, part: slice, chosen: torch.Tensor | None = None, states: torch.Tensor = states_NGD
+            ) -> torch.Tensor:
                 """`[n, F]`."""
-                return self._encode[group](states[part, group])
+                own = self._encode[group](states[part, group])
+                return own if chosen is None else own[:, chosen]
 
             yield Reading(places, active)
 
@@ -188,13 +199,19 @@ def _down_projections(backbone: Backbone) -> list[Any]:
         if name.rpartition(".")[2] in _DOWN and "attn" not in name and "attention" not in name and hasattr(module, "weight")
     ]
     count = int(backbone.causal_lm.config.num_hidden_layers)
-    if len(names) != count:
+    widths = {_width(backbone.causal_lm.get_decoder().get_submodule(name)) for name in names}
+    if len(names) != count or len(widths) > 1 or any("expert" in name for name in names):
         family = backbone.causal_lm.config.model_type
         raise ModelError(
-            f"family '{family}' has {len(names)} feed-forward layers of one dense hidden layer, and {count} layers: its "
-            "neurons cannot be told. Look at latents instead."
+            f"family '{family}' does not have one dense hidden layer, always of the same width, in each of its {count} layers: "
+            "its neurons cannot be told. Look at latents instead."
         )
     return [backbone.causal_lm.get_decoder().get_submodule(name) for name in names]
+
+
+def _width(module: Any) -> int:
+    """Inputs of a linear layer, or of GPT-2's transposed ones."""
+    return int(module.in_features if hasattr(module, "in_features") else module.nx)
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def gates_of(model: UnifiedLM, domain: Domain, context: int) -> Iterator[tuple[t
         router = routers_of(backbone.causal_lm)[0]
     routers = model.embedder.routers
 
-    def gates(_: Backbone, pack: Pack) -> torch.Tensor:
+    def gates(backbone: Backbone, pack: Pack) -> torch.Tensor:
         """Gates of all routers, `[T, G, 2, H, E]`."""
         rows = torch.arange(len(pack.input_ids), device=pack.input_ids.device)
         _, layers = routers.trace(pack, rows)

@@ -55,13 +55,13 @@ class SparseExperts(nn.Module):
         tokens = order // chosen.shape[1]
         ends = chosen.flatten().bincount(minlength=len(self.experts.up)).tolist()
         parts = hidden[tokens].split(ends)
-        outputs = [self._expert(part, number) for number, part in enumerate(parts) if len(part)]
+        ups, downs = self.experts.up.unbind(0), self.experts.down.unbind(0)  # once: indexing has a gradient of all experts
+        outputs = [self._expert(part, ups[number], downs[number]) for number, part in enumerate(parts) if len(part)]
         weighed = torch.cat(outputs) * weights.flatten()[order, None]
         return torch.zeros_like(hidden).index_add(0, tokens, weighed)
 
-    def _expert(self, hidden: torch.Tensor, number: int) -> torch.Tensor:
-        linear = nn.functional.linear
-        return linear(self.act(linear(hidden, self.experts.up[number])), self.experts.down[number])
+    def _expert(self, hidden: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.act(nn.functional.linear(hidden, up)), down)
 
 
 class PeerExperts(nn.Module):
