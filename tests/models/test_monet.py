@@ -187,6 +187,25 @@ def test_cached_decoding_is_the_whole_forward(changes: dict) -> None:
         assert row[-4:].tolist() == model.generate(alone, **options)[0, -4:].tolist(), "in a padded batch as alone"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_tokens_in_a_row_and_in_batches_are_the_same(kind: str) -> None:
+    """M5: a server's layout without a batch dimension is that of a model with one."""
+    model = tiny_model("monet", moe_decompose=kind)
+    ids = torch.arange(3, 27).view(2, 12)
+    together = model.model(ids, output_hidden_states=True)
+    for row, alone in enumerate(ids):
+        single = model.model(alone[None], output_hidden_states=True)
+        for a, b in zip(together.hidden_states, single.hidden_states, strict=True):
+            torch.testing.assert_close(a[row], b[0], rtol=1e-5, atol=1e-6)
+    layer = model.model.layers[0]
+    hidden = together.hidden_states[0]
+    gates, scores = layer.router(hidden)
+    flat_gates, flat_scores = layer.router(hidden.flatten(0, 1))
+    torch.testing.assert_close(gates.flatten(0, 1), flat_gates)
+    torch.testing.assert_close(scores.flatten(0, 1), flat_scores)
+
+
 def test_checkpoints_load_through_auto_classes(tmp_path) -> None:
     model = tiny_model("monet", moe_masked=True)
     router = model.model.layers[0].router

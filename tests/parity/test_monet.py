@@ -1,4 +1,8 @@
-"""M1 to M4, M6 and M9: MONET's router, its layers with and without a mask, a whole model, and its two terms."""
+"""M1 to M4, M6 and M9: MONET's router, its layers with and without a mask, a whole model, and its two terms.
+
+M5 (without a batch dimension), M7 (cached decoding) and M8 (parameter counts) need no tensors: tests/models/test_monet.py. M10
+(statistics by matrix products) is in tests/evaluation/experts/test_experts.py.
+"""
 
 import pytest
 import torch
