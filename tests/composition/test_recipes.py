@@ -25,6 +25,7 @@ def test_the_recipes_are_these() -> None:
         "generative_only",
         "grit_mistral7b",
         "grit_mixtral8x7b",
+        "grit_monet",
         "grit_olmoe",
         "grit_rag_mistral7b",
         "grit_rag_smollm2",
@@ -120,10 +121,17 @@ def test_monet_is_as_published(size: str, shape: tuple[int, ...]) -> None:
 
 
 def test_monet_is_fine_tuned_with_frozen_routers() -> None:
-    for recipe in ("monet_chat", "monet_code"):
+    for recipe in ("monet_chat", "monet_code", "grit_monet"):
         run = compose_run([f"recipe={recipe}"])
         assert (run.model.source, run.optim.frozen) == ("hub", ("router",))
-        assert all(stream.objective.router_uniformity_coef is None for stream in run.streams.values())
+        assert (run.model.name, run.model.tokenizer) == ("MonetLLM/monet-vd-1.4B-100BT-hf", None)
+        assert all(getattr(s.objective, "router_uniformity_coef", None) is None for s in run.streams.values())
+
+
+def test_llm2vec_adapts_monets_attention() -> None:
+    for run in runs_of("recipe=llm2vec", "model=monet_vd_1.4b"):
+        assert run.lora is not None
+        assert run.lora.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def test_kto_is_as_published() -> None:

@@ -18,7 +18,9 @@ FAMILY = {
     "moee_olmoe": "olmoe",
     "moee_qwen15_moe": "qwen2_moe",
     "moee_deepseek16b": "deepseek_v2",
-    **dict.fromkeys(("monet_1.4b", "monet_4.1b", "monet_850m", "monet_chat", "monet_code", "monet_tiny"), "monet"),
+    **dict.fromkeys(
+        ("monet_1.4b", "monet_4.1b", "monet_850m", "monet_chat", "monet_code", "monet_tiny", "grit_monet"), "monet"
+    ),
 }
 
 
