@@ -144,6 +144,21 @@ def test_init_from_takes_a_run_or_its_export_with_the_manifest(checkpoint, tmp_p
 # --- what is refused
 
 
+def test_a_run_from_random_weights_is_gone_on_from_with_its_own_tokenizer(tmp_path) -> None:
+    """The tokenizer of model.source=scratch is what random weights are made for, cut to the vocabulary; a run has its own."""
+    start = tmp_path / "run" / "export"
+    tiny_model("llama").save_pretrained(start)
+    tiny_tokenizer().save_pretrained(start)
+    (start / MANIFEST).write_text(json.dumps({"family": "llama"}))
+    other = tmp_path / "other"
+    larger = tiny_tokenizer()
+    larger.add_tokens([f"word{i}" for i in range(500)])
+    larger.save_pretrained(other)
+    config = ModelConfig(source="scratch", family="llama", tokenizer=str(other), init_from=str(tmp_path / "run"))
+    assert len(load_tokenizer(config)) == len(tiny_tokenizer())
+    assert len(load_model(config).tokenizer) == len(tiny_tokenizer())
+
+
 def test_init_from_that_is_no_export(tmp_path) -> None:
     with pytest.raises(ModelError, match="no such directory"):
         load_model(ModelConfig(init_from=str(tmp_path / "gone")))

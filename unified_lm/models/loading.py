@@ -333,14 +333,15 @@ def _move(causal_lm: PreTrainedModel, device: torch.device | str | None) -> PreT
 
 
 def _load_tokenizer(origin: _Origin, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; that of its base for an adapter without one."""
-    adapter = None if config.tokenizer or origin.source in RANDOM else find_adapter(origin.location, origin.revision)
+    """The tokenizer of a model; that of its base for an adapter without one. A run to go on from has that of its own weights."""
+    named = None if config.source == SCRATCH != origin.source else config.tokenizer
+    adapter = None if named or origin.source in RANDOM else find_adapter(origin.location, origin.revision)
     if adapter is not None and not has_tokenizer(adapter):
         origin = _base_of(adapter, origin, config)
-    location = config.tokenizer or origin.location
+    location = named or origin.location
     if location in EMBEDDED_MODELS and not Path(location).is_dir():
         location = str(embedded_directory(location))
-    revision = None if config.tokenizer else origin.revision
+    revision = None if named else origin.revision
     with explain(location, "tokenizer", not Path(location).is_dir()):
         options = {"revision": revision, "trust_remote_code": config.trust_remote_code}
         tokenizer = tried(AutoTokenizer.from_pretrained(location, **options))
