@@ -298,13 +298,6 @@ class FlowingStream(Stream):
         for cursor in self.cursors:
             cursor.reset()
 
-    def _cursors(self) -> list[dict[str, Any]]:
-        return [cursor.state_dict() for cursor in self.cursors]
-
-    def _move_cursors(self, cursors: Sequence[Mapping[str, Any]]) -> None:
-        for cursor, saved in zip(self.cursors, cursors, strict=True):
-            cursor.load_state_dict(saved)
-
     @cached_property
     def fingerprint(self) -> str:
         """See `Stream.fingerprint`; of the rows it has names and sizes of files."""

@@ -79,12 +79,14 @@ class Stream(ABC):
         batch_size: groups or samples per step over all ranks.
         draws: batches drawn so far.
         probabilities: float64 `[sources]`, how often each source is drawn.
+        cursors: where each source stands: `state_dict()` is JSON, `load_state_dict(state)` goes there.
 
     Raises:
         ConfigError: settings that contradict each other.
     """
 
     probabilities: np.ndarray
+    cursors: Sequence[Any]
 
     def __init__(self, name: str, config: StreamConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
         self.name = name
@@ -115,14 +117,6 @@ class Stream(ABC):
     def fingerprint(self) -> str:
         """The hash of everything that decides which samples are drawn, but the seed."""
 
-    @abstractmethod
-    def _cursors(self) -> list[dict[str, Any]]:
-        """Where each source stands, as JSON."""
-
-    @abstractmethod
-    def _move_cursors(self, cursors: Sequence[Mapping[str, Any]]) -> None:
-        """Put each source where it stood."""
-
     @property
     def stats(self) -> StreamStats:
         """Rows, cut texts, rejections and finished epochs."""
@@ -136,7 +130,12 @@ class Stream(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming needs, as JSON."""
-        return {"draws": self.draws, "seed": self.seed, "fingerprint": self.fingerprint, "cursors": self._cursors()}
+        return {
+            "draws": self.draws,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+            "cursors": [c.state_dict() for c in self.cursors],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a saved stream stopped.
@@ -152,7 +151,8 @@ class Stream(ABC):
                     "or start a new run from the checkpoint's weights."
                 )
         self.draws = state["draws"]
-        self._move_cursors(state["cursors"])
+        for cursor, saved in zip(self.cursors, state["cursors"], strict=True):
+            cursor.load_state_dict(saved)
 
     def _sources_of_draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """int64 `[count]`: the source of every group; groups that are embedded share one, unless `mix_sources` is set."""

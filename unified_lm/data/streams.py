@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -127,13 +126,6 @@ class TableStream(Stream):
         """See `Stream.reset`."""
         self.draws = 0
         self.cursors = [self._cursor(index) for index in range(len(self.sources))]
-
-    def _cursors(self) -> list[dict[str, Any]]:
-        return [cursor.state_dict() for cursor in self.cursors]
-
-    def _move_cursors(self, cursors: Sequence[Mapping[str, Any]]) -> None:
-        for cursor, saved in zip(self.cursors, cursors, strict=True):
-            cursor.load_state_dict(saved)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -333,7 +333,7 @@ def _move(causal_lm: PreTrainedModel, device: torch.device | str | None) -> PreT
 
 
 def _load_tokenizer(origin: _Origin, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; that of its base for an adapter without one. A run to go on from has that of its own weights."""
+    """The tokenizer of a model; that of its base for an adapter without one. A run to go on from has that of its weights."""
     named = None if config.source == SCRATCH != origin.source else config.tokenizer
     adapter = None if named or origin.source in RANDOM else find_adapter(origin.location, origin.revision)
     if adapter is not None and not has_tokenizer(adapter):
