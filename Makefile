@@ -37,7 +37,7 @@ check: $(READY) ## formatting, lint, types, layers, documentation
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/mkdocs build --strict --quiet --site-dir site
+	$(BIN)/mkdocs build --strict --site-dir site  # not --quiet: then warnings are not counted, and nothing is strict
 
 format: $(READY) ## rewrite the sources in the house style
 	$(BIN)/ruff format .

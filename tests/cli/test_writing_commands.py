@@ -94,6 +94,7 @@ WHOLE: Mapping[str, Command] = {
     "train": lambda p, t: _training(p, t.parent, "export.enabled=true"),
     "report": lambda p, t: ["report", str(p.run), "--out", str(t)],
     "index": lambda p, t: ["index", str(p.texts), "--model", str(p.model), "--out", str(t)],
+    "embed": lambda p, t: ["embed", str(p.texts), "--model", str(p.root / "missing"), "--out", str(t)],
     "data overlap": lambda p, t: ["data", "overlap", str(p.rows), str(p.texts), "--write", str(t)],
     "data overlap, report": lambda p, t: ["data", "overlap", str(p.rows), str(p.texts), "--report", str(t)],
     "data mine": lambda p, t: ["data", "mine", str(p.rows), "--model", str(p.model), "--out", str(t)],

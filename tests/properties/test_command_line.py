@@ -142,6 +142,10 @@ EMBEDDING = ("--template <W>", "--pooling <W>", "--attention <W>", "--method rw"
 
 FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "encode": ("<export|M> <texts.txt|P> --out <out.npy|O>", ("--device <D>", "--dtype <T>", "--instruction <W>", *EMBEDDING)),
+    "embed": (
+        "<texts.txt|P> --model <export|M> --out <new|O>",
+        ("--shard-rows <N>", "--form <W>", "--column <W>", "--instruction <W>", "--device <D>", *EMBEDDING),
+    ),
     "search": ("<export|M> <W> <texts.txt|P>", ("--device <D>", "--dtype <T>", "-k <N>", "--instruction <W>", *EMBEDDING)),
     "generate": ("<export|M> <W> --max-new-tokens 2", ("--device <D>", "--dtype <T>", "--temperature <N>")),
     "standardize": (

@@ -35,6 +35,9 @@ COMMANDS: Mapping[str, Command] = {
     "encode": Command(
         "embed the lines of a file: MODEL TEXTS.txt --out VECTORS.npy [--instruction ...]", "unified_lm.cli.use:encode"
     ),
+    "embed": Command(
+        "embed a corpus, resumable, with many processes: FILES --model DIR --out VECTORS", "unified_lm.cli.embed:embed"
+    ),
     "search": Command(
         "find the lines of a file most similar to a query: MODEL QUERY TEXTS.txt [-k 5]", "unified_lm.cli.use:search"
     ),

@@ -105,8 +105,7 @@ class UnifiedLM:
         self._embedder.set_standardizer(standardizer)
         self._instructions = dict(instructions or {})
         self._modes = tuple(modes)
-        # Guards the attention switch in the model's configuration, and evaluation mode of borrowers.
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the attention switch in the configuration, and evaluation mode of borrowers
         self.manifest = manifest
 
     @classmethod
@@ -136,8 +135,8 @@ class UnifiedLM:
             attention_kernel: see `Backbone`.
             revision: Hub revision.
             template: replaces the export's prompt template. Required if the model is not an export.
-            pooling, attention, method, alpha, max_tokens: replace the export's; without an export the defaults are those of
-                the constructor.
+            pooling: replaces the export's, as `attention`, `method`, `alpha` and `max_tokens` do; without an export the
+                defaults are those of the constructor.
             expert_mask: of MONET, a file of experts to leave out (`models.monet.masks`); the export's own mask if None.
             check_weights: whether to compare weights with the hash that an export records; None does up to 2 GiB.
 
@@ -264,7 +263,7 @@ class UnifiedLM:
         """
         if output not in ("numpy", "torch"):
             raise ConfigError(f"unknown output '{output}'.{did_you_mean(output, ('numpy', 'torch'))}")
-        self._require("embed")
+        self.require("embed")
         text_list = [texts] if isinstance(texts, str) else list(texts)
         samples = self._embedder.samples(text_list, instruction, max_tokens)
         with self._lock, progress_bar(len(samples), show_progress) as advance:
@@ -296,7 +295,7 @@ class UnifiedLM:
             DataError, CheckpointError: see `encode`.
             ModelError: the model's keys and values cannot be kept (`models.key_values`).
         """
-        self._require("embed")
+        self.require("embed")
         samples = self._embedder.samples(texts, instruction, max_tokens, attention or "")
         with self._lock:
             for index, vector, cache in self._embedder.read(samples, token_budget=token_budget):
@@ -380,7 +379,7 @@ class UnifiedLM:
             ConfigError: the template has no conversation turns, or the limit is below 1.
             CheckpointError: the model was exported for embedding only.
         """
-        self._require("generate")
+        self.require("generate")
         # Tokens, not text: chat markers must be encoded exactly as in training.
         prompt = self._encoder.generation_prompt(conversation_turns(messages, self._template))
         with self._lock, self._backbone.stock_attention() as causal_lm:
@@ -395,6 +394,7 @@ class UnifiedLM:
                 **options,
             )
 
-    def _require(self, mode: str) -> None:
+    def require(self, mode: str) -> None:
+        """Raise CheckpointError where the model was not exported for a mode, "embed" or "generate"."""
         if mode not in self._modes:
             raise CheckpointError(f"this model was exported to {' and '.join(self._modes)} only, so it cannot {mode}.")
