@@ -12,16 +12,24 @@ import torch
 import yaml
 from rich.console import Console
 
-from tests.engine.small_run import small_run
+from tests.engine.small_run import equal, metrics, small_run, tensors
 from tests.processes import NEEDS_DEEPSPEED, Group
 from unified_lm.assembly import build_run, fit_run
 from unified_lm.assembly import machine as machine_module
-from unified_lm.assembly.machine import choose_backend, device_memory, settle_backend, settle_dtype
+from unified_lm.assembly.machine import (
+    choose_backend,
+    choose_retained,
+    device_memory,
+    free_memory,
+    settle_backend,
+    settle_dtype,
+    settle_retained,
+)
 from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import RunConfig
 from unified_lm.core.errors import ConfigError
-from unified_lm.engine.accounting.estimate import estimate
+from unified_lm.engine.accounting.estimate import estimate, packs_twice
 from unified_lm.inference import UnifiedLM
 
 
@@ -145,6 +153,56 @@ def test_ranks_of_one_node_share_the_memory_of_their_cpu(monkeypatch: pytest.Mon
     whole = device_memory(torch.device("cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert device_memory(torch.device("cpu")) == whole // 4
+
+
+def test_as_many_graphs_are_kept_as_the_free_memory_takes() -> None:
+    """What is free beside the whole run, in packs' activations; on a CPU half of it."""
+    config = compose_run(["recipe=grit_mistral7b", "parallel=zero2"])
+    found = estimate(config, 8)
+    each, twice = found.bytes_by_part["activations"], packs_twice(config, 8)
+    assert twice > 4
+    for graphs, expected in ((-5, 1), (0.9, 1), (1, 2), (3.5, 4), (10**6, twice)):
+        retained, reason = choose_retained(config, 8, 2 * int(found.total_bytes + graphs * each) + 2)
+        assert retained == expected
+        assert f"{expected} keep their graphs" in reason
+    kept = replace(config, packing=replace(config.packing, num_retained=3))
+    assert estimate(kept, 8).bytes_by_part["activations"] == 3 * each
+
+
+def test_graphs_with_gathered_weights_are_not_kept() -> None:
+    """ZeRO-3 without checkpointing: each graph would hold the whole model."""
+    config = compose_run(["recipe=grit_mistral7b", "parallel=zero3", "model.gradient_checkpointing=false"])
+    assert choose_retained(config, 8, 10**15) == (1, "")
+    checkpointed = replace(config, model=replace(config.model, gradient_checkpointing=True))
+    assert choose_retained(checkpointed, 8, 10**15)[0] > 1
+
+
+def test_nothing_is_chosen_where_nothing_is_forwarded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unified_lm.assembly.machine.estimate", lambda *_: pytest.fail("estimated"))
+    for recipe in ("grit_smollm2", "llm2vec_mntp"):  # one pack a step; no contrastive stream
+        assert settle_retained(compose_run([f"recipe={recipe}"]))[1] == []
+
+
+def test_free_memory_is_what_ranks_can_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = free_memory(torch.device("cpu"))
+    assert 0 < whole <= device_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert abs(free_memory(torch.device("cpu")) - whole // 4) < 0.2 * whole
+
+
+def test_kept_graphs_change_no_bit(tmp_path: Path) -> None:
+    """A run that keeps one graph, one that keeps what fits, and one that goes on with another number than it began with."""
+    ended = {}
+    for name, chosen in (("one", "1"), ("all", "null")):
+        small = ["packing.token_budget=64", "max_steps=3", f"packing.num_retained={chosen}"]
+        said = started(compose_run(small_run(tmp_path, tmp_path / name, *small)))
+        assert ("note: packing.num_retained is" in said) == (chosen == "null"), said
+        ended[name] = tensors(tmp_path / name / "checkpoints" / "step-00000003"), metrics(tmp_path / name)
+        saved = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        assert saved["packing"]["num_retained"] == (None if chosen == "null" else 1)
+    assert ended["one"][0]
+    assert equal(ended["one"][0], ended["all"][0])
+    assert ended["one"][1] == ended["all"][1]
 
 
 @NEEDS_DEEPSPEED

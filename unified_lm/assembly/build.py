@@ -142,7 +142,8 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     held_out = build_validation_streams(config, loaded.tokenizer)
     require_same(stream_facts(held_out, "validation.sources"))
     terms = _coupled_terms(config, objectives, forward, trainable, backend.equal_forwards)
-    step = GradCacheStep(forward, backward, weights, terms, equal_forwards=backend.equal_forwards)
+    retained = config.packing.num_retained or 1
+    step = GradCacheStep(forward, backward, weights, terms, retained, backend.equal_forwards)
     meter = StepMeter(trainable, step, clock, recomputes=config.model.gradient_checkpointing)
     training = TrainingState(
         config=config,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from unified_lm.assembly.ablation.sweep import arms
 from unified_lm.assembly.job import Job, free_memory
-from unified_lm.assembly.machine import settle_backend, settle_dtype
+from unified_lm.assembly.machine import settle_backend, settle_dtype, settle_retained
 from unified_lm.assembly.stages import default_run_dir, print_notices, rank0_console
 from unified_lm.config.schema import ChainConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
@@ -151,5 +151,6 @@ def _show(config: RunConfig) -> None:
     """Print what a run would do."""
     settled, notices = settle_dtype(config)
     settled, chosen = settle_backend(settled)
-    print_notices(replace(settled, notices=(*settled.notices, *notices, *chosen)), rank0_console())
+    settled, kept = settle_retained(settled)
+    print_notices(replace(settled, notices=(*settled.notices, *notices, *chosen, *kept)), rank0_console())
     print_dry_run(settled, Console(quiet=not distributed.is_rank0()))

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from unified_lm.assembly.build import Run, RunResult, assemble_run
 from unified_lm.assembly.continuation import check_continuation, earlier_settings
-from unified_lm.assembly.machine import settle_backend, settle_dtype
+from unified_lm.assembly.machine import settle_backend, settle_dtype, settle_retained
 from unified_lm.assembly.publish import Trained, check_export, write_export
 from unified_lm.assembly.run_folder import occupy
 from unified_lm.assembly.run_record import record_what_was_read, write_record
@@ -73,7 +73,8 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     if earlier is not None:
         notices += check_continuation(earlier, config)
     placed, chosen = settle_backend(config)
-    _say([*notices, *chosen], console)
+    placed, kept = settle_retained(placed)
+    _say([*notices, *chosen, *kept], console)
     with reading_once():
         run = assemble_run(placed, run_dir, console)
     _report(run, console)
@@ -81,7 +82,7 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
         check_export(Trained.of(run))
     _score_references(run)
     if distributed.is_rank0():
-        # with parallel=auto as it is: a restart may have other devices, and any backend reads any other's checkpoints
+        # with what devices decide as it was given: a restart may have others, and gives the same bits on any
         write_text(run_dir / RESOLVED_NAME, to_yaml(config))
     run_on_rank0(lambda: write_record(run))
     return run

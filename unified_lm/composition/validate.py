@@ -55,6 +55,8 @@ def _run(config: RunConfig) -> Iterator[str]:
     yield from _optim(config.optim)
     yield from _parallel(config)
     yield from at_least("packing.token_budget", config.packing.token_budget, 1)
+    if config.packing.num_retained is not None:
+        yield from at_least("packing.num_retained", config.packing.num_retained, 1)
     yield from at_least("logging.every", config.logging.every, 1)
     yield from choice("logging.wandb", config.logging.wandb, ("disabled", "offline", "online"))
     if not config.logging.wandb_project:

@@ -60,6 +60,7 @@ CHANGES: Mapping[str, Change] = {
     "optim.max_skipped_steps": Change.REPORTED,
     "parallel": Change.FREE,
     "packing": Change.REPORTED,
+    "packing.num_retained": Change.FREE,
     "logging": Change.FREE,
     "checkpoint": Change.FREE,
     "validation": Change.REPORTED,

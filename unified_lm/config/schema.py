@@ -168,6 +168,9 @@ class PackingConfig:
 
     token_budget: int = 2048
     """The most tokens of one pack (one forward) on one rank."""
+    num_retained: int | None = None
+    """How many of the packs that GradCache would forward twice keep the graph of their first forward instead. 1 takes the least
+    memory; null: as many as the memory estimate leaves room for. Losses and gradients are the same bits."""
 
 
 @dataclass(frozen=True, kw_only=True)

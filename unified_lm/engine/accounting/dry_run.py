@@ -8,8 +8,7 @@ from rich.table import Table
 from unified_lm.composition.convert import to_yaml
 from unified_lm.config.schema import ArmConfig, ChainConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
-from unified_lm.engine.accounting.estimate import Estimate, estimate
-from unified_lm.engine.coupled import forwarded_twice
+from unified_lm.engine.accounting.estimate import Estimate, estimate, packs_twice
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 _H100_TERAFLOPS = 989.0
@@ -114,9 +113,9 @@ def training_teraflop(config: RunConfig, found: Estimate) -> float:
     if config.model.gradient_checkpointing:
         per_token += 2 * found.num_parameters
     work = per_token * found.tokens_per_step
-    if found.packs_per_rank > 1:
-        again = forwarded_twice({name: stream.objective for name, stream in config.streams.items()})
-        work += 2 * found.num_parameters * sum(found.tokens_by_stream[name] for name in again)
+    again = packs_twice(config, found.world_size) - (config.packing.num_retained or 1)
+    if again > 0:
+        work += 2 * found.num_parameters * again * config.packing.token_budget * found.world_size
     return work * found.optimizer_steps / 1e12
 
 
@@ -139,6 +138,9 @@ def _work_table(config: RunConfig, found: Estimate) -> Table:
     table.add_row("tokens per step", f"at most {found.tokens_per_step:,}")
     table.add_row("tokens in all", f"at most {found.tokens_per_step * found.optimizer_steps:,}")
     table.add_row(f"packs per step on each of {found.world_size} GPU(s)", f"about {found.packs_per_rank:,} or fewer")
+    if (twice := packs_twice(config, found.world_size)) > 1:
+        kept = min(twice, config.packing.num_retained or 1)
+        table.add_row("of these, forwarded twice", f"{max(0, twice - kept):,} ({kept:,} more keep their graphs)")
     return table
 
 

@@ -22,6 +22,7 @@ from unified_lm.config.schema import ModelConfig, RunConfig
 from unified_lm.core.distributed import local_device
 from unified_lm.core.errors import ModelError
 from unified_lm.engine.accounting.state_bytes import Sizes, state_bytes
+from unified_lm.engine.coupled import forwarded_twice
 from unified_lm.models.architecture import blaming_architecture, described_config
 from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.frozen import freeze
@@ -96,6 +97,7 @@ def estimate(config: RunConfig, world_size: int = 1) -> Estimate:
     trainable = projection + sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with blaming_architecture(config.model):
         activations = activation_bytes(config, model_config, pack_tokens(config, world_size))
+        activations *= max(1, min(config.packing.num_retained or 1, packs_twice(config, world_size)))
     tokens = {name: stream.tokens_per_step for name, stream in config.streams.items()}
     pack = pack_tokens(config, world_size)
     state = state_bytes(
@@ -256,3 +258,15 @@ def pack_tokens(config: RunConfig, world_size: int) -> int:
     longest = max(stream.longest_sample for stream in config.streams.values())
     step = math.ceil(sum(stream.tokens_per_step for stream in config.streams.values()) / world_size)
     return max(longest, min(config.packing.token_budget, step))
+
+
+def packs_twice(config: RunConfig, world_size: int) -> int:
+    """Upper bound of the packs of one step on one rank that GradCache would forward twice if it kept no graph.
+
+    Args:
+        config: the run.
+        world_size: ranks.
+    """
+    twice = forwarded_twice({name: stream.objective for name, stream in config.streams.items()})
+    tokens = sum(config.streams[name].tokens_per_step for name in twice)
+    return math.ceil(tokens / world_size / config.packing.token_budget)
