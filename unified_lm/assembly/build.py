@@ -29,6 +29,7 @@ from unified_lm.data.prefetch import PrefetchingLoader
 from unified_lm.data.retrieval import build_retrieval
 from unified_lm.data.stream import Stream
 from unified_lm.data.streams import TableStream, build_streams, build_validation_streams
+from unified_lm.engine.accounting.estimate import recomputes_layers
 from unified_lm.engine.accounting.flops import ModelFlops
 from unified_lm.engine.accounting.throughput import ComputeClock, StepMeter, describe_device
 from unified_lm.engine.backends.backend import Backend, check_backend, make_backend
@@ -44,6 +45,7 @@ from unified_lm.engine.validation import Validator
 from unified_lm.export.manifest import Manifest
 from unified_lm.export.verify import load_projection
 from unified_lm.models.backbone import Backbone
+from unified_lm.models.compiled import compile_blocks
 from unified_lm.models.frozen import freeze
 from unified_lm.models.loading import LoadedModel, load_model
 from unified_lm.models.lora import LoraReport, apply_lora
@@ -126,7 +128,9 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
         loaded.provenance["notices"].append(freeze(loaded.causal_lm, config.optim.frozen))
     backbone = Backbone(loaded.causal_lm, config.model.attention_kernel).to(device)
     if config.model.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing()
+        backbone.enable_gradient_checkpointing(config.model.checkpoint_keeps == "products")
+    if config.model.compile:
+        compile_blocks(loaded.causal_lm)
     streams = build_streams(config, loaded.tokenizer)
     require_same({**setting_facts(config), **model_facts(loaded), **stream_facts(streams, "streams")})
     objectives = _objectives(config, backbone.hidden_size, device)
@@ -144,7 +148,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     terms = _coupled_terms(config, objectives, forward, trainable, backend.equal_forwards)
     retained = config.packing.num_retained or 1
     step = GradCacheStep(forward, backward, weights, terms, retained, backend.equal_forwards)
-    meter = StepMeter(trainable, step, clock, recomputes=config.model.gradient_checkpointing)
+    meter = StepMeter(trainable, step, clock, recomputes=recomputes_layers(config.model))
     training = TrainingState(
         config=config,
         run_dir=run_dir,

@@ -109,14 +109,22 @@ def with_backend(config: RunConfig, backend: str) -> RunConfig:
     return replace(config, parallel=replace(config.parallel, backend=backend))
 
 
-def settle_retained(config: RunConfig) -> tuple[RunConfig, list[str]]:
+def settle_retained(config: RunConfig, earlier: RunConfig | None = None) -> tuple[RunConfig, list[str]]:
     """Fill in `packing.num_retained` where the run forwards packs twice: as many as fit every rank's free memory. Collective.
+
+    Compiled blocks may round differently with a graph than without one, so such a run keeps the number that it began with.
+
+    Args:
+        config: the run, with its dtype and backend filled in.
+        earlier: the settings of the run that it goes on from.
 
     Returns:
         The run, and a notice of what was chosen where there is a choice.
     """
     if config.packing.num_retained is not None:
         return config, []
+    if config.model.compile and earlier is not None and earlier.packing.num_retained is not None:
+        return replace(config, packing=replace(config.packing, num_retained=earlier.packing.num_retained)), []
     ranks = distributed.world_size()
     free = min(distributed.all_gather_objects(free_memory(distributed.local_device())))
     retained, reason = run_on_rank0(lambda: choose_retained(config, ranks, free))

@@ -73,7 +73,9 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     if earlier is not None:
         notices += check_continuation(earlier, config)
     placed, chosen = settle_backend(config)
-    placed, kept = settle_retained(placed)
+    placed, kept = settle_retained(placed, earlier)
+    if config.model.compile:
+        config = replace(config, packing=placed.packing)
     _say([*notices, *chosen, *kept], console)
     with reading_once():
         run = assemble_run(placed, run_dir, console)

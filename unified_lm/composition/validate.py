@@ -45,6 +45,7 @@ def _chain(config: ChainConfig) -> Iterator[str]:
 def _run(config: RunConfig) -> Iterator[str]:
     yield from at_least("max_steps", config.max_steps, 1)
     yield from _model(config)
+    yield from _blocks(config)
     yield from _lora(config)
     if not config.streams:
         yield "streams: got none, expected at least one."
@@ -127,6 +128,22 @@ def _model(config: RunConfig) -> Iterator[str]:
                 "model.projection_dim: projects hidden states, and vectors=rw compares routing alone, which would train no "
                 "head. Leave it out, or choose vectors=moee_sum."
             )
+
+
+def _blocks(config: RunConfig) -> Iterator[str]:
+    """What becomes of decoder blocks: recomputed, compiled."""
+    model = config.model
+    yield from choice("model.checkpoint_keeps", model.checkpoint_keeps, ("inputs", "products"))
+    if model.checkpoint_keeps == "products" and not model.gradient_checkpointing:
+        yield "model.checkpoint_keeps: nothing is checkpointed; set model.gradient_checkpointing=true."
+    if not model.compile:
+        return
+    if config.parallel.zero_stage == 3:
+        yield "model.compile: ZeRO-3 gathers weights inside of blocks, so these cannot be compiled; use zero2, or set it false."
+    if model.checkpoint_keeps == "products":
+        yield "model.compile: compiled blocks show no single matrix products; set model.checkpoint_keeps=inputs."
+    if model.attention_kernel == "padded":
+        yield "model.compile: is for packs, and the padded kernel has none; choose another model.attention_kernel."
 
 
 def _from_scratch(config: RunConfig) -> Iterator[str]:

@@ -50,6 +50,8 @@ CHANGES: Mapping[str, Change] = {
     "model.attention_kernel": Change.REPORTED,
     "model.attention_dropout": Change.REFUSED,
     "model.gradient_checkpointing": Change.FREE,
+    "model.checkpoint_keeps": Change.FREE,
+    "model.compile": Change.REPORTED,
     "model.pooling": Change.REFUSED,
     "model.projection_dim": Change.REFUSED,
     "model.normalize": Change.REPORTED,

@@ -71,6 +71,11 @@ class ModelConfig:
     """Probability of dropping attention weights while training; None keeps the checkpoint's own setting."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward instead of keeping its activations."""
+    checkpoint_keeps: str = "inputs"
+    """What a checkpointed layer keeps: its "inputs", or also its matrix "products", so that norms and activation functions
+    alone are computed again (about half of the memory that no checkpointing takes)."""
+    compile: bool = False
+    """Compile each decoder block (`torch.compile`), attention left out: faster where launches or memory bandwidth bind."""
     pooling: str = "mean"
     """How token states become one vector: "mean", "weighted_mean", "last_token" or "cls"."""
     projection_dim: int | None = None

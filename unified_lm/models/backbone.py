@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from unified_lm.batch import OutputHead, Pack
@@ -25,6 +27,9 @@ from unified_lm.models.positions import position_limit
 from unified_lm.models.token_rows import TokenRowsHead
 
 logger = logging.getLogger(__name__)
+
+_PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._grouped_mm.default]
+"""Products with weights, of experts too. Those of attention scores are cheap beside what they would take to keep."""
 
 PADDED = "padded"
 """Name of the way to run families without the attention interface: padded rows with a 4-D mask."""
@@ -218,10 +223,16 @@ class Backbone(nn.Module):
         finally:
             _set_attention(self.causal_lm, self._packed)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each layer in the backward instead of storing its activations. Takes effect in training mode only."""
+    def enable_gradient_checkpointing(self, keep_products: bool = False) -> None:
+        """Recompute each layer in the backward instead of storing its activations. Takes effect in training mode only.
+
+        Args:
+            keep_products: whether to store the matrix products with weights, so that only the rest is computed again.
+        """
         # Reentrant checkpointing would lose the gradients of router logits, and those of layers above frozen embeddings.
-        options = {"use_reentrant": False}
+        options: dict[str, Any] = {"use_reentrant": False}
+        if keep_products:
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _PRODUCTS)
         if hasattr(self.causal_lm, "activation_checkpointing_enable"):
             self.causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
         else:

@@ -8,7 +8,7 @@ from rich.table import Table
 from unified_lm.composition.convert import to_yaml
 from unified_lm.config.schema import ArmConfig, ChainConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
-from unified_lm.engine.accounting.estimate import Estimate, estimate, packs_twice
+from unified_lm.engine.accounting.estimate import Estimate, estimate, packs_twice, recomputes_layers
 
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E", "Z", "Y")
 _H100_TERAFLOPS = 989.0
@@ -110,7 +110,7 @@ def training_teraflop(config: RunConfig, found: Estimate) -> float:
     a contrastive stream that does not fit one pack (GradCache), and all samples where routers are balanced.
     """
     per_token = 4 * found.num_parameters + 2 * found.num_trainable
-    if config.model.gradient_checkpointing:
+    if recomputes_layers(config.model):
         per_token += 2 * found.num_parameters
     work = per_token * found.tokens_per_step
     again = packs_twice(config, found.world_size) - (config.packing.num_retained or 1)

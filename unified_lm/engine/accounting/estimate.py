@@ -203,7 +203,8 @@ def activation_bytes(config: RunConfig, model_config: PretrainedConfig, num_toke
 
     Per token a layer keeps, for each of its two norms, the float32 input and two results (4H + 2bH); queries, keys, values and
     the attention's output (b d (2A + 2K)); and four tensors of the feed-forward width (4bF, for every active expert). With
-    checkpointing every layer keeps its input (bH), and one layer at a time the whole.
+    checkpointing every layer keeps its input (bH), and one layer at a time the whole; where products are kept, each of its
+    matrices' results too (queries, keys, values and two results of H; two, or with experts two each, of F).
 
     Against what autograd really kept (hidden size 256, 4 layers): within 2 % for Llama, Mixtral and Qwen3, up to 20 %
     too much with LoRA (50 % with frozen experts), and half of it for GPT-2, whose activation function keeps more.
@@ -217,20 +218,39 @@ def activation_bytes(config: RunConfig, model_config: PretrainedConfig, num_toke
     hidden, layers = model_config.hidden_size, model_config.num_hidden_layers
     layer = _layer_bytes(config, model_config, b)
     edges = hidden * (_FLOAT32 + 3 * b)  # the embedding's output, and the final norm
-    kept = layers * hidden * b + layer if config.model.gradient_checkpointing else layers * layer
+    kept = layers * layer
+    if config.model.gradient_checkpointing:
+        products = 0 if recomputes_layers(config.model) else _product_bytes(model_config, b)
+        kept = layers * (hidden * b + products) + layer
     return num_tokens * (kept + edges)
+
+
+def recomputes_layers(model: ModelConfig) -> bool:
+    """Whether a backward computes the matrix products of a layer again."""
+    return model.gradient_checkpointing and model.checkpoint_keeps == "inputs"
+
+
+def _product_bytes(model_config: PretrainedConfig, b: int) -> int:
+    """Bytes per token of the results of a layer's matrix products with weights."""
+    hidden, heads, kv_heads, head_dim, experts, width = _layer_sizes(model_config)
+    return b * ((heads + 2 * kv_heads) * head_dim + hidden + 2 * width + hidden * max(1, experts))
+
+
+def _layer_sizes(model_config: PretrainedConfig) -> tuple[int, int, int, int, int, int]:
+    """H, A, K, d, experts of a token (0 of a dense layer), and F over all of them."""
+    hidden, heads = model_config.hidden_size, model_config.num_attention_heads
+    kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
+    head_dim = getattr(model_config, "head_dim", None) or hidden // heads
+    experts = getattr(model_config, "num_experts_per_tok", None) or 0
+    width = getattr(model_config, "intermediate_size", None) or 4 * hidden
+    if experts:
+        width = experts * (getattr(model_config, "moe_intermediate_size", None) or width)
+    return hidden, heads, kv_heads, head_dim, experts, width
 
 
 def _layer_bytes(config: RunConfig, model_config: PretrainedConfig, b: int) -> int:
     """Bytes that one layer keeps per token."""
-    hidden = model_config.hidden_size
-    heads = model_config.num_attention_heads
-    kv_heads = getattr(model_config, "num_key_value_heads", None) or heads
-    head_dim = getattr(model_config, "head_dim", None) or hidden // heads
-    experts = getattr(model_config, "num_experts_per_tok", None)
-    width = getattr(model_config, "intermediate_size", None) or 4 * hidden
-    if experts:
-        width = experts * (getattr(model_config, "moe_intermediate_size", None) or width)
+    hidden, heads, kv_heads, head_dim, experts, width = _layer_sizes(model_config)
     attention = 2 * (heads + kv_heads) * head_dim
     if model_config.model_type in _HEAD_NORMS:
         attention += (heads + kv_heads) * head_dim * (_FLOAT32 + b) // b

@@ -47,6 +47,9 @@ ATTENTION_NAME = "unified_lm_packed"
 """Name of the attention function in transformers. It must not contain "sdpa", "flash" or "flex_attention", which transformers
 looks for as substrings."""
 
+_registered: list[Any] = []
+"""`packed_attention` outside of graphs, once a model was compiled in this process."""
+
 _UNSUPPORTED = ("position_bias", "alibi", "cache", "block_table", "attention_chunk_size", "head_mask", "output_attentions")
 """Arguments that change the result and that no kernel here supports. A family that passes one gets an error, never silence."""
 
@@ -95,13 +98,19 @@ KERNELS: Mapping[str, Callable[[], AttentionKernel]] = {
 """Kernels by name. "padded" is missing because it is a different way to run the whole decoder, see `backbone.py`."""
 
 
-def register() -> None:
+def register(*, outside_graphs: bool = False) -> None:
     """Register `packed_attention` with transformers. Safe to repeat.
 
     No mask function is registered under the name: transformers' mask builders then return None instead of building a mask that
     nobody reads.
+
+    Args:
+        outside_graphs: whether it is left out of compiled blocks, from now on in this process: who sees whom is an object of
+            Python, by which kernels choose what they run.
     """
-    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    if outside_graphs and not _registered:
+        _registered.append(torch.compiler.disable(packed_attention))
+    AttentionInterface.register(ATTENTION_NAME, _registered[0] if _registered else packed_attention)
 
 
 def packed_attention(

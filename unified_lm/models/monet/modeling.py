@@ -81,6 +81,7 @@ class MonetPreTrainedModel(PreTrainedModel):
     config_class = MonetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    compiles_blocks = False  # routers keep statistics between forwards: every layer would be compiled again and again
     _no_split_modules = ["MonetDecoderLayer"]  # noqa: RUF012 (transformers declares them so)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
