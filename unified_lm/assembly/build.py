@@ -207,9 +207,13 @@ def _objectives(config: RunConfig, hidden_size: int, device: torch.device) -> _O
 
 
 def _lengths(config: RunConfig) -> dict[str, int]:
-    """Every limit of a sample, in tokens, by its key."""
-    streams = config.streams.items()
-    return {f"streams.{name}.{key}": getattr(stream, key) for name, stream in streams for key in stream.limit_keys}
+    """Every limit of a sample, in tokens, by its key; of a sample that has several parts, that of all of them together."""
+    found: dict[str, int] = {}
+    for name, stream in config.streams.items():
+        found |= {f"streams.{name}.{key}": getattr(stream, key) for key in stream.limit_keys}
+        if stream.longest_sample > max(getattr(stream, key) for key in stream.limit_keys):
+            found[f"streams.{name}, {', '.join(stream.limit_keys)} of one sample together"] = stream.longest_sample
+    return found
 
 
 def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
