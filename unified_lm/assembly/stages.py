@@ -20,6 +20,7 @@ from unified_lm.assembly.machine import settle_backend, settle_dtype
 from unified_lm.assembly.publish import Trained, check_export, write_export
 from unified_lm.assembly.run_folder import occupy
 from unified_lm.assembly.run_record import record_what_was_read, write_record
+from unified_lm.assembly.same_inputs import require_same, setting_facts
 from unified_lm.composition.compose import to_yaml
 from unified_lm.composition.locate import RESOLVED_NAME
 from unified_lm.config.schema import RunConfig
@@ -64,6 +65,7 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     console = console or rank0_console()
     print_notices(config, console)
     config = replace(config, run_dir=broadcast_object(config.run_dir or default_run_dir(config.recipe)))
+    require_same(setting_facts(config))
     run_dir = Path(config.run_dir)
     if notice := run_on_rank0(lambda: occupy(config, run_dir)):
         console.print(f"note: {notice}", highlight=False, soft_wrap=True)
