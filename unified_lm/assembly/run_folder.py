@@ -42,7 +42,8 @@ def occupy(config: RunConfig, run_dir: Path) -> str | None:
 def _refuse(config: RunConfig, run_dir: Path) -> None:
     _refuse_foreign(run_dir)
     if config.export.enabled:
-        check_folder(run_dir / EXPORT)
+        starts = [Path(name) for name in (config.model.init_from, config.model.name, config.model.tokenizer) if name]
+        check_folder(run_dir / EXPORT, [*starts, *(start / EXPORT for start in starts)])
     _refuse_to_overwrite(config, run_dir)
 
 

@@ -96,7 +96,7 @@ def write_serving(source: Path, target: Path, engine_name: str, *, pool_prompt: 
     """
     if engine_name not in ENGINES:
         raise CheckpointError(f"unknown engine '{engine_name}'.{did_you_mean(engine_name, ENGINES)}")
-    check_folder(target)
+    check_folder(target, [source])
     engine = ENGINES[engine_name]
     manifest = Manifest.load(source)
     config = read_object(source / "config.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForCausalLM
 
@@ -69,7 +70,7 @@ def check_weights(directory: Path, recorded: str) -> None:
         return
     try:
         with quiet_loading(reports=False):  # on no device: names and shapes are compared, and no value is read
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory, device_map="meta", local_files_only=True, output_loading_info=True
             )
     except UserError:
