@@ -16,7 +16,6 @@ from tests.inference.conftest import exported  # noqa: F401 - the fixture
 from tests.reporting.test_report import write_run
 from unified_lm.cli import data, evaluate, experts
 from unified_lm.cli.main import COMMANDS, main
-from unified_lm.core.folder_lock import LOCK_FILE
 from unified_lm.core.outputs import write_file, write_folder
 
 READERS = frozenset({"search", "generate", "recipes", "ask", "chat", "experts explain"})
@@ -268,7 +267,7 @@ def test_the_export_of_a_run_that_is_read_is_not_replaced(
 def test_a_run_does_not_replace_what_it_starts_from(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     run = place.root / "out"
     write_folder(run / "export", lambda path: shutil.copytree(place.model, path, dirs_exist_ok=True))
-    (run / LOCK_FILE).touch()
+    (run / "run.json").write_text('{"recipe": "grit", "starts": []}')
     refused(place, _training(place, run, "export.enabled=true", f"model.init_from={run}", "resume=auto"), capsys)
 
 

@@ -82,10 +82,10 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     if config.export.enabled:
         check_export(Trained.of(run))
     _score_references(run)
+    run_on_rank0(lambda: write_record(run))  # first: it says that what else is here is a run's
     if distributed.is_rank0():
         # with parallel=auto as it is: a restart may have other devices, and any backend reads any other's checkpoints
         write_text(run_dir / RESOLVED_NAME, to_yaml(config))
-    run_on_rank0(lambda: write_record(run))
     return run
 
 
