@@ -206,6 +206,7 @@ def _score_references(run: Run) -> None:
 def _report(run: Run, console: Console) -> None:
     """Say what became of every source's rows, and what loading and adapting changed."""
     _say((*run.loaded.provenance["notices"], *(run.lora.notices if run.lora else ()), *_pooling_notices(run)), console)
+    _say(_single_source_notices(run), console)
     _report_rows(run, console)
 
 
@@ -222,6 +223,16 @@ def _report_rows(run: Run, console: Console) -> None:
         if along:  # of the others the source's own line tells
             not_read = ", ".join(f"{key} ({count:,})" for key, count in sorted(along.items()))
             console.print(f"{name}: not read: {not_read}", highlight=False, soft_wrap=True)
+
+
+def _single_source_notices(run: Run) -> Iterator[str]:
+    """Say where shares of draws are set and there is nothing to share; how many sources a folder holds is known only now."""
+    for name, stream in run.streams.items():
+        config = stream.config
+        given = ("source_temperature", config.source_temperature), ("sources.0.weight", config.sources[0].weight)
+        for key, value in given:
+            if len(stream.entries) == 1 and value != 1:
+                yield f"streams.{name}.{key}={value:g} has no effect here: the stream has one source."
 
 
 def _pooling_notices(run: Run) -> Iterator[str]:
