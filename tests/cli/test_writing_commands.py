@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_numbers import commands
 from tests.engine.small_run import small_run
 from tests.inference.conftest import exported  # noqa: F401 - the fixture
 from tests.reporting.test_report import write_run
-from unified_lm.cli import data, evaluate, experts
-from unified_lm.cli.main import COMMANDS, main
+from unified_lm.cli.main import main
 from unified_lm.core.outputs import write_file, write_folder
 
 READERS = frozenset({"search", "generate", "recipes", "ask", "chat", "experts explain"})
@@ -284,7 +284,5 @@ def test_outputs_of_ours_are_written_again(place: Place) -> None:
 
 def test_every_command_is_in_this_test() -> None:
     tested = {name.partition(",")[0] for name in (*WHOLE, *INSIDE)}
-    groups = {"data": data.COMMANDS, "eval": evaluate.COMMANDS, "experts": experts.COMMANDS}
-    grouped = {f"{group} {name}" for group, commands in groups.items() for name in commands}
-    known = ({name for name in COMMANDS if name not in groups} | grouped) - READERS
+    known = set(commands()) - READERS
     assert known - tested == {"demo"}, "demo trains with a run_dir of its own, as train does"
