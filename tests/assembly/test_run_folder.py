@@ -7,11 +7,13 @@ import pytest
 
 from tests.core.test_folder_lock import holder
 from tests.engine.small_run import small_run
-from unified_lm.assembly.ablation.folder import begin
+from unified_lm.assembly import stages
+from unified_lm.assembly.ablation.folder import begin, mark_failed
 from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose
 from unified_lm.config.schema import SweepConfig
-from unified_lm.core.errors import CheckpointError, OutputError
+from unified_lm.core.errors import CheckpointError, DataError, OutputError
+from unified_lm.core.folder_lock import LOCK_FILE
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -58,6 +60,100 @@ def test_a_folder_of_the_users_is_left_alone(name: str, tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="is not the folder of a run, and holds"):
             train(small_run(tmp_path, project, "max_steps=1", more))
     assert files(project) == before
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "run.json", "metrics.jsonl", "checkpoints", "validation"])
+def test_a_lock_alone_makes_no_folder_of_a_run(name: str, tmp_path: Path) -> None:
+    """A start that was refused leaves a lock; what the user then puts there is the user's."""
+    project = tmp_path / "proj"
+    with pytest.raises(DataError):
+        train([*small_run(tmp_path, project, "max_steps=1"), "streams.generation.sources=nowhere.jsonl"])
+    assert [path.name for path in project.iterdir()] == [LOCK_FILE]
+    if "." in name:
+        (project / name).write_text('{"mine": 1}\n')
+    else:
+        (project / name).mkdir()
+        (project / name / "mine").write_text("mine")
+    before = files(project)
+    for more in ("resume=none", "resume=auto"):
+        with pytest.raises(OutputError, match="is not the folder of a run, and holds"):
+            train(small_run(tmp_path, project, "max_steps=1", more))
+    assert files(project) == before
+
+
+@pytest.mark.parametrize("after", ["assemble_run", "_report", "write_record", "write_text"])
+def test_a_start_that_was_killed_before_its_first_step_goes_on(
+    after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it was: what it has left by then is known as a run's."""
+    arguments = small_run(tmp_path, tmp_path / "run", "max_steps=1", "resume=auto")
+    work = getattr(stages, after)
+
+    def killed(*given: object) -> None:
+        work(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, after, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(arguments)
+    train(arguments)
+
+
+def test_two_runs_do_not_share_a_folder_of_copies(tmp_path: Path) -> None:
+    arguments = small_run(tmp_path, tmp_path / "run", "max_steps=1", f"checkpoint.copy_to={tmp_path / 'copies'}")
+    process = holder(tmp_path / "copies")
+    try:
+        with pytest.raises(CheckpointError, match="copies is in use by another process"):
+            train(arguments)
+    finally:
+        process.kill()
+        process.wait()
+    train(arguments)
+    assert (tmp_path / "copies" / "latest").read_text() == "step-00000001\n"
+    train([a for a in arguments if not a.startswith("max_steps")] + ["max_steps=2", "resume=auto"])
+    assert (tmp_path / "copies" / "latest").read_text() == "step-00000002\n"
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_pointer_of_the_users_among_copies_is_left_alone(kind: str, tmp_path: Path) -> None:
+    latest = tmp_path / "copies" / "latest"
+    latest.parent.mkdir()
+    (tmp_path / "release").write_text("step-1")
+    {
+        "file": lambda: latest.write_text("v2.3"),
+        "link": lambda: latest.symlink_to(tmp_path / "release"),
+        "folder": latest.mkdir,
+    }[kind]()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match="latest is not of this package"):
+        train(small_run(tmp_path, tmp_path / "run", "max_steps=1", f"checkpoint.copy_to={latest.parent}"))
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.suffix != ".jsonl"] == before
+
+
+@pytest.mark.parametrize("name", ["finished.json", "failed.json"])
+def test_an_ablation_leaves_a_file_in_an_arms_folder_alone(name: str, tmp_path: Path) -> None:
+    config = compose(["recipe=ablation_loss", "model=tiny_random", f"run_dir={tmp_path}"])
+    assert isinstance(config, SweepConfig)
+    arm = Path(config.arms[1].run.run_dir)
+    arm.mkdir()
+    (arm / name).write_text('{"mine": 1}')
+    before = files(tmp_path)
+    with pytest.raises(OutputError, match=rf"{name} is not of an ablation"):
+        begin(config)
+    assert files(tmp_path) == before
+
+
+def test_the_folder_of_an_arm_that_was_refused_is_left_alone(tmp_path: Path) -> None:
+    config = compose(["recipe=ablation_loss", "model=tiny_random", f"run_dir={tmp_path}"])
+    assert isinstance(config, SweepConfig)
+    folder = Path(config.arms[0].run.run_dir)
+    folder.mkdir()
+    (folder / "config.yaml").write_text("mine: 1")
+    mark_failed(config.arms[0], "it was refused")
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml"]
+    mark_failed(config.arms[1], "it was not found")
+    assert (Path(config.arms[1].run.run_dir) / "failed.json").is_file()
 
 
 def test_files_beside_those_of_a_run_do_not_matter(tmp_path: Path) -> None:

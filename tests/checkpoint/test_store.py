@@ -59,11 +59,13 @@ def test_the_newest_and_the_milestones_are_kept(tmp_path):
 
 def test_what_a_killed_run_left_is_swept(tmp_path):
     kept = save(tmp_path, 1)
-    for name in (".step-00000002.building", ".step-00000000.removing"):
+    left = (".step-00000002.building", ".step-00000000.removing", ".step-00000003.node7-99.building", ".step-00000004.N-1.old")
+    mine = (".step-by-step", ".step-1", ".step-00000005.notes")
+    for name in (*left, *mine):
         shutil.copytree(kept, tmp_path / name)
     assert [path.name for path in list_checkpoints(tmp_path)] == [kept.name]
-    assert len(remove_unfinished(tmp_path)) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == [LATEST, kept.name]
+    assert sorted(path.name for path in remove_unfinished(tmp_path)) == sorted(left)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([LATEST, kept.name, *mine])
 
 
 def test_copies_are_complete_and_bring_their_metrics(tmp_path):

@@ -48,6 +48,28 @@ def test_each_file_of_a_folder_is_mined_by_itself(exported: Callable[..., Path],
     assert found == ["a.jsonl", "a.report.yaml", "b.jsonl", "b.report.yaml"]
 
 
+def test_files_that_are_called_alike_keep_their_folders(exported: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
+    for name in ("s1", "s2"):
+        pairs(tmp_path / "rows" / name / "a.jsonl", 8)
+    arguments = ["--model", str(exported()), "--out", str(tmp_path / "mined"), "--negatives", "1", "--depth", "3"]
+    assert main(["data", "mine", str(tmp_path / "rows"), *arguments]) == 0
+    found = sorted(str(path.relative_to(tmp_path / "mined")) for path in (tmp_path / "mined").rglob("*.jsonl"))
+    assert found == ["s1/a.jsonl", "s2/a.jsonl"]
+
+
+def test_files_whose_rows_would_go_to_one_file_are_refused(
+    exported: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pairs(tmp_path / "rows" / "a.jsonl", 8)
+    (tmp_path / "rows" / "a.csv").write_text("query,pos\n" + "".join(f"q{i},p{i}\n" for i in range(8)))
+    arguments = ["--model", str(exported()), "--out", str(tmp_path / "mined"), "--negatives", "1", "--depth", "3"]
+    assert main(["data", "mine", str(tmp_path / "rows"), *arguments]) == 2
+    assert "a.csv and a.jsonl would both be written to a.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "mined").exists()
+
+
 def test_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = pairs(tmp_path / "rows.jsonl")
     (tmp_path / "eval.tsv").write_text("sentence1\tsentence2\nquestion 3 about tea\tsomething else altogether here\n")

@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 from collections.abc import Iterator
+from importlib import import_module
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 
-from unified_lm.cli import data, evaluate
 from unified_lm.cli.arguments import Command, finite, from_zero, positive, whole
 from unified_lm.cli.main import COMMANDS
 from unified_lm.composition.convert import convert
@@ -26,9 +26,18 @@ WORDS = ("nan", "inf", "-inf", "-1", "1e999", "x", "")
 
 
 def commands() -> dict[str, Command]:
-    grouped = {f"data {name}": command for name, command in data.COMMANDS.items()}
-    grouped |= {f"eval {name}": command for name, command in evaluate.COMMANDS.items()}
-    return {name: command for name, command in COMMANDS.items() if name not in ("data", "eval")} | grouped
+    """Every command, those of groups by both words: a group is one whose module has a table of its own."""
+    found: dict[str, Command] = {}
+    for name, command in COMMANDS.items():
+        group = getattr(import_module(command.target.partition(":")[0]), "COMMANDS", None)
+        found |= {name: command} if group is None else {f"{name} {inner}": each for inner, each in group.items()}
+    return found
+
+
+def test_every_group_is_looked_into() -> None:
+    groups = {name.partition(" ")[0] for name in commands() if " " in name}
+    assert groups == {"data", "eval", "experts"}
+    assert len(commands()) > 30
 
 
 class _Parsed(Exception):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
 import pytest
 
+from tests.cli.test_numbers import commands
 from tests.engine.small_run import small_run
 from tests.inference.conftest import exported  # noqa: F401 - the fixture
 from tests.reporting.test_report import write_run
-from unified_lm.cli import data, evaluate, experts
-from unified_lm.cli.main import COMMANDS, main
+from unified_lm.cli.main import main
+from unified_lm.core.outputs import write_file, write_folder
 
 READERS = frozenset({"search", "generate", "recipes", "ask", "chat", "experts explain"})
 """Commands that write nothing."""
@@ -117,6 +119,7 @@ WHOLE: Mapping[str, Command] = {
 
 NAMES = {
     "encode": "v.npy",
+    "eval perplexity": "out.txt",
     "train": "proj/export",
     "report": "page.html",
     "data overlap": "clean.jsonl",
@@ -199,13 +202,74 @@ def test_a_run_is_not_replaced_by_its_own_export(place: Place, capsys: pytest.Ca
     refused(place, ["export", str(place.run), "--out", str(place.run)], capsys)
 
 
-@pytest.mark.parametrize("written", ["texts", "rows"])
-def test_an_input_is_not_replaced(written: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+FOLDERS = frozenset(
+    {
+        *("export", "export, engine", "export --adapter", "upcycle", "standardize", "index", "train"),
+        *("experts routing", "experts domains", "experts correlate"),
+    }
+)
+"""Commands whose output is a folder, which is replaced as a whole."""
+
+
+def with_each_input_in_the_output(command: str, place: Place, target: Path) -> Iterator[list[str]]:
+    """A command's arguments, once for each of its inputs that could be the output, or lie in it.
+
+    Each time the output is made anew, as this package's own: by its record alone it could be replaced.
+    """
+    arguments = WHOLE[command](place, target)
+    outputs = {str(target), str(target.parent), str(target.parent / "m.jsonl")}
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.rpartition("=")
+        if not os.path.isabs(value) or value in outputs or name.startswith(("run_dir", "streams")):
+            continue
+        source = Path(value)
+        content = source.read_bytes() if source.is_file() else b"years of work"
+        if command not in FOLDERS:
+            if source.is_dir():
+                continue  # a folder cannot be the file that is written
+            target.unlink(missing_ok=True)
+            write_file(target, lambda path, content=content: path.write_bytes(content))
+            read = target
+        else:
+            read = target / (source.name if source.suffix else "inner.txt")
+            write_folder(target, lambda path, name=read.name, content=content: (path / name).write_bytes(content))
+        yield [*arguments[:index], f"{name}{equals}{read}", *arguments[index + 1 :]]
+
+
+NO_SUCH_INPUT = frozenset(
+    {"train", "export", "export --adapter", "export, engine", "data overlap, report", "data mine, report"}
+)
+"""Commands that refuse such an input for another reason: a run that is none, rows in a .yaml file."""
+
+
+@pytest.mark.parametrize("command", sorted(set(WHOLE) - NO_SUCH_INPUT))
+def test_an_input_is_not_replaced(command: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where this package wrote it: by the record alone it could be replaced."""
-    clean = place.root / "clean.jsonl"
-    assert main(["data", "overlap", str(place.rows), str(place.texts), "--write", str(clean)]) == 0
-    inputs = {"rows": [str(clean), str(place.texts)], "texts": [str(place.rows), str(clean)]}[written]
-    refused(place, ["data", "overlap", *inputs, "--write", str(clean)], capsys)
+    target = place.root / "out" / NAMES.get(command, "out.json")
+    tried = 0
+    for arguments in with_each_input_in_the_output(command, place, target):
+        refused(place, arguments, capsys)
+        tried += 1
+    assert tried or command in ("report", "eval mteb", "eval words", "eval lm"), "of these a model or a run is the only input"
+
+
+@pytest.mark.parametrize("command", ["experts routing", "standardize", "upcycle", "export, engine", "index"])
+def test_the_export_of_a_run_that_is_read_is_not_replaced(
+    command: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place.root / "out"
+    write_folder(run / "export", lambda path: shutil.copytree(place.model, path, dirs_exist_ok=True))
+    arguments = WHOLE[command](place, run / "export")
+    models = [index for index, argument in enumerate(arguments) if argument in (str(place.root / "missing"), str(place.model))]
+    arguments[models[0]] = str(run)
+    refused(place, [*arguments, *(["--pool-prompt"] if "engine" in command else [])], capsys)
+
+
+def test_a_run_does_not_replace_what_it_starts_from(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place.root / "out"
+    write_folder(run / "export", lambda path: shutil.copytree(place.model, path, dirs_exist_ok=True))
+    (run / "run.json").write_text('{"recipe": "grit", "starts": []}')
+    refused(place, _training(place, run, "export.enabled=true", f"model.init_from={run}", "resume=auto"), capsys)
 
 
 def test_outputs_of_ours_are_written_again(place: Place) -> None:
@@ -221,7 +285,5 @@ def test_outputs_of_ours_are_written_again(place: Place) -> None:
 
 def test_every_command_is_in_this_test() -> None:
     tested = {name.partition(",")[0] for name in (*WHOLE, *INSIDE)}
-    groups = {"data": data.COMMANDS, "eval": evaluate.COMMANDS, "experts": experts.COMMANDS}
-    grouped = {f"{group} {name}" for group, commands in groups.items() for name in commands}
-    known = ({name for name in COMMANDS if name not in groups} | grouped) - READERS
+    known = set(commands()) - READERS
     assert known - tested == {"demo"}, "demo trains with a run_dir of its own, as train does"

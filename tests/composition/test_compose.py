@@ -369,3 +369,10 @@ def test_an_argument_of_another_type_is_refused_under_tiny_random(argument: str,
     recipe = [] if argument.startswith("recipe=") else ["recipe=grit_smollm2"]
     with pytest.raises(ConfigError, match=told):
         compose([*recipe, "model=tiny_random", argument])
+
+
+def test_a_key_that_comes_twice_in_a_recipe_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "twice.yaml"
+    recipe.write_text("defaults: [grit_smollm2]\nmax_steps: 3\nmax_steps: 4\n")
+    with pytest.raises(ConfigError, match="found duplicate key max_steps"):
+        compose([f"recipe={recipe}"])

@@ -6,10 +6,11 @@ import errno
 from pathlib import Path
 
 import pytest
+import yaml
 
 from unified_lm.core.distributed import find_device
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, UserError, about
-from unified_lm.core.user_files import explain_os_error, naming, parse_json, read_json, user_path
+from unified_lm.core.user_files import explain_os_error, naming, parse_json, parse_yaml, read_json, user_path
 
 
 def test_a_path_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,6 +30,7 @@ def test_a_path_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"\xff\xfe", "is not valid JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b"9" * 5000, "4300 digits"),
+        (b'[{"a": {"b": 1, "c": 2, "b": 1}}]', "the key 'b' more than once"),
     ],
 )
 def test_a_damaged_file_of_json(content: bytes, told: str, tmp_path: Path) -> None:
@@ -40,6 +42,27 @@ def test_a_damaged_file_of_json(content: bytes, told: str, tmp_path: Path) -> No
         parse_json(content)
     with pytest.raises(DataError, match=rf"cannot read {path}/b: Not a directory\."):
         read_json(path / "b", fix="")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"a: 1\nb: 2\na: 1\n", "the key 'a' more than once"),
+        (b"x: [{b: 1, b: 2}]", "the key 'b' more than once"),
+        (b"1: a\n1.0: b\n", "the key '1.0' more than once"),
+        (b"[a]: 1", "unhashable|unacceptable"),
+        (b"a: [1", "expected"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_damaged_yaml(content: bytes, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        parse_yaml(content)
+
+
+def test_yaml_is_read_as_ever() -> None:
+    content = b"base: &base {a: 1, b: [2, x]}\nmore: {<<: *base, a: 3}\n"
+    assert parse_yaml(content) == yaml.safe_load(content) == {"base": {"a": 1, "b": [2, "x"]}, "more": {"a": 3, "b": [2, "x"]}}
 
 
 def test_an_error_of_the_operating_system_names_the_path_that_the_user_knows(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.export.export_cases import make_manifest
 from tests.export.fake_hub import TOKEN, FakeHub
+from tests.inference.conftest import make_export
 from unified_lm.core.errors import CheckpointError
 from unified_lm.export.hub_upload import push_to_hub
 
@@ -27,13 +27,7 @@ except CheckpointError as error:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "export"
-    (folder / "1_Pooling").mkdir(parents=True)
-    make_manifest().save(folder)
-    (folder / "README.md").write_text("# a card\n")
-    (folder / "1_Pooling" / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 5000)
-    return folder
+    return make_export(tmp_path / "export")
 
 
 def push(

@@ -2,19 +2,27 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
+from uuid import uuid4
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from unified_lm.cli.arguments import command_parser
+from unified_lm.cli.evaluate_generation import evaluate_lm
 from unified_lm.cli.evaluate_model import add_model_options, find_model
 from unified_lm.cli.main import main
+from unified_lm.cli.upcycle import upcycle
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.errors import CheckpointError, ModelError
 from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
+from unified_lm.export.hub_upload import push_to_hub
+from unified_lm.export.serving import ENGINES, write_serving
 from unified_lm.inference import UnifiedLM
 from unified_lm.mining.embedders import load_embedder
 from unified_lm.models import weights_hash
@@ -51,11 +59,45 @@ def evaluated(folder: Path) -> Any:
     return find_model(str(folder)).load(parser.parse_args([str(folder), "--device", "cpu"]))
 
 
+def harnessed(folder: Path) -> Any:
+    """`eval lm` with a harness that asks nothing: lm-eval may not be installed."""
+    harness = mock.MagicMock(VERSION="0", **{"run_harness.return_value": ([], {})})
+    harness.HarnessSettings.__dataclass_fields__ = {}
+    with mock.patch.dict(sys.modules, {"unified_lm.evaluation.generation.lm_eval_adapter": harness}):
+        try:
+            evaluate_lm([str(folder), "--tasks", "none", "--out", str(folder.parent / f"{uuid4()}.json")])
+        finally:
+            assert harness.run_harness.called != isinstance(sys.exc_info()[1], ModelError)
+
+
+def pushed(folder: Path) -> Any:
+    with mock.patch("unified_lm.export.hub_upload.HfApi") as api:
+        try:
+            push_to_hub(folder, "org/model")
+        except ModelError:
+            assert not api.return_value.upload_folder.called
+            raise
+        assert api.return_value.upload_folder.called
+
+
+def served(folder: Path, engine: str) -> Any:
+    target = folder.parent / "served"
+    try:
+        write_serving(folder, target, engine, pool_prompt=True)
+    finally:
+        assert target.exists() != isinstance(sys.exc_info()[1], ModelError)
+        shutil.rmtree(target, ignore_errors=True)
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     "UnifiedLM": lambda folder: UnifiedLM.from_pretrained(folder, device="cpu"),
     "training": lambda folder: load_model(ModelConfig(init_from=str(folder), dtype="float32")),
     "evaluation": evaluated,
     "analysis": lambda folder: parse_arms([str(folder)], ArmSettings(device="cpu"))[0].load(),
+    "eval lm": harnessed,
+    "upcycle": lambda folder: upcycle([str(folder), "--experts", "2", "--out", str(folder.parent / str(uuid4()))]),
+    "push_to_hub": pushed,
+    **{f"export --for {engine}": partial(served, engine=engine) for engine in ENGINES},
     "mining": lambda folder: load_embedder(str(folder), device="cpu"),
 }
 

@@ -1,5 +1,6 @@
 """How long a sample may be: within the limit it is the same alone and in any pack, beyond it an error comes before training."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,32 @@ def test_every_setting_over_the_limit_is_named() -> None:
             tiny_model("gpt2"), {"streams.a.max_tokens": 1025, "streams.b.max_tokens": 4000, "streams.c.max_tokens": 9}
         )
     assert [problem.partition(":")[0] for problem in error.value.problems] == ["streams.a.max_tokens", "streams.b.max_tokens"]
-    assert "'gpt2' has a table of 1024 positions. Set streams.a.max_tokens=1024 or less" in error.value.problems[0]
+    assert "'gpt2' has a table of 1024 positions. Lower it to 1024 or less" in error.value.problems[0]
 
 
 def test_a_run_over_the_limit_is_refused_before_training(tmp_path: Path) -> None:
     arguments = small_run(tmp_path, tmp_path / "run", "model.family=gpt2", "streams.embedding.max_document_tokens=1025")
     with pytest.raises(ConfigError, match=r"streams\.embedding\.max_document_tokens: got 1025.*table of 1024 positions"):
         build_run(compose_run(arguments))
+
+
+def test_parts_of_a_sample_count_together(tmp_path: Path) -> None:
+    """A question, its documents and the turn are each within the table; the sample that holds them all is not."""
+    rows = tmp_path / "grounded.jsonl"
+    row = {"query": "what?", "pos": ["it"], "neg": ["no"], "answers": ["a"]}
+    rows.write_text("".join(json.dumps(row | {"query": f"what is {i}?"}) + "\n" for i in range(9)))
+    limits = {"max_query_tokens": 128, "max_document_tokens": 256, "max_turn_tokens": 512, "num_documents": 3}
+    arguments = small_run(
+        tmp_path,
+        tmp_path / "run",
+        "model.family=gpt2",
+        "streams.g={format: grounded, objective: {name: next_token}}",
+        f"streams.g.sources=[{{path: {rows}}}]",
+        *(f"streams.g.{key}={limit}" for key, limit in limits.items()),
+    )
+    with pytest.raises(ConfigError) as refusal:
+        build_run(compose_run(arguments))
+    (problem,) = refusal.value.problems
+    assert "streams.g, max_query_tokens, max_document_tokens, max_turn_tokens of one sample together: got 1408" in problem
+    assert "table of 1024 positions. Lower it to 1024 or less" in problem
+    build_run(compose_run([*arguments, "streams.g.max_turn_tokens=128"]))  # 128 + 3 * 256 + 128

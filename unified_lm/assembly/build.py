@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from unified_lm.assembly.same_inputs import model_facts, require_same, setting_facts, stream_facts
+from unified_lm.assembly.same_inputs import input_facts, require_same
 from unified_lm.assembly.trained_tokens import trained_tokens, untrained_notices
 from unified_lm.batch import Batch
 from unified_lm.checkpoint.state import Identity, load_state
@@ -26,7 +26,7 @@ from unified_lm.core.random import seed_everything
 from unified_lm.core.tracing import traced
 from unified_lm.data.loader import SampleCost, StepLoader
 from unified_lm.data.prefetch import PrefetchingLoader
-from unified_lm.data.retrieval import build_retrieval
+from unified_lm.data.retrieval import RetrievalSet, build_retrieval
 from unified_lm.data.stream import Stream
 from unified_lm.data.streams import TableStream, build_streams, build_validation_streams
 from unified_lm.engine.accounting.estimate import recomputes_layers
@@ -132,9 +132,11 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     if config.model.compile:
         compile_blocks(loaded.causal_lm)
     streams = build_streams(config, loaded.tokenizer)
-    require_same({**setting_facts(config), **model_facts(loaded), **stream_facts(streams, "streams")})
+    held_out = build_validation_streams(config, loaded.tokenizer)
+    retrieval = build_retrieval(config, loaded.tokenizer)
     objectives = _objectives(config, backbone.hidden_size, device)
     trainable = _make_trainable(config, loaded, backbone, objectives, whole).to(device)
+    require_same(input_facts(loaded, trainable.projection, streams, held_out, retrieval))
     backend = make_backend(trainable, config.optim, config.parallel)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.model.autocast):
         probe_attention(backbone, longest=max(_lengths(config).values()), whole=backend.whole)
@@ -143,8 +145,6 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     resume_from = run_on_rank0(lambda: _checkpoint_to_resume(config, run_dir, identity, console))
     clock = ComputeClock()
     forward, backward = traced("forward", clock.timed(backend.forward)), traced("backward", clock.timed(backend.backward))
-    held_out = build_validation_streams(config, loaded.tokenizer)
-    require_same(stream_facts(held_out, "validation.sources"))
     terms = _coupled_terms(config, objectives, forward, trainable, backend.equal_forwards)
     retained = config.packing.num_retained or 1
     step = GradCacheStep(forward, backward, weights, terms, retained, backend.equal_forwards)
@@ -156,7 +156,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
         backend=backend,
         step=step,
         loader=PrefetchingLoader(_make_loader(config, streams, trainable), config.max_steps),
-        validator=_make_validator(config, loaded, backend, trainable, objectives, held_out),
+        validator=_make_validator(config, backend, trainable, objectives, held_out, retrieval),
         reporter=Reporter(config.logging, run_dir, config.max_steps, asdict(config), console, _facts(meter)),
         meter=meter,
         identity=identity,
@@ -212,9 +212,13 @@ def _objectives(config: RunConfig, hidden_size: int, device: torch.device) -> _O
 
 
 def _lengths(config: RunConfig) -> dict[str, int]:
-    """Every limit of a sample, in tokens, by its key."""
-    streams = config.streams.items()
-    return {f"streams.{name}.{key}": getattr(stream, key) for name, stream in streams for key in stream.limit_keys}
+    """Every limit of a sample, in tokens, by its key; of a sample that has several parts, that of all of them together."""
+    found: dict[str, int] = {}
+    for name, stream in config.streams.items():
+        found |= {f"streams.{name}.{key}": getattr(stream, key) for key in stream.limit_keys}
+        if stream.longest_sample > max(getattr(stream, key) for key in stream.limit_keys):
+            found[f"streams.{name}, {', '.join(stream.limit_keys)} of one sample together"] = stream.longest_sample
+    return found
 
 
 def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
@@ -310,13 +314,12 @@ def _make_loader(config: RunConfig, streams: Mapping[str, Stream], trainable: Tr
 
 def _make_validator(
     config: RunConfig,
-    loaded: LoadedModel,
     backend: Backend,
     trainable: TrainingModule,
     objectives: _Objectives,
     streams: dict[str, TableStream],
+    retrieval: RetrievalSet | None,
 ) -> Validator | None:
-    retrieval = build_retrieval(config, loaded.tokenizer)
     if not streams and retrieval is None:
         return None
     measured = {name: objective for name, objective in objectives.items() if name in streams}

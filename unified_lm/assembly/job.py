@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from unified_lm.assembly.build import Run, RunResult
+from unified_lm.assembly.run_folder import leave
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
 from unified_lm.core.errors import UserError
-from unified_lm.core.folder_lock import release_folder
 
 
 class Job:
@@ -67,7 +66,7 @@ class Job:
             return True
         finally:
             if self.config.run_dir:
-                release_folder(Path(self.config.run_dir))
+                leave(self.config)
         if error is not None:
             return isinstance(error, Exception) and self._takes(error)
         if self.result is None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from unified_lm.assembly.run_record import FILE_NAME as RECORD
+from unified_lm.checkpoint.state import LATEST
 from unified_lm.checkpoint.store import find_checkpoint, is_ours, list_checkpoints
 from unified_lm.composition.locate import RESOLVED_NAME
 from unified_lm.config.schema import RunConfig
 from unified_lm.core.errors import CheckpointError, OutputError
-from unified_lm.core.folder_lock import LOCK_FILE, hold_folder
+from unified_lm.core.folder_lock import LOCK_FILE, hold_folder, release_folder
 from unified_lm.core.outputs import check_folder
 from unified_lm.core.user_files import parse_json
 from unified_lm.engine.validation_items import FOLDER as ITEMS
@@ -24,7 +26,7 @@ _WRITTEN = (RESOLVED_NAME, RECORD, _METRICS, _CHECKPOINTS, ITEMS, RUN_FILE, EXPO
 
 
 def occupy(config: RunConfig, run_dir: Path) -> str | None:
-    """Check that a run may write to its folder, and lock the folder for this process. Call it on one rank.
+    """Check that a run may write to its folder and to that of its copies, and lock both for this process. Call it on one rank.
 
     Returns:
         A notice where the file system has no locks.
@@ -34,19 +36,34 @@ def occupy(config: RunConfig, run_dir: Path) -> str | None:
         CheckpointError: another process writes there, or the folder holds a run that is not the one to go on with.
     """
     _refuse(config, run_dir)
-    notice = hold_folder(run_dir)
-    _refuse(config, run_dir)  # again: until the lock was held, another process may have run here
-    return notice
+    folders = _folders(config, run_dir)
+    notices = [notice for folder in folders if (notice := hold_folder(folder))]
+    _refuse(config, run_dir)  # again: until the locks were held, another process may have run here
+    return " ".join(notices) or None
+
+
+def leave(config: RunConfig) -> None:
+    """Give up the locks of `occupy`."""
+    for folder in _folders(config, Path(config.run_dir)):
+        release_folder(folder)
+
+
+def _folders(config: RunConfig, run_dir: Path) -> list[Path]:
+    copies = config.checkpoint.copy_to
+    return [run_dir, *([Path(copies)] if copies else [])]
 
 
 def _refuse(config: RunConfig, run_dir: Path) -> None:
-    _refuse_foreign(run_dir)
+    refuse_foreign(run_dir)
+    if config.checkpoint.copy_to:
+        _refuse_foreign_copies(Path(config.checkpoint.copy_to))
     if config.export.enabled:
-        check_folder(run_dir / EXPORT)
+        starts = [Path(name) for name in (config.model.init_from, config.model.name, config.model.tokenizer) if name]
+        check_folder(run_dir / EXPORT, [*starts, *(start / EXPORT for start in starts)])
     _refuse_to_overwrite(config, run_dir)
 
 
-def _refuse_foreign(run_dir: Path) -> None:
+def refuse_foreign(run_dir: Path) -> None:
     """Raise where files of the user's have the names of those that a run writes, in a folder that is not a run's.
 
     Raises:
@@ -58,7 +75,9 @@ def _refuse_foreign(run_dir: Path) -> None:
         raise OutputError(f"run_dir {run_dir} is a link to a folder that is not there; nothing was changed.")
     if _is_of_run(run_dir):
         return
-    found = [name for name in _WRITTEN if (run_dir / name).exists() or (run_dir / name).is_symlink()]
+    found = [name for name in _WRITTEN if _is_taken(run_dir / name)]
+    if (run_dir / LOCK_FILE).is_file() and set(found) <= {_METRICS, RUN_FILE} and _are_metrics(run_dir / _METRICS):
+        return  # a start that was killed before it wrote its record
     if found:
         raise OutputError(
             f"run_dir {run_dir} is not the folder of a run, and holds {', '.join(found)}, which a run would write over; "
@@ -67,8 +86,8 @@ def _refuse_foreign(run_dir: Path) -> None:
 
 
 def _is_of_run(run_dir: Path) -> bool:
-    """Whether a run of this package has written here before."""
-    if (run_dir / LOCK_FILE).is_file() or any(map(is_ours, list_checkpoints(run_dir / _CHECKPOINTS))):
+    """Whether a run of this package has written here before; that one has only locked the folder does not say so."""
+    if any(map(is_ours, list_checkpoints(run_dir / _CHECKPOINTS))):
         return True
     if not (run_dir / RECORD).is_file():
         return False
@@ -77,6 +96,42 @@ def _is_of_run(run_dir: Path) -> bool:
     except ValueError:
         return False
     return isinstance(record, dict) and {"recipe", "starts"} <= set(record)
+
+
+def _are_metrics(path: Path) -> bool:
+    """Whether a file is missing or holds nothing but what a run reports."""
+    if path.is_symlink() or not path.is_file():
+        return not path.exists() and not path.is_symlink()
+    with open(path, "rb") as file:
+        first = file.readline()
+    try:
+        return not first or "step" in parse_json(first)
+    except (ValueError, TypeError):
+        return False
+
+
+def _is_taken(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _refuse_foreign_copies(copies: Path) -> None:
+    """Raise where a file of the user's has the name of the pointer to the newest copy.
+
+    Raises:
+        OutputError: there is one, or `copies` is a file.
+    """
+    if copies.exists() and not copies.is_dir():
+        raise OutputError(f"checkpoint.copy_to {copies} is a file; nothing was changed. Name a folder.")
+    latest = copies / LATEST
+    if _is_taken(latest) and (latest.is_symlink() or not latest.is_file() or not _names_checkpoint(latest)):
+        raise OutputError(
+            f"{latest} is not of this package, and copies of checkpoints would write over it; nothing was changed. "
+            "Choose another checkpoint.copy_to."
+        )
+
+
+def _names_checkpoint(pointer: Path) -> bool:
+    return bool(re.fullmatch(rb"step-[0-9]+\n?", pointer.read_bytes()[:100]))
 
 
 def _refuse_to_overwrite(config: RunConfig, run_dir: Path) -> None:

@@ -4,37 +4,75 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from hashlib import blake2b
 from typing import Any
 
 from unified_lm.composition.flat import flatten
-from unified_lm.config.continuation import Change, change_of
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
 from unified_lm.core.errors import DataError
+from unified_lm.data.retrieval import RetrievalSet
 from unified_lm.data.stream import Stream
 from unified_lm.models.loading import LoadedModel
+from unified_lm.models.pooling import Projection
 
 _SHOWN = 6
 
 
+_OWN = (
+    *("model.name", "model.init_from", "model.tokenizer"),
+    *("streams.*.sources", "validation.sources", "validation.retrieval.queries"),
+    *("run_dir", "description", "notices", "checkpoint.copy_to"),
+    *("logging.progress", "logging.wandb", "logging.wandb_*"),
+)
+"""Settings that may differ between ranks: where weights and rows lie, of which the content is compared, and what rank 0 alone
+says or does. `*` is any one name, or its end."""
+
+
 def setting_facts(config: RunConfig) -> dict[str, str]:
-    """The settings that make a run what it is: those that a resume may not change."""
-    return {
-        key: json.dumps(value, default=str) for key, value in flatten(config).items() if change_of(key) is Change.REFUSED
-    } | {"max_steps": str(config.max_steps), "model.dtype": config.model.dtype}
+    """Every setting in which ranks may not differ: what is trained, and when they meet to measure, to save and to export."""
+    return {key: json.dumps(value, default=str) for key, value in flatten(config).items() if not _is_own(key)}
 
 
-def model_facts(loaded: LoadedModel) -> dict[str, str]:
-    """What weights and tokenizer a rank has loaded."""
+def _is_own(key: str) -> bool:
+    parts = key.split(".")
+    return any(
+        len(names) <= len(parts) and all(map(fnmatchcase, parts, names)) for names in (entry.split(".") for entry in _OWN)
+    )
+
+
+def input_facts(
+    loaded: LoadedModel,
+    projection: Projection | None,
+    streams: Mapping[str, Stream],
+    held_out: Mapping[str, Stream],
+    retrieval: RetrievalSet | None,
+) -> dict[str, str]:
+    """What a rank has loaded, by content, wherever it lies.
+
+    Args:
+        loaded: weights and tokenizer.
+        projection: the head on pooled vectors, new or that of the export that the run starts from.
+        streams: of training.
+        held_out: of validation.
+        retrieval: what held-out retrieval asks and searches.
+    """
     tokenizer = loaded.tokenizer.backend_tokenizer.to_str()
-    return {
-        f"weights of {loaded.provenance['name']}": str(loaded.provenance["fingerprint"]),
-        "tokenizer": blake2b(tokenizer.encode(), digest_size=8).hexdigest(),
-    }
+    facts = {"weights": f"hash {loaded.provenance['fingerprint']}", "tokenizer": f"hash {_hash(tokenizer.encode())}"}
+    if projection is not None:
+        values = (value.detach().float().cpu().numpy().tobytes() for value in projection.state_dict().values())
+        facts["projection"] = f"hash {_hash(*values)}"
+    facts |= {**_stream_facts(streams, "streams"), **_stream_facts(held_out, "validation.sources")}
+    if retrieval is not None:
+        answers = json.dumps([sorted(found) for found in retrieval.relevant])
+        texts = (sample.input_ids.tobytes() + b"|" for sample in (*retrieval.queries, *retrieval.documents))
+        counts = f"{len(retrieval.queries):,} queries, {len(retrieval.documents):,} documents"
+        facts["validation.retrieval.queries"] = f"{counts}, hash {_hash(answers.encode(), *texts)}"
+    return facts
 
 
-def stream_facts(streams: Mapping[str, Stream], section: str) -> dict[str, str]:
+def _stream_facts(streams: Mapping[str, Stream], section: str) -> dict[str, str]:
     """The rows of every source, by content, and what decides which samples are drawn from them."""
     facts: dict[str, str] = {}
     for name, stream in streams.items():
@@ -43,6 +81,13 @@ def stream_facts(streams: Mapping[str, Stream], section: str) -> dict[str, str]:
             facts[f"{section}.{name}: {entry.name}"] = f"{rows}hash {entry.fingerprint[:12]}"
         facts[f"{section}.{name}"] = f"hash {stream.fingerprint[:12]}"
     return facts
+
+
+def _hash(*parts: bytes) -> str:
+    digest = blake2b(digest_size=6)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def require_same(facts: Mapping[str, str]) -> None:

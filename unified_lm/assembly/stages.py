@@ -20,6 +20,7 @@ from unified_lm.assembly.machine import settle_backend, settle_dtype, settle_ret
 from unified_lm.assembly.publish import Trained, check_export, write_export
 from unified_lm.assembly.run_folder import occupy
 from unified_lm.assembly.run_record import record_what_was_read, write_record
+from unified_lm.assembly.same_inputs import require_same, setting_facts
 from unified_lm.composition.compose import to_yaml
 from unified_lm.composition.locate import RESOLVED_NAME
 from unified_lm.config.schema import RunConfig
@@ -64,6 +65,7 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     console = console or rank0_console()
     print_notices(config, console)
     config = replace(config, run_dir=broadcast_object(config.run_dir or default_run_dir(config.recipe)))
+    require_same(setting_facts(config))
     run_dir = Path(config.run_dir)
     if notice := run_on_rank0(lambda: occupy(config, run_dir)):
         console.print(f"note: {notice}", highlight=False, soft_wrap=True)
@@ -83,10 +85,10 @@ def build_run(config: RunConfig, console: Console | None = None) -> Run:
     if config.export.enabled:
         check_export(Trained.of(run))
     _score_references(run)
+    run_on_rank0(lambda: write_record(run))  # first: it says that what else is here is a run's
     if distributed.is_rank0():
         # with what devices decide as it was given: a restart may have others, and gives the same bits on any
         write_text(run_dir / RESOLVED_NAME, to_yaml(config))
-    run_on_rank0(lambda: write_record(run))
     return run
 
 
@@ -207,6 +209,7 @@ def _score_references(run: Run) -> None:
 def _report(run: Run, console: Console) -> None:
     """Say what became of every source's rows, and what loading and adapting changed."""
     _say((*run.loaded.provenance["notices"], *(run.lora.notices if run.lora else ()), *_pooling_notices(run)), console)
+    _say(_single_source_notices(run), console)
     _report_rows(run, console)
 
 
@@ -223,6 +226,16 @@ def _report_rows(run: Run, console: Console) -> None:
         if along:  # of the others the source's own line tells
             not_read = ", ".join(f"{key} ({count:,})" for key, count in sorted(along.items()))
             console.print(f"{name}: not read: {not_read}", highlight=False, soft_wrap=True)
+
+
+def _single_source_notices(run: Run) -> Iterator[str]:
+    """Say where shares of draws are set and there is nothing to share; how many sources a folder holds is known only now."""
+    for name, stream in run.streams.items():
+        config = stream.config
+        given = ("source_temperature", config.source_temperature), ("sources.0.weight", config.sources[0].weight)
+        for key, value in given:
+            if len(stream.entries) == 1 and value != 1:
+                yield f"streams.{name}.{key}={value:g} has no effect here: the stream has one source."
 
 
 def _pooling_notices(run: Run) -> Iterator[str]:

@@ -6,6 +6,7 @@ reason (an incomplete folder), or removed (a folder that was being written or re
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,8 +16,11 @@ from pathlib import Path
 from unified_lm.checkpoint.state import LATEST, PREFIX, STATE, torn
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import write_directory, write_text
+from unified_lm.core.temporary import BUILDING, OLD
 
 _METRICS = "metrics.jsonl"
+_UNFINISHED = re.compile(rf"\.{PREFIX}[0-9]+\.(.*\.)?({BUILDING}|{OLD}|removing)")
+"""Names of folders that are being written, replaced or removed."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def remove_unfinished(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: a folder could not be removed.
     """
-    unfinished = sorted(folder.glob(f".{PREFIX}*"))
+    unfinished = sorted(path for path in folder.glob(f".{PREFIX}*") if _UNFINISHED.fullmatch(path.name))
     for path in unfinished:
         _remove(path)
     return unfinished

@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from unified_lm.config.objectives import EMBEDDING_METHODS
 from unified_lm.core.errors import UserError, did_you_mean
+from unified_lm.core.outputs import note_inputs
 
 PROGRAM = "unified-lm"
 HELP = ("-h", "--help")
@@ -30,6 +32,23 @@ class Command:
         return function
 
 
+_OUTPUTS = frozenset({"out", "write", "report", "prompts", "cache"})
+"""Options that name what a command writes. Any other argument that names a file or a folder is read."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that notes what the command reads, so that no output replaces it (`core.outputs`)."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See `argparse`."""
+        options = super().parse_args(args, namespace)
+        given = [value for name, value in vars(options).items() if name not in _OUTPUTS]
+        texts = [str(each) for value in given for each in (value if isinstance(value, list) else [value])]
+        named = [part for text in texts for part in (text, text.partition("=")[2]) if part]  # also in NAME=FILE
+        note_inputs(map(Path, named))
+        return options
+
+
 def command_parser(name: str, description: str, example: str, note: str = "") -> argparse.ArgumentParser:
     """Make a parser whose help ends with an example.
 
@@ -40,7 +59,7 @@ def command_parser(name: str, description: str, example: str, note: str = "") ->
         note: text between the options and the example.
     """
     epilog = f"example:\n  {PROGRAM} {name} {example}".rstrip()
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"{PROGRAM} {name}",
         description=description,
         epilog=f"{note}\n\n{epilog}" if note else epilog,

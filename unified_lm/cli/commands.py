@@ -14,6 +14,7 @@ from unified_lm.composition.compose import compose_run
 from unified_lm.composition.locate import group_options, list_recipes
 from unified_lm.config.schema import VERIFICATIONS
 from unified_lm.core.errors import UserError
+from unified_lm.core.outputs import note_inputs
 
 _SETTINGS = (
     "any key of the configuration with its dots (optim.lr=1e-4), [a,b] for a list, ~key for its default; group=option "
@@ -102,6 +103,7 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("--for", dest="engine", default=None, help="write a copy of the export that an engine can serve")
     parser.add_argument("--pool-prompt", action="store_true", help="with --for: pool prompts with the text, as engines do")
     options = parser.parse_args(list(argv))
+    note_inputs(())  # it reads checkpoints, and the run's export is what it writes; an engine's copy notes its source
     if options.adapter and (options.engine is not None or options.verify is not None):
         raise UserError("--adapter writes peft's files and loads nothing back: it goes with neither --for nor --verify.")
     if options.engine is not None:

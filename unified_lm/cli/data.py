@@ -12,10 +12,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from unified_lm.cli.arguments import Command, command_parser, from_zero, positive, run_group, whole
-from unified_lm.core.errors import OutputError, UserError, did_you_mean
+from unified_lm.core.errors import UserError, did_you_mean
 from unified_lm.core.outputs import check_files
 from unified_lm.data.rows.files import write_report
-from unified_lm.data.rows.texts import RowFile, open_rows
+from unified_lm.data.rows.texts import open_rows
 from unified_lm.mining.overlap import (
     OverlapConfig,
     OverlapKind,
@@ -73,7 +73,8 @@ def overlap(argv: Sequence[str]) -> None:
     train = open_rows(options.train)
     evaluation = [(name, file) for name in options.evaluation for file in open_rows(name)]
     outputs = output_paths(train, options.write) if options.write is not None else []
-    _check_outputs([*outputs, *([options.report] if options.report is not None else [])], [*train, *(f for _, f in evaluation)])
+    read = [file.path for file in (*train, *(file for _, file in evaluation)) if file.path is not None]
+    check_files([*outputs, *([options.report] if options.report is not None else [])], read)
     index = build_index(evaluation, config)
     with counting("comparing rows") as progress:
         report = find_overlap(train, index, write=options.write, progress=progress)
@@ -82,15 +83,6 @@ def overlap(argv: Sequence[str]) -> None:
         write_report(options.report, report.as_dict())
     if options.write is not None:
         print(f"{options.write}: {report.num_rows - report.num_overlapping:,} rows without overlap")
-
-
-def _check_outputs(outputs: Sequence[Path], inputs: Sequence[RowFile]) -> None:
-    """Raise before the work where an output would replace an input, or anything else that this package did not write."""
-    read = {file.path.resolve() for file in inputs if file.path is not None}
-    for output in outputs:
-        if output.resolve() in read:
-            raise OutputError(f"{output} is one of the files that are read; nothing was changed. Name another file to write.")
-    check_files(outputs)
 
 
 def _kinds(names: str) -> tuple[OverlapKind, ...]:

@@ -21,7 +21,7 @@ from unified_lm.core.user_files import user_path
 from unified_lm.evaluation.generation.perplexity import BUILT_IN, CONTEXT, Domain, num_windows, perplexity, read_domain
 from unified_lm.evaluation.result_table import FOLDER
 from unified_lm.export.manifest import Manifest
-from unified_lm.models.weights_hash import check_weights_hash
+from unified_lm.models.weights_hash import check_weights
 
 
 def evaluate_perplexity(argv: Sequence[str]) -> None:
@@ -152,8 +152,8 @@ def evaluate_lm(argv: Sequence[str]) -> None:
     out = options.out or model_ref.beside / "lm_eval" / f"{'+'.join(Path(task).stem for task in options.tasks)[:100]}.json"
     table_file = model_ref.beside / FOLDER / f"lm-{out.name}"
     check_files([out, *([table_file] if model_ref.in_run else [])])
-    if model_ref.is_export:  # lm-eval loads the folder itself, with stock tools
-        check_weights_hash(model_ref.folder, Manifest.load(model_ref.folder).weights_hash, always=True)
+    # lm-eval loads the folder itself, with stock tools, which only warn about missing weights
+    check_weights(model_ref.folder, Manifest.load(model_ref.folder).weights_hash if model_ref.is_export else "")
     settings = lm_eval_adapter.HarnessSettings(
         **{name: getattr(options, name) for name in lm_eval_adapter.HarnessSettings.__dataclass_fields__}
     )

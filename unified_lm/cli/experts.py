@@ -111,6 +111,7 @@ def domains(argv: Sequence[str]) -> None:
     check_folder(options.out)
     found = RoutingStatistics.load(options.statistics)
     names, owner = owners(found, options.ratio, options.min_tokens)
+    files = _mask_files(names)
     masks = {
         name: mask_without(found, owner, number, f"without the experts of {name} (ratio {options.ratio:g})")
         for number, name in enumerate(names)
@@ -120,7 +121,7 @@ def domains(argv: Sequence[str]) -> None:
         """Write a mask for each kind, and the counts."""
         for name, mask in masks.items():
             if any(mask.num_left_out):
-                mask.save(building / f"without-{name.replace('/', '-')}.safetensors")
+                mask.save(building / files[name])
         counts = {name: mask.num_left_out for name, mask in masks.items()}
         content = {"ratio": options.ratio, "tokens": dict(found.tokens), "experts_by_router": counts}
         write_json(building / "domains.json", content)
@@ -167,7 +168,7 @@ def correlate(argv: Sequence[str]) -> None:
         found.save(building / "correlation.safetensors")
         for limit, mask in masks.items():
             if any(mask.num_left_out):
-                mask.save(building / f"without-above-{limit:g}.safetensors")
+                mask.save(building / f"without-above-{limit:.15g}.safetensors")
 
     write_folder(options.out, fill)
     print(f"{found.texts:,} texts, {found.tokens:,} tokens; correlation {found.values.min():+.3f} to {found.values.max():+.3f}")
@@ -175,6 +176,24 @@ def correlate(argv: Sequence[str]) -> None:
         count = sum(mask.num_left_out)
         print(f"above {limit:g}: {count:,} of {mask.keep.size:,} experts ({100 * count / mask.keep.size:.2f} %)")
     print(options.out)
+
+
+def _mask_files(names: Sequence[str]) -> dict[str, str]:
+    """Kind of text -> the file of the mask without its experts.
+
+    Raises:
+        DataError: two kinds would have one file.
+    """
+    kinds: dict[str, str] = {}
+    for name in names:
+        file = f"without-{name.replace('/', '-')}.safetensors"
+        if file in kinds:
+            raise DataError(
+                f"the kinds {kinds[file]} and {name} would both have the mask {file}; give one of them another name when "
+                "`unified-lm experts routing` reads them (--data NAME=FILE)."
+            )
+        kinds[file] = name
+    return {name: file for file, name in kinds.items()}
 
 
 def _scored_rows(path: Path, text: str, score: str) -> tuple[Domain, list[float]]:

@@ -11,6 +11,7 @@ from functools import partial
 from unified_lm.cli.arguments import HELP, Command
 from unified_lm.core import failures
 from unified_lm.core.errors import UserError, did_you_mean
+from unified_lm.core.outputs import note_inputs
 from unified_lm.core.typed import unusable_text
 from unified_lm.core.user_files import explain_os_error
 
@@ -143,6 +144,8 @@ def run_command(command: Callable[[], object]) -> int:
         if failures.is_consequence(error):
             return USER_ERROR
         raise
+    finally:
+        note_inputs(())
     return 0
 
 

@@ -88,7 +88,7 @@ def compose(argv: Sequence[str]) -> RunConfig | ChainConfig | SweepConfig:
     values, notices = _compose_values(path, raw, arguments, problems)
     config = build_config(values, problems)
     assert isinstance(config, RunConfig)
-    return replace(config, notices=tuple(dict.fromkeys((*config.notices, *notices, *find_notices(config)))))
+    return replace(config, notices=tuple(dict.fromkeys((*config.notices, *notices, *find_notices(config, arguments.keys)))))
 
 
 def compose_run(argv: Sequence[str]) -> RunConfig:

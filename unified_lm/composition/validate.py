@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from unified_lm.composition.idle import idle_notices
 from unified_lm.config.checks import above, at_least, choice, fraction
 from unified_lm.config.kernels import KERNELS
 from unified_lm.config.schedules import SCHEDULES
@@ -25,9 +26,14 @@ def find_problems(config: RunConfig | ChainConfig) -> list[str]:
     return list(_run(config))
 
 
-def find_notices(config: RunConfig) -> list[str]:
-    """What is allowed but rarely meant, one sentence each."""
-    return list(_notices(config))
+def find_notices(config: RunConfig, given: Collection[str] = ()) -> list[str]:
+    """What is allowed but rarely meant, one sentence each.
+
+    Args:
+        config: the run.
+        given: dotted keys that were set on the command line.
+    """
+    return [*_notices(config), *idle_notices(config, given)]
 
 
 def _chain(config: ChainConfig) -> Iterator[str]:

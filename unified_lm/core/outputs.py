@@ -2,7 +2,8 @@
 
 Every folder that receives an output also receives `.unified_lm_written`: one JSON line per file with its name, size and hash,
 the latest line of a name counts. A file is ours while it is what the line says; a folder is ours while it holds nothing but
-such files. Everything else is the user's: it is left alone, and the command ends before its work, not after it.
+such files. Everything else is the user's: it is left alone, and the command ends before its work, not after it. What a command
+reads is not replaced by what it writes either, whoever wrote it.
 
 The runs' own folders have other rules (`assembly.run_folder`), and so do the caches, which nobody else writes to.
 """
@@ -37,10 +38,33 @@ class _Written:
     digest: str
 
 
-def check_folder(target: Path) -> None:
+_inputs: tuple[Path, ...] = ()
+
+
+def note_inputs(paths: Iterable[Path]) -> None:
+    """Say what the command under way reads, instead of what the one before it did; a run stands for its export."""
+    global _inputs
+    named = [Path(os.path.expanduser(path)) for path in paths]
+    _inputs = tuple(each for path in named for each in (path, path / "export") if os.path.exists(each))
+
+
+def _refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
+    place = target.resolve()
+    for path in (*_inputs, *inputs):
+        if place in (read := path.resolve(), *read.parents):
+            holds = "is" if read == place else f"holds {path},"
+            raise OutputError(f"{target} {holds} what this command reads; {_UNCHANGED} Name another output.")
+
+
+def check_folder(target: Path, inputs: Iterable[Path] = ()) -> None:
     """Check that `target` may become a folder that a command writes as a whole.
 
-    It may if nothing is there, if it is an empty folder, or if it holds nothing but what this package wrote there.
+    It may if nothing is there, if it is an empty folder, or if it holds nothing but what this package wrote there, and nothing
+    that the command reads.
+
+    Args:
+        target: the folder.
+        inputs: what is read, beside what `note_inputs` was told.
 
     Raises:
         OutputError: it is a file or a link, the working directory or above it, or holds anything else; or it cannot be made.
@@ -60,6 +84,7 @@ def check_folder(target: Path) -> None:
             f"{target} holds what unified_lm did not write there, or what was changed since: {shown}; {_UNCHANGED} "
             "Name another folder, or move this one away."
         )
+    _refuse_inputs(target, inputs)
     _check_parent(target)
 
 
@@ -85,8 +110,14 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     write_directory(target, fill_and_list)
 
 
-def check_file(path: Path) -> None:
-    """Check that `path` may become a file that a command writes: nothing is there, or a file that this package wrote.
+def check_file(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Check that `path` may become a file that a command writes.
+
+    It may if nothing is there, or a file that this package wrote and the command does not read.
+
+    Args:
+        path: the file.
+        inputs: what is read, beside what `note_inputs` was told.
 
     Raises:
         OutputError: it is a folder, a link, or a file that another program wrote or changed; or it cannot be made.
@@ -100,13 +131,15 @@ def check_file(path: Path) -> None:
             f"{path} exists, and unified_lm did not write it, or it was changed since; {_UNCHANGED} "
             "Name another file, or move this one away."
         )
+    _refuse_inputs(path, inputs)
     _check_parent(path)
 
 
-def check_files(paths: Iterable[Path]) -> None:
+def check_files(paths: Iterable[Path], inputs: Iterable[Path] = ()) -> None:
     """`check_file` for several."""
+    inputs = tuple(inputs)
     for path in paths:
-        check_file(path)
+        check_file(path, inputs)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from unified_lm.core.errors import DataError, UserError
 
 
@@ -32,14 +34,66 @@ def user_path(text: str | Path) -> Path:
         ) from error
 
 
+class RepeatedKeyError(ValueError):
+    """An object that has one key more than once, of which a reader would keep the last value in silence.
+
+    Attributes:
+        key: the key.
+    """
+
+    def __init__(self, key: object) -> None:
+        super().__init__(f"an object has the key '{key}' more than once; keep one of them")
+        self.key = key
+
+
+def single_keys(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """An object of its pairs, for `object_pairs_hook`.
+
+    Raises:
+        RepeatedKeyError: a key comes twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKeyError(next(key for index, key in enumerate(keys) if key in keys[:index]))
+    return found
+
+
 def parse_json(text: str | bytes) -> Any:
     """`json.loads`, whose every failure is a ValueError.
 
     Raises:
-        ValueError: not UTF-8, not JSON, nested too deeply, or a number of too many digits; the text says which.
+        ValueError: not UTF-8, not JSON, nested too deeply, a number of too many digits, or a key that comes twice in an object;
+            the text says which.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=single_keys)
+    except RecursionError as error:
+        raise ValueError("nested too deeply to be read") from error
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML whose mappings have each key once. (Recipes are read by OmegaConf, which refuses repeated keys too.)"""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """See `yaml`; keys that are merged in (`<<`) may be given anew."""
+        single_keys([(self.construct_object(key, deep=True), None) for key, _ in node.value if key.tag != _MERGE])
+        return super().construct_mapping(node, deep)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def parse_yaml(text: bytes) -> Any:
+    """`yaml.safe_load`, whose every failure is a ValueError.
+
+    Raises:
+        ValueError: not YAML, nested too deeply, or a key that comes twice in a mapping; the text says which.
+    """
+    try:
+        return yaml.load(text, _YamlLoader)
+    except (yaml.YAMLError, TypeError) as error:  # a key that is a list, say
+        raise ValueError(str(error)) from error
     except RecursionError as error:
         raise ValueError("nested too deeply to be read") from error
 

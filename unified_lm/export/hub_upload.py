@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 
 from unified_lm.core.errors import CheckpointError
 from unified_lm.export.manifest import FILE_NAME, Manifest
+from unified_lm.models.weights_hash import check_weights
 
 _log = logging.getLogger(__name__)
 
@@ -32,8 +33,10 @@ def push_to_hub(
     Raises:
         CheckpointError: the directory is not an export, the name is malformed, the token is missing or lacks permission, there
             is no network, or the server failed. The text never contains the token.
+        ModelError: the weights are not those that were exported, or some are missing; nothing was uploaded.
     """
     manifest = Manifest.load(directory)
+    check_weights(directory, manifest.weights_hash)
     api = HfApi(token=token)
     try:
         address = str(api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model"))

@@ -25,6 +25,7 @@ from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import read_object, read_prompts
 from unified_lm.export.tokenizer_files import with_end
 from unified_lm.models.families import OWN_FAMILIES
+from unified_lm.models.weights_hash import check_weights
 
 _SENTENCE_TRANSFORMERS = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 _GENERATION = ("generation_config.json", "chat_template.jinja")
@@ -90,11 +91,12 @@ def write_serving(source: Path, target: Path, engine_name: str, *, pool_prompt: 
 
     Raises:
         CheckpointError: `source` is no export, or the engine cannot serve it as it was trained; all reasons are named.
+        ModelError: the weights of `source` are not those that were exported, or some are missing.
         OutputError: `target` holds what this package did not write.
     """
     if engine_name not in ENGINES:
         raise CheckpointError(f"unknown engine '{engine_name}'.{did_you_mean(engine_name, ENGINES)}")
-    check_folder(target)
+    check_folder(target, [source])
     engine = ENGINES[engine_name]
     manifest = Manifest.load(source)
     config = read_object(source / "config.json")
@@ -102,6 +104,7 @@ def write_serving(source: Path, target: Path, engine_name: str, *, pool_prompt: 
     obstacles = _obstacles(engine, manifest, config, read_prompts(source), pool_prompt=pools_prompt)
     if obstacles:
         raise CheckpointError(f"{source} cannot be served by {engine_name}: " + " ".join(obstacles))
+    check_weights(source, manifest.weights_hash)
     launch = engine.launch.format(folder=target, pooling=dict(engine.poolings).get(manifest.pooling, ""))
     complete = replace(manifest, modes=(engine.mode,))
 

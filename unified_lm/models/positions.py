@@ -64,7 +64,7 @@ def check_lengths(causal_lm: PreTrainedModel, lengths: Mapping[str, int]) -> Non
 
     Args:
         causal_lm: the model.
-        lengths: name of a setting -> the longest sample that it allows, in tokens.
+        lengths: name of a setting, or of several that add up -> the longest sample that it allows, in tokens.
 
     Raises:
         ConfigError: it names every setting that is too large.
@@ -72,7 +72,7 @@ def check_lengths(causal_lm: PreTrainedModel, lengths: Mapping[str, int]) -> Non
     limit = position_limit(causal_lm)
     if limit is not None:
         problems = [
-            f"{key}: got {length}, but {limit.reason}. Set {key}={limit.tokens} or less."
+            f"{key}: got {length}, but {limit.reason}. Lower it to {limit.tokens} or less."
             for key, length in lengths.items()
             if length > limit.tokens
         ]

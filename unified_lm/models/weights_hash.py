@@ -1,11 +1,16 @@
-"""The hash of a folder's weight files, and its comparison with the one that an export records."""
+"""Whether a folder's weights are those that were exported: the hash of its files, and that none is missing."""
 
 from __future__ import annotations
 
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
-from unified_lm.core.errors import ModelError
+from transformers import AutoModelForCausalLM
+
+from unified_lm.core.errors import CheckpointError, ModelError, UserError
+from unified_lm.models.load_errors import check_complete
+from unified_lm.models.quiet import quiet_loading
 
 CHECKED_BYTES = 2 << 30
 """Weights up to this size, in bytes, are compared at every load, which takes at most about three seconds. Those of a 7B model
@@ -47,6 +52,34 @@ def check_weights_hash(directory: Path, recorded: str, *, always: bool | None = 
             f"{recorded}. The files are damaged or were replaced: copy them again, or export the run again. If you changed "
             'them on purpose, set "weights_hash" to "" in unified_lm.json.'
         )
+
+
+def check_weights(directory: Path, recorded: str) -> None:
+    """Check weights that are read by others than us, or passed on as they are: compared, whatever their size, and none missing.
+
+    Args:
+        directory: a model, or an adapter, whose base is not looked at.
+        recorded: the manifest's `weights_hash`; "" records none.
+
+    Raises:
+        ModelError: the files are not those that were exported, or weights are missing from them.
+        CheckpointError: no model can be made of the folder.
+    """
+    check_weights_hash(directory, recorded, always=True)
+    if (directory / "adapter_config.json").is_file():
+        return
+    try:
+        with quiet_loading(reports=False):  # on no device: names and shapes are compared, and no value is read
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                directory, device_map="meta", local_files_only=True, output_loading_info=True
+            )
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can make the libraries raise anything, bare Exception included
+        said = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"cannot load the model in {directory}: {type(error).__name__}: {said}") from error
+    causal_lm, info = loaded
+    check_complete(info, str(directory), causal_lm)
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -1,12 +1,15 @@
 """No key that bears meaning is ignored in silence: each is read, or refused; every other key is counted."""
 
+import re
+from collections.abc import Iterator
+
 import pytest
 
 from unified_lm.core.errors import DataError
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.data.rows.files import record_row
-from unified_lm.data.rows.keys import LEARNED_KEYS, ROW_KEYS, TURN_KEYS, near_miss
+from unified_lm.data.rows.keys import LEARNED_KEYS, ORDINARY, ROW_KEYS, TURN_KEYS, near_miss
 from unified_lm.data.rows.parse import FIELDS, RowParser
 from unified_lm.data.rows.records import ChatRecord, PairRecord, RecordKind, Text
 from unified_lm.data.rows.violations import MeaningfulKeyError, RowError
@@ -104,12 +107,75 @@ def test_negatives_under_all_their_names(name):
     assert RowParser(RecordKind.PAIR)({"query": "q", "pos": "p", name: "n"}).negatives == (Text("n"),)
 
 
-@pytest.mark.parametrize("name", ["Negatives", "negativs", "hard-negatives", "positive_2", "instruciton"])
-def test_near_misses_are_refused(name):
+def misspelled(name: str) -> Iterator[str]:
+    """A name in other cases, with other separators, and with every kind of edit at its beginning, middle and end."""
+    yield from (name.capitalize(), name.upper(), f" {name}")
+    if "_" in name:
+        yield from (name.replace("_", "-"), name.replace("_", " "), name.title().replace("_", ""))
+    if len(name) >= 5:
+        for at in (0, len(name) // 2, len(name) - 1):
+            yield from (name[:at] + name[at + 1 :], name[:at] + "x" + name[at:], name[:at] + "x" + name[at + 1 :])
+        for at in (0, len(name) // 2):
+            yield name[:at] + name[at : at + 2][::-1] + name[at + 2 :]
+
+
+KNOWN = {*ORDINARY, *ROW_KEYS, *(name for fields in FIELDS.values() for names in fields.values() for name in names)}
+
+
+@pytest.mark.parametrize("kind", RecordKind)
+def test_every_near_miss_of_a_key_that_bears_meaning_is_refused(kind):
+    parser, row = RowParser(kind), ROWS[kind]
+    keys = [name for name, found in ROW_KEYS.items() if any(kind in key.kinds for key in found)]
+    assert len(keys) >= 6
+    for key in keys:
+        for name in set(misspelled(key)) - KNOWN:
+            for value in (0, "something"):
+                with pytest.raises(MeaningfulKeyError, match=re.escape(f"field '{name}': got {value!r}")):
+                    parser(row | {name: value})
+            assert parser(row | {name: ""}) == parser(row | {name: None}) == parser(row)
+            assert RowParser(kind, ignore=(name,))(row | {name: 0}) == parser(row)
+            if any("1" in found.harmless for found in ROW_KEYS[key] if kind in found.kinds):
+                assert parser(row | {name: 1}) == parser(row)
+
+
+@pytest.mark.parametrize("kind", RecordKind)
+def test_every_near_miss_of_a_field_is_refused_also_beside_the_field(kind):
+    parser, row = RowParser(kind), ROWS[kind]
+    alternatives = {"conversations", "text", "prompt", "completion"} if kind is RecordKind.CHAT else set()
+    for field, names in FIELDS[kind].items():
+        for name in {wrong for right in names for wrong in misspelled(right)} - KNOWN:
+            if field in alternatives:  # of turns that are there: neither these fields nor their near misses are looked for
+                assert parser(row | {name: "x"}) == parser(row | {field: "x"}) == parser(row)
+                continue
+            with pytest.raises(MeaningfulKeyError, match=re.escape(f"field '{name}': got 'x'")):
+                parser(row | {name: "x"})
+
+
+@pytest.mark.parametrize("name", ["Neg_1", "negatve_2", "negatives_1", "hard-negative-1", "positives_2", "Pos2", "positive_2"])
+def test_near_misses_of_numbered_columns_are_refused(name):
     with pytest.raises(MeaningfulKeyError, match=f"field '{name}'"):
-        RowParser(RecordKind.PAIR)({"query": "q", "pos": "p", name: "x"})
+        RowParser(RecordKind.PAIR)(ROWS[RecordKind.PAIR] | {name: "x"})
+
+
+def test_near_misses_of_keys_of_turns_are_refused():
     with pytest.raises(MeaningfulKeyError, match="'weight'"):
         RowParser(RecordKind.CHAT)({"messages": [TURNS[0], TURNS[1] | {"wieght": 0}]})
+
+
+@pytest.mark.parametrize("kind", RecordKind)
+def test_words_and_names_that_resemble_a_key_are_not_refused(kind):
+    parser = RowParser(kind)
+    ordinary = ("id", "_id", "idx", "index", "title", "source", "lang", "language", "url", "dataset", "type", "topic", "tags")
+    for name in (*ordinary, *ORDINARY, "negs", "query_id", "prompt_id", "pos_scores", "token_count"):
+        assert parser(ROWS[kind] | {name: 0}) == parser(ROWS[kind])
+        assert parser.ignored[name] == 1
+
+
+def test_a_column_beside_one_that_was_named_is_no_near_miss():
+    named = RowParser(RecordKind.PAIR, {"query": "sentence1", "positive": "label"})
+    assert named({"sentence1": "q", "label": "p", "sentence2": "x", "query": "y"}) == PairRecord(Text("q"), (Text("p"),))
+    with pytest.raises(MeaningfulKeyError, match="'other_texts'"):
+        RowParser(RecordKind.PAIR, {"negative": "other_texts"})({"query": "q", "pos": "p", "other_text": "x"})
 
 
 def test_ordinary_keys_are_counted():

@@ -87,6 +87,8 @@ def test_ones_own_table(tmp_path: Path) -> None:
         ('{"tasks": {"A": {"querry": "x"}}}', "tasks.A has the unknown role 'querry'. Did you mean 'query'"),
         ('{"tasks": {}, "documents_with_instruction": "Reranking"}', "expected a list of text"),
         ('{"tasks": null}', "tasks: got None"),
+        ('{"tasks": {"A": "x", "B": "y", "A": "z"}}', "an object has the key 'A' more than once"),
+        ('{"tasks": {"A": {"query": "x", "query": "y"}}}', "an object has the key 'query' more than once"),
     ],
 )
 def test_broken_tables(tmp_path: Path, content: str, expected: str) -> None:

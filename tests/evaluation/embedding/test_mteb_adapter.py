@@ -18,7 +18,7 @@ pytest.importorskip("mteb")
 from tests.evaluation.embedding import task_folders
 from tests.inference.conftest import make_export
 from unified_lm.config.schema import ModelConfig
-from unified_lm.core.errors import DataError
+from unified_lm.core.errors import DataError, OutputError
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.evaluation.embedding import mteb_adapter as adapter
 from unified_lm.evaluation.embedding.instructions import (
@@ -153,6 +153,32 @@ def _calls(recorder: Recorder, tasks: Sequence[adapter.AbsTask], out: Path, **op
     before = Recorder.calls
     resumed = [result.resumed for result in adapter.run_tasks(recorder, tasks, out, **options)]
     return Recorder.calls - before, resumed
+
+
+@pytest.mark.parametrize("name", ["a task.json", "model_meta.json"])
+@pytest.mark.parametrize("content", ['{"mine": 1}', "[1]", "mine", "{", None, "link"])
+def test_what_is_in_the_place_of_a_result_stays(name: str, content: str | None, model: UnifiedLM, tmp_path: Path) -> None:
+    task = adapter.offline_task(replace(read_task(task_folders.sts(tmp_path)), name="a task"))
+    other = adapter.offline_task(replace(read_task(task_folders.sts(tmp_path / "more")), name="first"))
+    recorder = Recorder(
+        model, instructions_of("none", {}), adapter.ModelIdentity(name="unified_lm/x", revision="abc", settings={})
+    )
+    place = tmp_path / "out" / "results" / "unified_lm__x" / "abc" / name
+    place.parent.mkdir(parents=True)
+    (tmp_path / "mine").write_text("mine")
+    if content is None:
+        place.mkdir()
+    elif content == "link":
+        place.symlink_to(tmp_path / "mine")
+    else:
+        place.write_text(content)
+    before = sorted(tmp_path.rglob("*"))
+    calls = Recorder.calls
+    with pytest.raises(OutputError, match="nothing was changed"):
+        _calls(recorder, [other, task], tmp_path / "out")
+    assert Recorder.calls == calls, "the first task has not run either"
+    assert sorted(tmp_path.rglob("*")) == before
+    assert content in (None, "link") or place.read_text() == content
 
 
 def test_finished_tasks_are_skipped_but_not_those_of_other_data(model: UnifiedLM, tmp_path: Path) -> None:

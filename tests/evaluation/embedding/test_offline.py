@@ -77,6 +77,8 @@ def test_the_revision_follows_the_data(tmp_path: Path) -> None:
         ("type: sts\nfiles: {tset: a}", "", "files.tset is not part of a sts task. Did you mean 'test'"),
         ("type: sts\nfiles: {test: gone.tsv}", "", "there is no file .*gone.tsv"),
         ("- sts", "", "Expected keys such as"),
+        ("type: sts\ntype: retrieval", "", "has the key 'type' more than once"),
+        ("type: sts\nfiles: {test: a, test: b}", "", "has the key 'test' more than once"),
         ("type: sts\nlanguages: eng-Latn", "", r"languages: got 'eng-Latn' \(str\), expected a list of text"),
         ("type: sts\ndelimiter: 7", "", "delimiter: got 7"),
         ("type: sts\ninstruction: {query: a}", "sentence1\tsentence2\tscore\na\tb\t1\na\tb\t2\n", "expected a text"),

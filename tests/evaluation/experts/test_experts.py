@@ -201,6 +201,12 @@ def test_the_commands(export: Path, folder: Path, tmp_path: Path, capsys: pytest
         main(["experts", "domains", str(tmp_path / "slash.safetensors"), "--out", str(tmp_path / "s"), "--ratio", "1.2"]) == 0
     )
     assert (tmp_path / "s" / "without-pydocs-words.safetensors").is_file()
+    clash = renamed | {next(iter(renamed)).replace("/", "-"): next(iter(renamed.values()))}
+    RoutingStatistics(clash, dict.fromkeys(clash, 9999), built_in.routers).save(tmp_path / "clash.safetensors")
+    capsys.readouterr()
+    assert main(["experts", "domains", str(tmp_path / "clash.safetensors"), "--out", str(tmp_path / "c")]) == 2
+    assert "would both have the mask without-pydocs-" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
     capsys.readouterr()
     few = ["--min-tokens", "0", "--ratio", "1.2"]
     assert main(["experts", "domains", str(statistics), "--out", str(tmp_path / "d"), *few]) == 0

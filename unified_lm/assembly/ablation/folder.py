@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unified_lm.assembly.run_folder import refuse_foreign
 from unified_lm.checkpoint.store import list_checkpoints, remove_checkpoints
 from unified_lm.composition.convert import from_yaml
 from unified_lm.composition.flat import flatten
@@ -62,7 +63,10 @@ def begin(sweep: SweepConfig) -> Begun:
             "\n".join([f"{sweep.run_dir} holds runs with other settings; nothing was changed.", *problems])
             + "\nUndo the change, remove the folders of these runs, or choose another run_dir."
         )
-    _refuse_foreign(Path(sweep.run_dir))
+    _refuse_foreign(Path(sweep.run_dir) / SWEEP_FILE, {"recipe", "base", "arms"})
+    for arm in sweep.arms:
+        for name in (FINISHED, FAILED):
+            _refuse_foreign(Path(arm.run.run_dir) / name, {"arm", "seed"})
     write_json(Path(sweep.run_dir) / SWEEP_FILE, {"recipe": sweep.recipe, "base": sweep.base, "arms": list(sweep.arm_names)})
     folders = [arm.run.run_dir for arm in sweep.arms]
     finished = frozenset(folder for folder in folders if (Path(folder) / FINISHED).is_file())
@@ -70,22 +74,21 @@ def begin(sweep: SweepConfig) -> Begun:
     return Begun(finished, failed - finished)
 
 
-def _refuse_foreign(folder: Path) -> None:
-    """Raise where the file that lists the arms would replace one of the user's.
+def _refuse_foreign(file: Path, keys: set[str]) -> None:
+    """Raise where a file that lists the arms, or says how one ended, would replace one of the user's.
 
     Raises:
-        OutputError: it would, or the folder is a file.
+        OutputError: it would, or its folder is a file.
     """
-    if folder.exists() and not folder.is_dir():
+    if (folder := file.parent).exists() and not folder.is_dir():
         raise OutputError(f"run_dir {folder} is a file; nothing was changed. Name a folder.")
-    file = folder / SWEEP_FILE
     if not file.exists() and not file.is_symlink():
         return
     try:
         content = parse_json(file.read_bytes())
     except (OSError, ValueError):
         content = None
-    if file.is_symlink() or not isinstance(content, dict) or not {"recipe", "base", "arms"} <= set(content):
+    if file.is_symlink() or not isinstance(content, dict) or not keys <= set(content):
         raise OutputError(f"{file} is not of an ablation of unified_lm; nothing was changed. Choose another run_dir.")
 
 
@@ -98,7 +101,11 @@ def mark_finished(folder: Path, arm: ArmConfig, *, keep: bool) -> None:
 
 
 def mark_failed(arm: ArmConfig, reason: str) -> None:
-    """Write into an arm's folder why it failed."""
+    """Write into an arm's folder why it failed; where the folder is not a run's, which is why then, it is left alone."""
+    try:
+        refuse_foreign(Path(arm.run.run_dir))
+    except OutputError:
+        return
     write_json(Path(arm.run.run_dir) / FAILED, {"arm": arm.name, "seed": arm.run.seed, "reason": reason})
 
 

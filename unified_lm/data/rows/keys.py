@@ -1,4 +1,4 @@
-"""Keys of a row and of a turn that bear meaning: none of them is ignored in silence.
+"""Keys of a row and of a turn that bear meaning, and names that miss them narrowly: none of them is ignored in silence.
 
 Where a format reads a key it is a field (`parse.FIELDS`). The tables here hold the keys that it cannot read: a row that has
 one, with a value that says something, is refused, since it would train on something else than the row says. All other keys
@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from unified_lm.config.streams import RecordKind
+from unified_lm.data.rows.violations import MeaningfulKeyError
 
 _ONE = frozenset({"1", "1.0", "true"})
 _LABELED = "drop such rows, or say with ignore=[{key}] that the column has no bearing here"
 _SHORTEST_NEAR_MISS = 5
 """Characters of the shortest name of which another name is a near miss: short ones resemble too much."""
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value is none, or a text or a collection without anything in it: such values never bear meaning."""
+    return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,14 @@ class MeaningfulKey:
 
     def matters(self, value: object) -> bool:
         """Whether a value says something."""
-        if value is None or (isinstance(value, str | list | tuple | Mapping) and not value):
-            return False
-        return str(value).strip().lower() not in self.harmless
+        return not is_empty(value) and str(value).strip().lower() not in self.harmless
 
 
 _ALL = frozenset(RecordKind)
 _ANSWERED = frozenset({RecordKind.CHAT, RecordKind.PREFERENCE})
 _PAIR = frozenset({RecordKind.PAIR, RecordKind.GROUNDED})
 _weight = MeaningfulKey("how much the row counts", _ALL, _ONE, "repeat rows, or give their source a weight; " + _LABELED)
-_loss = MeaningfulKey("what of the row is learned", frozenset(RecordKind) - {RecordKind.PAIR}, _ONE, _LABELED)
+_loss = MeaningfulKey("what of the row is learned", _ALL, _ONE, _LABELED)
 _label = MeaningfulKey("whether the texts belong together", _PAIR, _ONE, _LABELED)
 _wanted = MeaningfulKey(
     "whether the answer is wanted", frozenset({RecordKind.CHAT}), _ONE, "use format=preference, or " + _LABELED
@@ -79,6 +83,17 @@ ROW_KEYS: Mapping[str, tuple[MeaningfulKey, ...]] = {
 }
 """Keys of a row. A kind that has a field of that name reads it instead."""
 
+ORDINARY = frozenset(
+    {
+        *("brain", "grain", "rain", "strain", "trail", "trails", "trains", "trait"),  # as train
+        *("core", "scope", "scored", "scorer", "store"),  # as score
+        *("height", "eight"),  # as weight
+        *("content", "contest"),  # as context
+        *("chose", "libel"),  # as chosen, label
+    }
+)
+"""Words that resemble a key, and name something else: such a key is no near miss."""
+
 _CHAT = frozenset({RecordKind.CHAT})
 _called = MeaningfulKey("a call of a tool, or its result", _CHAT, fix="turns of tools are not read: leave the row out")
 _thought = MeaningfulKey(
@@ -109,17 +124,20 @@ training), ms-swift (loss) and torchtune (masked)."""
 
 
 @lru_cache(maxsize=4096)
-def near_miss(name: str, known: Collection[str]) -> str | None:
-    """The known name that another one misses by one edit, or only by its case; None if there is none, or it is known.
+def near_miss(name: str, known: Collection[str], others: Collection[str] = frozenset()) -> str | None:
+    """The known name that another one misses by one edit, or only by its case, its spaces or its hyphens; None without one.
 
     Args:
         name: a key of a row.
-        known: hashable; the names that would be read.
+        known: hashable; the names that would be read, or refused.
+        others: hashable; names that are none of these whatever they resemble.
     """
     if name in known:
         return None
-    low = name.lower().replace("-", "_")
-    return next((k for k in known if low == k or (len(k) >= _SHORTEST_NEAR_MISS and _one_edit(low, k))), None)
+    low = name.strip().lower().replace("-", "_").replace(" ", "_")
+    if low in known or low in others:
+        return low if low in known else None
+    return next((k for k in known if low == k.lower() or (len(k) >= _SHORTEST_NEAR_MISS and _one_edit(low, k))), None)
 
 
 def _one_edit(a: str, b: str) -> bool:
@@ -131,3 +149,53 @@ def _one_edit(a: str, b: str) -> bool:
         return len(b) - len(a) == 1 and a[start:] == b[start + 1 :]
     swapped = a[start : start + 2] == b[start : start + 2][::-1] and a[start + 2 :] == b[start + 2 :]
     return a[start + 1 :] == b[start + 1 :] or swapped
+
+
+class RefusedKeys:
+    """The keys that rows of one kind may not have beside those that are read.
+
+    Args:
+        kind: of the rows.
+        fields: the names under which each field is read, where they are those of the format.
+        others: names that mean something to some kind, and are near misses of nothing.
+    """
+
+    def __init__(self, kind: RecordKind, fields: Mapping[str, Collection[str]], others: Collection[str]) -> None:
+        self.keys = {name: key for name, keys in ROW_KEYS.items() for key in keys if kind in key.kinds}
+        self._fields = fields
+        self._lists = tuple(name for field in ("negative", "positive") for name in fields.get(field, ()))
+        self._others = frozenset({*others, *ROW_KEYS, *ORDINARY})
+
+    def check(self, name: str, value: object, asked: Collection[str], missing: Collection[str]) -> None:
+        """Refuse a key that was not read, where it bears meaning or its name is a near miss of one that is read or does.
+
+        Args:
+            name: the key.
+            value: what the row has under it.
+            asked: the fields that were looked for in the row.
+            missing: columns that the user named and the row lacks.
+
+        Raises:
+            MeaningfulKeyError: it does.
+        """
+        if is_empty(value):
+            return
+        read = tuple(known for field, names in self._fields.items() if field in asked for known in names)
+        if name in self.keys:
+            key, says = self.keys[name], self.keys[name].says
+        elif close := near_miss(name, read, self._others) or near_miss(name, tuple(missing)):
+            raise MeaningfulKeyError(name, value, f"'{close}'", f"rename it or leave it out, or say ignore=[{name}]")
+        elif close := near_miss(name, tuple(self.keys), self._others):
+            key, says = self.keys[close], f"'{close}', {self.keys[close].says}"
+        else:
+            self._check_number(name, value)
+            return
+        if key.matters(value):
+            raise MeaningfulKeyError(name, value, says, key.fix.format(key=name))
+
+    def _check_number(self, name: str, value: object) -> None:
+        base = name.rstrip("0123456789").rstrip("_- ")
+        close = base if base in self._lists else near_miss(base, self._lists, self._others)
+        if base != name and close:
+            fix = f"write all of them as a list under '{close}', or say ignore=[{name}]"
+            raise MeaningfulKeyError(name, value, f"one of several '{close}'", fix)

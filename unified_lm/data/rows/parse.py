@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from unified_lm.core.errors import DataError, did_you_mean
-from unified_lm.data.rows.keys import LEARNED_KEYS, ROW_KEYS, TURN_KEYS, near_miss
+from unified_lm.data.rows.keys import LEARNED_KEYS, TURN_KEYS, RefusedKeys, near_miss
 from unified_lm.data.rows.records import (
     ChatRecord,
     GroundedRecord,
@@ -67,6 +67,7 @@ ROLES = {
 }
 
 _TURN_NAMES = (*LEARNED_KEYS, *TURN_KEYS)
+_FIELD_NAMES = frozenset(name for fields in FIELDS.values() for names in fields.values() for name in names)
 TEXT_OR_PAIR = "a text or [instruction, text]"
 _NUMBERED_NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?_?(\d+)")
 _NUMBERED_POSITIVE = re.compile(r"pos(?:itive)?_?(\d+)")
@@ -101,6 +102,10 @@ class RowParser:
             self.columns[canonical[field]] = column
         if both := sorted(self.ignore & set(self.columns.values())):
             raise DataError(f"ignore: names '{both[0]}', which columns says is read. Leave it out of one of the two.")
+        taken = {*self.columns.values(), *self.ignore}
+        named = {field: [name for name in names if name not in taken] for field, names in FIELDS[kind].items()}
+        fields = {field: names for field, names in named.items() if field not in self.columns}
+        self._refused = RefusedKeys(kind, fields, _FIELD_NAMES)
         self._parse = _PARSERS[kind]
 
     def __call__(self, row: object) -> Record:
@@ -114,7 +119,7 @@ class RowParser:
             raise RowError("(row)", describe(row), "an object with named columns")
         view = _Row(row, self.columns, self.kind, self.ignore)
         record = self._parse(view)
-        view.refuse_meaningful()
+        view.refuse_meaningful(self._refused)
         self.ignored.update(view.ignored)
         return record
 
@@ -129,6 +134,7 @@ class _Row:
         self.read: set[str] = set()
         self._columns = columns
         self._kind = kind
+        self._asked: set[str] = set()
         self._missing: set[str] = set()
 
     def names(self, field: str) -> tuple[str, ...]:
@@ -141,28 +147,25 @@ class _Row:
 
     def find(self, field: str) -> tuple[str, Any] | None:
         """Column and value of a field, or None if the column is missing or null."""
+        self._asked.add(field)
         present = [name for name in self.names(field) if self.values.get(name) is not None]
         if len(present) > 1:
             both = " and ".join(f"'{name}'" for name in present)
             raise RowError(field, f"columns {both}", "only one of them", f" Say which: columns={{{field}: {present[0]}}}.")
         if not present:
-            self._missing.update(self.names(field))
+            if field in self._columns:
+                self._missing.update(self.names(field))
             return None
         self.read.add(present[0])
         return present[0], self.values[present[0]]
 
-    def refuse_meaningful(self) -> None:
-        """Refuse keys that were not read and bear meaning, or miss the name of a field that was not found; count the others."""
-        known = tuple(sorted(self._missing))
+    def refuse_meaningful(self, refused: RefusedKeys) -> None:
+        """Refuse keys that were not read and bear meaning, or miss narrowly a name that does; count the others."""
         for name, value in self.values.items():
             if name in self.read or value is None or not isinstance(name, str):
                 continue
-            key = next((key for key in ROW_KEYS.get(name, ()) if self._kind in key.kinds), None)
             if name not in self.ignore:
-                if key is not None and key.matters(value):
-                    raise MeaningfulKeyError(name, value, key.says, key.fix.format(key=name))
-                if close := near_miss(name, known):
-                    raise MeaningfulKeyError(name, value, f"'{close}'", f"rename it, or say ignore=[{name}]")
+                refused.check(name, value, self._asked, self._missing)
             self.ignored[name] += 1
 
     def require(self, field: str, expected: str) -> tuple[str, Any]:

@@ -90,7 +90,7 @@ def prepare(
     outputs: list[dict[str, Any]] = []
     manifest = out_dir / f"{name}.manifest.yaml"
     paths = [out_dir / f"{item.output}{ending}" for item in inputs]
-    check_files([*paths, manifest])
+    check_files([*paths, manifest], () if local is None else data_files(local))
     for item, path in zip(inputs, paths, strict=True):
         outputs.append(_write(spec, item, path, limit) | {"path": str(path.relative_to(out_dir))})
         dropped.update(outputs[-1]["dropped"])

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.user_files import RepeatedKeyError, single_keys
 
 # Location of each row ("line 3", counted from 1), and its content.
 Rows = Iterator[tuple[str, Any]]
@@ -47,25 +48,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, raw in _decoded(path) if (line := raw.strip()))
 
 
-class _RepeatedKeyError(Exception):
-    """An object of JSON with the same key twice; its text is the key."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; where a key comes twice, `json` alone keeps the last value in silence."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _RepeatedKeyError(next(name for index, name in enumerate(names) if name in names[:index]))
-    return found
-
-
 def _json(text: str, path: Path, first_line: int, expected: str) -> Any:
     where = path if expected.startswith("an array") else f"{path}, line {first_line}"
     try:
-        return json.loads(text, object_pairs_hook=_object)
-    except _RepeatedKeyError as error:
-        raise DataError(f"{where}: an object has the key '{error}' more than once. Keep one of them.") from error
+        return json.loads(text, object_pairs_hook=single_keys)
+    except RepeatedKeyError as error:
+        raise DataError(f"{where}: an object has the key '{error.key}' more than once. Keep one of them.") from error
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise DataError(

@@ -39,7 +39,7 @@ from unified_lm.data.rows.violations import EmptyTextError, RowError
 logger = logging.getLogger(__name__)
 
 # Increase when a parser or the layout below changes, so that shards of older versions are rebuilt.
-VERSION = 4
+VERSION = 5
 _ROWS_PER_BATCH = 1024
 _ROWS_BETWEEN_MESSAGES = 500_000
 

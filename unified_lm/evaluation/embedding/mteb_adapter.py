@@ -32,7 +32,9 @@ from mteb.models.model_meta import ScoringFunction
 from mteb.types import Licenses, PromptType
 from torch.utils.data import DataLoader
 
-from unified_lm.core.errors import DataError
+from unified_lm.core.errors import DataError, OutputError
+from unified_lm.core.outputs import check_file
+from unified_lm.core.user_files import parse_json
 from unified_lm.evaluation.embedding.instructions import Instructions, Role, TaskKey
 from unified_lm.evaluation.embedding.offline import Kind, OfflineTask
 from unified_lm.evaluation.embedding.task_results import ModelIdentity, TaskScore
@@ -173,8 +175,10 @@ def run_tasks(
 
     Raises:
         DataError: a task's data cannot be loaded.
+        OutputError: something else is in the place of a result; nothing was run.
     """
     cache = ResultCache(out)
+    _check_places(cache, tasks, encoder.mteb_model_meta)
     scores = []
     for task in tasks:
         before = None if overwrite else _finished(cache, task, encoder.mteb_model_meta)
@@ -191,6 +195,24 @@ def run_tasks(
         report(score)
         scores.append(score)
     return scores
+
+
+def _check_places(cache: ResultCache, tasks: Sequence[AbsTask], meta: ModelMeta) -> None:
+    """Refuse what is in the place of a file that mteb writes and is none of its own, whoever wrote it."""
+    results = [cache.get_task_result_path(task.metadata.name, meta) for task in (*tasks, *leaf_tasks(tasks))]
+    places: dict[Path, Callable[[Path], object]] = dict.fromkeys(results, TaskResult.from_disk)
+    places |= {path.parent / "model_meta.json": lambda path: parse_json(path.read_bytes())["revision"] for path in results}
+    for path, read in places.items():
+        if path.is_symlink() or not path.is_file():
+            check_file(path)
+            continue
+        try:
+            read(path)
+        except Exception as error:  # mteb's readers raise anything, KeyError included
+            raise OutputError(
+                f"{path} is in the place of a result, and mteb has not written it ({type(error).__name__}); "
+                "nothing was changed. Move it away, or name another --out."
+            ) from error
 
 
 def _finished(cache: ResultCache, task: AbsTask, meta: ModelMeta) -> TaskResult | None:

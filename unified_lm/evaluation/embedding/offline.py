@@ -12,10 +12,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.core.typed import require_typed, show_briefly
+from unified_lm.core.user_files import parse_yaml
 from unified_lm.evaluation.embedding.offline_files import Layout, Row, find_file, read_fields
 
 DESCRIPTION = "task.yaml"
@@ -179,8 +178,8 @@ _FIELDS: Mapping[Kind, Mapping[str, Callable[[Row, str], Any]]] = {
 
 def _description(path: Path) -> _Description:
     try:
-        options = yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        options = parse_yaml(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}") from error
     return require_typed(
         _Description, options, path, DataError, fix="Expected keys such as `type: sts`; see docs/evaluation.md."
