@@ -30,6 +30,7 @@ from unified_lm.core.agreement import failures
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import commit_directory, write_json, write_text
 from unified_lm.core.random import RngState
+from unified_lm.core.user_files import refusal
 
 FORMAT = 2
 """Version of the folder's format."""
@@ -179,7 +180,9 @@ def _finish(
         write_json(building / STATE, content)
         commit_directory(building, target)
         write_text(target.parent / LATEST, f"{target.name}\n")
-    except (OSError, SafetensorError) as error:  # a full disk raises either
+    except Exception as error:
+        if refusal(error) is None:
+            raise
         return error
     return None
 

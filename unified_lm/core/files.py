@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.temporary import BUILDING, OLD, beside, sweep
-from unified_lm.core.user_files import naming, user_path
+from unified_lm.core.user_files import naming, refusal, user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,8 +64,10 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
         building.mkdir()
         fill(building)
         commit_directory(building, target)
-    except OSError as error:
-        said = error.strerror or str(error)
+    except Exception as error:
+        if (refused := refusal(error)) is None:
+            raise
+        said = refused.strerror or str(refused)
         raise CheckpointError(f"could not write {target}: {said}. What was there before is untouched.") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
