@@ -114,9 +114,9 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     whole: GatherParameters = no_gathering
     if config.parallel.zero_stage == 3:
         sharding = ZeroSharding(config.parallel)
-        loaded, whole = load_sharded(config.model, sharding), sharding.filling
+        loaded, whole = load_sharded(config.model, sharding, needs_head=config.needs_head), sharding.filling
     else:
-        loaded = load_model(config.model, quantize_4bit=quantize)
+        loaded = load_model(config.model, quantize_4bit=quantize, needs_head=config.needs_head)
     check_lengths(loaded.causal_lm, _lengths(config))
     tokens = trained_tokens(config, loaded.tokenizer)
     loaded.provenance["notices"] += untrained_notices(config, loaded, tokens, whole)
