@@ -229,10 +229,13 @@ def test_another_objective_keeps_the_weight_and_nothing_else(argument: str) -> N
     [
         ("chain: ['{file}']", "stage .*: recipe 'own' is a chain"),
         ("ablation: {{base: {{'{file}': []}}, arms: {{a: []}}}}", "arm a: recipe 'own' is an ablation of several runs"),
+        ("defaults: [own, _self_]", r"recipe .*/own\.yaml: its defaults lead back to themselves; remove one"),
+        ("defaults: [other, _self_]", r"recipe .*/own\.yaml: its defaults lead back to themselves; remove one"),
     ],
 )
 def test_a_recipe_that_names_itself_is_refused(tmp_path, content, message):
     file = tmp_path / "own.yaml"
+    (tmp_path / "other.yaml").write_text("defaults: [own, _self_]")
     file.write_text(content.format(file=file))
     with pytest.raises(ConfigError, match=message):
         compose([f"recipe={file}"])
