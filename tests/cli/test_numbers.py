@@ -95,7 +95,11 @@ def fields() -> list[tuple[type, str]]:
     ]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+UNUSABLE = [float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 3.5e38, 1e-308, -1e-39, 10**400]
+"""Not finite, or so in the float32 that training computes with, or 0 in it."""
+
+
+@pytest.mark.parametrize("value", UNUSABLE, ids=lambda value: str(value)[:9])
 @pytest.mark.parametrize(("cls", "name"), fields(), ids=lambda item: getattr(item, "__name__", item))
 def test_settings_are_finite(cls: type, name: str, value: float) -> None:
     kind = get_type_hints(cls)[name]
@@ -112,6 +116,12 @@ def test_settings_are_finite(cls: type, name: str, value: float) -> None:
     selected = {base.selector: getattr(cls, base.selector)} if base is not cls else {}
     _, problems = convert(base, {**selected, name: given})
     assert any(problem.startswith(name) and "expected a finite number" in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("value", [0.0, 1e30, 1e-30, -1e-30, 3.4e38, 1.2e-38])
+def test_what_32_bits_hold_is_a_number(value: float) -> None:
+    made, problems = convert(schema.OptimConfig, {"weight_decay": value})
+    assert (made.weight_decay, problems) == (value, [])
 
 
 def test_the_schema_has_such_fields() -> None:

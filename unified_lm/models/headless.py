@@ -35,7 +35,7 @@ def mark_headless(causal_lm: PreTrainedModel) -> None:
 
 def is_headless(causal_lm: PreTrainedModel) -> bool:
     """Whether the model came without a head, whatever adapts it now."""
-    ignored = causal_lm._keys_to_ignore_on_save
+    ignored = set(causal_lm._keys_to_ignore_on_save or ())
     return bool(ignored) and f"{_prefix(causal_lm)}.weight" in ignored
 
 
