@@ -73,15 +73,20 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def commit_directory(building: Path, target: Path) -> None:
+def commit_directory(building: Path, target: Path, flush: Callable[[Path], None] = sync) -> None:
     """Flush a filled folder to disk, then rename it to `target`; a previous `target` is removed afterwards.
+
+    Args:
+        building: the folder.
+        target: its place.
+        flush: `sync`, or what calls it.
 
     Raises:
         OSError: the disk reported an error; `target` is unchanged.
     """
     # Content before name: after a power failure a renamed folder whose files were not flushed could hold empty files.
     for path in (*building.rglob("*"), building):
-        sync(path)
+        flush(path)
     _replace_directory(building, target)
 
 
