@@ -9,9 +9,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 
-from unified_lm.cli import data, evaluate
-from unified_lm.cli.arguments import Command, finite, from_zero, positive, whole
-from unified_lm.cli.main import COMMANDS
+from tests.cli.all_commands import commands, parser_of
+from unified_lm.cli.arguments import finite, from_zero, positive, whole
 from unified_lm.composition.convert import convert
 from unified_lm.config import schema
 from unified_lm.core.errors import ConfigError
@@ -23,32 +22,6 @@ from unified_lm.mining.overlap import OverlapConfig
 from unified_lm.objectives import OBJECTIVES
 
 WORDS = ("nan", "inf", "-inf", "-1", "1e999", "x", "")
-
-
-def commands() -> dict[str, Command]:
-    grouped = {f"data {name}": command for name, command in data.COMMANDS.items()}
-    grouped |= {f"eval {name}": command for name, command in evaluate.COMMANDS.items()}
-    return {name: command for name, command in COMMANDS.items() if name not in ("data", "eval")} | grouped
-
-
-class _Parsed(Exception):
-    pass
-
-
-def parser_of(command: Command, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
-    """The parser that a command makes; the command goes no further."""
-    made: list[argparse.ArgumentParser] = []
-
-    def parse(self: argparse.ArgumentParser, *_: Any) -> None:
-        made.append(self)
-        raise _Parsed
-
-    for name in ("parse_args", "parse_known_args"):
-        monkeypatch.setattr(argparse.ArgumentParser, name, parse)
-    with pytest.raises(_Parsed):
-        command.load()(["--help"])
-    monkeypatch.undo()
-    return made[0]
 
 
 @pytest.mark.parametrize("name", commands())
