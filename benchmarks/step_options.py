@@ -1,8 +1,8 @@
 """One contrastive step with each option that trades memory, recomputation and compilation, side by side on the same samples.
 
 SmolLM2-135M, 32 pairs of running text with log-normal lengths in packs of 512 tokens, forward and backward. "peak" counts live
-tensors beyond weights and gradients in one step of its own (`LiveTensors`); compiled blocks hide theirs. Each repetition runs all
-sides one after another, and a ratio is that of one repetition.
+tensors beyond weights and gradients in one step of its own (`LiveTensors`); compiled blocks hide theirs. Each repetition runs
+all sides one after another, and a ratio is that of one repetition.
 
 Usage: python benchmarks/step_options.py [dtype] [repetitions]
 """

@@ -131,7 +131,7 @@ def test_an_arm_is_out_of_memory_before_the_next_one_comes_in(tmp_path: Path, mo
     assert alive == [0, 0, 0]
 
 
-OWN_LINES = re.compile(r"note: |embedding: |generation: |step \d+: |training |exporting to ")
+OWN_LINES = re.compile(r"note: |embedding: |generation: |step \d+: |training |exporting to |\d+ of \d+ texts were cut ")
 
 
 def test_the_command_trains_and_embeds_from_an_installed_wheel(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from unified_lm.cli import data, evaluate, experts
+from tests.cli.all_commands import groups
 from unified_lm.cli.main import COMMANDS, main
 from unified_lm.composition.compose import compose
 
-GROUPS = {"eval": evaluate.COMMANDS, "data": data.COMMANDS, "experts": experts.COMMANDS}
+GROUPS = groups()
 WORDS = [
     *([name] for name in COMMANDS),
     *([name, nested] for name, commands in GROUPS.items() for nested in commands),

@@ -3,15 +3,14 @@
 import argparse
 import dataclasses
 from collections.abc import Iterator
-from importlib import import_module
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 
-from unified_lm.cli.arguments import Command, finite, from_zero, positive, whole
-from unified_lm.cli.main import COMMANDS
+from tests.cli.all_commands import commands, parser_of
+from unified_lm.cli.arguments import finite, from_zero, positive, whole
 from unified_lm.composition.convert import convert
 from unified_lm.config import schema
 from unified_lm.core.errors import ConfigError
@@ -23,41 +22,6 @@ from unified_lm.mining.overlap import OverlapConfig
 from unified_lm.objectives import OBJECTIVES
 
 WORDS = ("nan", "inf", "-inf", "-1", "1e999", "x", "")
-
-
-def commands() -> dict[str, Command]:
-    """Every command, those of groups by both words: a group is one whose module has a table of its own."""
-    found: dict[str, Command] = {}
-    for name, command in COMMANDS.items():
-        group = getattr(import_module(command.target.partition(":")[0]), "COMMANDS", None)
-        found |= {name: command} if group is None else {f"{name} {inner}": each for inner, each in group.items()}
-    return found
-
-
-def test_every_group_is_looked_into() -> None:
-    groups = {name.partition(" ")[0] for name in commands() if " " in name}
-    assert groups == {"data", "eval", "experts"}
-    assert len(commands()) > 30
-
-
-class _Parsed(Exception):
-    pass
-
-
-def parser_of(command: Command, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
-    """The parser that a command makes; the command goes no further."""
-    made: list[argparse.ArgumentParser] = []
-
-    def parse(self: argparse.ArgumentParser, *_: Any) -> None:
-        made.append(self)
-        raise _Parsed
-
-    for name in ("parse_args", "parse_known_args"):
-        monkeypatch.setattr(argparse.ArgumentParser, name, parse)
-    with pytest.raises(_Parsed):
-        command.load()(["--help"])
-    monkeypatch.undo()
-    return made[0]
 
 
 @pytest.mark.parametrize("name", commands())
@@ -104,7 +68,11 @@ def fields() -> list[tuple[type, str]]:
     ]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+UNUSABLE = [float("nan"), float("inf"), float("-inf"), 1e308, -1e308, 3.5e38, 1e-308, -1e-39, 10**400]
+"""Not finite, or so in the float32 that training computes with, or 0 in it."""
+
+
+@pytest.mark.parametrize("value", UNUSABLE, ids=lambda value: str(value)[:9])
 @pytest.mark.parametrize(("cls", "name"), fields(), ids=lambda item: getattr(item, "__name__", item))
 def test_settings_are_finite(cls: type, name: str, value: float) -> None:
     kind = get_type_hints(cls)[name]
@@ -121,6 +89,12 @@ def test_settings_are_finite(cls: type, name: str, value: float) -> None:
     selected = {base.selector: getattr(cls, base.selector)} if base is not cls else {}
     _, problems = convert(base, {**selected, name: given})
     assert any(problem.startswith(name) and "expected a finite number" in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("value", [0.0, 1e30, 1e-30, -1e-30, 3.4e38, 1.2e-38])
+def test_what_32_bits_hold_is_a_number(value: float) -> None:
+    made, problems = convert(schema.OptimConfig, {"weight_decay": value})
+    assert (made.weight_decay, problems) == (value, [])
 
 
 def test_the_schema_has_such_fields() -> None:

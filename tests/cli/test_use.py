@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.full_disk import full_disk
 from tests.inference.conftest import make_export
 from unified_lm.cli import use
 from unified_lm.cli.main import main
@@ -67,6 +68,19 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_looked_
     monkeypatch.chdir(tmp_path)
     assert main(["encode", "no_such_model", str(texts), "--out", out]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_message(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts, out = tmp_path / "texts.txt", tmp_path / "v.npy"
+    texts.write_text("".join(f"text {number}\n" for number in range(100)))
+    with full_disk(10_000):
+        assert main(["encode", str(folder), str(texts), "--out", str(out), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert f"{out}: not everything could be written: 6400 requested" in said
+    assert "Look whether the disk is full" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
 
 
 def test_a_device_is_tried_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -229,10 +229,13 @@ def test_another_objective_keeps_the_weight_and_nothing_else(argument: str) -> N
     [
         ("chain: ['{file}']", "stage .*: recipe 'own' is a chain"),
         ("ablation: {{base: {{'{file}': []}}, arms: {{a: []}}}}", "arm a: recipe 'own' is an ablation of several runs"),
+        ("defaults: [own, _self_]", r"recipe .*/own\.yaml: its defaults lead back to themselves; remove one"),
+        ("defaults: [other, _self_]", r"recipe .*/own\.yaml: its defaults lead back to themselves; remove one"),
     ],
 )
 def test_a_recipe_that_names_itself_is_refused(tmp_path, content, message):
     file = tmp_path / "own.yaml"
+    (tmp_path / "other.yaml").write_text("defaults: [own, _self_]")
     file.write_text(content.format(file=file))
     with pytest.raises(ConfigError, match=message):
         compose([f"recipe={file}"])
@@ -360,7 +363,7 @@ def test_a_recipe_of_other_types_is_refused_by_name(text: str, told: str, tmp_pa
         ("packing.token_budget=null", r"packing\.token_budget: got None \(null\), expected a whole number"),
         ("streams.embedding.objective=null", r"streams\.embedding\.objective: got None \(null\)"),
         ("max_steps=" + "1" * 30, "max_steps: got a whole number of 30 digits, which no counter holds"),
-        ("optim.weight_decay=" + "1" * 400, r"optim\.weight_decay: got a number beyond the range of floats"),
+        ("optim.weight_decay=" + "1" * 400, r"optim\.weight_decay: got a whole number of 400 digits, expected a finite"),
         ("run_dir=${model.nothing}", "key 'run_dir': Interpolation key 'model.nothing' not found"),
         ("recipe=" + "x" * 300, "recipe 'x{60}...': File name too long"),
     ],

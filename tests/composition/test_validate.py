@@ -4,17 +4,20 @@ import ast
 import dataclasses
 import inspect
 from collections.abc import Callable
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from torch.distributed import HashStore
 
 from unified_lm.composition.compose import compose_run, to_yaml
 from unified_lm.composition.convert import convert, from_yaml, schema_keys, to_plain
-from unified_lm.composition.validate import find_notices, find_problems
+from unified_lm.composition.validate import LONGEST_WAIT, find_notices, find_problems
 from unified_lm.config.schema import ModelConfig, ObjectiveConfig, RunConfig, StreamConfig
+from unified_lm.core.distributed import group_timeout
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.formats import FORMATS, MaskingConfig
 from unified_lm.objectives import OBJECTIVES, NextTokenConfig
@@ -40,6 +43,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ("grit_smollm2", "~streams.generation.sources", "streams.generation.sources: is empty"),
         ("grit_smollm2", "max_steps=0", "max_steps: got 0, expected at least 1"),
         ("grit_smollm2", "optim.max_skipped_steps=0", "optim.max_skipped_steps: got 0, expected at least 1"),
+        ("grit_smollm2", "parallel.timeout_minutes=1e12", "timeout_minutes: got 1000000000000.0, expected at most 525600"),
         ("grit_smollm2", "checkpoint={every: 10, keep_every: 25}", "expected a multiple of checkpoint.every (10)"),
         (
             "grit_smollm2",
@@ -275,3 +279,10 @@ def test_plain_values_have_no_tuples() -> None:
     plain = to_plain(compose_run(["recipe=llm2vec_mntp"]))
     assert isinstance(plain["lora"]["target_modules"], list)
     assert isinstance(plain["streams"]["mntp"]["sources"][0], dict)
+
+
+def test_the_longest_wait_fits_what_waits() -> None:
+    config = compose_run(["recipe=grit_smollm2", f"parallel.timeout_minutes={LONGEST_WAIT}"])
+    store = HashStore()
+    store.set_timeout(group_timeout(config.parallel.timeout_minutes))
+    assert store.timeout == timedelta(minutes=1.25 * LONGEST_WAIT + 1)

@@ -10,7 +10,8 @@ from transformers import AutoConfig, BertConfig, T5Config
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.errors import ModelError
 from unified_lm.models.load_errors import explain
-from unified_lm.models.loading import MANIFEST, load_model, load_tokenizer
+from unified_lm.models.loading import load_model, load_tokenizer
+from unified_lm.models.origin import MANIFEST
 from unified_lm.models.precision import four_bit_config
 from unified_lm.models.tiny import TINY_FAMILIES, tiny_model, tiny_tokenizer
 

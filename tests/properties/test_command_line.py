@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import cache
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,13 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from tests.cli.all_commands import commands, parser_of
 from tests.inference.conftest import make_export
 from tests.properties.cases import MANY, VALUES, Case, mutated, run_cases, to_json
 from tests.reporting.test_report import write_run
-from unified_lm.cli.main import COMMANDS, main
+from unified_lm.cli.arguments import device, finite, from_zero, positive, whole
+from unified_lm.cli.main import main
+from unified_lm.evaluation.analyses import ANALYSES, GROUPS
 
 # --- a folder of things to name ------------------------------------------------------------------------------------------
 
@@ -213,10 +218,13 @@ FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "chat": ("<new|O>", ("--mode <W>", "--model <M>")),
     "eval rag": ("<export|M> --data <pairs.jsonl|P> --generate 0", ("--out <O>", "-k <N>", "--modes <W>", "--limit <N>")),
     "eval lm": ("<export|M> --tasks <P>", ("--out <O>", "--device <D>", "--include-path <P>", "--limit <N>")),
-    "analyze": (
-        "norms <export|M> --texts <texts.txt|P> --out <new|O> --num-windows 2 --positions 4",
-        ("--device <D>", "--dtype <T>", "--overwrite", *EMBEDDING),
-    ),
+    **{
+        f"analyze {name}": (
+            "<export|M> --texts <texts.txt|P> --out <new|O> --num-windows 2 --positions 4",
+            ("--device <D>", "--dtype <T>", "--overwrite", *EMBEDDING),
+        )
+        for name in (*ANALYSES, *GROUPS, "no_such_analysis")
+    },
     "data overlap": (
         "<pairs.jsonl|P> <texts.txt|P>",
         ("--write <O>", "--report <O>", "--ngram <N>", "--near <N>", "--kinds <W>", "--columns <W>"),
@@ -238,6 +246,37 @@ FORMS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "demo": ("<W>=<W>", ()),
 }
 """Per command its arguments, and options that may follow: <X> is drawn from the slot X, <a|X> is mostly a."""
+
+_OF_KEYS = ("train", "inspect", "recipes", "demo")
+"""Commands that take `key=value` and no options."""
+_BY_KIND = {positive: "<2|N>", whole: "<1|N>", finite: "<1|N>", from_zero: "<1|N>", device: "<D>", Path: "<P>"}
+
+
+@cache
+def options_of(name: str) -> tuple[str, ...]:
+    """The options that may follow a command: those of its form, and every other one of its parser, by type."""
+    written = FORMS[name][1]
+    if name in _OF_KEYS or (name == "eval words" and find_spec("seqeval") is None):
+        return written
+    known = " ".join((FORMS[name][0], *written)).split()
+    with pytest.MonkeyPatch.context() as patch:
+        actions = parser_of(commands()[name.split()[0] if name.startswith("analyze") else name], patch)._actions
+    return (
+        *written,
+        *(_drawn(action) for action in actions if action.option_strings and not set(action.option_strings) & set(known)),
+    )
+
+
+def _drawn(action: argparse.Action) -> str:
+    """An option of a parser as a form."""
+    option = action.option_strings[-1]
+    if action.nargs == 0:
+        return option
+    if action.choices:
+        return f"{option} <{next(iter(action.choices))}|W>"
+    return f"{option} {'<T>' if option == '--dtype' else '<O>' if option == '--out' else _BY_KIND.get(action.type, '<W>')}"
+
+
 _SLOT = re.compile(r"<(?:([^|>]*)\|)?([A-Z])>")
 
 
@@ -245,7 +284,7 @@ _SLOT = re.compile(r"<(?:([^|>]*)\|)?([A-Z])>")
 def command_lines(draw: st.DrawFn) -> list[str]:
     """The arguments of a command."""
     name = draw(st.sampled_from(sorted(FORMS)))
-    form, options = FORMS[name]
+    form, options = FORMS[name][0], options_of(name)
     chosen = draw(st.lists(st.sampled_from(options), max_size=2)) if options else []
 
     def value(match: re.Match[str]) -> str:
@@ -304,7 +343,14 @@ def check(case: Case) -> None:
 
 
 def test_every_command_has_a_form() -> None:
-    assert {name.split()[0] for name in FORMS} == set(COMMANDS)
+    assert {name for name in FORMS if not name.startswith("analyze ")} == set(commands()) - {"analyze"}
+
+
+def test_every_option_is_drawn() -> None:
+    """Those of the parsers, whatever the forms say; the list of a few shows that they are read at all."""
+    assert {"--adapter", "--verify <full|W>", "--for tei"} <= set(options_of("export"))
+    assert {"--triples <P>", "--clusters <2|N>", "--labels <W>"} <= set(options_of("analyze norms"))
+    assert {"--near-duplicate <1|N>", "--skip-empty"} <= set(options_of("data mine"))
 
 
 def test_commands_do_or_refuse() -> None:

@@ -64,10 +64,12 @@ ARGUMENTS = st.one_of(
     ),
 )
 
-_CHAIN = {"chain": ["self", "grit_smollm2"], "description": "a chain"}
+_ITSELF = "{this file}"
+"""Stands for the path of the file that is written, which is known only then."""
+_CHAIN = {"chain": [_ITSELF, "grit_smollm2"], "description": "a chain"}
 _ABLATION = {
     "ablation": {
-        "base": {"grit_smollm2": ["max_steps=2"], "self": []},
+        "base": {"grit_smollm2": ["max_steps=2"], _ITSELF: []},
         "overrides": ["model=tiny_random"],
         "arms": {"a": [], "b": ["model.pooling=cls"]},
         "grid": {"x": {"one": [], "two": ["seed=1"]}},
@@ -81,6 +83,7 @@ FILES = st.one_of(
     *(st.deferred(lambda name=name: mutated(read_yaml(recipes_dir() / f"{name}.yaml"))) for name in RECIPES),
     mutated(_CHAIN),
     mutated(_ABLATION),
+    mutated({"defaults": ["grit_smollm2", "self", "_self_"], "max_steps": 2}),
     VALUES,
 )
 CASES = st.one_of(
@@ -94,7 +97,8 @@ def check(case: Case) -> None:
         recipe = case.get("recipe")
         if recipe is None:
             path = Path(folder, "self.yaml")
-            path.write_bytes(yaml.safe_dump(case["file"], allow_unicode=True).encode("utf-8", "surrogatepass"))
+            text = yaml.safe_dump(case["file"], allow_unicode=True).replace(_ITSELF, str(path))
+            path.write_bytes(text.encode("utf-8", "surrogatepass"))
             recipe = str(path)
         try:
             config = compose([f"recipe={recipe}", *case["arguments"]])

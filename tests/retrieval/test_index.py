@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import tokenization_utils_base
 
 from tests.processes import Child
 from tests.retrieval.prompts import recorded_prompts
@@ -26,6 +27,8 @@ from unified_lm.retrieval import index as module
 from unified_lm.retrieval.documents import Document, text_id
 from unified_lm.retrieval.engines import ENGINES, open_engine
 from unified_lm.retrieval.index import Index
+from unified_lm.retrieval.rerank import Reranker
+from unified_lm.retrieval.splitting import fit
 
 WORDS = ("apples", "bears", "clouds", "doors", "eels", "frogs", "gates", "hills")
 TEXTS = [f"Document {i} is about {word}." for i, word in enumerate(WORDS)]
@@ -209,6 +212,20 @@ def test_the_budget_is_kept_and_what_was_evicted_is_read_again(tmp_path: Path, m
         pytest.raises(UserError, match=r"more than the disk budget of 1,000 bytes"),
     ):
         small.add(TEXTS)
+
+
+def test_a_text_that_will_be_cut_is_no_news(model: UnifiedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, said = model.prompt_encoder.tokenizer, []
+    tokenizer.deprecation_warnings.clear()  # transformers warns once per tokenizer
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", said.append)
+    long = "words and words " * 1000
+    parts, _ = fit(model, Document("long", long), 96, "split")
+    assert len(parts) > 20
+    assert len(fit(model, Document("long", long), 96, "cut")[0]) == 1
+    Reranker(model).scores("words?", [long])
+    assert said == []
+    tokenizer(long)
+    assert said, "it would say so"
 
 
 def test_long_documents_are_cut_or_split(tmp_path: Path, model: UnifiedLM) -> None:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import random
-import resource
 import sqlite3
 import time
 import warnings
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.full_disk import full_disk
 from unified_lm.batch import Block
 from unified_lm.core.errors import ConfigError, OutputError, UserError
 from unified_lm.models.key_values import KeyValueCache
@@ -218,16 +218,10 @@ def _reads_with_a_warning(store: KeyValueStore, id: str) -> bool:
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
-    """The limit on the size of a file stops the write half way, as a full disk does."""
     with KeyValueStore(tmp_path, "float32") as store:
         store.put("a", "causal", cache())
-        former = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, former[1]))
-        try:
-            with pytest.raises(OutputError, match=r"could not write .*untouched\. Make room on the disk"):
-                store.put("a", "causal", cache(tokens=2000))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        with full_disk(200_000), pytest.raises(OutputError, match=r"could not write .*untouched\. Make room on the disk"):
+            store.put("a", "causal", cache(tokens=2000))
         assert same(store.get("a", "causal"), cache())
         assert len([path for path in (tmp_path / "entries").rglob("*") if path.is_file()]) == 1
 

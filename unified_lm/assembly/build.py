@@ -17,7 +17,7 @@ from unified_lm.assembly.trained_tokens import trained_tokens, untrained_notices
 from unified_lm.batch import Batch
 from unified_lm.checkpoint.state import Identity, load_state
 from unified_lm.checkpoint.store import find_checkpoint, restore_metrics
-from unified_lm.config.schema import RunConfig, StreamConfig
+from unified_lm.config.schema import ModelConfig, RunConfig, StreamConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import run_on_rank0
 from unified_lm.core.allocator import keep_freed_memory
@@ -116,9 +116,9 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     whole: GatherParameters = no_gathering
     if config.parallel.zero_stage == 3:
         sharding = ZeroSharding(config.parallel)
-        loaded, whole = load_sharded(config.model, sharding), sharding.filling
+        loaded, whole = load_sharded(config.model, sharding, needs_head=config.needs_head), sharding.filling
     else:
-        loaded = load_model(config.model, quantize_4bit=quantize)
+        loaded = load_model(config.model, quantize_4bit=quantize, needs_head=config.needs_head)
     check_lengths(loaded.causal_lm, _lengths(config))
     tokens = trained_tokens(config, loaded.tokenizer)
     loaded.provenance["notices"] += untrained_notices(config, loaded, tokens, whole)
@@ -126,11 +126,7 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
     lora = apply_lora(loaded.causal_lm, config.lora, config.seed, tokens, whole) if config.lora else None
     if config.optim.frozen:
         loaded.provenance["notices"].append(freeze(loaded.causal_lm, config.optim.frozen))
-    backbone = Backbone(loaded.causal_lm, config.model.attention_kernel).to(device)
-    if config.model.gradient_checkpointing:
-        backbone.enable_gradient_checkpointing(config.model.checkpoint_keeps == "products")
-    if config.model.compile:
-        compile_blocks(loaded.causal_lm)
+    backbone = _make_backbone(config.model, loaded, device)
     streams = build_streams(config, loaded.tokenizer)
     held_out = build_validation_streams(config, loaded.tokenizer)
     retrieval = build_retrieval(config, loaded.tokenizer)
@@ -254,6 +250,15 @@ def make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) ->
         folder = Path(loaded.provenance["init_from"])
         return load_projection(folder, Manifest.load(folder), hidden_size)
     return None if wanted is None else Projection(hidden_size, wanted)
+
+
+def _make_backbone(config: ModelConfig, loaded: LoadedModel, device: torch.device) -> Backbone:
+    backbone = Backbone(loaded.causal_lm, config.attention_kernel).to(device)
+    if config.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing(config.checkpoint_keeps == "products")
+    if config.compile:
+        compile_blocks(loaded.causal_lm)
+    return backbone
 
 
 def _make_trainable(

@@ -118,7 +118,8 @@ def load_trained(run_dir: Path, console: Console, step: int | None = None) -> Tr
         max_steps=int(path.name.removeprefix(PREFIX)),
         export=replace(config.export, push_to_hub=None),
     )
-    loaded = load_model(config.model, quantize_4bit=config.lora is not None and config.lora.quantize_4bit)
+    quantize = config.lora is not None and config.lora.quantize_4bit
+    loaded = load_model(config.model, quantize_4bit=quantize, needs_head=config.needs_head)
     tokens = trained_tokens(config, loaded.tokenizer)
     lora = apply_lora(loaded.causal_lm, config.lora, config.seed, tokens) if config.lora else None
     if config.optim.frozen:

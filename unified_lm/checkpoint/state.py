@@ -28,8 +28,11 @@ from unified_lm.checkpoint.tensor_shards import ShardReader, shard_name, write_s
 from unified_lm.core import distributed
 from unified_lm.core.agreement import failures
 from unified_lm.core.errors import CheckpointError
-from unified_lm.core.files import commit_directory, write_json, write_text
+from unified_lm.core.files import commit_directory, sync, write_json, write_text
 from unified_lm.core.random import RngState
+from unified_lm.core.tracing import trace_span
+from unified_lm.core.user_files import refusal
+from unified_lm.core.watchdog import finish_together
 
 FORMAT = 2
 """Version of the folder's format."""
@@ -141,6 +144,7 @@ def save_state(state: RunState, rng: RngState, tensors: Iterable[tuple[str, torc
 
 def _raise_together(failure: Exception | None, building: Path, target: Path) -> None:
     """Raise an error on every rank if any rank has one, and remove the temporary folder. Collective."""
+    finish_together("files")
     found = failures(failure)
     if found is None:
         return
@@ -155,7 +159,8 @@ def _start(building: Path) -> OSError | None:
         return None
     try:
         if building.exists():
-            shutil.rmtree(building)
+            with trace_span("remove what a killed run left", waits=False):
+                shutil.rmtree(building)
         building.mkdir(parents=True)
     except OSError as error:
         return error
@@ -177,11 +182,18 @@ def _finish(
         content = {"format": FORMAT, **asdict(state), "files": files, "tensors": tensors}
         # The index comes last: a folder without it is not a checkpoint, and it records the sizes of all other files.
         write_json(building / STATE, content)
-        commit_directory(building, target)
+        commit_directory(building, target, _flush)
         write_text(target.parent / LATEST, f"{target.name}\n")
-    except (OSError, SafetensorError) as error:  # a full disk raises either
+    except Exception as error:
+        if refusal(error) is None:
+            raise
         return error
     return None
+
+
+def _flush(path: Path) -> None:
+    with trace_span(f"flush {path.name}", waits=False):  # the watchdog sees progress file by file
+        sync(path)
 
 
 def _rng_tensors(rngs: list[RngState]) -> dict[str, torch.Tensor]:

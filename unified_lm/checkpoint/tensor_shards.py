@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from unified_lm.core.raw_tensors import DTYPE_NAMES, raw_bytes
 from unified_lm.core.tracing import trace_span
 
 _HEADER_BYTES = 2**20  # enough for about 8,000 tensors; a longer header costs one more copy of the file
+_COPIED_BYTES = 2**26
 
 
 class ShardWriter:
@@ -80,7 +80,9 @@ class ShardWriter:
         with open(self.path, "rb") as source, open(moved, "wb") as target:
             source.seek(_HEADER_BYTES)
             target.seek(num_bytes)
-            shutil.copyfileobj(source, target, 2**24)
+            while block := source.read(_COPIED_BYTES):
+                with trace_span("make room for the header", waits=False):
+                    target.write(block)
         moved.rename(self.path)
         self._handle = open(self.path, "r+b")  # noqa: SIM115 - closed by `close`
 
@@ -101,7 +103,7 @@ def write_shard(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> tu
     names: list[str] = []
     failure: OSError | None = None
     writer: ShardWriter | None = None
-    for name, tensor in tensors:
+    for name, tensor in _traced(tensors):
         owner = num_bytes.index(min(num_bytes))
         num_bytes[owner] += tensor.nbytes
         if owner != rank or failure is not None:
@@ -118,10 +120,22 @@ def write_shard(tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> tu
     return names, failure
 
 
+def _traced(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors, each in a span: a rank that writes none of them makes progress with the others."""
+    rest = iter(tensors)
+    while True:
+        with trace_span("gather a tensor"):
+            item = next(rest, None)
+        if item is None:
+            return
+        yield item
+
+
 def _finish(writer: ShardWriter, failure: OSError | None) -> OSError | None:
     try:
         if failure is None:
-            writer.close()
+            with trace_span(f"flush {writer.path.name}", waits=False):
+                writer.close()
         else:
             writer.discard()
     except OSError as error:  # buffered data is only written now
@@ -188,9 +202,9 @@ class ShardReader:
         """The open file of a tensor; an error of reading it becomes ours."""
         file = self._files[name]
         try:
-            if file not in self._open:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
             with trace_span(f"read {name}", waits=False):
+                if file not in self._open:
+                    self._open[file] = safe_open(self.folder / file, framework="pt")
                 yield self._open[file]
         except (OSError, SafetensorError) as error:
             raise CheckpointError(

@@ -50,7 +50,7 @@ def upcycle(argv: Sequence[str]) -> None:
     found = find_model(options.model)
     if found.folder.resolve() in (options.out.resolve(), *options.out.resolve().parents):
         raise ConfigError(f"--out {options.out} lies in the model itself; name another folder.")
-    parts = load_parts(found.folder, device="cpu", dtype=None, revision=None, needs_manifest=False, check_weights=True)
+    parts = load_parts(found.folder, device="cpu", needs_manifest=False, needs_head=True, check_weights=True)
     sparse = upcycle(parts.causal_lm, settings)
 
     def fill(building: Path) -> None:

@@ -243,7 +243,8 @@ def _hydra_anew(path: Path, choices: tuple[tuple[str, str], ...]) -> dict[str, A
             config = hydra_compose(path.stem, overrides=overrides)
         values = OmegaConf.to_container(config, resolve=False)
     except Exception as error:  # Hydra's own, but for a defaults list of other types whatever its code runs into
-        raise ConfigError(f"recipe {path}: {str(error).strip() or 'its defaults list cannot be read'}") from error
+        said = "its defaults lead back to themselves; remove one." if isinstance(error, RecursionError) else str(error).strip()
+        raise ConfigError(f"recipe {path}: {said or 'its defaults list cannot be read'}") from error
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
 

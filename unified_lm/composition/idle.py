@@ -124,6 +124,7 @@ EFFECTIVE = frozenset(
         *("recipe", "description", "run_dir", "seed", "max_steps", "dry_run", "resume", "notices"),
         *("model", "model.family", "model.architecture", "model.tiny_random", "model.init_from", "model.dtype"),
         *("model.autocast", "model.attention_kernel", "model.attention_dropout", "model.gradient_checkpointing"),
+        *("model.checkpoint_keeps", "model.compile", "packing.num_retained"),
         *("model.projection_dim", "lora", "lora.*", "streams", "streams.*", "optim", "optim.*"),
         *("parallel", "parallel.backend", "parallel.timeout_minutes", "packing", "packing.token_budget"),
         *("logging", "logging.every", "logging.wandb", "logging.progress"),

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from unified_lm.composition.idle import idle_notices
-from unified_lm.config.checks import above, at_least, choice, fraction
+from unified_lm.config.checks import above, at_least, at_most, choice, fraction
 from unified_lm.config.kernels import KERNELS
 from unified_lm.config.schedules import SCHEDULES
 from unified_lm.config.schema import BACKENDS, VERIFICATIONS, ChainConfig, ModelConfig, OptimConfig, RunConfig
@@ -16,6 +16,8 @@ from unified_lm.core.errors import did_you_mean
 MODEL_SOURCES = ("hub", "embedded", "scratch")
 DTYPES = ("float32", "bfloat16")
 AUTO = "auto"
+LONGEST_WAIT = 365 * 24 * 60
+"""Minutes of a year; clocks that count nanoseconds hold 292 of them."""
 POOLINGS = ("mean", "weighted_mean", "last_token", "cls")
 
 
@@ -87,6 +89,7 @@ def _parallel(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     yield from choice("parallel.backend", parallel.backend, BACKENDS)
     yield from above("parallel.timeout_minutes", parallel.timeout_minutes, 0)
+    yield from at_most("parallel.timeout_minutes", parallel.timeout_minutes, LONGEST_WAIT)
     yield from at_least("parallel.bucket_elements", parallel.bucket_elements, 1)
     yield from at_least("parallel.persistence_threshold", parallel.persistence_threshold, 0)
     stage = parallel.zero_stage

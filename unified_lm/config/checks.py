@@ -26,6 +26,12 @@ def above(path: str, value: float, bound: float) -> Iterator[str]:
         yield f"{path}: got {value}, expected more than {bound}."
 
 
+def at_most(path: str, value: float, most: float) -> Iterator[str]:
+    """A number above `most`."""
+    if value > most:
+        yield f"{path}: got {value}, expected at most {most}."
+
+
 def fraction(path: str, value: float) -> Iterator[str]:
     """A number outside [0, 1)."""
     if not 0 <= value < 1:

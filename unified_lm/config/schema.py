@@ -11,7 +11,7 @@ from typing import Any
 
 from unified_lm.config.kernels import KERNELS, KernelFacts
 from unified_lm.config.objectives import EmbeddingObjectiveConfig, ObjectiveConfig
-from unified_lm.config.streams import SourceConfig, StreamConfig
+from unified_lm.config.streams import GENERATE, SourceConfig, StreamConfig
 
 __all__ = [
     "ArmConfig",
@@ -345,6 +345,12 @@ class RunConfig:
     def trains_embeddings(self) -> bool:
         """Whether any stream's samples are embedded."""
         return any(stream.pooled for stream in self.streams.values())
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether anything is computed with the language-model head: a stream's losses, or the answers of the export."""
+        modes = {*self.export.modes, *(mode for stream in self.streams.values() for mode in stream.modes)}
+        return GENERATE in modes or not all(stream.pooled for stream in self.streams.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,8 +78,12 @@ def initialize(timeout_minutes: float = 30.0) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # longer than the timeout of the watchdog (core.watchdog), whose message says more than the library's
-    dist.init_process_group(backend, timeout=timedelta(minutes=1.25 * timeout_minutes + 1))
+    dist.init_process_group(backend, timeout=group_timeout(timeout_minutes))
+
+
+def group_timeout(timeout_minutes: float) -> timedelta:
+    """When the library gives up: later than the watchdog (core.watchdog), whose message says more."""
+    return timedelta(minutes=1.25 * timeout_minutes + 1)
 
 
 def terminate_with_agent() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.temporary import BUILDING, OLD, beside, sweep
-from unified_lm.core.user_files import naming, user_path
+from unified_lm.core.user_files import naming, refusal, user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,22 +64,29 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
         building.mkdir()
         fill(building)
         commit_directory(building, target)
-    except OSError as error:
-        said = error.strerror or str(error)
+    except Exception as error:
+        if (refused := refusal(error)) is None:
+            raise
+        said = refused.strerror or str(refused)
         raise CheckpointError(f"could not write {target}: {said}. What was there before is untouched.") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def commit_directory(building: Path, target: Path) -> None:
+def commit_directory(building: Path, target: Path, flush: Callable[[Path], None] = sync) -> None:
     """Flush a filled folder to disk, then rename it to `target`; a previous `target` is removed afterwards.
+
+    Args:
+        building: the folder.
+        target: its place.
+        flush: `sync`, or what calls it.
 
     Raises:
         OSError: the disk reported an error; `target` is unchanged.
     """
     # Content before name: after a power failure a renamed folder whose files were not flushed could hold empty files.
     for path in (*building.rglob("*"), building):
-        sync(path)
+        flush(path)
     _replace_directory(building, target)
 
 

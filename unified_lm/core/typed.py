@@ -14,6 +14,9 @@ from unified_lm.core.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
+_LEAST, _LARGEST = 1.2e-38, 3.4e38
+"""Magnitudes that a float32 holds with all its digits."""
+
 FAILED = object()
 """What stands for a value that has another type than its annotation; a problem says which."""
 
@@ -96,7 +99,7 @@ def typed_value(kind: Any, value: Any, path: str, problems: list[str], build: Bu
         path: its dotted place.
         problems: takes a sentence for everything that is wrong.
         build: makes dataclasses.
-        finite: whether a number must be finite.
+        finite: whether a number must be finite, and neither infinite nor 0 as the float32 that training computes with.
     """
     origin, args = get_origin(kind), get_args(kind)
     inner = partial(typed_value, problems=problems, build=build, finite=finite)
@@ -133,9 +136,9 @@ def _scalar(kind: Any, value: Any, path: str, problems: list[str], finite: bool)
             number = float(value)
         except OverflowError:  # a whole number beyond the range of floats
             number = math.inf
-        if finite and not math.isfinite(number):
-            shown = "a number beyond the range of floats" if isinstance(value, int) else value
-            problems.append(f"{path}: got {shown}, expected a finite number.")
+        if finite and not (number == 0 or _LEAST <= abs(number) <= _LARGEST):
+            shown = f"a whole number of {len(str(abs(value)))} digits" if isinstance(value, int) else value
+            problems.append(f"{path}: got {shown}, expected a finite number that 32 bits hold, up to {_LARGEST:.0e}.")
             return FAILED
         return number
     if kind is int and not -(2**63) <= value < 2**63:

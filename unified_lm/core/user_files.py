@@ -1,13 +1,15 @@
 """Paths and files that a user names: found and read with messages that name them.
 
-Three places where the operating system and the libraries say too little: a path with an unknown `~user`, a JSON file that is
-damaged, and a full disk, whose error names no file.
+Where the operating system and the libraries say too little: a path with an unknown `~user`, a JSON file that is damaged, and a
+full disk, whose error names no file, or comes as an error of the library that writes.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,23 +119,47 @@ def read_json(path: Path, kind: type[UserError] = DataError, *, fix: str) -> Any
         raise kind(f"{path} is not valid JSON ({error}). {fix}") from error
 
 
+def refusal(error: BaseException) -> OSError | None:
+    """What the operating system refused, whichever library passes it on; None for any other error.
+
+    numpy tells of a short write in words alone. Libraries written in Rust (safetensors, tokenizers) raise errors of their own
+    kinds, whose texts end in its number.
+    """
+    if number := _RUST.search(str(error)) if not isinstance(error, OSError | UserError) else None:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if type(error) is OSError and _SHORT_WRITE.fullmatch(str(error)):
+        return OSError(errno.EIO, f"not everything could be written: {error}")
+    return error if isinstance(error, OSError) else None
+
+
+_RUST = re.compile(r"\(os error (\d+)\)")
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+
+
 @contextmanager
 def naming(path: Path, building: Path | None = None) -> Iterator[None]:
-    """An error of the operating system inside that names no file (while writing to a full disk, say) names this one.
+    """What the operating system refuses inside names this file, if it names none (while writing to a full disk, say).
 
     Args:
         path: the file that the user knows.
         building: the temporary file in its place, for which it stands in messages.
 
     Raises:
-        OSError: as inside.
+        OSError: as inside, or in place of another library's error (see `refusal`).
     """
     try:
         yield
-    except OSError as error:
-        if error.errno is not None and error.filename in (None, building, str(building)):
-            error.filename, error.filename2 = str(path), None
-        raise
+    except Exception as error:
+        found = refusal(error)
+        if found is None or found.errno is None:
+            raise
+        names = {str(name) for name in (found.filename, found.filename2) if name is not None}
+        if names and str(building) not in names:
+            raise
+        found.filename, found.filename2 = str(path), None
+        if found is error:
+            raise
+        raise found from error
 
 
 def explain_os_error(error: OSError) -> str | None:
@@ -150,6 +176,8 @@ def explain_os_error(error: OSError) -> str | None:
 
 
 _HINTS = {
+    errno.EIO: " Look whether the disk is full or damaged; what was complete before is as it was.",
+    errno.EFBIG: " Allow larger files there (ulimit -f), or name another place; what was complete before is as it was.",
     errno.ENOSPC: " Make room there, or name another place; what was complete before is as it was.",
     errno.EDQUOT: " Make room there, or name another place; what was complete before is as it was.",
     errno.EROFS: " Name another place.",

@@ -101,6 +101,17 @@ class Watchdog(threading.Thread):
                 raise RuntimeError(f"rank {owner} has not been heard from for {_duration(self.timeout_seconds)}")
             time.sleep(min(0.2, self.interval))
 
+    def wait_while_it_moves(self, key: str, owner: int) -> None:
+        """Wait for a flag that a rank sets, until that rank has been silent, or in one span, for `timeout_seconds`."""
+        last_change, last = time.monotonic(), ("", 0.0)
+        while self._lookup(key) is None and time.monotonic() - last_change <= self.timeout_seconds:
+            beat = self._lookup(str(owner)) or {}
+            seconds = beat.get("seconds", last[1])
+            if beat.get("span", last[0]) != last[0] or seconds < last[1]:
+                last_change = time.monotonic()
+            last = beat.get("span", last[0]), seconds
+            time.sleep(min(0.2, self.interval))
+
     def _describe_self(self) -> str:
         span, waits, seconds = current_span()
         return f"Rank {self.rank} of {self.world_size} {'has waited' if waits else 'is'} {_position(span, waits, seconds)}."
@@ -179,6 +190,25 @@ def watching(timeout_minutes: float) -> Iterator[None]:
 
 
 _num_long = 0
+
+
+def finish_together(name: str) -> None:
+    """Wait for ranks that take each its own time (files on a slow disk) as long as they make progress. Collective.
+
+    Progress is a span that begins or ends. A rank that makes none is left to the next collective, which gives up and names it.
+
+    Args:
+        name: what the work is, for messages.
+    """
+    global _num_long
+    if distributed.world_size() == 1 or _watchdog is None:
+        return
+    _num_long += 1
+    flags = [f"done/{_num_long}/{rank}" for rank in range(distributed.world_size())]
+    _watchdog.set_flag(flags[distributed.rank()])
+    with trace_span(f"wait for {name} of every rank", waits=False):
+        for owner, flag in enumerate(flags):
+            _watchdog.wait_while_it_moves(flag, owner)
 
 
 def run_long_on_rank0(work: Callable[[], T], name: str) -> T:

@@ -20,6 +20,7 @@ from unified_lm.core.agreement import failures, run_on_rank0
 from unified_lm.core.errors import DataError, UserError
 from unified_lm.core.random import RngState
 from unified_lm.core.tracing import trace_span
+from unified_lm.core.watchdog import finish_together, run_long_on_rank0
 from unified_lm.engine.accounting.throughput import StepMeter
 from unified_lm.engine.backends.backend import Backend
 from unified_lm.engine.backends.buffers import load_buffers, trained_buffers
@@ -277,7 +278,7 @@ class _Saver:
         with trace_span(f"checkpoint of step {state.step}"):
             tensors = chain(training.backend.optimizer_state(), trained_buffers(training.trainable))
             path = save_state(state, RngState.capture(), tensors, self.folder)
-            run_on_rank0(lambda: self._settle(path))
+        run_long_on_rank0(lambda: self._settle(path), "remove old checkpoints")
         self.newest = state.step
 
     def _remove_unfinished(self) -> None:
@@ -308,6 +309,7 @@ def _resume(training: TrainingState) -> _Progress:
     with open_tensors(path) as read, trace_span("read the checkpoint"):
         training.backend.load_optimizer_state(read)
         load_buffers(training.trainable, read)
+    finish_together("reading")
     training.loader.load_state_dict(state.loader)
     ranks = distributed.world_size()
     if state.num_ranks == ranks:

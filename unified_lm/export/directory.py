@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unified_lm.core.errors import CheckpointError, did_you_mean
@@ -117,13 +116,8 @@ def export_model(
         verify_export(building, digests, final, template, check, sentence_transformers)
         written.append(final)
 
-    try:
-        with quiet_loading(reports=False):
-            write_folder(Path(target), fill)
-    except Exception as error:
-        if not _is_write_failure(error):
-            raise
-        raise CheckpointError(f"could not write {target}: {error}. What was there before is untouched.") from error
+    with quiet_loading(reports=False):
+        write_folder(Path(target), fill)
     _log.info("exported to %s (verified: %s)", target, check.value)
     return written[0]
 
@@ -144,11 +138,6 @@ def complete_manifest(
         projection_dim=projection_dim,
         versions=library_versions(),
     )
-
-
-def _is_write_failure(error: Exception) -> bool:
-    """Whether an error of a Rust library (safetensors, tokenizers) stands for what Python raises as OSError."""
-    return isinstance(error, SafetensorError) or (type(error) is Exception and "os error" in str(error))
 
 
 def prompts(manifest: Manifest, template: Template, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -13,6 +13,7 @@ from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.data.prompts.encoding import PromptEncoder
 from unified_lm.data.prompts.templates import Template
 from unified_lm.export.directory import stop_token_ids
+from unified_lm.models.headless import require_head
 from unified_lm.models.positions import learned_positions
 
 Messages = Sequence[Mapping[str, str]]
@@ -80,7 +81,9 @@ def generate_text(
     Raises:
         ConfigError: a number is out of its range.
         DataError: the prompt takes all the positions that the model has learned.
+        ModelError: the model has no language-model head.
     """
+    require_head(causal_lm)
     settings = generation_settings(
         encoder.template,
         encoder.tokenizer,

@@ -61,6 +61,7 @@ def load_parts(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     needs_manifest: bool = True,
+    needs_head: bool = False,
     check_weights: bool | None = None,
     expert_mask: str | Path | None = None,
 ) -> Parts:
@@ -72,6 +73,7 @@ def load_parts(
         dtype: None takes the stored dtype; "auto" too, or float32 where the device would only emulate it.
         revision: Hub revision.
         needs_manifest: whether to refuse a folder that is not an export.
+        needs_head: whether to refuse a bare decoder (`models.headless`); an export that generates needs its head in any case.
         check_weights: whether to compare the weights of an export with the hash it records, see `check_weights_hash`.
         expert_mask: a file of experts that a MONET model leaves out, see `models.monet.masks`.
 
@@ -101,7 +103,8 @@ def load_parts(
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(f"cannot load the model in {folder}: {type(error).__name__}: {said}") from error
     causal_lm, info = loaded
-    check_complete(info, str(base), causal_lm)
+    generates = manifest is not None and manifest.can_generate
+    check_complete(info, str(base), causal_lm, needs_head=needs_head or generates)
     if adapter is not None:
         causal_lm = merge_adapter(causal_lm, adapter)
     if expert_mask is not None:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unified_lm.core.errors import ModelError, UserError
+from unified_lm.models.headless import empty_head, head_names
 
 
 @contextmanager
@@ -69,8 +70,14 @@ def _is_old_buffer(key: str, modules: set[str]) -> bool:
     return match is not None and match[1] in modules
 
 
-def check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel) -> None:
+def check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel, *, needs_head: bool = True) -> None:
     """Check that checkpoint and model have the same weights; transformers only warns about differences.
+
+    Args:
+        info: what transformers reports of loading.
+        name: of the checkpoint, for the message.
+        causal_lm: as loaded. Where it is allowed, a missing head becomes an empty one (`models.headless`).
+        needs_head: False if the model will only embed.
 
     Raises:
         ModelError: weights are missing, unexpected or of another shape; the text counts them and names some.
@@ -78,6 +85,10 @@ def check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel) 
     modules = {name for name, _ in causal_lm.named_modules()}
     unexpected = [key for key in info.get("unexpected_keys") or () if not _is_old_buffer(str(key), modules)]
     info = {**info, "unexpected_keys": unexpected}
+    missing, head = set(map(str, info.get("missing_keys") or ())), head_names(causal_lm)
+    if not needs_head and missing and missing == head:
+        empty_head(causal_lm)
+        info["missing_keys"] = ()
     problems = []
     for key, meaning in (
         ("missing_keys", "missing from the checkpoint (they would be random)"),
@@ -88,13 +99,15 @@ def check_complete(info: dict[str, Any], name: str, causal_lm: PreTrainedModel) 
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             problems.append(f"{len(names)} weights are {meaning}: {shown}")
     if problems:
-        hint = " It has no language-model head: take the causal language model, not its bare decoder."
-        headless = any("lm_head" in str(key) or "embed_out" in str(key) for key in info.get("missing_keys") or ())
+        hint = (
+            " It has no language-model head, which token losses and generation need: take the causal language model, not its "
+            "bare decoder. (A run whose streams all compare embeddings needs none.)"
+        )
         raise ModelError(
             f"'{name}' does not fill a {type(causal_lm).__name__} exactly. "
             + "; ".join(problems)
             + "."
-            + (hint if headless else "")
+            + (hint if missing & head else "")
         )
 
 

@@ -5,9 +5,7 @@ Whatever cannot be loaded raises a `ModelError` that says what to do. Nothing is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +23,20 @@ from transformers import (
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.distributed import is_rank0, local_device
 from unified_lm.core.errors import ModelError, did_you_mean
-from unified_lm.core.user_files import read_json, user_path
-from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
+from unified_lm.models.adapters import find_adapter, has_tokenizer, merge_adapter
 from unified_lm.models.architecture import check_architecture, override_dropout
 from unified_lm.models.embedded import EMBEDDED_MODELS, embedded_directory
 from unified_lm.models.families import OWN_FAMILIES
+from unified_lm.models.headless import is_headless
 from unified_lm.models.identity import fingerprint
 from unified_lm.models.load_errors import check_complete, explain, tried
+from unified_lm.models.origin import Origin, base_of, locate, merged_origin, of_adapter
 from unified_lm.models.precision import AUTO, auto_dtype, four_bit_config
 from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.scratch import build_model, description_hash
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 from unified_lm.models.vocabulary import cut_vocabulary
 from unified_lm.models.weights_hash import check_weights_hash
-
-MANIFEST = "unified_lm.json"
-"""The file of an export that records what stock formats have no field for."""
 
 SCRATCH = "scratch"
 RANDOM = ("tiny_random", SCRATCH)
@@ -71,35 +67,12 @@ class LoadedModel:
     provenance: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """Where files come from, and what the provenance says about it.
-
-    Attributes:
-        source: kind of origin, as in the provenance.
-        location: directory or Hub name to load from.
-        name: as the user wrote it, for messages.
-        revision: Hub revision.
-        extra: further entries of the provenance.
-    """
-
-    source: str
-    location: str
-    name: str
-    revision: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_hub(self) -> bool:
-        """Whether the files come from the Hub."""
-        return not Path(self.location).is_dir()
-
-
 def load_model(
     config: ModelConfig,
     *,
     device: torch.device | str | None = None,
     quantize_4bit: bool = False,
+    needs_head: bool = True,
 ) -> LoadedModel:
     """Load the model and the tokenizer that a recipe names.
 
@@ -109,6 +82,7 @@ def load_model(
         config: the model part of a recipe.
         device: where to move the model; None leaves it on the CPU (4-bit weights: on the current CUDA device).
         quantize_4bit: load the frozen weights in 4-bit NF4 for QLoRA.
+        needs_head: whether to refuse a bare decoder, which has no language-model head (see `models.headless`).
 
     Raises:
         ModelError: not found, no network, gated, damaged, of another family, not a decoder, with weights that do not match
@@ -121,17 +95,17 @@ def load_model(
         return _load_tiny(config, dtype, device, quantize_4bit)
     if config.source == SCRATCH and config.init_from is None:
         return _load_scratch(config, dtype, device)
-    origin = _locate(config)
+    origin = locate(config)
     adapter = find_adapter(origin.location, origin.revision)
-    base = origin if adapter is None else _base_of(adapter, origin, config)
+    base = origin if adapter is None else base_of(adapter, origin, config)
     if adapter is not None:
         if quantize_4bit:
             raise ModelError(
                 f"lora.quantize_4bit=true, and '{origin.name}' is an adapter, which cannot be merged into 4-bit weights. Set "
                 "lora.quantize_4bit=false, or export the merged model first and start from that."
             )
-        origin = _merged_origin(adapter, origin, base)
-    with _of_adapter(origin, adapter), explain(base.location, "configuration", base.is_hub):
+        origin = merged_origin(adapter, origin, base)
+    with of_adapter(origin, adapter), explain(base.location, "configuration", base.is_hub):
         hf_config = AutoConfig.from_pretrained(
             base.location, revision=base.revision, trust_remote_code=config.trust_remote_code
         )
@@ -145,8 +119,8 @@ def load_model(
             # One rank is enough to refuse the run, and days of training on other weights cost more than seconds of reading.
             check_weights_hash(Path(found.extra["init_from"]), str(recorded), always=is_rank0())
     own = override_dropout(hf_config, config.attention_dropout)
-    with _of_adapter(origin, adapter):
-        causal_lm = _load_weights(base, config, hf_config, dtype, device, quantize_4bit)
+    with of_adapter(origin, adapter):
+        causal_lm = _load_weights(base, config, hf_config, dtype, device, quantize_4bit, needs_head)
     if adapter is not None:
         causal_lm = merge_adapter(causal_lm, adapter)
     tokenizer = _load_tokenizer(origin, config)
@@ -161,10 +135,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     if config.init_from is None and (config.tiny_random or config.source == SCRATCH):
         source = "tiny_random" if config.tiny_random else SCRATCH
-        origin = _Origin(source, config.tokenizer or "", f"random {config.family}")
+        origin = Origin(source, config.tokenizer or "", f"random {config.family}")
         tokenizer = _load_tokenizer(origin, config) if config.tokenizer else tiny_tokenizer()
     else:
-        origin = _locate(config)
+        origin = locate(config)
         tokenizer = _load_tokenizer(origin, config)
     _ensure_pad_token(tokenizer, origin.name)
     return tokenizer
@@ -181,7 +155,7 @@ def _load_tiny(config: ModelConfig, dtype: torch.dtype, device: torch.device | s
     if own:  # some families copy the value into their modules when they are built, so the model is built again
         overrides |= dict.fromkeys(own, config.attention_dropout)
         causal_lm = tiny_model(config.family, dtype=dtype, **overrides)
-    origin = _Origin("tiny_random", config.tokenizer or "", f"tiny random {config.family}")
+    origin = Origin("tiny_random", config.tokenizer or "", f"tiny random {config.family}")
     tokenizer = _load_tokenizer(origin, config) if config.tokenizer else tiny_tokenizer()
     return _finish(_move(causal_lm, device), tokenizer, config, origin, own)
 
@@ -193,7 +167,7 @@ def _load_scratch(config: ModelConfig, dtype: torch.dtype, device: torch.device 
         ModelError: the values describe no model.
     """
     causal_lm, own = build_model(config, dtype)
-    origin = _Origin(SCRATCH, config.tokenizer or "", f"random {config.family}")
+    origin = Origin(SCRATCH, config.tokenizer or "", f"random {config.family}")
     loaded = _finish(_move(causal_lm, device), _load_tokenizer(origin, config), config, origin, own)
     loaded.provenance["fingerprint"] += f"-{description_hash(config)}"
     return loaded
@@ -207,110 +181,14 @@ def _dtype_name(name: str, device: torch.device | str | None) -> str:
     return name
 
 
-def _locate(config: ModelConfig) -> _Origin:
-    if config.init_from is not None:
-        return _locate_export(config.init_from)
-    if config.source == "embedded":
-        return _Origin("embedded", str(embedded_directory(config.name)), config.name or "smollm2-135m")
-    if config.source != "hub":
-        raise ModelError(f"unknown model.source '{config.source}'.{did_you_mean(config.source, ('hub', 'embedded'))}")
-    if not config.name:
-        raise ModelError(
-            "model.name is empty: give a Hub name (org/model) or a local directory, or set model.tiny_random=true."
-        )
-    local = user_path(config.name)
-    if local.is_dir():
-        return _Origin("directory", str(local), config.name)
-    if config.name.startswith("runs/"):  # it looks like a Hub name, which would be asked for
-        raise ModelError(
-            f"there is no directory '{config.name}'; commands of this project write below runs/. Run the one that makes it "
-            "first: a training, or `unified-lm upcycle` for a mixture of experts (the recipe and its model file say how)."
-        )
-    # Hub names are "model" or "org/model"; anything else is a path with a typo.
-    if local.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
-        raise ModelError(f"model.name is '{config.name}', and there is no such directory.")
-    return _Origin("hub", config.name, config.name, config.revision)
-
-
-@contextmanager
-def _of_adapter(origin: _Origin, adapter: Adapter | None) -> Iterator[None]:
-    """Context whose errors are about the base of an adapter, if there is one, and say so."""
-    try:
-        yield
-    except ModelError as error:
-        if adapter is None:
-            raise
-        where = f"{CONFIG_FILE}: base_model_name_or_path"
-        raise ModelError(f"the base of the adapter '{origin.name}' ({where}): {error}") from error
-
-
-def _base_of(adapter: Adapter, origin: _Origin, config: ModelConfig) -> _Origin:
-    """Where the base of an adapter comes from.
-
-    Raises:
-        ModelError: there is no such base, or it is an adapter itself.
-    """
-    folder = Path(adapter.base).expanduser()
-    with _of_adapter(origin, adapter):
-        if (folder / MANIFEST).is_file():
-            base = _locate_export(adapter.base)
-        else:
-            base = _locate(
-                replace(
-                    config, source="hub", name=adapter.base, revision=adapter.base_revision, init_from=None, tiny_random=False
-                )
-            )
-        nested = find_adapter(base.location, base.revision) is not None
-    if nested:
-        raise ModelError(
-            f"the base of the adapter '{origin.name}' is an adapter itself ({adapter.base}). Merge that one first: start a run "
-            "from it, or AutoPeftModelForCausalLM.from_pretrained(BASE).merge_and_unload().save_pretrained(FOLDER)."
-        )
-    return base
-
-
-def _merged_origin(adapter: Adapter, origin: _Origin, base: _Origin) -> _Origin:
-    """What the provenance says of a base with an adapter merged into it: the adapter is one more stage of its history."""
-    own = Path(adapter.location) / MANIFEST
-    if own.is_file():
-        return replace(origin, extra={**_locate_export(adapter.location).extra, "location": None})
-    earlier: dict[str, Any] = base.extra.get("manifest") or {}
-    record = {"r": adapter.r, "alpha": adapter.alpha, "dropout": adapter.dropout, "target_modules": adapter.target_modules}
-    manifest = {
-        **earlier,
-        "base_model": earlier.get("base_model") or adapter.base,
-        "base_revision": earlier.get("base_revision") or adapter.base_revision or "",
-        "stages": [*earlier.get("stages", ()), {"recipe": f"adapter {origin.name}", "steps": 0, "adapter": record}],
-    }
-    return replace(origin, extra={"init_from": base.location, "manifest": {**manifest, "weights_hash": ""}, "location": None})
-
-
-def _locate_export(init_from: str) -> _Origin:
-    """A run's `export` folder, or the export itself, with its manifest."""
-    root = user_path(init_from)
-    folder = root / "export" if (root / "export").is_dir() else root
-    if not (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
-        found = "no such directory" if not root.is_dir() else "neither an export nor a run with an export inside"
-        raise ModelError(
-            f"model.init_from={init_from}: {found}. Expected the run_dir of a finished run (with export.enabled=true), or its "
-            "export folder."
-        )
-    manifest_path = folder / MANIFEST
-    manifest = None
-    if manifest_path.is_file():
-        manifest = read_json(manifest_path, ModelError, fix="Export the run again.")
-        if not isinstance(manifest, dict):
-            raise ModelError(f"{manifest_path} holds {type(manifest).__name__}, expected an object. Export the run again.")
-    return _Origin("init_from", str(folder), init_from, extra={"init_from": str(folder), "manifest": manifest})
-
-
 def _load_weights(
-    origin: _Origin,
+    origin: Origin,
     config: ModelConfig,
     hf_config: PreTrainedConfig,
     dtype: torch.dtype,
     device: torch.device | str | None,
     quantize_4bit: bool,
+    needs_head: bool,
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"config": hf_config, "dtype": dtype, "trust_remote_code": config.trust_remote_code}
     if config.attention_kernel == "padded":
@@ -319,12 +197,12 @@ def _load_weights(
     if quantize_4bit:
         options["quantization_config"] = four_bit_config(dtype)
         options["device_map"] = {"": device if device is not None else torch.cuda.current_device()}
-    with explain(origin.location, "weights", origin.is_hub), quiet_loading():
+    with explain(origin.location, "weights", origin.is_hub), quiet_loading(reports=False):  # `check_complete` says it
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             origin.location, revision=origin.revision, output_loading_info=True, **options
         )
     causal_lm, info = loaded
-    check_complete(info, origin.name, causal_lm)
+    check_complete(info, origin.name, causal_lm, needs_head=needs_head)
     return causal_lm if quantize_4bit else _move(causal_lm, device)
 
 
@@ -332,12 +210,12 @@ def _move(causal_lm: PreTrainedModel, device: torch.device | str | None) -> PreT
     return causal_lm if device is None else nn.Module.to(causal_lm, device)
 
 
-def _load_tokenizer(origin: _Origin, config: ModelConfig) -> PreTrainedTokenizerBase:
+def _load_tokenizer(origin: Origin, config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; that of its base for an adapter without one. A run to go on from has that of its weights."""
     named = None if config.source == SCRATCH != origin.source else config.tokenizer
     adapter = None if named or origin.source in RANDOM else find_adapter(origin.location, origin.revision)
     if adapter is not None and not has_tokenizer(adapter):
-        origin = _base_of(adapter, origin, config)
+        origin = base_of(adapter, origin, config)
     location = named or origin.location
     if location in EMBEDDED_MODELS and not Path(location).is_dir():
         location = str(embedded_directory(location))
@@ -355,7 +233,7 @@ def _finish(
     causal_lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: ModelConfig,
-    origin: _Origin,
+    origin: Origin,
     own_config: dict[str, float],
 ) -> LoadedModel:
     """Check that tokenizer and model match, give the tokenizer a pad token, and record the provenance."""
@@ -369,6 +247,8 @@ def _finish(
         )
     notices = [f"{', '.join(own_config)} set to {config.attention_dropout} while training"] if own_config else []
     notices += _ensure_pad_token(tokenizer, origin.name)
+    if is_headless(causal_lm):
+        notices.append(f"{origin.name} has no language-model head: it embeds, and so will its export; neither generates")
     if getattr(embeddings, "padding_idx", None) is not None:
         # A padding index freezes that row of the table. Packs have no padding, and the pad token is often also the end token,
         # whose embedding must be trained.

@@ -19,6 +19,7 @@ from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
 from unified_lm.models import families
 from unified_lm.models.backbone import Backbone
+from unified_lm.models.headless import is_headless
 from unified_lm.models.modes import GatherParameters, evaluation_mode, no_gathering
 
 _LENGTH = 6
@@ -59,7 +60,8 @@ def probe_attention(
             samples = _samples(backbone.vocab_size, partial_spans)
             _probe_masks(backbone, samples)
             _probe_positions(backbone, samples, longest)
-            _probe_head(backbone, whole)
+            if not is_headless(backbone.causal_lm):
+                _probe_head(backbone, whole)
     finally:
         rng.restore()
 

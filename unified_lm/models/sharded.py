@@ -20,6 +20,7 @@ from unified_lm.config.schema import ModelConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import broadcast_object, run_on_rank0
 from unified_lm.core.errors import ModelError
+from unified_lm.models.headless import is_headless, mark_headless
 from unified_lm.models.loading import DTYPES, LoadedModel, load_model
 
 
@@ -33,12 +34,13 @@ class Sharding(Protocol):
         """Context in which parameters are whole; what rank 0 writes to them is partitioned again on leaving."""
 
 
-def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
+def load_sharded(config: ModelConfig, sharding: Sharding, *, needs_head: bool = True) -> LoadedModel:
     """Load the model that a recipe names, like `load_model`, but partitioned. Collective.
 
     Args:
         config: the model part of a recipe.
         sharding: how parameters are partitioned.
+        needs_head: see `load_model`.
 
     Raises:
         ModelError: see `load_model`; also if the partitioned model has other weights than the one that was loaded whole.
@@ -47,13 +49,14 @@ def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
 
     def read_whole() -> dict[str, Any]:
         """Load the whole model on this rank; returns what the other ranks need to build it without weights."""
-        loaded = load_model(config)
+        loaded = load_model(config, needs_head=needs_head)
         read.append(loaded)
         causal_lm = loaded.causal_lm
         return {
             "config": causal_lm.config,
             "attention": causal_lm.config._attn_implementation,
             "generation_config": causal_lm.generation_config,
+            "headless": is_headless(causal_lm),
             "tokenizer": loaded.tokenizer,
             "provenance": loaded.provenance,
             "buffers": dict(causal_lm.named_buffers()),
@@ -72,6 +75,8 @@ def load_sharded(config: ModelConfig, sharding: Sharding) -> LoadedModel:
             if whole:
                 parameter.copy_(whole[name])
     _copy_buffers(causal_lm, known["buffers"])
+    if known["headless"]:
+        mark_headless(causal_lm)
     return LoadedModel(causal_lm.eval(), known["tokenizer"], known["provenance"])
 
 

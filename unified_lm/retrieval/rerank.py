@@ -19,6 +19,7 @@ from unified_lm.core.errors import ConfigError, did_you_mean
 from unified_lm.data.prompts.encoding import Encoded
 from unified_lm.inference import UnifiedLM
 from unified_lm.models.embedding import sample_states
+from unified_lm.models.headless import require_head
 from unified_lm.retrieval.documents import Document, Passage
 
 METHODS = ("pointwise", "listwise")
@@ -72,6 +73,7 @@ class Reranker:
             samples.append(Sample(input_ids=encoder.generation_prompt([("user", said)]).astype(np.int64), stream="rerank"))
         scores = np.empty(len(samples), dtype=np.float32)
         with self.model.borrow_backbone() as backbone:
+            require_head(backbone.causal_lm)
             head = backbone.output_head()
             rows = head.weight[self._words].float()
             bias = 0.0 if head.bias is None else head.bias[self._words].float()
@@ -89,7 +91,9 @@ class Reranker:
 
     def _cut(self, text: str) -> str:
         tokenizer = self.model.prompt_encoder.tokenizer
-        offsets = tokenizer(text.strip(), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(text.strip(), add_special_tokens=False, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
         return text.strip() if len(offsets) <= self.max_tokens else text.strip()[: offsets[self.max_tokens - 1][1]]
 
     def _first_token(self, word: str) -> int:

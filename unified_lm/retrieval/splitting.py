@@ -35,7 +35,7 @@ def fit(model: UnifiedLM, document: Document, max_tokens: int, on_long: str) -> 
             f"the prompt of a document takes {len(prompt)} tokens, and the limit is {max_tokens}. Raise max_tokens."
         )
     text = document.text.strip()
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(offsets) <= room:
         return [document], len(offsets)
     step = room if on_long == "cut" else max(1, round(room * (1 - OVERLAP)))

@@ -11,6 +11,7 @@ import torch
 
 from unified_lm.core.errors import DataError
 from unified_lm.inference.unified import UnifiedLM
+from unified_lm.models.headless import require_head
 
 QUESTION = "Q: What is the meaning of the word X?\nA: Sure! The meaning of the word X is"
 """What is asked; each X is the vector."""
@@ -28,6 +29,7 @@ def explain_tokens(model: UnifiedLM, tokens: Sequence[int], *, question: str = Q
 
     Raises:
         DataError: no token, or a question without an X.
+        ModelError: the model has no language-model head.
     """
     parts = question.split("X")
     if not tokens or len(parts) < 2:
@@ -35,6 +37,7 @@ def explain_tokens(model: UnifiedLM, tokens: Sequence[int], *, question: str = Q
     encoder = model.prompt_encoder
     pieces = encoder.running_text(parts, continued=True)
     with model.borrow_backbone() as backbone, backbone.stock_attention() as causal_lm:
+        require_head(causal_lm)
         table = causal_lm.get_input_embeddings()
         vector = table(torch.tensor(list(tokens), device=model.device)).mean(0, keepdim=True)
         leading = [torch.tensor(list(encoder.leading_ids), dtype=torch.long, device=model.device)]

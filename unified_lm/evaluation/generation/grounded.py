@@ -25,6 +25,7 @@ from unified_lm.data.prompts.layouts import DOCUMENTS, LAYOUTS, QUESTION
 from unified_lm.data.rows.records import GroundedRecord
 from unified_lm.evaluation.bootstrap import Interval, bootstrap_interval
 from unified_lm.models.embedding import sample_states
+from unified_lm.models.headless import require_head
 from unified_lm.objectives.cross_entropy import token_losses
 from unified_lm.retrieval.answering import Rerank
 from unified_lm.retrieval.documents import Document, Passage, text_id
@@ -194,6 +195,7 @@ def _losses(
     samples = [_sample(index, row, found, mode, states) for row, found in zip(rows, passages, strict=True)]
     nats = np.zeros(len(samples))
     with index.model.borrow_backbone() as backbone:
+        require_head(backbone.causal_lm)
         head = backbone.output_head()
     for number, hidden in _states(index, samples, recompute if LAYOUTS[mode].blocks else 0):
         supervised = samples[number].labels

@@ -28,6 +28,7 @@ from unified_lm.evaluation.bootstrap import bootstrap_interval
 from unified_lm.evaluation.words.features import start_ids
 from unified_lm.inference.unified import UnifiedLM
 from unified_lm.models.embedding import sample_states
+from unified_lm.models.headless import require_head
 from unified_lm.objectives.cross_entropy import token_losses
 
 CONTEXT = 1024
@@ -157,6 +158,7 @@ def perplexity(
     nats = np.zeros(len(documents))
     samples = [Sample(input_ids=documents[piece.document].ids[piece.start : piece.stop], stream="text") for piece in pieces]
     with model.borrow_backbone() as backbone:
+        require_head(backbone.causal_lm)
         head = backbone.output_head()
         for index, states in sample_states(backbone, samples, token_budget=_TOKEN_BUDGET, device=model.device):
             nats[pieces[index].document] += _nats(states, documents[pieces[index].document], pieces[index], head)
