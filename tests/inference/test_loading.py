@@ -6,19 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from tests.inference.conftest import make_export
 from unified_lm.cli.arguments import command_parser
 from unified_lm.cli.evaluate_model import add_model_options, find_model
 from unified_lm.cli.main import main
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.errors import CheckpointError, ModelError
 from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
-from unified_lm.inference import UnifiedLM
+from unified_lm.inference import UnifiedLM, loading
 from unified_lm.mining.embedders import load_embedder
-from unified_lm.models import weights_hash
+from unified_lm.models import precision, weights_hash
 from unified_lm.models.loading import load_model
+from unified_lm.models.tiny import tiny_model
 
 
 def flip(folder: Path) -> Path:
@@ -109,3 +113,50 @@ def test_a_damaged_file_of_an_export_is_named(name: str, content: bytes, told: s
     (copy / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{told}|{name}"):
         UnifiedLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(("stored", "has_unit"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_a_wider_type_than_the_stored_one_is_said_once(
+    stored: str, has_unit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_export(tmp_path / "export", changes={"dtype": stored})
+    monkeypatch.setattr(precision, "bfloat16_unit", lambda device: "unit" if has_unit else None)
+    loading._say_widened.cache_clear()
+    for _ in range(2):
+        UnifiedLM.from_pretrained(folder, device="cpu")
+        assert loading.stock_dtype(folder, "auto", "cpu") == (stored if has_unit else "float32")
+    assert loading.stock_dtype(folder, None, "cpu") == stored
+    UnifiedLM.from_pretrained(folder, device="cpu", dtype=None)
+    said = [record.getMessage() for record in caplog.records if "twice the memory" in record.getMessage()]
+    assert len(said) == (stored == "bfloat16" and not has_unit)
+    assert all(text.startswith("note: weights stored as bfloat16 are held as float32") for text in said)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_auto_is_exactly_the_stored_type_where_that_is_fast(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers included: rotary frequencies rounded to bfloat16 turn the positions of long texts."""
+    monkeypatch.setattr(loading, "auto_inference_dtype", lambda dtype, device: dtype)
+    folder = make_export(tmp_path / "export", changes={"dtype": stored})
+    texts = ["a text", "words " * 80]
+    found = {dtype: UnifiedLM.from_pretrained(folder, device="cpu", dtype=dtype) for dtype in ("auto", None, stored)}
+    vectors = {dtype: model.encode(texts) for dtype, model in found.items()}
+    assert np.array_equal(vectors["auto"], vectors[None])
+    assert np.array_equal(vectors["auto"], vectors[stored])
+    for model in found.values():
+        with model.borrow_backbone() as backbone:
+            assert {buffer.dtype for name, buffer in backbone.causal_lm.named_buffers() if "inv_freq" in name} == {
+                torch.float32
+            }
+
+
+def test_a_folder_for_another_library_is_complete(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="1 weights are missing from the checkpoint"):
+        loading.stock_dtype(drop(copy), None)
+    tiny_model("mistral", tie_word_embeddings=False).get_decoder().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match="no language-model head"):
+        loading.stock_dtype(tmp_path / "bare", "float32")
+    (copy / "config.json").write_text("-1")
+    with pytest.raises(ModelError, match="cannot load the weights"):
+        loading.stock_dtype(copy, None)
