@@ -369,6 +369,50 @@ def test_missing_and_torn_files_are_refused_by_name(tmp_path: Path, capsys: pyte
         read_report(run)
 
 
+READERS = {
+    "report": lambda run, other, out: ["report", str(run), "--out", str(out / "page.html")],
+    "compare": lambda run, other, out: ["compare", str(run), str(other), "--out", str(out)],
+    "plot": lambda run, other, out: ["plot", str(run), str(other), "--out", str(out)],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("metrics.jsonl", "[1]", r", line 7: got \[1\] \(list\), expected an object"),
+        ("metrics.jsonl", "5", r", line 7: got 5 \(int\), expected an object"),
+        ("metrics.jsonl", '{"step": "four"}', r", line 7: step: got 'four' \(str\), expected a whole number"),
+        ("metrics.jsonl", '{"step": true}', r", line 7: step: got True \(bool\), expected a whole number"),
+        ("metrics.jsonl", '{"loss": 1.0}', r", line 7: step: got None \(null\), expected a whole number"),
+        ("metrics.jsonl", '{"step": 4, "loss": "x"}', r", line 7: loss: got 'x' \(str\), expected a number"),
+        ("metrics.jsonl", '{"step": 4, "loss": [1]}', r", line 7: loss: got \[1\] \(list\), expected a number"),
+        ("run.json", "[]", r": got \[\] \(list\), expected an object"),
+        ("run.json", '{"starts": 5}', r": starts: got 5 \(int\), expected a list"),
+        ("run.json", '{"starts": [5]}', r": starts\.0: got 5 \(int\), expected an object"),
+        ("run.json", '{"model": 5}', r": model: got 5 \(int\), expected an object"),
+    ],
+)
+def test_mistyped_files_are_refused_by_name_where_they_are_read(
+    reader: str, name: str, content: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    path = run / name
+    if name == "metrics.jsonl":
+        path.write_text(f'{path.read_text()}{content}\n{{"step": 5, "loss": 1.0}}\n')
+    else:
+        new = json.loads(content)
+        path.write_text(json.dumps({**json.loads(path.read_text()), **new} if isinstance(new, dict) else new))
+    code = main(READERS[reader](run, other, tmp_path / "out"))
+    if name == "run.json" and reader != "report":  # the others read no run.json
+        assert code == 0
+        return
+    said = capsys.readouterr().err
+    assert code == 2
+    assert re.search(re.escape(str(path)) + told, said), said
+    assert "Traceback" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_browser_shows_the_page_without_overflow(tmp_path: Path) -> None:
