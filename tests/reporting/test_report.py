@@ -18,8 +18,9 @@ from unified_lm.cli.main import main
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.engine.validation_items import ItemScores, items_path, read_items, write_items
 from unified_lm.evaluation.result_table import ResultTable, find_result_tables, read_result_table
+from unified_lm.reporting import report_page
 from unified_lm.reporting.curves import build_panels, load_runs
-from unified_lm.reporting.report import differences, read_report
+from unified_lm.reporting.report import RunReport, differences, read_report
 from unified_lm.reporting.report_numbers import held_out_table, run_cost
 from unified_lm.reporting.report_page import write_report
 
@@ -340,6 +341,23 @@ def test_a_chain_has_a_section_for_each_stage(tmp_path: Path) -> None:
     assert reader.addresses == ["#run-1", "#run-2"]
     assert text.count('class="stage"') == 2
     assert text.count('id="panels"') == 1
+
+
+def test_a_broken_part_of_a_chain_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [write_run(tmp_path / "chain" / name) for name in ("1-mntp", "2-simcse")]
+
+    def read(folder: Path) -> RunReport:
+        if folder == parts[1]:
+            raise DataError("its numbers cannot be read.")
+        return read_report(folder)
+
+    monkeypatch.setattr(report_page, "read_report", read)
+    with pytest.raises(DataError, match=rf"^{re.escape(str(parts[1]))}: its numbers cannot be read\.$"):
+        write_report(tmp_path / "chain")
+    monkeypatch.undo()
+    (parts[1] / "run.json").write_text("5")
+    with pytest.raises(DataError, match=rf"^{re.escape(str(parts[1]))}/run\.json: got 5"):
+        write_report(tmp_path / "chain")
 
 
 def test_an_unknown_recipe_shows_every_setting(tmp_path: Path) -> None:
