@@ -370,7 +370,7 @@ def test_a_recipe_of_other_types_is_refused_by_name(text: str, told: str, tmp_pa
         ("packing.token_budget=null", r"packing\.token_budget: got None \(null\), expected a whole number"),
         ("streams.embedding.objective=null", r"streams\.embedding\.objective: got None \(null\)"),
         ("max_steps=" + "1" * 30, "max_steps: got a whole number of 30 digits, which no counter holds"),
-        ("optim.weight_decay=" + "1" * 400, r"optim\.weight_decay: got a number beyond the range of floats"),
+        ("optim.weight_decay=" + "1" * 400, r"optim\.weight_decay: got a whole number of 400 digits"),
         ("run_dir=${model.nothing}", "key 'run_dir': Interpolation key 'model.nothing' not found"),
         ("recipe=" + "x" * 300, "recipe 'x{60}...': File name too long"),
     ],
