@@ -53,6 +53,14 @@ def test_a_base_that_cannot_be_made_causal_is_refused_before_training(tmp_path: 
     build_run(compose_run([*arguments, "export.modes=[embed]", f"run_dir={tmp_path}/other"]))
 
 
+def test_a_base_that_cannot_be_made_causal_cannot_embed_causally(tmp_path: Path) -> None:
+    arguments = start_from(tmp_path, "gemma3_text", use_bidirectional_attention=True)
+    causal = ["export.modes=[embed]", "streams.embedding.attention=causal"]
+    message = r"could not embed with causal attention: .* does not follow is_causal=true, since .*/base has use_bidirectional"
+    with pytest.raises(ConfigError, match=message):
+        build_run(compose_run([*arguments, *causal]))
+
+
 def test_a_tokenizer_that_is_read_differently_is_refused_before_training(tmp_path: Path) -> None:
     arguments = start_from(tmp_path, "qwen2")
     (tmp_path / "base").rename(tmp_path / "weights")

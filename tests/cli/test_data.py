@@ -12,6 +12,7 @@ from unified_lm.cli.data_mine import source_config
 from unified_lm.cli.main import main
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import UserError
+from unified_lm.data.rows.published import PUBLISHED
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +120,36 @@ def test_sources_on_the_command_line() -> None:
     assert source_config("builtin:pydocs", "test", "") == SourceConfig(builtin="pydocs", split="test")
     with pytest.raises(UserError, match="expected field=column"):
         source_config("rows.jsonl", "train", "query")
+
+
+ROWS = ("[1]", "[]", "5", '"x"', "null", "true")
+"""JSON that is no object."""
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("place", ["train", "evaluation"])
+def test_overlap_refuses_rows_that_are_no_objects(
+    row: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = pairs(tmp_path / "good.jsonl"), pairs(tmp_path / "bad.jsonl", 1)
+    bad.write_text(f"{bad.read_text()}{row}\n")
+    files = [bad, good] if place == "train" else [good, bad]
+    assert main(["data", "overlap", *map(str, files), "--write", str(tmp_path / "clean.jsonl")]) == 2
+    assert "bad.jsonl, line 2: expected an object with named columns, got " in capsys.readouterr().err
+    assert not (tmp_path / "clean.jsonl").exists()
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_prepare_refuses_rows_that_are_no_objects(
+    name: str, row: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stems = [part.split for part in PUBLISHED[name].parts] or ["nq" if name == "echo" else "train"]
+    (tmp_path / "in").mkdir()
+    for stem in stems:
+        (tmp_path / "in" / f"{stem}.jsonl").write_text(f"{row}\n")
+    assert main(["data", "prepare", name, "--from", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"{stems[0]}.jsonl, line 1, field '(row)': got " in said
+    assert "expected an object with named columns" in said
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -317,6 +317,13 @@ def test_every_published_data_group_takes_rows_by_its_own_name() -> None:
         assert sources == (SourceConfig(path="mine"),), group
 
 
+def test_published_groups_of_several_files() -> None:
+    assert sources_of("recipe=grit_rag_mistral7b", "data.nq=mine.jsonl")["grounded"] == (SourceConfig(path="mine.jsonl"),)
+    config = compose_run(["recipe=kto_gritlm7b", "data.ultrafeedback_path=mine"])
+    training, held_out = next(iter(config.streams.values())).sources, next(iter(config.validation.sources.values()))
+    assert [training, held_out] == [(SourceConfig(path=f"mine/{name}.jsonl"),) for name in ("train", "test")]
+
+
 def test_a_mistyped_key_of_the_data_is_corrected_with_its_section() -> None:
     found = problems_of("recipe=grit_mistral7b", "data.tulu=x", "tulu2=x", "data.e.x=x", "data.held_out.pair=x")
     assert list(found) == [

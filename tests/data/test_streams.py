@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +295,19 @@ def test_retrieval_without_a_stream_of_pairs_is_refused(run_config):
     streams = {"gen": stream_config("chat", sources=run_config.streams["emb"].sources)}
     config = RunConfig(recipe="t", model=ModelConfig(), streams=streams, validation=run_config.validation)
     with pytest.raises(ConfigError, match=r"needs a stream that trains embeddings.*gen \(chat\)"):
+        build_retrieval(config, TOKENIZER)
+
+
+@pytest.mark.parametrize("content", ['{"query": "q"}', "", None], ids=["a row without an answer", "empty", "missing"])
+def test_an_error_of_held_out_rows_names_their_place(content: str | None, run_config: RunConfig, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "bad.jsonl").write_text(content + "\n")
+    bad = SourceConfig(path=str(tmp_path / "bad.jsonl"))
+    held_out = ValidationConfig(sources={"emb": (bad,)}, retrieval=RetrievalConfig(queries=bad, max_queries=4))
+    config = replace(run_config, validation=held_out)
+    with pytest.raises(DataError, match=rf"^validation\.sources\.emb: .*{tmp_path}/bad\.jsonl"):
+        build_validation_streams(config, TOKENIZER)
+    with pytest.raises(DataError, match=rf"^validation\.retrieval: .*{tmp_path}/bad\.jsonl"):
         build_retrieval(config, TOKENIZER)
 
 

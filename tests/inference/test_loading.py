@@ -10,9 +10,12 @@ from typing import Any
 from unittest import mock
 from uuid import uuid4
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from tests.inference.conftest import make_export
 from unified_lm.cli.arguments import command_parser
 from unified_lm.cli.evaluate_generation import evaluate_lm
 from unified_lm.cli.evaluate_model import add_model_options, find_model
@@ -23,10 +26,11 @@ from unified_lm.core.errors import CheckpointError, ModelError
 from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
 from unified_lm.export.hub_upload import push_to_hub
 from unified_lm.export.serving import ENGINES, write_serving
-from unified_lm.inference import UnifiedLM
+from unified_lm.inference import UnifiedLM, loading
 from unified_lm.mining.embedders import load_embedder
-from unified_lm.models import weights_hash
+from unified_lm.models import precision, weights_hash
 from unified_lm.models.loading import load_model
+from unified_lm.models.tiny import tiny_model
 
 
 def flip(folder: Path) -> Path:
@@ -115,6 +119,23 @@ def test_every_reader_refuses_missing_weights(reader: str, copy: Path) -> None:
         READERS[reader](drop(copy))
 
 
+def cut(folder: Path, share: float) -> Path:
+    """A copy that was interrupted, of an export without a recorded hash."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: round(path.stat().st_size * share)])
+    manifest = json.loads((folder / "unified_lm.json").read_text())
+    (folder / "unified_lm.json").write_text(json.dumps({**manifest, "weights_hash": ""}))
+    return folder
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_refuses_truncated_weights(reader: str, share: float, copy: Path) -> None:
+    """With the hash they are not those that were exported (above); without one the library's own check is passed on."""
+    with pytest.raises((ModelError, CheckpointError), match=r"cannot load the model in .*copy: SafetensorError|are torn"):
+        READERS[reader](cut(copy, share))
+
+
 def test_standardizing_refuses_damaged_weights(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "texts.txt").write_text("one\ntwo\nthree\n")
     flip(copy)
@@ -151,3 +172,50 @@ def test_a_damaged_file_of_an_export_is_named(name: str, content: bytes, told: s
     (copy / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"{told}|{name}"):
         UnifiedLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(("stored", "has_unit"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_a_wider_type_than_the_stored_one_is_said_once(
+    stored: str, has_unit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_export(tmp_path / "export", changes={"dtype": stored})
+    monkeypatch.setattr(precision, "bfloat16_unit", lambda device: "unit" if has_unit else None)
+    loading._say_widened.cache_clear()
+    for _ in range(2):
+        UnifiedLM.from_pretrained(folder, device="cpu")
+        assert loading.stock_dtype(folder, "auto", "cpu") == (stored if has_unit else "float32")
+    assert loading.stock_dtype(folder, None, "cpu") == stored
+    UnifiedLM.from_pretrained(folder, device="cpu", dtype=None)
+    said = [record.getMessage() for record in caplog.records if "twice the memory" in record.getMessage()]
+    assert len(said) == (stored == "bfloat16" and not has_unit)
+    assert all(text.startswith("note: weights stored as bfloat16 are held as float32") for text in said)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float16", "float32"])
+def test_auto_is_exactly_the_stored_type_where_that_is_fast(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers included: rotary frequencies rounded to bfloat16 turn the positions of long texts."""
+    monkeypatch.setattr(loading, "auto_inference_dtype", lambda dtype, device: dtype)
+    folder = make_export(tmp_path / "export", changes={"dtype": stored})
+    texts = ["a text", "words " * 80]
+    found = {dtype: UnifiedLM.from_pretrained(folder, device="cpu", dtype=dtype) for dtype in ("auto", None, stored)}
+    vectors = {dtype: model.encode(texts) for dtype, model in found.items()}
+    assert np.array_equal(vectors["auto"], vectors[None])
+    assert np.array_equal(vectors["auto"], vectors[stored])
+    for model in found.values():
+        with model.borrow_backbone() as backbone:
+            assert {buffer.dtype for name, buffer in backbone.causal_lm.named_buffers() if "inv_freq" in name} == {
+                torch.float32
+            }
+
+
+def test_a_folder_for_another_library_is_complete(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="1 weights are missing from the checkpoint"):
+        loading.stock_dtype(drop(copy), None)
+    tiny_model("mistral", tie_word_embeddings=False).get_decoder().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match="no language-model head"):
+        loading.stock_dtype(tmp_path / "bare", "float32")
+    (copy / "config.json").write_text("-1")
+    with pytest.raises(ModelError, match="cannot load the weights"):
+        loading.stock_dtype(copy, None)

@@ -6,11 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.inference.conftest import exported  # noqa: F401 - the fixture
+from tests.inference.conftest import (
+    exported,  # noqa: F401 - the fixture
+    make_export,
+)
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.data.rows.records import Text
 from unified_lm.inference import UnifiedLM
 from unified_lm.mining.embedders import folder_hash, load_embedder
+from unified_lm.models import precision
 
 TEXTS = [Text("what is a fugue"), Text("a lawn mower", "Find the tool."), Text("an organ", "Find the tool."), Text("tea")]
 
@@ -48,6 +52,25 @@ def test_the_same_folder_through_sentence_transformers(folder: Path, tmp_path: P
     assert not np.allclose(again.queries(TEXTS)[1], teacher.queries(TEXTS)[1], atol=1e-3)
     with pytest.raises(ConfigError, match=r"the document prompt '\{task\}' has a field that is not \{instruction\}"):
         load_embedder(str(plain), document_prompt="{task}")
+
+
+@pytest.mark.parametrize("has_unit", [True, False])
+@pytest.mark.parametrize("kind", ["export", "sentence-transformers"])
+def test_auto_is_float32_where_the_stored_type_is_emulated(
+    kind: str, has_unit: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "bfloat16_unit", lambda device: "unit" if has_unit else None)
+    folder = make_export(tmp_path / "export", changes={"dtype": "bfloat16"})
+    if kind != "export":
+        (folder / "unified_lm.json").unlink()
+    auto = load_embedder(str(folder), device="cpu", dtype="auto")
+    same = load_embedder(str(folder), device="cpu", dtype="bfloat16" if has_unit else "float32")
+    assert np.array_equal(auto.documents(TEXTS), same.documents(TEXTS))
+    other = load_embedder(str(folder), device="cpu", dtype="float32" if has_unit else "bfloat16")
+    assert not np.array_equal(auto.documents(TEXTS), other.documents(TEXTS))
+    assert auto.key != other.key
+    with pytest.raises(ConfigError, match="unknown dtype 'int8'"):
+        load_embedder(str(folder), device="cpu", dtype="int8")
 
 
 def test_the_key_follows_content_and_settings(folder: Path, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from unified_lm.cli.main import main
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.engine.validation_items import ItemScores, items_path, read_items, write_items
 from unified_lm.evaluation.result_table import ResultTable, find_result_tables, read_result_table
+from unified_lm.reporting import report_page
 from unified_lm.reporting.curves import build_panels, load_runs
-from unified_lm.reporting.report import differences, read_report
+from unified_lm.reporting.report import RunReport, differences, read_report
 from unified_lm.reporting.report_numbers import held_out_table, run_cost
 from unified_lm.reporting.report_page import write_report
 
@@ -342,6 +343,23 @@ def test_a_chain_has_a_section_for_each_stage(tmp_path: Path) -> None:
     assert text.count('id="panels"') == 1
 
 
+def test_a_broken_part_of_a_chain_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [write_run(tmp_path / "chain" / name) for name in ("1-mntp", "2-simcse")]
+
+    def read(folder: Path) -> RunReport:
+        if folder == parts[1]:
+            raise DataError("its numbers cannot be read.")
+        return read_report(folder)
+
+    monkeypatch.setattr(report_page, "read_report", read)
+    with pytest.raises(DataError, match=rf"^{re.escape(str(parts[1]))}: its numbers cannot be read\.$"):
+        write_report(tmp_path / "chain")
+    monkeypatch.undo()
+    (parts[1] / "run.json").write_text("5")
+    with pytest.raises(DataError, match=rf"^{re.escape(str(parts[1]))}/run\.json: got 5"):
+        write_report(tmp_path / "chain")
+
+
 def test_an_unknown_recipe_shows_every_setting(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     (run / "config.yaml").write_text("recipe: mine\nmax_steps: 4\n")
@@ -367,6 +385,50 @@ def test_missing_and_torn_files_are_refused_by_name(tmp_path: Path, capsys: pyte
     (run / "config.yaml").unlink()
     with pytest.raises(DataError, match=r"has no config\.yaml"):
         read_report(run)
+
+
+READERS = {
+    "report": lambda run, other, out: ["report", str(run), "--out", str(out / "page.html")],
+    "compare": lambda run, other, out: ["compare", str(run), str(other), "--out", str(out)],
+    "plot": lambda run, other, out: ["plot", str(run), str(other), "--out", str(out)],
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("metrics.jsonl", "[1]", r", line 7: got \[1\] \(list\), expected an object"),
+        ("metrics.jsonl", "5", r", line 7: got 5 \(int\), expected an object"),
+        ("metrics.jsonl", '{"step": "four"}', r", line 7: step: got 'four' \(str\), expected a whole number"),
+        ("metrics.jsonl", '{"step": true}', r", line 7: step: got True \(bool\), expected a whole number"),
+        ("metrics.jsonl", '{"loss": 1.0}', r", line 7: step: got None \(null\), expected a whole number"),
+        ("metrics.jsonl", '{"step": 4, "loss": "x"}', r", line 7: loss: got 'x' \(str\), expected a number"),
+        ("metrics.jsonl", '{"step": 4, "loss": [1]}', r", line 7: loss: got \[1\] \(list\), expected a number"),
+        ("run.json", "[]", r": got \[\] \(list\), expected an object"),
+        ("run.json", '{"starts": 5}', r": starts: got 5 \(int\), expected a list"),
+        ("run.json", '{"starts": [5]}', r": starts\.0: got 5 \(int\), expected an object"),
+        ("run.json", '{"model": 5}', r": model: got 5 \(int\), expected an object"),
+    ],
+)
+def test_mistyped_files_are_refused_by_name_where_they_are_read(
+    reader: str, name: str, content: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    path = run / name
+    if name == "metrics.jsonl":
+        path.write_text(f'{path.read_text()}{content}\n{{"step": 5, "loss": 1.0}}\n')
+    else:
+        new = json.loads(content)
+        path.write_text(json.dumps({**json.loads(path.read_text()), **new} if isinstance(new, dict) else new))
+    code = main(READERS[reader](run, other, tmp_path / "out"))
+    if name == "run.json" and reader != "report":  # the others read no run.json
+        assert code == 0
+        return
+    said = capsys.readouterr().err
+    assert code == 2
+    assert re.search(re.escape(str(path)) + told, said), said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from unified_lm.core.user_files import user_path
 from unified_lm.evaluation.generation.perplexity import BUILT_IN, CONTEXT, Domain, num_windows, perplexity, read_domain
 from unified_lm.evaluation.result_table import FOLDER
 from unified_lm.export.manifest import Manifest
+from unified_lm.inference.loading import stock_dtype
 from unified_lm.models.weights_hash import check_weights
 
 
@@ -154,6 +155,7 @@ def evaluate_lm(argv: Sequence[str]) -> None:
     check_files([out, *([table_file] if model_ref.in_run else [])])
     # lm-eval loads the folder itself, with stock tools, which only warn about missing weights
     check_weights(model_ref.folder, Manifest.load(model_ref.folder).weights_hash if model_ref.is_export else "")
+    options.dtype = stock_dtype(model_ref.folder, options.dtype, options.device)
     settings = lm_eval_adapter.HarnessSettings(
         **{name: getattr(options, name) for name in lm_eval_adapter.HarnessSettings.__dataclass_fields__}
     )

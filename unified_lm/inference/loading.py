@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.standardizer_files import load_standardizer
 from unified_lm.export.verify import load_projection
 from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
-from unified_lm.models.load_errors import check_complete, tried
+from unified_lm.models.load_errors import check_complete, explain, tried
 from unified_lm.models.monet.masks import ExpertMask, leave_out
 from unified_lm.models.pooling import Projection
 from unified_lm.models.precision import AUTO, auto_inference_dtype
@@ -28,6 +30,7 @@ from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.standardizer import Standardizer
 from unified_lm.models.weights_hash import check_weights_hash
 
+_log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RUN_CONFIG = "config.yaml"
 """The file by which the folder of a run is recognized."""
@@ -95,7 +98,7 @@ def load_parts(
             holder = folder if adapter is None or has_tokenizer(adapter) else base
             tokenizer = tried(AutoTokenizer.from_pretrained(holder, local_files_only=True))
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                base, dtype=_dtype(dtype), local_files_only=True, output_loading_info=True
+                base, dtype=weights_dtype(dtype), local_files_only=True, output_loading_info=True
             )
     except UserError:
         raise
@@ -109,8 +112,8 @@ def load_parts(
         causal_lm = merge_adapter(causal_lm, adapter)
     if expert_mask is not None:
         leave_out(causal_lm, ExpertMask.load(user_path(expert_mask)))
-    if dtype == AUTO:
-        causal_lm.to(auto_inference_dtype(causal_lm.dtype, target))
+    if dtype == AUTO and (wider := _auto_dtype(causal_lm.dtype, target)) is not causal_lm.dtype:
+        causal_lm.to(wider)  # not the stored type again: that would round buffers which are always float32 (rotary frequencies)
     hidden_size = causal_lm.config.get_text_config().hidden_size
     causal_lm.to(target)
     return Parts(
@@ -120,6 +123,48 @@ def load_parts(
         template=None if manifest is None else template_of(manifest),
         projection=None if manifest is None else load_projection(folder, manifest, hidden_size),
         standardizer=None if manifest is None else load_standardizer(folder, manifest),
+    )
+
+
+def stock_dtype(folder: Path, dtype: str | None, device: str | None = None) -> str:
+    """The type in which another library shall load a folder by itself, after a check of all but the values of its weights.
+
+    Args:
+        folder: of a causal language model.
+        dtype: as in `load_parts`; other libraries take "auto" for the stored type.
+        device: where it will run.
+
+    Returns:
+        The name of a dtype of torch.
+
+    Raises:
+        ConfigError: unknown dtype.
+        ModelError: it cannot be read, or weights are missing (the head, for example), which the library would draw at random.
+    """
+    with explain(str(folder), "weights", False), quiet_loading(reports=False):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=weights_dtype(dtype), local_files_only=True, output_loading_info=True, device_map="meta"
+        )
+    causal_lm, info = loaded
+    check_complete(info, str(folder), causal_lm)
+    target = local_device() if device is None else find_device(device)
+    found = _auto_dtype(causal_lm.dtype, target) if dtype == AUTO else causal_lm.dtype
+    return str(found).removeprefix("torch.")
+
+
+def _auto_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    found = auto_inference_dtype(stored, device)
+    if found is not stored:
+        _say_widened(stored, device.type)
+    return found
+
+
+@lru_cache  # once for a process
+def _say_widened(stored: torch.dtype, device: str) -> None:
+    name = str(stored).removeprefix("torch.")
+    _log.warning(
+        f"note: weights stored as {name} are held as float32, which takes twice the memory: this machine ({device}) would only "
+        f"emulate products of {name}. dtype={name} keeps them as they are."
     )
 
 
@@ -193,7 +238,12 @@ def _export_of(folder: Path) -> Path:
     return folder
 
 
-def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+def weights_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
+    """A dtype as transformers takes it; "auto", its word for the stored type, for None and "auto".
+
+    Raises:
+        ConfigError: no type of weights.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype in (None, AUTO):

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from unified_lm.core.errors import CheckpointError, ConfigError
 from unified_lm.data.rows.records import Text
 from unified_lm.export.manifest import FILE_NAME
-from unified_lm.inference.loading import model_folder
+from unified_lm.inference.loading import model_folder, weights_dtype
 from unified_lm.inference.unified import UnifiedLM
+from unified_lm.models.precision import AUTO, auto_inference_dtype
 
 _READ_BYTES = 1 << 22
 
@@ -51,7 +53,7 @@ def load_embedder(
     Args:
         name_or_path: an export of this package or its run, a sentence-transformers folder, or the Hub name of either.
         device: None selects the accelerator if there is one.
-        dtype: dtype of the weights in memory; None keeps the stored one.
+        dtype: dtype of the weights in memory; None keeps the stored one, as "auto" does unless the machine would emulate it.
         max_tokens: limit in tokens of a text with its prompt; None uses the model's own.
         query_prompt: prefix of queries for sentence-transformers models; ``{instruction}`` is replaced by the row's
             instruction. None uses the model's own query prompt and ignores the rows' instructions.
@@ -67,17 +69,17 @@ def load_embedder(
     if (folder / FILE_NAME).is_file():
         if query_prompt is not None or document_prompt is not None:
             raise ConfigError(f"{name_or_path} is an export with its own template: leave out the prompts.")
-        return _Unified(
-            UnifiedLM.from_pretrained(folder, device=device, dtype=dtype, check_weights=True),
-            f"{content}:{dtype}:{max_tokens}",
-            max_tokens,
-        )
+        ours = UnifiedLM.from_pretrained(folder, device=device, dtype=dtype, check_weights=True)
+        with ours.borrow_backbone() as backbone:
+            dtype = str(backbone.causal_lm.dtype) if dtype == AUTO else dtype  # which differs between machines
+        return _Unified(ours, f"{content}:{dtype}:{max_tokens}", max_tokens)
     # A malformed prompt fails here, before the model loads for minutes.
     for name, prompt in (("query", query_prompt), ("document", document_prompt)):
         _fill(prompt or "", "x", name)
     model = _sentence_transformer(folder, device, dtype)
     if max_tokens is not None:
         model.max_seq_length = max_tokens
+    dtype = str(model.dtype) if dtype == AUTO else dtype
     key = f"{content}:{dtype}:{max_tokens}:{query_prompt!r}:{document_prompt!r}"
     return _SentenceTransformers(model, key, query_prompt, document_prompt, batch_size)
 
@@ -109,10 +111,15 @@ def _sentence_transformer(folder: Path, device: str | None, dtype: str | None) -
             f"{folder} has neither {FILE_NAME} (an export of this package) nor modules.json (sentence-transformers), so how it "
             "embeds is unknown. Give the 'export' folder of a run, or a sentence-transformers folder."
         )
+    options = {"dtype": weights_dtype(dtype)}
     try:
-        return SentenceTransformer(str(folder), device=device, model_kwargs={} if dtype is None else {"dtype": dtype})
+        model = SentenceTransformer(str(folder), device=device, model_kwargs=options)
     except (OSError, KeyError, ValueError) as error:
         raise CheckpointError(f"cannot load the sentence-transformers model in {folder}: {error}") from error
+    stored: torch.dtype = model.dtype or torch.float32
+    if dtype == AUTO and (wider := auto_inference_dtype(stored, model.device)) is not stored:
+        model.to(wider)
+    return model
 
 
 @dataclass(frozen=True)

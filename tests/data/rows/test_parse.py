@@ -155,6 +155,19 @@ def test_empty_texts(parser: RowParser, row: object, field: str, reason: str) ->
     assert caught.value.reason == reason
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_turn_without_content_is_no_empty_text(column: str) -> None:
+    """Chats write turns so whose content is elsewhere; an empty cell of a table is an empty text (above)."""
+    role, content = ("role", "content") if column == "messages" else ("from", "value")
+    turns = [{role: "user", content: "q"}, {role: "assistant", content: None}]
+    with pytest.raises(RowError, match=rf"field '{column}\[1\]\.{content}': got null, expected a text") as caught:
+        chat({column: turns})
+    assert not isinstance(caught.value, EmptyTextError)
+    turns[1][content] = " "
+    with pytest.raises(EmptyTextError):
+        chat({column: turns})
+
+
 def test_long_values_are_shortened_in_messages() -> None:
     with pytest.raises(RowError) as caught:
         text({"text": list(range(10_000))})

@@ -288,9 +288,9 @@ def test_the_estimator_knows_what_deepspeed_holds(together, case):
     assert sum(estimated[part] for part in held) == pytest.approx(sum(held.values()), rel=0.05)
 
 
-def load_with_wide_norm(config):
+def load_with_wide_norm(config, **options):
     """A model that keeps a norm in float32, as some families keep their norms or routers."""
-    loaded = load_model(config)
+    loaded = load_model(config, **options)
     loaded.causal_lm.get_decoder().final_layer_norm.float()
     return loaded
 

@@ -36,7 +36,7 @@ class HarnessSettings:
         batch_size: questions per forward; it changes scores only by rounding.
         chat: whether questions are formatted as messages in the export's chat template.
         device: None selects the accelerator if there is one.
-        dtype: dtype of the weights in memory; None keeps the stored one.
+        dtype: dtype of the weights in memory; None keeps the stored one (`inference.loading.stock_dtype` gives it a name).
         seed: seed of few-shot examples and sampling.
     """
 
