@@ -15,6 +15,7 @@ from tests.engine.small_run import metrics, tensors
 from tests.processes import Group
 from unified_lm.cli.script import train
 from unified_lm.core.errors import CheckpointError
+from unified_lm.core.folder_lock import LOCK_FILE
 
 COMMON = [
     "recipe=grit_smollm2",
@@ -128,7 +129,7 @@ def test_a_lost_run_is_resumed_from_its_copies(uninterrupted, tmp_path, capsys):
     run_dir, copies = tmp_path / "run", tmp_path / "copies"
     arguments = [*COMMON, f"run_dir={run_dir}", f"checkpoint.copy_to={copies}"]
     train(arguments)
-    assert sorted(path.name for path in copies.iterdir()) == ["latest", "step-00000004", "step-00000006"]
+    assert sorted(path.name for path in copies.iterdir()) == [LOCK_FILE, "latest", "step-00000004", "step-00000006"]
     shutil.rmtree(run_dir)
     shutil.rmtree(copies / "step-00000006")
     with pytest.raises(CheckpointError, match=r"copy_to .* already holds checkpoints"):

@@ -20,6 +20,7 @@ from unified_lm.export import directory as export
 from unified_lm.export.directory import export_model, sentence_transformers_obstacle, template_of
 from unified_lm.export.manifest import Manifest
 from unified_lm.export.merge import ModelParts
+from unified_lm.export.sentence_transformers_files import POOLING_MODES
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.pooling import Projection
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
@@ -34,7 +35,7 @@ def write(target: Path, model: PreTrainedModel | None = None, verify: str = "off
         tiny_tokenizer(),
         target,
         manifest=make_manifest(**changes),
-        template=GRIT,
+        template=get_template(changes.get("template", "grit")),
         verify=verify,
     )
 
@@ -176,6 +177,22 @@ def test_projection(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pooling", ["last_token", "cls"])
 def test_other_poolings_agree_with_sentence_transformers(tmp_path: Path, pooling: str) -> None:
     write(tmp_path / "export", pooling=pooling, verify="full")
+
+
+@pytest.mark.parametrize("pooling", POOLING_MODES)
+def test_every_pooling_has_both_spellings(tmp_path: Path, pooling: str) -> None:
+    plain = {"template": "plain", "instructions": {}} if pooling == "weighted_mean" else {}
+    write(tmp_path / "export", pooling=pooling, **plain)
+    written = read(tmp_path / "export" / "1_Pooling" / "config.json")
+    older = {
+        "mean": "pooling_mode_mean_tokens",
+        "weighted_mean": "pooling_mode_weightedmean_tokens",
+        "last_token": "pooling_mode_lasttoken",
+        "cls": "pooling_mode_cls_token",
+    }
+    assert written["pooling_mode"] == POOLING_MODES[pooling]
+    assert [key for key, value in written.items() if key.startswith("pooling_mode_") and value] == [older[pooling]]
+    assert len([key for key in written if key.startswith("pooling_mode_")]) == 6, "the others are written as false"
 
 
 def test_weighted_mean_behind_a_prompt_is_refused(tmp_path: Path) -> None:

@@ -11,21 +11,32 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from tests.export.export_cases import make_manifest
 from unified_lm.cli.main import main
+from unified_lm.config.objectives import EMBEDDING_METHODS
 from unified_lm.core.errors import CheckpointError
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.export.directory import export_model
 from unified_lm.export.manifest import Manifest
+from unified_lm.export.sentence_transformers_files import POOLING_MODES
 from unified_lm.export.serving import ENGINES, write_serving
+from unified_lm.models.families import OWN_FAMILIES
 from unified_lm.models.pooling import Projection
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 from unified_lm.models.weights_hash import hash_weights
 
+OLDER = {
+    "mean": "pooling_mode_mean_tokens",
+    "weighted_mean": "pooling_mode_weightedmean_tokens",
+    "last_token": "pooling_mode_lasttoken",
+    "cls": "pooling_mode_cls_token",
+}
+"""Our name of a pooling -> the key that sentence-transformers had for it before version 6, and TEI still reads."""
 TEXTS = ["a short text", "A rather longer text, of more tokens than a sliding window of eight has.", "Zwölf – 十二"]
 
 
 def export(folder: Path, family: str = "llama", projection: Projection | None = None, **changes: object) -> Path:
     tokenizer, model = tiny_tokenizer(add_bos=family != "qwen3"), tiny_model(family)
-    manifest, template = make_manifest(family=family, max_tokens=256, **changes), get_template("grit")
+    manifest = make_manifest(**{"family": family, "max_tokens": 256, **changes})
+    template = get_template(manifest.template)
     export_model(model, tokenizer, folder, manifest=manifest, template=template, projection=projection, verify="off")
     return folder
 
@@ -40,7 +51,10 @@ def as_an_engine(folder: Path, prompt: str) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("engine", "family"),
-    [*(("vllm-embed", family) for family in ("llama", "mistral", "phi3", "qwen3", "gemma3_text")), ("tei", "llama")],
+    [
+        *(("vllm-embed", family) for family in ("llama", "mistral", "phi3", "qwen3", "gemma3_text")),
+        *(("tei", family) for family in sorted(ENGINES["tei"].bidirectional)),
+    ],
 )
 def test_an_engine_gives_the_vectors_of_its_copy(tmp_path: Path, engine: str, family: str) -> None:
     source = export(tmp_path / "export", family)
@@ -48,6 +62,8 @@ def test_an_engine_gives_the_vectors_of_its_copy(tmp_path: Path, engine: str, fa
     launch = write_serving(source, tmp_path / "served", engine, pool_prompt=True)
     assert str(tmp_path / "served") in launch
     assert launch in (tmp_path / "served" / "README.md").read_text()
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert (config["is_causal"], config["use_bidirectional_attention"]) == (False, True)
     engines = as_an_engine(tmp_path / "served", prompt)
     ours = SentenceTransformer(str(tmp_path / "served"), device="cpu").encode(TEXTS, prompt_name="query")
     np.testing.assert_allclose(engines, ours, atol=2e-6)
@@ -55,6 +71,52 @@ def test_an_engine_gives_the_vectors_of_its_copy(tmp_path: Path, engine: str, fa
     whole = SentenceTransformer(str(source), device="cpu")
     whole[1].include_prompt = True
     np.testing.assert_allclose(ours, whole.encode(TEXTS, prompt_name="query"), atol=2e-6)
+
+
+@pytest.mark.parametrize("engine", ["vllm-embed", "tei"])
+@pytest.mark.parametrize("family", sorted(ENGINES["tei"].bidirectional))
+def test_an_export_that_embeds_causally_stays_causal(tmp_path: Path, engine: str, family: str) -> None:
+    source = export(tmp_path / "export", family, attention="causal")
+    write_serving(source, tmp_path / "served", engine, pool_prompt=True)
+    config = json.loads((tmp_path / "served" / "config.json").read_text())
+    assert config["is_causal"] is True
+    assert "use_bidirectional_attention" not in config
+    prompt = json.loads((source / "config_sentence_transformers.json").read_text())["prompts"]["query"]
+    ours = SentenceTransformer(str(tmp_path / "served"), device="cpu").encode(TEXTS, prompt_name="query")
+    np.testing.assert_allclose(as_an_engine(tmp_path / "served", prompt), ours, atol=2e-6)
+
+
+def test_a_family_that_tei_runs_causally_alone(tmp_path: Path) -> None:
+    source = export(tmp_path / "export")  # of another family: transformers reads no tiny tokenizer as Qwen2's
+    (family,) = set(ENGINES["tei"].families or ()) - ENGINES["tei"].bidirectional
+    change(source / "unified_lm.json", family=family)
+    with pytest.raises(CheckpointError, match=f"runs family '{family}' causally whatever"):
+        write_serving(source, tmp_path / "served", "tei", pool_prompt=True)
+    change(source / "unified_lm.json", attention="causal")
+    write_serving(source, tmp_path / "served", "tei", pool_prompt=True)
+    assert "use_bidirectional_attention" not in json.loads((tmp_path / "served" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("engine", [name for name, engine in ENGINES.items() if engine.mode == "embed"])
+@pytest.mark.parametrize("pooling", POOLING_MODES)
+def test_every_pooling_is_served_or_refused(tmp_path: Path, engine: str, pooling: str) -> None:
+    template = {"template": "plain", "instructions": {}} if pooling == "weighted_mean" else {}
+    source = export(tmp_path / "export", pooling=pooling, **template)
+    called = dict(ENGINES[engine].poolings).get(pooling)
+    if called is None:
+        with pytest.raises(CheckpointError, match=f"it has no pooling '{pooling}'"):
+            write_serving(source, tmp_path / "served", engine, pool_prompt=True)
+        return
+    launch = write_serving(source, tmp_path / "served", engine, pool_prompt=True)
+    assert launch.endswith({"vllm-embed": "--runner pooling", "tei": f"--pooling {called}"}[engine])
+    written = json.loads((tmp_path / "served" / "1_Pooling" / "config.json").read_text())
+    assert written["pooling_mode"] == POOLING_MODES[pooling]
+    assert [key for key, value in written.items() if key.startswith("pooling_mode_") and value] == [OLDER[pooling]]
+
+
+def test_tei_calls_the_last_token_so(tmp_path: Path) -> None:
+    source = export(tmp_path / "export", pooling="last_token")
+    assert write_serving(source, tmp_path / "served", "tei").endswith("--pooling last-token")
 
 
 def test_a_copy_to_generate(tmp_path: Path) -> None:
@@ -97,6 +159,57 @@ def test_what_an_engine_cannot_serve_is_refused(
     with pytest.raises(CheckpointError, match=message):
         write_serving(source, tmp_path / "served", engine, pool_prompt="prompt" not in message)
     assert not (tmp_path / "served").exists()
+
+
+def change(path: Path, **values: object) -> None:
+    """Other values in a file of JSON."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+ROPES: dict[str, dict[str, object]] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_scaled_rotary_frequencies_are_refused_for_tei_alone(tmp_path: Path, rope: str) -> None:
+    model = tiny_model("llama", rope_parameters={"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]})
+    manifest = make_manifest(family="llama", max_tokens=64)
+    export_model(model, tiny_tokenizer(), tmp_path / "export", manifest=manifest, template=get_template("grit"), verify="off")
+    write_serving(tmp_path / "export", tmp_path / "vllm", "vllm-embed", pool_prompt=True)
+    with pytest.raises(CheckpointError, match=f"does not read rotary frequencies of type '{rope}'"):
+        write_serving(tmp_path / "export", tmp_path / "served", "tei", pool_prompt=True)
+    assert not (tmp_path / "served").exists()
+
+
+@pytest.mark.parametrize("engine", ["vllm-embed", "tei"])
+def test_vectors_that_no_engine_computes_are_refused(tmp_path: Path, engine: str) -> None:
+    source = export(tmp_path / "export")
+    for method in sorted(set(EMBEDDING_METHODS) - {"hs"}):
+        change(source / "unified_lm.json", method=method)
+        with pytest.raises(CheckpointError, match=rf"embeds with routing \(method {method}\)"):
+            write_serving(source, tmp_path / "served", engine, pool_prompt=True)
+    change(source / "unified_lm.json", method="hs")
+    (source / "config_sentence_transformers.json").unlink()
+    with pytest.raises(CheckpointError, match="has no files of sentence-transformers"):
+        write_serving(source, tmp_path / "served", engine, pool_prompt=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", sorted(OWN_FAMILIES))
+def test_families_of_our_own_are_refused(tmp_path: Path, engine: str, family: str) -> None:
+    source = export(tmp_path / "export")
+    change(source / "unified_lm.json", family=family)
+    with pytest.raises(CheckpointError, match=f"family '{family}' is this project's own"):
+        write_serving(source, tmp_path / "served", engine, pool_prompt=True)
 
 
 def test_layers_behind_the_pooling_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ ablations are several such runs (`assembly.session`).
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -216,16 +215,14 @@ def _report(run: Run, console: Console) -> None:
 def _report_rows(run: Run, console: Console) -> None:
     for name, stream in run.streams.items():
         stats = stream.stats
-        for source, rows in stats.rows.items():
-            cut = f", {stats.truncated[source]:,} texts cut to their limit" if stats.truncated[source] else ""
-            count = "rows are read along" if rows is None else f"{rows:,} rows"
-            console.print(f"{name}: {source}, {count}{cut}", highlight=False, soft_wrap=True)
+        for entry in stream.entries:
+            count = "rows are read along" if entry.rows is None else f"{entry.rows:,} rows"
+            cut = f", {entry.truncated:,} texts cut to their limit" if entry.truncated else ""
+            keys = ", ".join(f"{key} ({number:,})" for key, number in sorted(entry.ignored.items()))
+            not_read = f"; not read: {keys}" if keys else ""
+            console.print(f"{name}: {entry.name}, {count}{cut}{not_read}", highlight=False, soft_wrap=True, markup=False)
         for reason, rejected in stats.rejected.items():
             console.print(f"{name}: {rejected:,} left out: {reason}", highlight=False, soft_wrap=True)
-        along = sum((entry.ignored for entry in stream.entries if entry.rows is None), Counter())
-        if along:  # of the others the source's own line tells
-            not_read = ", ".join(f"{key} ({count:,})" for key, count in sorted(along.items()))
-            console.print(f"{name}: not read: {not_read}", highlight=False, soft_wrap=True)
 
 
 def _single_source_notices(run: Run) -> Iterator[str]:

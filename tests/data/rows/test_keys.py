@@ -1,10 +1,13 @@
 """No key that bears meaning is ignored in silence: each is read, or refused; every other key is counted."""
 
+import json
 import re
 from collections.abc import Iterator
 
 import pytest
 
+from tests.engine.small_run import small_run
+from unified_lm.cli.script import train
 from unified_lm.core.errors import DataError
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder
 from unified_lm.data.prompts.templates import get_template
@@ -203,3 +206,26 @@ def test_near_miss():
         None,
         None,
     ]
+
+
+def test_a_run_says_which_keys_it_does_not_read(tmp_path, capsys):
+    """On the screen, whatever the level of logging; with a table and with text that is read along."""
+    arguments = small_run(tmp_path, tmp_path / "run")
+    rows = [json.loads(line) | {"id": i} for i, line in enumerate((tmp_path / "chats.jsonl").read_text().splitlines())]
+    rows[3] |= {"note": "odd", "topic": None}
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"text {i}", "url": "u"}) + "\n" for i in range(40)))
+    train(
+        [
+            *arguments,
+            f"streams.text={{format: text, objective: {{name: next_token}}, sources: 'stream:{tmp_path}/text.jsonl'}}",
+            "streams.text.batch_size=2",
+            f"streams.text.sources=stream:{tmp_path}/text.jsonl",
+            "streams.text.max_tokens=32",
+            "max_steps=1",
+        ]
+    )
+    told = capsys.readouterr().err
+    assert "embedding: pairs.jsonl, 60 rows\n" in told
+    assert "generation: chats.jsonl, 50 rows; not read: id (50), note (1)\n" in told
+    assert re.search(r"text: text\.jsonl, rows are read along; not read: url \(\d+\)\n", told)
