@@ -89,7 +89,7 @@ def served(folder: Path, engine: str) -> Any:
     try:
         write_serving(folder, target, engine, pool_prompt=True)
     finally:
-        assert target.exists() != isinstance(sys.exc_info()[1], ModelError)
+        assert target.exists() != isinstance(sys.exc_info()[1], (ModelError, CheckpointError))
         shutil.rmtree(target, ignore_errors=True)
 
 
