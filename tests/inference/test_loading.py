@@ -71,7 +71,7 @@ def harnessed(folder: Path) -> Any:
         try:
             evaluate_lm([str(folder), "--tasks", "none", "--out", str(folder.parent / f"{uuid4()}.json")])
         finally:
-            assert harness.run_harness.called != isinstance(sys.exc_info()[1], ModelError)
+            assert harness.run_harness.called != isinstance(sys.exc_info()[1], ModelError | CheckpointError)
 
 
 def pushed(folder: Path) -> Any:
@@ -89,7 +89,7 @@ def served(folder: Path, engine: str) -> Any:
     try:
         write_serving(folder, target, engine, pool_prompt=True)
     finally:
-        assert target.exists() != isinstance(sys.exc_info()[1], (ModelError, CheckpointError))
+        assert target.exists() != isinstance(sys.exc_info()[1], ModelError | CheckpointError)
         shutil.rmtree(target, ignore_errors=True)
 
 
