@@ -66,7 +66,7 @@ def _grid(layout: Layout, bidirectional: bool) -> list[str]:
     turn = [item for part in re.findall(r"\{(\w+)\}", layout.turn) for item in PARTS[part]]
     parts = [*blocks, *turn, ("u", 1), ("a", 2)]  # the turn's own words, and the answer
     length, cached = sum(size for _, size in parts), sum(size for _, size in blocks)
-    borders = consecutive_blocks([size for _, size in blocks], bidirectional=bidirectional)
+    borders = consecutive_blocks([size for _, size in blocks], "bidirectional" if bidirectional else "causal")
     seen = sequence_mask(length, (0, 0), blocks=borders)
     lines, start = [], 0
     for label, size in parts:

@@ -107,7 +107,8 @@ def test_an_export_embeds_with_the_vectors_that_were_trained(tmp_path: Path, vec
     manifest = json.loads((export / "unified_lm.json").read_text())
     assert (manifest["method"], manifest["embedding_dim"]) == (vectors, dim)
     assert manifest.get("alpha", 1.0) == (0.5 if vectors == "moee_sum" else 1.0)
-    assert not (export / "modules.json").exists(), "sentence-transformers knows no routing"
+    (module,) = json.loads((export / "modules.json").read_text())
+    assert module["type"].endswith("UseUnifiedLM"), "sentence-transformers knows no routing, and refuses"
     assert "routing" in (export / "README.md").read_text()
     model = UnifiedLM.from_pretrained(export, device="cpu")
     assert model.encode(["a text"]).shape == (1, dim)

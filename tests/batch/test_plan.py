@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from unified_lm.batch import AttentionMode, AttentionPlan, Block, Sample
+from unified_lm.batch import AttentionMode, AttentionPlan, Block, Sample, attention_span, consecutive_blocks
 from unified_lm.batch.plan import free_stretches, mode_of, sequence_mask
 
 CASES = [
@@ -91,7 +91,27 @@ def test_modes():
     assert mode_of(1, (0, 1)) is AttentionMode.CAUSAL
     assert mode_of(4, (0, 4)) is AttentionMode.BIDIRECTIONAL
     assert mode_of(4, (0, 3)) is AttentionMode.SPAN
-    assert mode_of(4, (1, 4)) is AttentionMode.SPAN
+    assert mode_of(4, (2, 4)) is AttentionMode.SPAN
+    assert mode_of(4, (1, 4)) is AttentionMode.KEEP_FIRST
+    assert mode_of(2, (1, 2)) is AttentionMode.CAUSAL, "two tokens, the first alone: causal"
+
+
+def test_a_first_token_alone_is_the_only_difference_to_bidirectional():
+    """The sample's own mask, a block's, and one with a window, entry by entry."""
+    for length in (1, 2, 3, 9):
+        expected = torch.ones(length, length, dtype=torch.bool)
+        expected[0, 1:] = False
+        span = attention_span("bidirectional_keep_first", length)
+        assert torch.equal(sequence_mask(length, span), expected)
+        block = AttentionPlan.build([length], [(0, 0)], blocks=[consecutive_blocks([length], "bidirectional_keep_first")])
+        assert torch.equal(block.dense_mask(), expected)
+        windowed = sequence_mask(length, span, sliding_window=3)
+        assert torch.equal(windowed[1:, 1:], sequence_mask(length, (0, length), sliding_window=3)[1:, 1:])
+        assert windowed[0].tolist() == [True] + [False] * (length - 1)
+    assert attention_span("bidirectional", 5) == (0, 5)
+    assert attention_span("causal", 5) == (0, 0)
+    with pytest.raises(KeyError):
+        attention_span("sideways", 5)
 
 
 def test_a_one_token_span_has_the_causal_mask():

@@ -44,6 +44,16 @@ BLOCKS = AttentionPlan.build(
     ],
 )
 """Blocks at the start, next to each other, apart, at the end, both kinds in one sequence, and nothing else."""
+KEEP_FIRST = AttentionPlan.build([7, 20, 33, 5, 2, 1, 20], [(1, 7), (1, 20), (0, 33), (1, 5), (1, 2), (0, 0), (1, 20)])
+KEEP_FIRST_BLOCKS = AttentionPlan.build(
+    [20, 31, 4],
+    [(0, 0)] * 3,
+    blocks=[
+        (Block(0, 6, bidirectional=True, keep_first=True), Block(6, 7, bidirectional=True, keep_first=True)),
+        (Block(2, 19, bidirectional=True, keep_first=True), Block(19, 23), Block(23, 31, bidirectional=True)),
+        (Block(0, 4, bidirectional=True, keep_first=True),),
+    ],
+)
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -134,7 +144,16 @@ FEATURES: dict[str, dict[str, Any]] = {
     "sinks": {"sinks_H": torch.linspace(-2, 2, 6)},
     "blocks": {"plan": BLOCKS},
     "blocks and a window": {"plan": BLOCKS, "sliding_window": 4},
+    "first alone": {"plan": KEEP_FIRST},
+    "first alone, a window": {"plan": KEEP_FIRST, "sliding_window": 4},
+    "first alone, narrow values": {"plan": KEEP_FIRST, "value_size": 4},
+    "first alone, sinks": {"plan": KEEP_FIRST, "sinks_H": torch.linspace(-2, 2, 6)},
+    "first alone in blocks": {"plan": KEEP_FIRST_BLOCKS},
+    "first alone in blocks, a window": {"plan": KEEP_FIRST_BLOCKS, "sliding_window": 4},
 }
+
+
+REFUSED_BY_FLASH = ("sinks", "first alone, sinks", "first alone, a window", "first alone in blocks, a window")
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -144,8 +163,10 @@ def test_values_and_gradients_are_those_of_the_definition(kernel: str, feature: 
     if kernel == "flash" and feature == "window":
         whole = [(0, n) if (0, n) == span else (0, 0) for n, span in zip(LENGTHS, SPANS, strict=True)]
         heads = replace(heads, plan=AttentionPlan.build(LENGTHS, whole))
-    if kernel == "flash" and feature == "sinks":
-        pytest.skip("refused; see below")
+    if kernel == "flash" and feature in REFUSED_BY_FLASH:
+        with pytest.raises(ModelError, match=r"Use model\.attention_kernel=flex"):
+            CPU_KERNELS[kernel](heads)
+        return
     expected = dense(heads)
     got = CPU_KERNELS[kernel](heads)
     torch.testing.assert_close(got, expected, **EXACT)

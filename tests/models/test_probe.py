@@ -148,7 +148,7 @@ def test_experts_that_round_by_how_many_tokens_they_get_are_no_leak(monkeypatch:
 
     def probe(error: float) -> None:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-            return output * (1 + error * float((inputs[1] == 0).sum() % 7))
+            return output * (1 + error * float(inputs[1].sum() % 7))
 
         handles = [module.register_forward_hook(hook) for module in experts]
         try:

@@ -21,7 +21,7 @@ from unified_lm.data.prompts.templates import Template, get_template
 from unified_lm.engine.metrics import held_out
 from unified_lm.export.directory import check_tokenizer, export_model, sentence_transformers_obstacle
 from unified_lm.export.hub_upload import push_to_hub
-from unified_lm.export.manifest import AdapterRecord, DataRecord, Manifest, StageRecord
+from unified_lm.export.manifest import ATTENTIONS, AdapterRecord, DataRecord, Manifest, StageRecord
 from unified_lm.export.merge import Gather, ModelParts, no_gathering
 from unified_lm.models import families
 from unified_lm.models.backbone import Backbone
@@ -110,7 +110,7 @@ def check_export(trained: Trained) -> None:
         return
     _check_kept_prompts(trained, manifest)
     obstacle = sentence_transformers_obstacle(manifest, get_template(manifest.template), trained.loaded.tokenizer)
-    if obstacle and manifest.method == "hs":  # with routing no files of sentence-transformers are written
+    if obstacle and manifest.stock_tools_embed:  # else no files of sentence-transformers are written
         raise ConfigError(
             f"the result could not be exported for sentence-transformers: {obstacle} "
             "Change the recipe, or set export.enabled=false."
@@ -123,7 +123,7 @@ def _check_stock_attention(trained: Trained, manifest: Manifest) -> None:
     needs = {
         "generate": (manifest.can_generate, True),
         f"embed with {manifest.attention} attention": (
-            manifest.can_embed and manifest.method == "hs",  # stock tools read no routing
+            manifest.can_embed and manifest.stock_tools_embed,
             manifest.attention == "causal",
         ),
     }
@@ -264,7 +264,7 @@ def _only_adjusts(config: RunConfig) -> bool:
 
 
 def _attention(embedding: StreamConfig | None) -> str:
-    return "causal" if embedding is not None and embedding.attention == "causal" else "bidirectional"
+    return embedding.attention if embedding is not None and embedding.attention in ATTENTIONS else "bidirectional"
 
 
 def _max_tokens(config: RunConfig) -> int:

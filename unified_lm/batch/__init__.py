@@ -12,7 +12,7 @@ Shape legend, used across the package:
 
 from unified_lm.batch.loss import LossTerm, OutputHead, SequenceScores
 from unified_lm.batch.pack import Batch, Pack, ScoredPacks, Supervision, empty_pack, make_batch, make_pack
-from unified_lm.batch.plan import AttentionMode, AttentionPlan, Block, ModeRun, consecutive_blocks
+from unified_lm.batch.plan import AttentionMode, AttentionPlan, Block, ModeRun, attention_span, consecutive_blocks
 from unified_lm.batch.sample import IGNORE, MISSING, Sample, SequenceLabel
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "SequenceLabel",
     "SequenceScores",
     "Supervision",
+    "attention_span",
     "consecutive_blocks",
     "empty_pack",
     "make_batch",

@@ -14,7 +14,7 @@ import torch
 from unified_lm.batch.plan import AttentionPlan, mode_of
 from unified_lm.batch.sample import IGNORE, Sample
 
-_MODE_ORDER = ("causal", "span", "blocks", "bidirectional")
+_MODE_ORDER = ("causal", "span", "blocks", "keep_first", "bidirectional")
 
 
 @dataclass(frozen=True, eq=False)

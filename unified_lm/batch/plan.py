@@ -15,10 +15,19 @@ import torch
 
 
 class AttentionMode(Enum):
-    """What one sequence's mask looks like."""
+    """What one sequence's mask looks like.
+
+    Attributes:
+        CAUSAL: every token sees what precedes it.
+        BIDIRECTIONAL: every token sees all.
+        KEEP_FIRST: the first token sees itself alone, as in causal attention, and every other one sees all.
+        SPAN: causal, but for a stretch whose tokens see one another.
+        BLOCKS: stretches that see nothing outside themselves (`Block`).
+    """
 
     CAUSAL = "causal"
     BIDIRECTIONAL = "bidirectional"
+    KEEP_FIRST = "keep_first"
     SPAN = "span"
     BLOCKS = "blocks"
 
@@ -32,17 +41,37 @@ class Block:
     Attributes:
         start, stop: its tokens `[start, stop)`, in sample coordinates.
         bidirectional: whether its tokens see the whole block; else they are causal inside it.
+        keep_first: whether of a bidirectional block the first token sees itself alone.
     """
 
     start: int
     stop: int
     bidirectional: bool = False
+    keep_first: bool = False
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The stretch whose tokens see one another, in sample coordinates; empty for a causal block."""
+        return (self.start + self.keep_first, self.stop) if self.bidirectional else (0, 0)
 
 
-def consecutive_blocks(lengths: Sequence[int], *, bidirectional: bool) -> tuple[Block, ...]:
-    """Blocks of the given lengths, one after the other from the first token on."""
+def attention_span(attention: str, length: int) -> tuple[int, int]:
+    """The bidirectional span of a sample that is read in one way throughout (`Sample.bidirectional`).
+
+    Args:
+        attention: "causal", "bidirectional" or "bidirectional_keep_first".
+        length: its tokens.
+    """
+    starts = {"causal": length, "bidirectional": 0, "bidirectional_keep_first": 1}
+    start = starts[attention]
+    return (start, length) if start < length else (0, 0)
+
+
+def consecutive_blocks(lengths: Sequence[int], attention: str) -> tuple[Block, ...]:
+    """Blocks of the given lengths, one after the other from the first token on, each read as `attention_span` says."""
     stops = list(accumulate(lengths))
-    return tuple(Block(stop - length, stop, bidirectional) for length, stop in zip(lengths, stops, strict=True))
+    whole, keep_first = attention != "causal", attention == "bidirectional_keep_first"
+    return tuple(Block(stop - length, stop, whole, keep_first) for length, stop in zip(lengths, stops, strict=True))
 
 
 @dataclass(frozen=True)
@@ -172,7 +201,9 @@ def mode_of(length: int, span: tuple[int, int], blocks: Sequence[Block] = ()) ->
     start, stop = span
     if stop - start <= 1:
         return AttentionMode.CAUSAL
-    return AttentionMode.BIDIRECTIONAL if (start, stop) == (0, length) else AttentionMode.SPAN
+    if stop == length and start <= 1:
+        return AttentionMode.KEEP_FIRST if start else AttentionMode.BIDIRECTIONAL
+    return AttentionMode.SPAN
 
 
 def visible(
@@ -213,8 +244,7 @@ def sight(length: int, span: tuple[int, int], blocks: Sequence[Block] = ()) -> t
     """What `visible` asks about every token of a sequence: int64 `[3, length]`, its `start`, `stop` and `first`."""
     found = torch.tensor([*span, 0])[:, None].repeat(1, length)
     for block in blocks:
-        inner = (block.start, block.stop) if block.bidirectional else (0, 0)
-        found[:, block.start : block.stop] = torch.tensor([*inner, block.start])[:, None]
+        found[:, block.start : block.stop] = torch.tensor([*block.span, block.start])[:, None]
     return found
 
 

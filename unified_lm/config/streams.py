@@ -16,7 +16,7 @@ from unified_lm.config.parts import PartConfig, RehearsalSizes, RunFacts
 
 MODES = (EMBED, GENERATE) = ("embed", "generate")
 """What an export can do."""
-ATTENTIONS = ("causal", "bidirectional", "bidirectional_prompt")
+ATTENTIONS = ("causal", "bidirectional", "bidirectional_keep_first", "bidirectional_prompt")
 
 
 class RecordKind(Enum):
@@ -170,7 +170,8 @@ class StreamConfig(PartConfig):
     objective: ObjectiveConfig
     """What its samples are trained for."""
     attention: str = "causal"
-    """"causal", "bidirectional" or "bidirectional_prompt" (a chat's prompt turns see each other, the answer is causal)."""
+    """"causal", "bidirectional", "bidirectional_keep_first" (the first token sees itself alone, as in causal attention), or
+    "bidirectional_prompt" (a chat's prompt turns see each other, the answer is causal)."""
     template: str = "grit"
     """Prompt template by name ("grit", "plain", "chatml", ...), or a dotted path."""
     batch_size: int = 32

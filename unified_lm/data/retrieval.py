@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from unified_lm.batch.plan import attention_span
 from unified_lm.batch.sample import Sample
 from unified_lm.config.schema import RetrievalConfig, RunConfig, StreamConfig
 from unified_lm.core.errors import ConfigError, DataError, about
@@ -103,11 +104,10 @@ def retrieval_set(
 
 
 def _sample(encoded: Encoded, name: str, stream: StreamConfig, text_id: int) -> Sample:
-    span = (0, len(encoded.ids)) if stream.attention == "bidirectional" else (0, 0)
     return Sample(
         input_ids=encoded.ids.astype("int64"),
         stream=name,
-        bidirectional=span,
+        bidirectional=attention_span(stream.attention, len(encoded.ids)),
         pool=encoded.spans[0],
         text_id=text_id,
         truncated=encoded.truncated,

@@ -28,7 +28,12 @@ from unified_lm.data.prompts.templates import Template
 from unified_lm.export.manifest import Manifest, library_versions
 from unified_lm.export.merge import ModelParts, merged_weights
 from unified_lm.export.model_card import model_card
-from unified_lm.export.sentence_transformers_files import POOLING_MODES, write_projection, write_sentence_transformers
+from unified_lm.export.sentence_transformers_files import (
+    POOLING_MODES,
+    write_projection,
+    write_refusal,
+    write_sentence_transformers,
+)
 from unified_lm.export.tokenizer_files import embedding_settings, write_tokenizer
 from unified_lm.export.verify import Verification, verify_export
 from unified_lm.export.weight_files import Digest, write_weights
@@ -85,7 +90,7 @@ def export_model(
             cannot be written.
     """
     check = Verification.parse(verify)
-    sentence_transformers = sentence_transformers and manifest.method == "hs"  # it knows no routing
+    sentence_transformers = sentence_transformers and manifest.stock_tools_embed
     _check_request(manifest, projection, Path(target))
     wanted = manifest.can_embed and sentence_transformers
     if wanted and (obstacle := sentence_transformers_obstacle(manifest, template, tokenizer)):
@@ -109,6 +114,8 @@ def export_model(
             strings = prompts(complete, template, saved_tokenizer)
             settings = embedding_settings(tokenizer, template, complete)
             write_sentence_transformers(complete, strings, hidden_size, overlay, settings, building)
+        elif complete.can_embed and not complete.stock_tools_embed:
+            write_refusal(building)
         final = replace(complete, weights_hash=hash_weights(building))
         final.save(building)
         write_text(building / "README.md", model_card(final, prompts(final, template, saved_tokenizer), sentence_transformers))
@@ -257,7 +264,8 @@ def _write_config(building: Path, manifest: Manifest, own: Mapping[str, Any]) ->
         config.pop(name, None)
     text = _text_section(config)
     text.update(own)
-    causal_embedding = manifest.attention == "causal"
+    # Stock tools cannot be told of a first token that sees itself alone: what they read of such an export is causal.
+    causal_embedding = manifest.attention != "bidirectional"
     # The root serves generation if the model generates; then the overlay makes embeddings bidirectional.
     text["is_causal"] = causal_embedding or manifest.can_generate
     text["use_cache"] = True

@@ -25,7 +25,7 @@ FILE_NAME = "unified_lm.json"
 FORMAT_VERSION = 1
 """Incremented when an older reader would misread a newer manifest."""
 
-ATTENTIONS = ("bidirectional", "causal")
+ATTENTIONS = ("bidirectional", "bidirectional_keep_first", "causal")
 """Attention with which an export embeds texts."""
 
 _YOUNGER: dict[str, Any] = {"method": "hs", "alpha": 1.0}
@@ -122,7 +122,7 @@ class Manifest:
         family: `model_type` of the model.
         template: name of the prompt template.
         template_fields: the template's own strings, sufficient to rebuild it.
-        attention: how texts are embedded: "bidirectional" or "causal".
+        attention: how texts are embedded, one of `ATTENTIONS`.
         modes: "embed", "generate" or both.
         pooling: "mean", "weighted_mean", "last_token" or "cls".
         normalize: whether vectors are L2-normalized by default.
@@ -181,6 +181,11 @@ class Manifest:
                 raise CheckpointError(f"unknown mode '{mode}'.{did_you_mean(mode, MODES)}")
         if not self.modes:
             raise CheckpointError(f"an export needs at least one mode of {', '.join(MODES)}.")
+
+    @property
+    def stock_tools_embed(self) -> bool:
+        """Whether stock tools could compute its vectors: they know neither routing nor a first token that sees itself alone."""
+        return self.method == "hs" and self.attention != "bidirectional_keep_first"
 
     @property
     def can_embed(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unified_lm.batch import Sample
+from unified_lm.batch import Sample, attention_span
 from unified_lm.data.prompts.encoding import Encoded
 
 
@@ -11,12 +11,12 @@ def embedding_sample(encoded: Encoded, attention: str) -> Sample:
 
     Args:
         encoded: prompt and text as tokens, from `PromptEncoder.embed`.
-        attention: "bidirectional" or "causal".
+        attention: one of `export.manifest.ATTENTIONS`.
     """
     return Sample(
         input_ids=encoded.ids.astype("int64"),
         stream="embed",
-        bidirectional=(0, len(encoded.ids)) if attention == "bidirectional" else (0, 0),
+        bidirectional=attention_span(attention, len(encoded.ids)),
         pool=encoded.spans[0],
         truncated=encoded.truncated,
     )

@@ -24,6 +24,8 @@ PROMPTS_FILE = "config_sentence_transformers.json"
 POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last_token": "lasttoken", "cls": "cls"}
 """Our name of a pooling -> its name in sentence-transformers."""
 
+_REFUSAL = "unified_lm.inference.interop.UseUnifiedLM"
+
 _OLDER_KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
@@ -71,6 +73,15 @@ def sentence_transformers_modules(manifest: Manifest) -> list[dict[str, Any]]:
         {"idx": index, "name": str(index), "path": folder, "type": f"sentence_transformers.models.{kind}"}
         for index, (kind, folder) in enumerate(modules)
     ]
+
+
+def write_refusal(building: Path) -> None:
+    """Write a modules.json that sentence-transformers refuses, where its own modules would compute other vectors.
+
+    Args:
+        building: the export.
+    """
+    write_json(building / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": _REFUSAL}])
 
 
 def write_sentence_transformers(

@@ -134,6 +134,8 @@ def _obstacles(
         return [f"it was exported to {' and '.join(manifest.modes)} only."]
     if engine.mode == "generate":
         return []
+    if manifest.attention == "bidirectional_keep_first":
+        return ["it embeds with a first token that sees itself alone, which no engine can be told."]
     if not prompts:
         return ["it has no files of sentence-transformers, by which engines know how to pool."]
     family, found = manifest.family, []

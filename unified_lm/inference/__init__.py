@@ -1,6 +1,6 @@
 """Use of a trained model: embed, search, generate."""
 
-from unified_lm.inference.batches import EmbedBatch
+from unified_lm.inference.interop import EmbedBatch
 from unified_lm.inference.search import Hit
 from unified_lm.inference.unified import UnifiedLM
 

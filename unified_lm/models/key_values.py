@@ -68,8 +68,11 @@ class KeyValueCache:
         if stride != 1 or start >= stop:
             raise ModelError(f"a cache of {len(self)} tokens has no part [{part.start}:{part.stop}:{part.step}]")
         layers = tuple((k[:, start:stop], v[:, start:stop]) for k, v in self.layers)
-        cut = [(max(b.start, start) - start, min(b.stop, stop) - start, b.bidirectional) for b in self.blocks]
-        blocks = tuple(Block(first, last, whole) for first, last, whole in cut if first < last)
+        cut = [
+            Block(max(b.start, start) - start, min(b.stop, stop) - start, b.bidirectional, b.keep_first and b.start >= start)
+            for b in self.blocks
+        ]
+        blocks = tuple(block for block in cut if block.start < block.stop)
         return KeyValueCache(self.token_ids[start:stop], self.position_ids[start:stop], layers, blocks)
 
     def moved(self, start: int, rotations: Sequence[Rotation]) -> KeyValueCache:
@@ -161,7 +164,7 @@ class KeyValueReader:
         """Read the texts of a pack.
 
         Args:
-            pack: on the model's device; each sample is causal, bidirectional throughout, or has blocks.
+            pack: on the model's device; each sample is causal, bidirectional but perhaps for its first token, or has blocks.
 
         Returns:
             The hidden states `[T, D]` of the pack, and a cache for each sample, in the order of `pack.samples`. Caches are
@@ -174,7 +177,7 @@ class KeyValueReader:
         caches = []
         for sample, offset in zip(pack.samples, pack.plan.offsets, strict=False):
             rows, (start, stop) = slice(offset, offset + len(sample)), sample.bidirectional
-            if 0 < stop - start < len(sample):
+            if stop > start and (start > 1 or stop < len(sample)):
                 raise ModelError(f"a text with a partial bidirectional span [{start}, {stop}) cannot be cached; use blocks")
             caches.append(
                 KeyValueCache(
@@ -184,7 +187,7 @@ class KeyValueReader:
                         (keys[rows].transpose(0, 1).contiguous(), values[rows].transpose(0, 1).contiguous())
                         for keys, values in layers
                     ),
-                    blocks=(Block(start, stop, bidirectional=True),) if stop > start else sample.blocks,
+                    blocks=(Block(0, stop, bidirectional=True, keep_first=start == 1),) if stop > start else sample.blocks,
                 )
             )
         return hidden, caches

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from unified_lm.batch import AttentionMode, Block, Pack, Sample, make_pack
+from unified_lm.batch import AttentionMode, Block, Pack, Sample, attention_span, make_pack
 from unified_lm.core.errors import ModelError
 from unified_lm.core.random import RngState
 from unified_lm.models import families
@@ -105,7 +105,8 @@ def rounding_of(causal_lm: PreTrainedModel, dtype: torch.dtype) -> float:
 
 def _samples(vocab_size: int, partial_spans: bool) -> list[Sample]:
     masks: list[dict[str, Any]] = [{"bidirectional": (0, 0)}, {"bidirectional": (0, _LENGTH)}, {"blocks": _BLOCKS}]
-    masks += [{"bidirectional": _SPAN}] if partial_spans else []
+    if partial_spans:
+        masks += [{"bidirectional": _SPAN}, {"bidirectional": attention_span("bidirectional_keep_first", _LENGTH)}]
     tokens = 3 + np.arange(len(masks) * _LENGTH, dtype=np.int64) * 7
     return [
         Sample(input_ids=ids % vocab_size, stream="probe", **mask)

@@ -297,7 +297,7 @@ def _checks(manifest: Manifest) -> list[str]:
         checks.insert(0, "merged and adapter layers agree to 1e-5 of their largest output, in float32")
     if manifest.can_generate or manifest.attention == "causal":
         checks.append("leak probe: in AutoModelForCausalLM no token sees its future")
-    if manifest.can_embed and "sentence-transformers" in manifest.versions:
+    if manifest.can_embed and manifest.stock_tools_embed and "sentence-transformers" in manifest.versions:
         sees = "every token sees its future" if manifest.attention == "bidirectional" else "no token sees its future"
         checks.append(f"leak probe: in sentence-transformers {sees}")
         checks.append("sentence-transformers and unified_lm give the same vectors to 1e-5, for every prompt")

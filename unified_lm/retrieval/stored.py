@@ -42,7 +42,7 @@ from unified_lm.models.key_values import KeyValueCache
 from unified_lm.retrieval.eight_bit import dequantize, quantize
 from unified_lm.retrieval.ledger import Ledger, Row
 
-STATES = ("bidirectional", "causal")
+STATES = ("bidirectional", "bidirectional_keep_first", "causal")
 """How a text was read: as it is embedded, or as it is generated from."""
 
 FORMS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}

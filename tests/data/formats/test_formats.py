@@ -200,7 +200,9 @@ def test_masks_that_would_leak_or_mean_nothing_are_refused(format, attention):
 def test_unknown_names_are_refused_with_a_proposal():
     with pytest.raises(ConfigError, match=r"unknown format 'pair'. Did you mean 'pairs'"):
         find_description("pair", FORMATS, StreamConfig)
-    with pytest.raises(ConfigError, match=r"cannot use attention 'casual'.*Possible: causal, bidirectional\."):
+    with pytest.raises(
+        ConfigError, match=r"cannot use attention 'casual'.*Possible: causal, bidirectional, bidirectional_keep_first\."
+    ):
         make_stream(pairs(1), "pairs", attention="casual")
     with pytest.raises(ConfigError, match=r"unknown chunking 'records'. Did you mean 'record'"):
         make_stream(texts(1), "text", chunking="records")

@@ -9,7 +9,7 @@ import torch
 from tests.data.fake_source import FakeSource, stream_config
 from tests.data.formats.test_formats import TOKENIZER, decode
 from tests.data.prompts.tokenizers_for_tests import metaspace
-from unified_lm.batch import IGNORE, Block, Sample, make_pack
+from unified_lm.batch import IGNORE, Block, Sample, attention_span, make_pack
 from unified_lm.config.streams import ATTENTIONS
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.formats import GroundedStream
@@ -147,8 +147,8 @@ def test_a_trained_block_is_a_cached_block(name: str, attention: str) -> None:
         caches = []
         for block in sample.blocks:
             ids = sample.input_ids[block.start : block.stop]
-            whole = (0, len(ids)) if block.bidirectional else (0, 0)
-            caches += reader.read(make_pack([Sample(input_ids=ids, stream="s", bidirectional=whole)]))[1]
+            span = attention_span(attention, len(ids))
+            caches += reader.read(make_pack([Sample(input_ids=ids, stream="s", bidirectional=span)]))[1]
         joined = reader.join(caches)
         with backbone.stock_attention() as model:
             tail = torch.from_numpy(sample.input_ids[len(joined) :])[None]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from unified_lm.batch.plan import attention_span
 from unified_lm.batch.sample import Sample
 from unified_lm.config.streams import StreamConfig
 from unified_lm.core.errors import ConfigError
@@ -67,9 +68,9 @@ class Format(ABC):
         """Raise DataError where all sources that are drawn from, together, cannot give what the stream is for."""
 
     def _bidirectional(self, encoded: Encoded) -> tuple[int, int]:
-        if self.config.attention == "causal":
-            return (0, 0)
-        return (0, len(encoded.ids) if self.config.attention == "bidirectional" else encoded.spans[0][0])
+        if self.config.attention == "bidirectional_prompt":
+            return (0, encoded.spans[0][0])
+        return attention_span(self.config.attention, len(encoded.ids))
 
     def _pooled_sample(self, encoded: Encoded, group: int, slot: int, text_id: int) -> Sample:
         return Sample(

@@ -17,7 +17,7 @@ class GroupStream(StreamConfig):
     """A stream of groups that are embedded and scored together."""
 
     objective_kind: ClassVar[ObjectiveKind] = ObjectiveKind.EMBEDDING
-    attentions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
+    attentions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional", "bidirectional_keep_first")
     modes: ClassVar[tuple[str, ...]] = (EMBED,)
 
     mix_sources: bool = False

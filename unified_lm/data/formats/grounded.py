@@ -112,7 +112,7 @@ class Grounded(Format):
             Sample(
                 input_ids=ids,
                 stream=self.name,
-                blocks=consecutive_blocks([len(part.ids) for part in read], bidirectional=self.config.attention != "causal"),
+                blocks=consecutive_blocks([len(part.ids) for part in read], self.config.attention),
                 labels=labels,
                 group=group,
                 truncated=turn.truncated or any(part.truncated for part in read),

@@ -21,7 +21,7 @@ class GroundedStream(StreamConfig):
     record_kind: ClassVar[RecordKind] = RecordKind.GROUNDED
     data_key: ClassVar[str] = "grounded"
     objective_kind: ClassVar[ObjectiveKind] = ObjectiveKind.TOKEN
-    attentions: ClassVar[tuple[str, ...]] = ("bidirectional", "causal")
+    attentions: ClassVar[tuple[str, ...]] = ("bidirectional", "bidirectional_keep_first", "causal")
     modes: ClassVar[tuple[str, ...]] = (GENERATE,)
     instructed: ClassVar[bool] = True
     limit_keys: ClassVar[tuple[str, ...]] = ("max_query_tokens", "max_document_tokens", "max_turn_tokens")
@@ -29,7 +29,8 @@ class GroundedStream(StreamConfig):
     format: str = "grounded"
     """The format."""
     attention: str = "bidirectional"
-    """Inside a block: "bidirectional", as texts are embedded, or "causal". What follows the blocks is causal."""
+    """Inside a block: "bidirectional" or "bidirectional_keep_first", as texts are embedded, or "causal". What follows the
+    blocks is causal."""
     layouts: tuple[str, ...] = ("document_cache",)
     """What prompts look like (`unified_lm.data.prompts.layouts`); every draw of a row takes one of them at random."""
     num_documents: int = 3

@@ -65,7 +65,7 @@ class MaskedTextStream(TextStream):
     """Running text with hidden tokens that are predicted (MNTP)."""
 
     implementation: ClassVar[str] = "unified_lm.data.formats.running_text.MaskedText"
-    attentions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional")
+    attentions: ClassVar[tuple[str, ...]] = ("causal", "bidirectional", "bidirectional_keep_first")
     modes: ClassVar[tuple[str, ...]] = (EMBED,)
     embedding_precedence: ClassVar[int] = 2  # it only prepares for embedding
     hides_tokens: ClassVar[bool] = True

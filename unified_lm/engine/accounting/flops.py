@@ -92,8 +92,7 @@ def visible_pairs(pack: Pack, window: int | None = None) -> int:
     pairs = sum(count * _pairs(length, span, window) for (length, span), count in kinds.items())
     for length, blocks in zip(plan.lengths, plan.blocks, strict=True):
         if blocks:
-            sizes = [(block.stop - block.start, block.bidirectional) for block in blocks]
-            pairs += sum(_pairs(size, size if whole else 0, window) for size, whole in sizes)
+            pairs += sum(_pairs(b.stop - b.start, b.span[1] - b.span[0], window) for b in blocks)
             # What lies outside sees all that comes before, as the same rows of a causal sequence do.
             pairs += sum(_pairs(b, 0, window) - _pairs(a, 0, window) for a, b in free_stretches(length, blocks))
     return pairs

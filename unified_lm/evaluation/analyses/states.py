@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from unified_lm.batch import Sample
+from unified_lm.batch import Sample, attention_span
 from unified_lm.core.errors import DataError
 from unified_lm.data.rows.records import Text
 from unified_lm.inference.unified import UnifiedLM
@@ -39,7 +39,7 @@ def layer_states(
         Sample(
             input_ids=np.asarray(ids, np.int64),
             stream="analysis",
-            bidirectional=(0, len(ids)) if mode == "bidirectional" else (0, 0),
+            bidirectional=attention_span(mode, len(ids)),
         )
         for ids, mode in zip(sequences, attentions, strict=True)
     ]

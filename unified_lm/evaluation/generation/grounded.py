@@ -225,7 +225,7 @@ def _states(index: Index, samples: Sequence[Sample], recompute: int) -> Iterator
                 Sample(
                     input_ids=sample.input_ids[block.start : block.stop],
                     stream=sample.stream,
-                    bidirectional=(0, (block.stop - block.start) * block.bidirectional),
+                    bidirectional=(block.span[0] - block.start, block.span[1] - block.start) if block.bidirectional else (0, 0),
                 )
                 for block in sample.blocks
             ]
@@ -258,7 +258,7 @@ def _sample(index: Index, row: GroundedRecord, found: Sequence[Passage], mode: s
     first = len(ids) - len(tail.ids)
     for start, stop in tail.spans:
         labels[first + start : first + stop] = ids[first + start : first + stop]
-    borders = consecutive_blocks([len(piece) for piece in pieces[:-1]], bidirectional=states == "bidirectional")
+    borders = consecutive_blocks([len(piece) for piece in pieces[:-1]], states)
     return Sample(input_ids=ids, stream="rag", blocks=borders, labels=labels)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from unified_lm.batch import Sample
+from unified_lm.batch import Sample, attention_span
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
 from unified_lm.core.files import cache_dir, read_array, write_array
 from unified_lm.data.prompts.encoding import PromptEncoder
@@ -228,8 +228,10 @@ def _compute(
     model: UnifiedLM, sentences: Sequence[Sentence], alignments: Sequence[Alignment], settings: FeatureSettings
 ) -> dict[Alignment, np.ndarray]:
     parts = [window for several in windows(model.prompt_encoder, sentences, settings.max_tokens) for window in several]
-    whole = settings.attention == "bidirectional"
-    samples = [Sample(input_ids=part.ids, stream="words", bidirectional=(0, len(part.ids) if whole else 0)) for part in parts]
+    samples = [
+        Sample(input_ids=part.ids, stream="words", bidirectional=attention_span(settings.attention, len(part.ids)))
+        for part in parts
+    ]
     rows: dict[Alignment, list[np.ndarray]] = {alignment: [np.empty(0)] * len(parts) for alignment in alignments}
     with model.borrow_backbone() as backbone:
         for index, states in sample_states(backbone, samples, token_budget=_TOKEN_BUDGET, device=model.device):

@@ -83,7 +83,10 @@ class AutoKernel:
         plain = varlen is None or varlen is torch_varlen  # torch's has neither dropout nor a score cap
         if heads.dropout and plain:
             return "sdpa"
-        partial_spans = any(run.mode is AttentionMode.SPAN for run in heads.plan.runs)
+        modes = {run.mode for run in heads.plan.runs}
+        windowed = heads.sliding_window is not None and heads.sliding_window < heads.plan.max_seqlen
+        first_alone = AttentionMode.KEEP_FIRST in modes or any(b.keep_first for own in heads.plan.blocks for b in own)
+        partial_spans = AttentionMode.SPAN in modes or (windowed and first_alone)
         uncapped = heads.softcap is not None and plain
         return "flex" if varlen is None or partial_spans or heads.sinks_H is not None or uncapped else "flash"
 

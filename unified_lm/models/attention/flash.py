@@ -19,7 +19,7 @@ from torch.nn import functional
 from unified_lm.batch import AttentionMode, AttentionPlan, ModeRun
 from unified_lm.batch.plan import free_stretches
 from unified_lm.core.errors import ModelError
-from unified_lm.models.attention.heads import Heads
+from unified_lm.models.attention.heads import Heads, own_values
 
 VarlenFunction = Callable[..., torch.Tensor]
 """A function with the signature of `flash_attn.flash_attn_varlen_func` (2.7): q `[T, H, d]`, k and v `[T, K, d]`,
@@ -45,7 +45,7 @@ class FlashKernel:
         """Return `[T, H, e]`; see `AttentionKernel`.
 
         Raises:
-            ModelError: sinks, or a sliding window together with a partial span.
+            ModelError: sinks, or a sliding window together with a partial span or a first token that sees itself alone.
         """
         if heads.sinks_H is not None:
             raise ModelError("the flash kernel cannot add attention sinks (s_aux). Use model.attention_kernel=flex.")
@@ -55,7 +55,9 @@ class FlashKernel:
         outputs = []
         for run in heads.plan.runs:
             part = slice(run.start, run.stop)
-            if run.mode is AttentionMode.SPAN:
+            if run.mode is AttentionMode.KEEP_FIRST:
+                output = self._keep_first(heads, run, q[part], k[part], v[part])
+            elif run.mode is AttentionMode.SPAN:
                 output = self._spans(heads, run, q[part], k[part], v[part])
             elif run.mode is AttentionMode.BLOCKS:
                 output = self._blocks(heads, run, q[part], k[part], v[part])
@@ -81,19 +83,32 @@ class FlashKernel:
             **_softmax_options(heads),
         )
 
+    def _keep_first(self, heads: Heads, run: ModeRun, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """As bidirectional, but a first token's output is its own value: it sees itself alone."""
+        self._refuse_window(heads, run, "a first token that sees itself alone")
+        output = self._call(heads, run.cu_seqlens, run.max_seqlen, AttentionMode.BIDIRECTIONAL, q, k, v)
+        first = run.cu_seqlens[:-1].long()
+        return output.index_copy(0, first, own_values(heads, v.index_select(0, first)))
+
     def _spans(self, heads: Heads, run: ModeRun, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if heads.sliding_window is not None and heads.sliding_window < run.max_seqlen:
-            # The second call would need a window that is causal before the span and symmetric inside it.
-            raise ModelError(
-                f"the flash kernel cannot combine a sliding window ({heads.sliding_window} tokens) with partial bidirectional "
-                "spans in longer sequences. Use model.attention_kernel=flex."
-            )
+        self._refuse_window(heads, run, "partial bidirectional spans")
         causal = self._call(heads, run.cu_seqlens, run.max_seqlen, AttentionMode.CAUSAL, q, k, v)
         rows = _span_rows(heads.plan, run, q.device)
         # Not causal: a span's token sees every key from the sequence's start to the span's end.
         return causal.index_copy(0, rows.queries, self._call_rows(heads, rows, q, k, v, causal=False))
 
+    @staticmethod
+    def _refuse_window(heads: Heads, run: ModeRun, what: str) -> None:
+        """One call cannot have a window that is causal outside the bidirectional span and symmetric inside it."""
+        if heads.sliding_window is not None and heads.sliding_window < run.max_seqlen:
+            raise ModelError(
+                f"the flash kernel cannot combine a sliding window ({heads.sliding_window} tokens) with {what} in longer "
+                "sequences. Use model.attention_kernel=flex."
+            )
+
     def _blocks(self, heads: Heads, run: ModeRun, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if any(block.keep_first for own in heads.plan.blocks[run.first : run.last] for block in own):
+            self._refuse_window(heads, run, "blocks whose first token sees itself alone")
         output = q.new_empty(*q.shape[:2], v.shape[-1])
         for causal, rows in _block_rows(heads.plan, run, q.device):
             output = output.index_copy(0, rows.queries, self._call_rows(heads, rows, q, k, v, causal=causal))
@@ -255,7 +270,10 @@ def _block_rows(plan: AttentionPlan, run: ModeRun, device: torch.device) -> list
         for i in range(run.first, run.last):
             at = plan.offsets[i] - run.start
             for block in plan.blocks[i]:
-                parts[not block.bidirectional].append((at + block.start, at + block.start, at + block.stop))
+                if alone := block.bidirectional and block.keep_first:
+                    parts[True].append((at + block.start, at + block.start, at + block.start + 1))
+                if block.stop - block.start > alone:
+                    parts[not block.bidirectional].append((at + block.start, at + block.start + alone, at + block.stop))
             parts[True] += [(at, at + start, at + stop) for start, stop in free_stretches(plan.lengths[i], plan.blocks[i])]
         plan.kernel_cache[key] = [(causal, _Rows.build(found, device)) for causal, found in parts.items() if found]
     return plan.kernel_cache[key]

@@ -55,3 +55,12 @@ class AttentionKernel(Protocol):
             ModelError: the kernel does not support the value of a field.
         """
         ...
+
+
+def own_values(heads: Heads, values: torch.Tensor) -> torch.Tensor:
+    """What a token attends to that sees itself alone: its value, `[N, K, e]` to `[N, H, e]`, dropped as its weight would be."""
+    alone = values.repeat_interleave(heads.q_THd.shape[1] // values.shape[1], dim=1)
+    if not heads.dropout:
+        return alone
+    kept = torch.rand(alone.shape[:2], device=alone.device, dtype=torch.float32) >= heads.dropout
+    return alone * (kept / (1 - heads.dropout)).to(alone.dtype)[..., None]

@@ -13,7 +13,7 @@ from torch.nn import functional
 from unified_lm.batch import AttentionMode, AttentionPlan
 from unified_lm.batch.plan import free_stretches, sight
 from unified_lm.models.attention.grouped import Layout, build_layout, grouped_attention
-from unified_lm.models.attention.heads import Heads
+from unified_lm.models.attention.heads import Heads, own_values
 from unified_lm.models.attention.reference import ReferenceKernel
 
 LONGEST_GROUPED = {torch.bfloat16: 512, torch.float16: 512}
@@ -113,10 +113,15 @@ def _fused(heads: Heads, index: int) -> torch.Tensor:
             plan.kernel_cache[key] = plan.mask(index, window).to(heads.q_THd.device)
         mask = plan.kernel_cache[key]
     if mode is not AttentionMode.BLOCKS:
-        return _attend(heads, index, (0, 0, length), mask, causal=mode is AttentionMode.CAUSAL)
+        output = _attend(heads, index, (0, 0, length), mask, causal=mode is AttentionMode.CAUSAL)
+        return _first_alone(heads, index, 0, output) if mode is AttentionMode.KEEP_FIRST and mask is None else output
     # A block is a sequence of its own, without a mask; what lies outside all blocks sees every key before its end.
     own = None if window is None else mask
-    outputs = {b.start: _attend(heads, index, (b.start, b.start, b.stop), own, causal=not b.bidirectional) for b in blocks}
+    outputs = {}
+    for block in blocks:
+        whole = _attend(heads, index, (block.start, block.start, block.stop), own, causal=not block.bidirectional)
+        alone = block.bidirectional and block.keep_first and own is None
+        outputs[block.start] = _first_alone(heads, index, block.start, whole) if alone else whole
     for start, stop in free_stretches(length, blocks):
         outputs[start] = _attend(heads, index, (0, start, stop), mask, causal=False)
     return torch.cat([outputs[start] for start in sorted(outputs)])
@@ -150,3 +155,9 @@ def _attend(heads: Heads, index: int, part: tuple[int, int, int], mask: torch.Te
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return output[0].transpose(0, 1)
+
+
+def _first_alone(heads: Heads, index: int, first: int, output: torch.Tensor) -> torch.Tensor:
+    """The output `[L, H, e]` of a stretch whose first token sees itself alone: there it is that token's value."""
+    at = heads.plan.offsets[index] + first
+    return torch.cat([own_values(heads, heads.v_TKe[at : at + 1]), output[1:]])

@@ -1,7 +1,7 @@
-"""Vectors for batches of columns: what an engine for data on many machines calls in its workers.
+"""What other libraries call by name: an engine for data on many machines, and sentence-transformers where it must refuse.
 
 With [Ray Data](https://docs.ray.io) a worker per GPU loads the model once, and Ray moves the batches, retries what a lost
-worker had, and writes the result; `docs/embedding.md` has the call. Nothing here imports Ray.
+worker had, and writes the result; `docs/embedding.md` has the call. Nothing here imports Ray or sentence-transformers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.errors import CheckpointError, DataError, did_you_mean
 from unified_lm.inference.unified import UnifiedLM
 
 
@@ -55,3 +55,23 @@ class EmbedBatch:
             raise DataError(f"there is a column '{self.into}' already. Name another one for the vectors (into=).")
         vectors = self.model.encode(list(batch[self.column]), self.instruction)
         return {**batch, self.into: vectors}
+
+
+class UseUnifiedLM:
+    """What stands in modules.json where sentence-transformers would embed otherwise than the export.
+
+    Without that file it would take the mean over all tokens, whatever they attend to, with a warning. So it refuses a module that
+    is not its own, and, if it was told to trust the folder, gives the message of `load`.
+    """
+
+    @classmethod
+    def load(cls, folder: str, *_: Any, **__: Any) -> UseUnifiedLM:
+        """Refuse.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(
+            f"{folder} embeds in a way that sentence-transformers does not know (its unified_lm.json says which attention and "
+            "method). Use unified_lm.UnifiedLM.from_pretrained."
+        )
