@@ -60,8 +60,8 @@ class EmbedBatch:
 class UseUnifiedLM:
     """What stands in modules.json where sentence-transformers would embed otherwise than the export.
 
-    Without that file it would take the mean over all tokens, whatever they attend to, with a warning. So it refuses a module that
-    is not its own, and, if it was told to trust the folder, gives the message of `load`.
+    Without that file it would take the mean over all tokens, whatever they attend to, with a warning. So it refuses a module
+    that is not its own, and, if it was told to trust the folder, gives the message of `load`.
     """
 
     @classmethod
