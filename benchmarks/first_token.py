@@ -17,6 +17,7 @@ over items), and on 100 sentences the norm of the middle layer's states at the f
 of attention that others give to the first token (means over layers and heads).
 
 Usage: python benchmarks/first_token.py STS_DEV.csv [--queries 300] [--pairs 1500] [--dtype float32] [--arms ...] [--out FILE]
+    [--plot PNG] [--model NAME]
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from arms import MAX_TOKENS, Tasks, load_tasks
 from scipy.stats import spearmanr
 
-from benchmarks.arms import MAX_TOKENS, Tasks, load_tasks
 from unified_lm import UnifiedLM
 from unified_lm.batch import Block, Pack, Sample, make_pack
 from unified_lm.config.schema import ModelConfig
@@ -103,13 +104,15 @@ class Recording:
 
     def __call__(self, heads: Heads) -> torch.Tensor:
         """As the default kernel."""
-        first = torch.tensor(heads.plan.offsets[:-1])
+        device = heads.k_TKd.device
+        first = torch.tensor(heads.plan.offsets[:-1], device=device)
         self.keys.append(heads.k_TKd[first])
         self.values.append(heads.v_TKe[first])
-        of_token = torch.repeat_interleave(torch.arange(len(first)), torch.tensor(heads.plan.lengths))
+        lengths = torch.tensor(heads.plan.lengths, device=device)
+        of_token = torch.repeat_interleave(torch.arange(len(first), device=device), lengths)
         k = heads.k_TKd[first].repeat_interleave(heads.q_THd.shape[1] // heads.k_TKd.shape[1], 1)
         scores = (heads.q_THd * k[of_token]).sum(-1).float() * heads.scaling
-        others = torch.ones(len(of_token), dtype=torch.bool).index_fill(0, first, value=False)
+        others = torch.ones(len(of_token), dtype=torch.bool, device=device).index_fill(0, first, value=False)
         self.scores.append(scores[others].mean(0) if others.any() else scores.mean(0))
         return self.kernel(heads)
 
@@ -130,7 +133,7 @@ class Intervened:
         layer, self.layer = self.layer, self.layer + 1
         if self.intervention == "sink":
             return self.kernel(replace(heads, sinks_H=self.recorded.scores[layer].to(heads.q_THd.dtype)))
-        first = torch.tensor(heads.plan.offsets[:-1])
+        first = torch.tensor(heads.plan.offsets[:-1], device=heads.k_TKd.device)
         keys = heads.k_TKd.index_copy(0, first, self.recorded.keys[layer])
         values = heads.v_TKe.index_copy(0, first, self.recorded.values[layer])
         return self.kernel(replace(heads, k_TKd=keys, v_TKe=values))
@@ -153,7 +156,7 @@ class Attending:
                 continue
             q, k = heads.q_THd[start:stop].float(), heads.k_TKd[start:stop].float().repeat_interleave(share, 1)
             scores = torch.einsum("qhd,khd->hqk", q, k) * heads.scaling
-            weights = scores.masked_fill(~heads.plan.mask(index), -math.inf).softmax(-1)
+            weights = scores.masked_fill(~heads.plan.mask(index).to(scores.device), -math.inf).softmax(-1)
             first = (
                 1 if heads.plan.blocks[index] else 0
             )  # where the first token is hidden, the second is the first that is seen
@@ -170,7 +173,7 @@ def read(backbone: Backbone, arm: Arm) -> Callable[[Pack], torch.Tensor]:
         """Read once causally, then again with what that recorded."""
         recorded = Recording()
         plain = [replace(sample, bidirectional=(0, 0)) for sample in pack.samples]
-        backbone._run(make_pack(plain), attention_kernel=recorded)
+        backbone._run(make_pack(plain).to(pack.input_ids.device), attention_kernel=recorded)
         hidden: torch.Tensor = backbone._run(pack, attention_kernel=Intervened(recorded, arm.intervention)).last_hidden_state[0]
         return hidden
 
@@ -190,7 +193,9 @@ def measure(model: UnifiedLM, arm: Arm, tasks: Tasks) -> dict[str, Any]:
         def vectors(texts: Sequence[str]) -> torch.Tensor:
             """Unit vectors of texts."""
             run = read(backbone, arm)
-            return embed_samples(run, samples_of(model, arm, texts), "mean", token_budget=BUDGET, device="cpu", normalize=True)
+            return embed_samples(
+                run, samples_of(model, arm, texts), "mean", token_budget=BUDGET, device=model.device, normalize=True
+            )
 
         left, right = vectors([row[5] for row in tasks.sts]), vectors([row[6] for row in tasks.sts])
         cosines = (left * right).sum(-1).double().numpy()
@@ -224,8 +229,8 @@ def inner_life(backbone: Backbone, arm: Arm, samples: list[Sample]) -> dict[str,
     """Norms in the middle layer, and attention on the first token."""
     if arm.intervention:
         return {}
-    pack = make_pack(samples)
-    states = backbone.layer_states(pack)
+    pack = make_pack(samples).to(backbone.causal_lm.device)
+    states = backbone.layer_states(pack).cpu()
     middle = states[:, states.shape[1] // 2].float().norm(dim=-1)
     first = torch.tensor(pack.plan.offsets[:-1])
     others = torch.ones(len(middle), dtype=torch.bool).index_fill(0, first, value=False)
@@ -239,6 +244,26 @@ def inner_life(backbone: Backbone, arm: Arm, samples: list[Sample]) -> dict[str,
     }
 
 
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Scores of all arms with their intervals, as bars."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    names = list(results)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 0.36 * len(names) + 1.2), sharey=True, layout="constrained")
+    titles = (("sts", "STS-B dev, Spearman × 100"), ("retrieval", "pydocs, nDCG@10 × 100"))
+    for panel, (task, title) in zip(panels, titles, strict=True):
+        value, low, high = np.array([results[name][task] for name in names]).T
+        alone = ["#3a9a5b" if "alone" in name else "#3b6fb6" if name.startswith("causal") else "#b9783f" for name in names]
+        panel.barh(names, value, color=alone, xerr=(value - low, high - value), error_kw={"ecolor": "#555", "lw": 1})
+        panel.set_title(title, fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.savefig(file, dpi=130)
+
+
 def main() -> None:
     """Measure the arms and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,6 +274,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--plot", type=Path, default=None, help="a .png of the scores")
     options = parser.parse_args()
     tasks = load_tasks(options.sts, options.queries)
     tasks = replace(tasks, sts=tasks.sts[: options.pairs])
@@ -267,6 +293,8 @@ def main() -> None:
         print(f"{name:42} STS {sts:5.1f} {shown[0]}  retrieval {ndcg:5.1f} {shown[1]}  {rest}", flush=True)
         if options.out is not None:
             options.out.write_text(json.dumps(results, indent=2))
+    if options.plot is not None:
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from packed_vs_padded import TEMPERATURE, WEIGHTS, make_samples, now
 
-from benchmarks.packed_vs_padded import TEMPERATURE, WEIGHTS, make_samples, now
 from unified_lm.batch import Batch, make_batch
 from unified_lm.config.schema import ModelConfig
 from unified_lm.core.allocator import keep_freed_memory
