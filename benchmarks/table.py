@@ -44,19 +44,19 @@ class Claim:
 CLAIMS: Mapping[str, Claim] = {
     "step": Claim("GRIT step, packed, against padded batches through stock transformers, bfloat16", "packed_vs_padded.py 3"),
     "cached loss": Claim(
-        "contrastive step, 48 pairs, against sentence-transformers' `CachedMultipleNegativesRankingLoss`, bfloat16",
-        "peers.py step --rows 48 --dtype bfloat16",
+        "contrastive step, 24 pairs, against sentence-transformers' `CachedMultipleNegativesRankingLoss`, bfloat16",
+        "peers.py step --rows 24 --repetitions 2 --dtype bfloat16",
         "unified_lm: ",
     ),
     "cached loss, all graphs": Claim(
-        "the same, all graphs kept", "peers.py step --rows 48 --dtype bfloat16", "unified_lm, all graphs kept: "
+        "the same, all graphs kept", "peers.py step --rows 24 --repetitions 2 --dtype bfloat16", "unified_lm, all graphs kept: "
     ),
     "encode": Claim(
-        "encoding 200 texts against sentence-transformers' best batch size, bfloat16",
-        "peers.py encode --rows 200 --dtype bfloat16",
+        "encoding 100 texts against sentence-transformers' best batch size, bfloat16",
+        "peers.py encode --rows 100 --repetitions 2 --dtype bfloat16",
         "unified_lm: ",
     ),
-    "encode float32": Claim("the same in float32", "peers.py encode --rows 200", "unified_lm: "),
+    "encode float32": Claim("the same in float32", "peers.py encode --rows 100 --repetitions 2", "unified_lm: "),
     "graphs": Claim(
         "GradCache step in 8 packs, all graphs kept, against one, bfloat16",
         "step_options.py bfloat16 2",

@@ -122,7 +122,7 @@ def resolved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         (
             "grit_smollm2",
             "streams.embedding.attention=bidirectional_prompt",
-            "or it has no prompt of its own. Possible: causal, bidirectional.",
+            "or it has no prompt of its own. Possible: causal, bidirectional, bidirectional_keep_first.",
         ),
         ("grit_smollm2", "streams.embedding.chunking=concatenate", "chunking: does not apply to the format pairs"),
         (

@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", default=_DATA, help=f"grounded rows: a file, hub:NAME or built-in rows, held-out split ({_DATA})")
     add("--modes", nargs="+", default=None, metavar="MODE", help="which modes; all of them if left out")
-    add("--states", nargs="+", choices=STATES, default=list(STATES), help="states of blocks (bidirectional causal)")
+    add("--states", nargs="+", choices=STATES, default=["bidirectional", "causal"], help="of blocks (bidirectional causal)")
     add("-k", type=positive, default=3, help="documents that an answer is given (3)")
     add("--depth", type=positive, default=10, help="passages that retrieval is measured on (10)")
     add(
