@@ -80,8 +80,9 @@ def test_it_goes_on_behind_every_shard(after: int, tmp_path: Path, model: Unifie
     with monkeypatch.context() as patch:
         embed = model.embedder.embed
         patch.setattr(model.embedder, "embed", lambda *a, **k: (next(steps), embed(*a, **k))[1])
-        with pytest.raises(StoppedError):
+        with pytest.raises(StoppedError) as stopped:
             fill(tmp_path / "v", model)
+    assert stopped.traceback  # held on to, so that claims are given up by the code and not by the garbage collector
     assert not (tmp_path / "v" / "vectors.npy").exists(), "what is not complete must not look so"
     assert fill(tmp_path / "v", model).own_rows == COUNT - 8 * after
     assert vectors(tmp_path / "v").tobytes() == vectors(tmp_path / "whole").tobytes()

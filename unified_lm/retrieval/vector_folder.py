@@ -19,9 +19,9 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from itertools import islice
@@ -177,24 +177,23 @@ def embed_documents(
         work = _Work.load(folder, settings) or _Work.plan(folder, settings, read())
     rows = tokens = 0
     while True:
-        for shard in _ahead(work.claimed(model, read())):
-            with shard.lock:  # held already; leaving the block gives it up, an error too
-                with model.borrow_backbone():
-                    vectors = model.embedder.embed(shard.samples, token_budget=token_budget)
-                size = sum(map(len, shard.samples))
-                work.store(shard.number, vectors.numpy(), {"tokens": size, "truncated": _truncated(shard.samples)})
-            rows, tokens = rows + len(shard.samples), tokens + size
-            if progress is not None:
-                progress(work.finished_rows(), work.num_rows)
+        with closing(_ahead(work.claimed(model, read()))) as shards:
+            for shard in shards:
+                try:
+                    with model.borrow_backbone():
+                        vectors = model.embedder.embed(shard.samples, token_budget=token_budget)
+                    size, cut = sum(map(len, shard.samples)), sum(sample.truncated for sample in shard.samples)
+                    work.store(shard.number, vectors.numpy(), {"tokens": size, "truncated": cut})
+                finally:
+                    shard.lock.release()
+                rows, tokens = rows + len(shard.samples), tokens + size
+                if progress is not None:
+                    progress(work.finished_rows(), work.num_rows)
         if not work.unfinished():
             break
         work.wait()
     truncated = work.complete()
     return Embedded(work.num_rows, rows, tokens, truncated, time.perf_counter() - started)
-
-
-def _truncated(samples: Iterable[Sample]) -> int:
-    return sum(sample.truncated for sample in samples)
 
 
 class _Work:
@@ -360,15 +359,11 @@ class _Work:
 
     def _compare(self, path: Path, expected: list[int]) -> None:
         size = self.settings.shard_rows * self.settings.dim * self._dtype.itemsize
-        damaged = []
         with open(path, "rb") as handle:
             handle.seek(self._header_bytes(path))
-            for number, crc in enumerate(expected):
-                if zlib.crc32(handle.read(size)) != crc:
-                    damaged.append(number)
+            damaged = [number for number, crc in enumerate(expected) if zlib.crc32(handle.read(size)) != crc]
         for number in damaged:
-            with suppress(FileNotFoundError):
-                self._path(number, "json").unlink()
+            self._path(number, "json").unlink(missing_ok=True)
         if damaged:
             raise CheckpointError(
                 f"{path}: the vectors of {len(damaged)} of {len(expected)} shards are not what was written. "
@@ -390,10 +385,15 @@ def _digest(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, one drawn ahead in a thread."""
+def _ahead(shards: Iterator[_Shard]) -> Generator[_Shard, None, None]:
+    """The same shards, one drawn ahead in a thread; to be closed, since that one is claimed."""
     with ThreadPoolExecutor(1, "next shard") as pool:
-        future = pool.submit(next, items, None)
-        while (item := future.result()) is not None:
-            future = pool.submit(next, items, None)
-            yield item
+        future = pool.submit(next, shards, None)
+        while (shard := future.result()) is not None:
+            future = pool.submit(next, shards, None)
+            try:
+                yield shard
+            except GeneratorExit:
+                if future.exception() is None and (claimed := future.result()) is not None:
+                    claimed.lock.release()
+                raise
