@@ -1,27 +1,31 @@
-"""LLM2Vec's stages and echo embeddings on the embedded model: sentence similarity, retrieval, and tagging of words.
+"""What masks and stages do to the embedded model: sentence similarity, retrieval, news by subject, and tagging of words.
 
-Arms: the untrained model with causal attention ("uni"), with bidirectional attention ("bi"), and with every text repeated
-("echo": causal, the prompt "Rewrite the sentence: TEXT, rewritten sentence: TEXT", pooling the second copy; arXiv:2402.15449);
-"uni" and "bi" with the begin-of-text token that the chain trains with; and the two stages of chains trained by
-`benchmarks/llm2vec_chain.py` ("bi + MNTP", "bi + MNTP + SimCSE"; one chain per seed). Mean pooling, no instruction.
+Arms without training: causal attention ("uni"), bidirectional ("bi"), bidirectional but for the first token, which sees itself
+alone ("first alone"; `bidirectional_keep_first`), each also behind the begin of text that the chain trains with, and every text
+repeated ("echo": causal, the prompt "Rewrite the sentence: TEXT, rewritten sentence: TEXT", pooling the second copy;
+arXiv:2402.15449). Trained arms are the runs found in the given folders that have an export, one per seed and arm; the name of
+an arm is the attention and the stages ("bi + MNTP + SimCSE", "first alone + GRIT"), read from the runs' own configurations.
+Mean pooling, no instruction, and the template of the run.
 
 Tasks:
 - STS-B dev: Spearman correlation of cosine and human scores (a file in SentEval's format), times 100;
 - pydocs retrieval: nDCG@10 of held-out docstring summaries as queries for their bodies, times 100; the same queries in all
-arms;
+  arms;
+- labels: texts by subject (`--labels`, a file with `text` and `label`): AMI of ten k-means with the labels, and accuracy of
+  logistic regression on 16 texts a label, ten draws, each times 100;
 - words: a linear probe on frozen word vectors predicts the kind of every word of Python source code (`word_level_code`),
   accuracy times 100, from the word's own token and from the token before it. Sentences are not repeated here, so echo has none.
 
-Seeds: a chain's seed determines order, masks and dropout of its training. The untrained arms have no randomness (the queries
-    are
-fixed, the probe is convex), so they have one number. Intervals: 95 % bootstrap over the task's items, averaged over seeds; for
-words the mean of the seeds' own intervals.
+Seeds: a run's seed determines order, masks and dropout of its training. The untrained arms have no randomness (the queries are
+fixed, the probe is convex), so they have one number. Intervals: 95 % bootstrap over the task's items (for labels over the
+draws), averaged over seeds; for words the mean of the seeds' own intervals.
 
 Every score is saved as soon as it is computed (OUT/scores), with hashes of the model's weights and of the data; the same
 command again computes what is missing. The words are source code of the interpreter itself, so their hash changes with Python's
 version.
 
-Usage: python benchmarks/arms.py STS_DEV.csv RUN_DIR... --out DIR [--tasks sts retrieval words] [--queries 300] [--base MODEL]
+Usage: python benchmarks/arms.py STS_DEV.csv FOLDER... --out DIR [--tasks sts retrieval labels words] [--queries 300]
+    [--labels FILE] [--base MODEL]
 """
 
 from __future__ import annotations
@@ -50,8 +54,9 @@ from unified_lm.core.errors import DataError
 from unified_lm.core.files import write_json
 from unified_lm.data.rows.records import PairRecord, RecordKind
 from unified_lm.data.sources import open_source
+from unified_lm.evaluation.analyses.methods import label_scores
+from unified_lm.evaluation.analyses.texts import LabeledTexts, read_labeled
 from unified_lm.evaluation.words.code import code_words
-from unified_lm.evaluation.words.scores import most_frequent_tags, tag_scores
 from unified_lm.evaluation.words.tasks import word_level_scores
 from unified_lm.inference.loading import model_folder
 from unified_lm.mining.embedders import folder_hash
@@ -63,8 +68,11 @@ from unified_lm.objectives.ranking import ndcg_per_query
 MAX_TOKENS = 128
 """Limit of a text in tokens; for echo the limit of each copy, without the prompt around them."""
 ECHO_TOKENS = 2 * MAX_TOKENS + 16
-TASKS = ("sts", "retrieval", "words")
-STAGES = {"bi + MNTP": "1-*mntp", "bi + MNTP + SimCSE": "2-*simcse"}
+TASKS = ("sts", "retrieval", "labels", "words")
+READ_AS = {"uni": "causal", "bi": "bidirectional", "first alone": "bidirectional_keep_first"}
+"""Arm -> name of its attention."""
+STAGES = {"masked_text": "MNTP", "views": "SimCSE", "pairs": "supervised"}
+"""Format of the stream that embeds -> name of the stage; with a second stream beside it, it is GRIT."""
 QUERY_SEED = 0
 
 
@@ -78,7 +86,6 @@ class Entry:
         key: hash of its weights.
         load: loads it.
         max_tokens: limit of an embedded text with its prompt.
-        former_key: key of earlier score files of the same weights, or None.
     """
 
     arm: str
@@ -86,7 +93,6 @@ class Entry:
     key: str
     load: Callable[[], UnifiedLM] = field(compare=False)
     max_tokens: int = MAX_TOKENS
-    former_key: str | None = None
 
     @property
     def file_name(self) -> str:
@@ -105,50 +111,45 @@ def untrained(base: str | None) -> list[Entry]:
         loaded = load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama"))
         return UnifiedLM(loaded.causal_lm, loaded.tokenizer, template=template, pooling="mean", attention=attention)
 
-    if base is None:
-        # Older score files have this name as key. The package has only ever had one set of weights, so they are still valid.
-        key, former = hash_weights(embedded_directory()), "embedded smollm2-135m"
-    else:
-        key, former = (
-            folder_hash(model_folder(base, None)),
-            None,
-        )  # the key used to be a path, which does not identify the weights
-    arms = [
-        ("uni", "causal", "plain", MAX_TOKENS),
-        ("echo", "causal", "echo", ECHO_TOKENS),
-        ("bi", "bidirectional", "plain", MAX_TOKENS),
-        ("uni + begin of text", "causal", "plain_bos", MAX_TOKENS),
-        ("bi + begin of text", "bidirectional", "plain_bos", MAX_TOKENS),
-    ]
-    return [
-        Entry(arm, None, key, partial(load, attention, template), limit, former) for arm, attention, template, limit in arms
-    ]
+    key = hash_weights(embedded_directory()) if base is None else folder_hash(model_folder(base, None))
+    arms = [("echo", "causal", "echo", ECHO_TOKENS)]
+    for arm, attention in READ_AS.items():
+        arms += [(arm, attention, "plain", MAX_TOKENS), (f"{arm} + begin of text", attention, "plain_bos", MAX_TOKENS)]
+    return [Entry(arm, None, key, partial(load, attention, template), limit) for arm, attention, template, limit in arms]
 
 
 def trained(folders: Sequence[Path]) -> list[Entry]:
-    """The stages of every chain.
+    """The finished runs in the folders, by arm and seed.
 
     Raises:
-        DataError: a folder has no finished first stage.
+        DataError: a folder holds no run with an export, or two runs are the same arm and seed.
     """
-    entries = []
+    entries: dict[tuple[str, int], Entry] = {}
     for folder in folders:
-        found = 0
-        for arm, pattern in STAGES.items():
-            for stage in sorted(path for path in folder.glob(pattern) if (path / "export").is_dir()):
-                config = from_yaml(stage / "config.yaml")
-                assert isinstance(config, RunConfig)
-                export = stage / "export"
-                entries.append(
-                    Entry(arm, config.seed, folder_hash(export), lambda export=export: UnifiedLM.from_pretrained(export))
-                )
-                found += 1
-        if not found:
-            raise DataError(f"{folder} holds no finished stage of a chain ({' or '.join(STAGES.values())} with an export).")
-    twice = [(entry.arm, entry.seed) for entry in entries]
-    if len(set(twice)) < len(twice):
-        raise DataError(f"two chains have the same seed: {sorted({entry.seed for entry in entries})}; give every seed once.")
-    return sorted(entries, key=lambda entry: (list(STAGES).index(entry.arm), entry.seed))
+        runs = sorted(path.parent for path in folder.rglob("config.yaml") if (path.parent / "export").is_dir())
+        if not runs:
+            raise DataError(f"{folder} holds no run with an export (a folder with config.yaml and export/).")
+        for run in runs:
+            config = from_yaml(run / "config.yaml")
+            assert isinstance(config, RunConfig)
+            export, identity = run / "export", (arm_of(config), config.seed)
+            if identity in entries:
+                raise DataError(f"{run} is the second run of '{identity[0]}' with seed {identity[1]}; give each once.")
+            entries[identity] = Entry(*identity, folder_hash(export), partial(UnifiedLM.from_pretrained, export))
+    return [entries[key] for key in sorted(entries, key=lambda key: (key[0].split(" + ")[0], len(key[0]), *key))]
+
+
+def arm_of(config: RunConfig) -> str:
+    """Attention of the run's texts, and its stages: those of the run that it started from, then its own."""
+    before = Path(str(config.model.init_from)).expanduser() if config.model.init_from else None
+    stages = []
+    if before is not None:
+        started = from_yaml((before.parent if before.name == "export" else before) / "config.yaml")
+        assert isinstance(started, RunConfig)
+        stages = arm_of(started).split(" + ")[1:]
+    embeds = next(stream for stream in config.streams.values() if stream.format in STAGES)
+    stage = "GRIT" if len(config.streams) > 1 else STAGES[embeds.format]
+    return " + ".join([{attention: arm for arm, attention in READ_AS.items()}[embeds.attention], *stages, stage])
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------------
@@ -161,11 +162,13 @@ class Tasks:
     Attributes:
         sts: rows of SentEval's file (score in column 4, sentences in 5 and 6).
         pairs: held-out docstrings.
+        labeled: texts by subject, or None.
         key: hash of the data, so that scores of different data are never mixed.
     """
 
     sts: list[list[str]]
     pairs: list[PairRecord]
+    labeled: LabeledTexts | None
     key: str
 
     @property
@@ -174,7 +177,7 @@ class Tasks:
         return np.array([float(row[4]) for row in self.sts])
 
 
-def load_tasks(sts: Path, num_queries: int) -> Tasks:
+def load_tasks(sts: Path, num_queries: int, labels: str | None = None) -> Tasks:
     """Read the tasks' data."""
     with open(sts, encoding="utf-8", newline="") as handle:
         rows = [row for row in csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE) if len(row) >= 7]
@@ -182,8 +185,10 @@ def load_tasks(sts: Path, num_queries: int) -> Tasks:
         raise DataError(f"{sts} has no rows of seven tab-separated columns.")
     source = open_source(SourceConfig(builtin="pydocs", split="test", limit=num_queries), RecordKind.PAIR, QUERY_SEED)
     pairs = [record for record in source if isinstance(record, PairRecord)]
+    labeled = None if labels is None else read_labeled(labels, None)
     texts = [*(cell for row in rows for cell in row[4:7]), *(f"{p.query.text}\0{p.positives[0].text}" for p in pairs)]
-    return Tasks(rows, pairs, blake2b("\0".join(texts).encode(), digest_size=8).hexdigest())
+    texts += [] if labeled is None else [f"{text}\0{label}" for text, label in zip(labeled.texts, labeled.labels, strict=True)]
+    return Tasks(rows, pairs, labeled, blake2b("\0".join(texts).encode(), digest_size=8).hexdigest())
 
 
 def sts_cosines(model: UnifiedLM, tasks: Tasks, limit: int) -> list[float]:
@@ -202,6 +207,15 @@ def retrieval_scores(model: UnifiedLM, tasks: Tasks, limit: int) -> list[float]:
     return [float(score) for score in ndcg_per_query(torch.as_tensor(queries @ documents.T), relevant, 10)]
 
 
+def labels_scores(model: UnifiedLM, tasks: Tasks, limit: int) -> dict[str, list[float]]:
+    """AMI of k-means and accuracy of few-shot classification, ten draws of each."""
+    if tasks.labeled is None:
+        raise DataError("the task 'labels' needs --labels FILE, rows with text and label.")
+    vectors = model.encode(tasks.labeled.texts, normalize=True, max_tokens=limit, show_progress=sys.stderr.isatty())
+    found = label_scores(tasks.labeled.labels, [vectors], clusters=True)
+    return {name: found[name][0].tolist() for name in ("ami", "accuracy")}
+
+
 def word_scores(model: UnifiedLM) -> dict[str, dict[str, float]]:
     """Accuracy by alignment with its interval, and the accuracy of the most frequent tag of each word."""
     found = word_level_scores(model, code_words(), tasks=("pos",), alignments=ALIGNMENTS)["pos"]
@@ -217,23 +231,13 @@ def words_identity() -> dict[str, str]:
 def require_same_words(scores: dict[str, Any], file: Path) -> None:
     """Check that saved scores of words belong to the words that would be measured now.
 
-    Older files lack the hash of their words, but contain the accuracy of predicting each word's most frequent tag, which needs
-    no model. If the current words give the same number to the last digit, they are taken to be the same, and their hash is
-    added.
-
     Raises:
         DataError: they belong to other words.
     """
-    data = code_words()
-    if "words_data" not in scores:
-        gold = [sentence.tags["pos"] for sentence in data.test]
-        guessed = tag_scores("pos", gold, most_frequent_tags(data.train, data.test, "pos"), num_resamples=100)["score"]
-        if all(scores["words"][name]["baseline"] == guessed for name in ALIGNMENTS):
-            scores["words_data"] = words_identity()
-    saved = scores.get("words_data", {})
-    if saved.get("key") != data.key:
+    data, saved = code_words(), scores["words_data"]
+    if saved["key"] != data.key:
         raise DataError(
-            f"{file} has scores of other words ({saved.get('name', 'of an unknown version of Python')}; this is {data.name}); "
+            f"{file} has scores of other words ({saved['name']}; this is {data.name}); "
             "take the same Python, remove the file's 'words', or choose another --out."
         )
 
@@ -254,16 +258,11 @@ def measure(entry: Entry, tasks: Tasks, wanted: Sequence[str], folder: Path, sta
     file = folder / entry.file_name
     identity = {"arm": entry.arm, "seed": entry.seed, "model": entry.key, "data": tasks.key}
     scores: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else dict(identity)
-    before = dict(scores)
-    if entry.former_key is not None and scores.get("model") == entry.former_key:
-        scores["model"] = entry.key
     changed = [key for key, value in identity.items() if scores.get(key) != value]
     if changed:
         raise DataError(f"{file} is of another {' and '.join(changed)}; remove it, or choose another --out.")
     if "words" in scores:
         require_same_words(scores, file)
-    if scores != before:
-        write_json(file, scores)
     missing = [task for task in wanted if task not in scores and not (task == "words" and entry.arm == "echo")]
     if not missing:
         return scores
@@ -271,6 +270,7 @@ def measure(entry: Entry, tasks: Tasks, wanted: Sequence[str], folder: Path, sta
     work: dict[str, Callable[[], Any]] = {
         "sts": lambda: sts_cosines(model, tasks, entry.max_tokens),
         "retrieval": lambda: retrieval_scores(model, tasks, entry.max_tokens),
+        "labels": lambda: labels_scores(model, tasks, entry.max_tokens),
         "words": lambda: word_scores(model),
     }
     for task in missing:
@@ -286,22 +286,24 @@ def measure(entry: Entry, tasks: Tasks, wanted: Sequence[str], folder: Path, sta
 
 def main(argv: Sequence[str]) -> None:
     """Measure what is missing, then print the table."""
-    parser = argparse.ArgumentParser(prog="arms.py", description="LLM2Vec's stages and echo embeddings on three tasks")
+    parser = argparse.ArgumentParser(prog="arms.py", description="masks and stages on four tasks")
     parser.add_argument("sts", type=Path, metavar="STS_DEV.csv")
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR", help="folders made by benchmarks/llm2vec_chain.py")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="FOLDER", help="folders of runs with exports")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=None, help="(all; labels where --labels is)")
+    parser.add_argument("--labels", default=None, metavar="FILE", help="texts by subject: rows with text and label")
     parser.add_argument("--queries", type=int, default=300, help="held-out queries (300)")
     parser.add_argument("--base", default=None, help="another untrained model: a folder or a Hub name")
     options = parser.parse_args(list(argv))
-    tasks = load_tasks(options.sts, options.queries)
+    tasks = load_tasks(options.sts, options.queries, options.labels)
+    wanted = options.tasks or [task for task in TASKS if task != "labels" or options.labels]
     started = time.perf_counter()
     table: dict[str, dict[str, Any]] = {}
     found: dict[str, list[dict[str, Any]]] = {}
     seeds: dict[str, list[int | None]] = {}
     (options.out / "scores").mkdir(parents=True, exist_ok=True)
     for entry in [*untrained(options.base), *trained(options.runs)]:
-        found.setdefault(entry.arm, []).append(measure(entry, tasks, options.tasks, options.out / "scores", started))
+        found.setdefault(entry.arm, []).append(measure(entry, tasks, wanted, options.out / "scores", started))
         seeds.setdefault(entry.arm, []).append(entry.seed)
     for arm, scores in found.items():
         table[arm] = summarize(scores, tasks.gold)

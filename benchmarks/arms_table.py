@@ -35,6 +35,10 @@ def summarize(found: Sequence[dict[str, Any]], gold: np.ndarray) -> dict[str, An
     if retrieval:
         values = [float(queries.mean()) for queries in retrieval]
         columns["pydocs nDCG@10"] = _column(values, lambda *all_: float(np.mean(all_)), *retrieval)
+    for name in ("ami", "accuracy"):
+        draws = [np.array(scores["labels"][name]) * 100 for scores in found if "labels" in scores]
+        if draws:
+            columns[f"labels, {name}"] = _column([float(d.mean()) for d in draws], lambda *all_: float(np.mean(all_)), *draws)
     for alignment in ALIGNMENTS:
         words = [scores["words"][alignment] for scores in found if "words" in scores]
         if words:

@@ -2,20 +2,21 @@
 
 Spearman correlation of cosine similarity and human scores, mean pooling, no prompt. The training text is a WikiText file,
 without its tokenization (" @-@ ", spaces before punctuation), headings and unknown words. STS-B is not trained on; the recipe's
-template and SimCSE's learning rate were chosen on pairs of its training split. With
-`checkpoint.every=20 checkpoint.keep_last=99` every checkpoint is measured too, which gives a learning curve.
+template and SimCSE's learning rate were chosen on pairs of its training split, with bidirectional attention. Both stages take
+the attention of `--attention`; `--stages simcse` trains SimCSE alone. With `checkpoint.every=20 checkpoint.keep_last=99` every
+checkpoint is measured too, which gives a learning curve. A stage that has its export is not trained again.
 
-Usage: python benchmarks/llm2vec_chain.py WIKITEXT.txt STS_DEV.csv RUN_DIR [key=value ...]
+Usage: python benchmarks/llm2vec_chain.py WIKITEXT.txt STS_DEV.csv RUN_DIR [--attention NAME] [--stages simcse] [key=value ...]
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
-import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,10 @@ from unified_lm import UnifiedLM
 from unified_lm.assembly.checkpoints import load_trained
 from unified_lm.checkpoint.state import PREFIX
 from unified_lm.checkpoint.store import list_checkpoints
+from unified_lm.cli.main import run_command
 from unified_lm.cli.script import train
 from unified_lm.config.schema import ModelConfig
+from unified_lm.core.files import write_json
 from unified_lm.models.loading import load_model
 
 _UNDO = (
@@ -79,16 +82,22 @@ def measure_curve(run_dir: Path, measure: Callable[[str, UnifiedLM], None]) -> N
             trained.loaded.tokenizer,
             template=stream.template,
             pooling="mean",
-            attention="bidirectional",
+            attention=stream.attention,
         )
         measure(f"{run_dir.name}, step {step}", model)
 
 
-def main(wikitext: str, sts: str, run_dir: str, *overrides: str) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the chain and print the table."""
-    folder = Path(run_dir)
-    paragraphs, sentences = prepare(Path(wikitext), folder / "text")
-    with open(sts, encoding="utf-8", newline="") as handle:
+    parser = argparse.ArgumentParser(prog="llm2vec_chain.py", description="LLM2Vec's stages on the embedded model")
+    parser.add_argument("wikitext", type=Path, metavar="WIKITEXT.txt")
+    parser.add_argument("sts", type=Path, metavar="STS_DEV.csv")
+    parser.add_argument("folder", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--attention", default="bidirectional", help="of both stages (bidirectional)")
+    parser.add_argument("--stages", nargs="+", choices=["mntp", "simcse"], default=["mntp", "simcse"])
+    options, overrides = parser.parse_known_args(argv)
+    paragraphs, sentences = prepare(options.wikitext, options.folder / "text")
+    with open(options.sts, encoding="utf-8", newline="") as handle:
         rows = [row for row in csv.reader(handle, delimiter="\t", quoting=csv.QUOTE_NONE) if len(row) >= 7]
     started = time.perf_counter()
     scores = {}
@@ -97,27 +106,24 @@ def main(wikitext: str, sts: str, run_dir: str, *overrides: str) -> None:
         """Score a model, and save all scores so far."""
         scores[name] = round(similarity(model, rows), 2)
         print(f"{name}: {scores[name]} after {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
-        (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_json(options.folder / "scores.json", scores)
 
-    for attention in ("causal", "bidirectional"):
+    for attention in dict.fromkeys(("causal", options.attention)):
         loaded = load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama"))
         model = UnifiedLM(loaded.causal_lm, loaded.tokenizer, template="plain", pooling="mean", attention=attention)
         measure(f"{attention}, untrained", model)
-    common = [
-        "model=smollm2_135m",
-        "data=files",
-        f"data.text_path={paragraphs}",
-        f"data.sentences_path={sentences}",
-        "logging.progress=false",
-        *overrides,
-    ]
-    mntp = train(["recipe=llm2vec_mntp", f"run_dir={folder}/1-mntp", *common])
-    measure_curve(mntp, measure)
-    measure("MNTP", UnifiedLM.from_pretrained(mntp / "export"))
-    simcse = train(["recipe=llm2vec_simcse", f"run_dir={folder}/2-simcse", f"model.init_from={mntp}", *common])
-    measure_curve(simcse, measure)
-    measure("MNTP, SimCSE", UnifiedLM.from_pretrained(simcse / "export"))
+    common = ["model=smollm2_135m", "data=files", f"data.text_path={paragraphs}", f"data.sentences_path={sentences}"]
+    before: list[str] = []
+    for number, stage in enumerate(options.stages, 1):
+        run_dir = options.folder / f"{number}-{stage}"
+        if not (run_dir / "export").is_dir():
+            attention = f"streams.{stage}.attention={options.attention}"
+            recipe = [f"recipe=llm2vec_{stage}", f"run_dir={run_dir}", attention]
+            train([*recipe, *before, *common, "logging.progress=false", *overrides])
+        measure_curve(run_dir, measure)
+        measure(", ".join(options.stages[:number]), UnifiedLM.from_pretrained(run_dir / "export"))
+        before = [f"model.init_from={run_dir}"]
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(run_command(lambda: main(sys.argv[1:])))

@@ -1,7 +1,7 @@
 """`benchmarks/arms.py`: saved scores are taken for what they were measured on, and nothing else."""
 
 import importlib.util
-import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +12,10 @@ pytest.importorskip("seqeval")
 
 from tests.evaluation.words.word_files import random_data
 from tests.inference.conftest import make_export
+from unified_lm.composition.compose import compose
+from unified_lm.composition.convert import to_yaml
 from unified_lm.core.errors import DataError
+from unified_lm.core.files import write_text
 
 DATA = random_data(20, 10)
 
@@ -28,20 +31,14 @@ def arms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "code_words", lambda: DATA)
-    monkeypatch.setattr(module, "word_scores", lambda model: {name: _words(module) for name in module.ALIGNMENTS})
+    monkeypatch.setattr(module, "word_scores", lambda model: {"same_token": {"score": 0.5}})
     monkeypatch.setattr(module, "sts_cosines", lambda model, tasks, limit: [0.5])
     return module
 
 
-def _words(arms: ModuleType) -> dict[str, float]:
-    gold = [sentence.tags["pos"] for sentence in DATA.test]
-    baseline = arms.tag_scores("pos", gold, arms.most_frequent_tags(DATA.train, DATA.test, "pos"), num_resamples=100)["score"]
-    return {"score": 0.5, "low": 0.4, "high": 0.6, "baseline": baseline}
-
-
-def _measure(arms: ModuleType, folder: Path, key: str = "hash", former: str | None = None) -> dict:
-    entry = arms.Entry("uni", None, key, lambda: None, former_key=former)
-    return arms.measure(entry, arms.Tasks([], [], "data"), ("sts", "words"), folder, 0.0)
+def _measure(arms: ModuleType, folder: Path, key: str = "hash") -> dict:
+    entry = arms.Entry("uni", None, key, lambda: None)
+    return arms.measure(entry, arms.Tasks([], [], None, "data"), ("sts", "words"), folder, 0.0)
 
 
 def test_words_of_another_python_are_refused(arms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,21 +47,6 @@ def test_words_of_another_python_are_refused(arms: ModuleType, tmp_path: Path, m
     assert _measure(arms, tmp_path) == scores
     monkeypatch.setattr(arms, "code_words", lambda: random_data(20, 10, seed=1))
     with pytest.raises(DataError, match=r"other words \(random; this is random\); take the same Python"):
-        _measure(arms, tmp_path)
-
-
-def test_scores_without_the_hash_of_their_words_are_kept_where_they_can_be_told(
-    arms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "uni.json"
-    scores = _measure(arms, tmp_path)
-    old = {key: value for key, value in scores.items() if key != "words_data"}
-    file.write_text(json.dumps(old))
-    assert _measure(arms, tmp_path) == scores == json.loads(file.read_text())
-    file.write_text(json.dumps(old))
-    monkeypatch.setattr(arms, "code_words", lambda: random_data(20, 11, seed=1))
-    monkeypatch.setattr(arms, "most_frequent_tags", lambda *data: [("EARLY",) * 8] * 11)
-    with pytest.raises(DataError, match="of an unknown version of Python"):
         _measure(arms, tmp_path)
 
 
@@ -78,9 +60,44 @@ def test_a_base_is_known_by_its_weights(arms: ModuleType, tmp_path: Path, monkey
     monkeypatch.setattr(arms, "embedded_directory", lambda: folder)
     entries = arms.untrained(None)
     assert {entry.key for entry in entries} == {arms.hash_weights(folder)}
-    assert [entry.max_tokens == arms.ECHO_TOKENS for entry in entries] == [False, True, False, False, False]
-    scores = tmp_path / "scores"
-    _measure(arms, scores, "embedded smollm2-135m")
-    assert _measure(arms, scores, "new hash", former="embedded smollm2-135m")["model"] == "new hash"
+    assert [entry.arm for entry in entries if entry.max_tokens == arms.ECHO_TOKENS] == ["echo"]
+    _measure(arms, tmp_path / "scores")
     with pytest.raises(DataError, match="is of another model"):
-        _measure(arms, scores, "newer hash")
+        _measure(arms, tmp_path / "scores", "new hash")
+
+
+def test_an_arm_is_named_by_its_attention_and_all_its_stages(arms: ModuleType, tmp_path: Path) -> None:
+    """Read from what the runs saved, and the same arm and seed twice is refused."""
+
+    def run(name: str, *arguments: str) -> Path:
+        folder = tmp_path / name
+        write_text(folder / "config.yaml", to_yaml(compose([f"run_dir={folder}", *arguments])))
+        shutil.copytree(export, folder / "export")
+        return folder
+
+    export = make_export(tmp_path / "export-of-all")
+    text = tmp_path / "text.txt"
+    text.write_text("One line.\n")
+    data = ["model=smollm2_135m", "data=files", f"data.text_path={text}", f"data.sentences_path={text}", "seed=7"]
+    first = run("a/1", "recipe=llm2vec_mntp", *data, "streams.mntp.attention=bidirectional_keep_first")
+    keep = "streams.simcse.attention=bidirectional_keep_first"
+    run("a/2", "recipe=llm2vec_simcse", *data, f"model.init_from={first}", keep)
+    run("a/3", "recipe=llm2vec_simcse", *data, "streams.simcse.attention=causal")
+    run("b", "recipe=grit_smollm2")
+    arms_found = [(entry.arm, entry.seed) for entry in arms.trained([tmp_path / "a", tmp_path / "b"])]
+    assert arms_found == [
+        ("bi + GRIT", 42),
+        ("first alone + MNTP", 7),
+        ("first alone + MNTP + SimCSE", 7),
+        ("uni + SimCSE", 7),
+    ]
+    with pytest.raises(DataError, match="the second run of 'bi \\+ GRIT' with seed 42"):
+        arms.trained([tmp_path / "b", tmp_path / "b"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no run with an export"):
+        arms.trained([tmp_path / "empty"])
+
+
+def test_labels_need_their_file(arms: ModuleType) -> None:
+    with pytest.raises(DataError, match="needs --labels FILE"):
+        arms.labels_scores(None, arms.Tasks([], [], None, "data"), 128)

@@ -145,8 +145,14 @@ def similarity_scores(content: Scored, embedded: Embedded, vectorize: Vectorize)
     return found
 
 
-def _label_scores(labels: np.ndarray, views: list[np.ndarray], clusters: bool) -> dict[str, Values]:
-    """AMI, V-measure and accuracy, `_DRAWS` of each."""
+def label_scores(labels: np.ndarray, views: list[np.ndarray], clusters: bool) -> dict[str, Values]:
+    """AMI and V-measure of k-means with the labels, and accuracy of few-shot logistic regression, ten draws of each.
+
+    Args:
+        labels: of the texts, `[N]`.
+        views: vectors of the texts, each `[N, D]`; classifiers of several views are fused by probability.
+        clusters: whether to cluster (the first view), too.
+    """
     found: dict[str, Values] = {}
     if clusters:
         agreed = [agreement(labels, k_means(views[0], len(set(labels)), seed)) for seed in range(_DRAWS)]
@@ -178,13 +184,13 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
 
             found = similarity_scores(content, embedded, vectorize)
             if content.labeled is not None and embedded.labeled is not None:
-                found |= _label_scores(content.labeled.labels, [vectorize(embedded.labeled)], clusters=True)
+                found |= label_scores(content.labeled.labels, [vectorize(embedded.labeled)], clusters=True)
             return found
 
         by_method = {method: scores(method) for method in VECTORS}
         if content.labeled is not None and embedded.labeled is not None:
             views = [embedded.labeled.vectors(method, 1.0, standardizer) for method in ("hs", "rw")]
-            by_method[FUSED] = _label_scores(content.labeled.labels, views, clusters=False)
+            by_method[FUSED] = label_scores(content.labeled.labels, views, clusters=False)
         result["scores"][way] = _compared(by_method)
         swept = {alpha: similarity_scores(content, embedded, _weighted(alpha, standardizer)) for alpha in ALPHAS}
         result["alpha"][way] = {
