@@ -48,6 +48,7 @@ class Pack:
         pool_streams: `E` stream names, one per row of `pool_spans`.
         supervised: per stream its supervised positions; streams without any are absent.
         samples: the samples, in pack order.
+        num_pooled: tokens in all pool spans, a number that the host knows without asking the device.
     """
 
     input_ids: torch.Tensor
@@ -58,6 +59,7 @@ class Pack:
     pool_streams: tuple[str, ...]
     supervised: Mapping[str, Supervision]
     samples: tuple[Sample, ...] = field(repr=False)
+    num_pooled: int
 
     def __len__(self) -> int:
         return self.plan.num_tokens
@@ -184,6 +186,7 @@ def make_pack(samples: Sequence[Sample], rows: Mapping[int, int] | None = None) 
         pool_streams=tuple(s.stream for s, _ in pooled),
         supervised=_supervise(ordered, plan.offsets),
         samples=tuple(ordered),
+        num_pooled=sum(stop - start for start, stop in pool_spans),
     )
 
 

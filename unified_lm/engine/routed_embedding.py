@@ -40,7 +40,7 @@ class RoutingVectors(Readout):
     def __call__(self, states: PackStates, pack: Pack) -> dict[str, torch.Tensor]:
         """See `Readout.__call__`."""
         told = self.routers.probabilities(states.router_logits)
-        layers = [pool(probabilities, pack.pool_spans, states.pooling) for probabilities in told]
+        layers = [pool(probabilities, pack.pool_spans, states.pooling, pack.num_pooled) for probabilities in told]
         return {self.name: torch.cat(layers, dim=1)}
 
 

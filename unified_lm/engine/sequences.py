@@ -149,7 +149,7 @@ class SequenceScoring(CoupledTerm):
     def _term(self, stream: str, samples: Sequence[Sample], policy: torch.Tensor) -> LossTerm:
         # One table: a copy to the device for each column would wait twice.
         known = [(self._reference(s), bool(s.sequence and s.sequence.desirable)) for s in samples]
-        reference, desirable = torch.tensor(known, dtype=torch.float32).to(policy.device).unbind(1)
+        reference, desirable = torch.tensor(known, dtype=torch.float32).to(policy.device, non_blocking=True).unbind(1)
         baseline = self._baselines[stream].expand(len(samples))
         scores = SequenceScores(policy, reference, desirable.bool(), baseline)
         self._seen[stream].append(SequenceScores(policy.detach(), reference, desirable.bool(), baseline))

@@ -177,5 +177,5 @@ class TrainingModule(nn.Module):
             hidden: `[T, D]`.
             pack: where the pool spans are.
         """
-        pooled = pool(hidden, pack.pool_spans, self.pooling)
+        pooled = pool(hidden, pack.pool_spans, self.pooling, pack.num_pooled)
         return pooled if self.projection is None else self.projection(pooled)

@@ -107,7 +107,10 @@ def _vectors(
     hidden: torch.Tensor, pack: Pack, method: Pooling | RoutedPooling, projection: nn.Module | None, normalize: bool
 ) -> torch.Tensor:
     spans = pack.pool_spans
-    vectors = pool(hidden, spans, method) if isinstance(method, Pooling) else method(hidden, spans)
+    if isinstance(method, Pooling):
+        vectors = pool(hidden, spans, method, pack.num_pooled)
+    else:
+        vectors = method(hidden, spans)
     if projection is not None:
         vectors = projection(vectors)
     if normalize:

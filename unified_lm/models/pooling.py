@@ -41,13 +41,14 @@ class Pooling(Enum):
         return name if isinstance(name, cls) else choose(cls, str(name), "pooling")
 
 
-def pool(hidden: torch.Tensor, spans: torch.Tensor, method: str | Pooling) -> torch.Tensor:
+def pool(hidden: torch.Tensor, spans: torch.Tensor, method: str | Pooling, num_tokens: int | None = None) -> torch.Tensor:
     """Pool packed spans, in float32 with autocast off, whatever the states' dtype.
 
     Args:
         hidden: `[T, D]`, states of a pack.
         spans: int64 `[E, 2]`, pooled `[start, stop)` in pack coordinates, none empty (`Sample` ensures it); E may be 0.
         method: a `Pooling` or its name.
+        num_tokens: P, where the host knows it (`Pack.num_pooled`): a mean then does not wait for the device.
 
     Returns:
         float32 `[E, D]` (float64 for float64 states), not normalized, differentiable. Each row depends only on its own span.
@@ -65,18 +66,24 @@ def pool(hidden: torch.Tensor, spans: torch.Tensor, method: str | Pooling) -> to
     if not len(spans):
         return hidden[:0].to(work)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _mean(hidden, start_E, stop_E - start_E, work, weighted=kind is Pooling.WEIGHTED_MEAN)
+        return _mean(hidden, start_E, stop_E - start_E, work, num_tokens, weighted=kind is Pooling.WEIGHTED_MEAN)
 
 
 def _mean(
-    hidden_TD: torch.Tensor, start_E: torch.Tensor, length_E: torch.Tensor, work: torch.dtype, *, weighted: bool
+    hidden_TD: torch.Tensor,
+    start_E: torch.Tensor,
+    length_E: torch.Tensor,
+    work: torch.dtype,
+    num_tokens: int | None,
+    *,
+    weighted: bool,
 ) -> torch.Tensor:
     """Mean of each span, its tokens weighted equally or 1..n.
 
     The sum is a segment reduction. Its order is fixed, unlike that of index_add on CUDA, and it does not lose precision to
     cancellation, unlike differences of cumulative sums.
     """
-    row_P = torch.repeat_interleave(torch.arange(len(length_E), device=length_E.device), length_E)
+    row_P = torch.repeat_interleave(torch.arange(len(length_E), device=length_E.device), length_E, output_size=num_tokens)
     offset_P = torch.arange(len(row_P), device=row_P.device) - (length_E.cumsum(0) - length_E)[row_P]  # within its span
     states_PD = hidden_TD[start_E[row_P] + offset_P].to(work)
     total_E = length_E.to(work)

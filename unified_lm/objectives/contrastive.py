@@ -109,7 +109,9 @@ class Contrastive:
         "accuracy": share of queries that score their positive above all negatives; "positive_similarity" and
         "negative_similarity": mean cosine with the positive, and with all other documents. Reading waits for the device.
         """
-        return {name: float(value) for name, value in self._metrics.items()}
+        # One copy for all: each waits for the device.
+        values = torch.stack(list(self._metrics.values())).tolist() if self._metrics else []
+        return dict(zip(self._metrics, values, strict=True))
 
     def __call__(self, embeddings: torch.Tensor, text_ids: torch.Tensor | None = None) -> LossTerm:
         """See `EmbeddingObjective`.

@@ -117,11 +117,12 @@ class TorchBackend:
         self.optimizer.sum_gradients()
         norm = self.optimizer.norm()
         self.optimizer.clip(max_grad_norm, norm)
+        norm_value = float(norm)  # waits for the device
         # The norm is of the summed gradients, so every rank makes the same decision.
-        if math.isfinite(norm):
+        if math.isfinite(norm_value):
             self.optimizer.step(learning_rate)
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm_value
 
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Float32 weights and moments; every rank holds them all."""

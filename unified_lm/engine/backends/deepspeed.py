@@ -233,13 +233,14 @@ class DeepSpeedBackend:
         self._engine.allreduce_gradients()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if not math.isfinite(float(norm)):
+        norm_value = float(norm)
+        if not math.isfinite(norm_value):
             self._engine.zero_grad()
-            return float(norm)
+            return norm_value
         if max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), max_grad_norm, norm)
         self._engine.step()
-        return float(norm)
+        return norm_value
 
     def _fill_gradients(self) -> None:
         """Give every parameter a gradient, zero where the rank's packs did not use it.

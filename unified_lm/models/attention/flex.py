@@ -91,8 +91,9 @@ def _block_mask(plan: AttentionPlan, sliding_window: int | None, device: torch.d
     """The mask of a pack for layers with this window; cached in the plan, because layers of a kind share it."""
     key = ("flex", sliding_window, device)
     if key not in plan.kernel_cache:
-        lengths = torch.tensor(plan.lengths, device=device)
-        sequence = torch.repeat_interleave(torch.arange(len(plan.lengths), device=device), lengths)
+        # On the host, which knows the lengths; on the device, their sum would have to be waited for.
+        sequence = torch.repeat_interleave(torch.arange(len(plan.lengths)), torch.tensor(plan.lengths))
+        sequence = sequence.to(device, non_blocking=True)
         position = torch.cat([torch.arange(length) for length in plan.lengths]).to(device)
         sequences = zip(plan.lengths, plan.spans, plan.blocks, strict=True)
         start, stop, first = torch.cat([sight(*own) for own in sequences], dim=1).to(device)

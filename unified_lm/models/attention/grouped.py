@@ -133,12 +133,12 @@ def build_layout(
         kv_rows.append((token_nL[:, None] * num_kv + torch.arange(num_kv)[:, None]).flatten())
         valid.append(real_nL)
         mask = _additive_mask(size_n1, [sights[i] for i in members], length, sliding_window, like.dtype)
-        groups.append(Group(len(members), length, None if mask is None else mask.to(like.device)))
+        groups.append(Group(len(members), length, None if mask is None else mask.to(like.device, non_blocking=True)))
     q_valid = torch.cat([real[:, None].expand(-1, num_q, -1).flatten() for real in valid])
     kv_valid = torch.cat([real[:, None].expand(-1, num_kv, -1).flatten() for real in valid])
     all_q, all_kv = torch.cat(q_rows), torch.cat(kv_rows)
     tensors = (all_q, all_kv, _invert(all_q, q_valid), _invert(all_kv, kv_valid), torch.nonzero(~q_valid)[:, 0])
-    return Layout(tuple(groups), *(tensor.to(like.device) for tensor in tensors))
+    return Layout(tuple(groups), *(tensor.to(like.device, non_blocking=True) for tensor in tensors))
 
 
 def grouped_attention(
