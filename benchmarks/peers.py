@@ -1,16 +1,20 @@
-"""Encoding, and a step of contrastive training, against sentence-transformers on the same export, texts and threads.
+"""Encoding and steps of training against what others do with the same model, texts and threads.
 
-An export of SmolLM2-135M that embeds bidirectionally, with mean pooling and no prompt; texts of pydocs.
+An export of SmolLM2-135M that embeds bidirectionally, with mean pooling and no prompt; texts of pydocs. The peers are
+sentence-transformers, and for MNTP stock transformers as LLM2Vec's class uses it.
 
 - encode: `UnifiedLM.encode` beside `SentenceTransformer.encode` at several batch sizes (it sorts by length, as we do); vectors
   are compared.
 - step: forward and backward of the contrastive loss over pairs, temperature 0.05, beside `CachedMultipleNegativesRankingLoss`
   at several sizes of its small batches (GradCache, padded batches of each column); losses are compared. Ours forwards packs of
   2,048 tokens twice but one, or once with all graphs kept.
+- mntp: forward and backward of masked next-token prediction over blocks of 128 tokens, 20 % masked, bidirectional, all weights
+  (`--lora`: adapters of rank 16 with dropout 0.05 on every linear layer, ours and peft's). The other side computes the logits
+  of every position, as the stock class does, in batches of 8 blocks; there is no padding. Losses are compared.
 
 Each repetition runs all sides one after another, and a ratio is that of one repetition; the best size of the other side counts.
 
-Usage: python benchmarks/peers.py encode|step [--dtype bfloat16] [--rows 500] [--repetitions 3] [--out results.json]
+Usage: python benchmarks/peers.py encode|step|mntp [--lora] [--dtype bfloat16] [--rows 500] [--repetitions 3] [--out FILE]
 """
 
 from __future__ import annotations
@@ -25,11 +29,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from unified_lm.batch import Batch, make_batch
-from unified_lm.config.schema import ModelConfig
+from unified_lm.batch import IGNORE, Batch, Sample, make_batch
+from unified_lm.config.schema import LoraConfig, ModelConfig
 from unified_lm.core.allocator import keep_freed_memory
 from unified_lm.core.distributed import local_device
 from unified_lm.data.prompts.encoding import PromptEncoder
@@ -45,11 +52,14 @@ from unified_lm.export.manifest import Manifest
 from unified_lm.export.samples import embedding_sample
 from unified_lm.inference import UnifiedLM
 from unified_lm.inference.embedder import encode_texts
-from unified_lm.models.loading import load_model
-from unified_lm.objectives import ContrastiveConfig, build_objective
+from unified_lm.models.backbone import Backbone
+from unified_lm.models.loading import LoadedModel, load_model
+from unified_lm.models.lora import apply_lora
+from unified_lm.objectives import ContrastiveConfig, MaskedNextTokenConfig, build_objective
 
 TEMPLATE, MAX_TOKENS, TEMPERATURE, BUDGET = "plain", 256, 0.05, 2048
 BATCH_SIZES = (16, 32, 64, 128)
+BLOCK = 128
 STREAM = "pairs"
 
 Sides = Mapping[str, Callable[[], object]]
@@ -68,9 +78,13 @@ def pairs(count: int) -> list[tuple[str, str]]:
     return [(text(row["query"]), text(row["pos"][0])) for row in chosen]
 
 
+def _embedded(dtype: str) -> LoadedModel:
+    return load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama", dtype=dtype))
+
+
 def make_export(folder: Path, dtype: str) -> Path:
     """The embedded model as an export of both modes."""
-    loaded = load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama", dtype=dtype))
+    loaded = _embedded(dtype)
     manifest = Manifest(
         recipe="benchmark",
         base_model="smollm2-135m",
@@ -146,6 +160,56 @@ def step_sides(folder: Path, dtype: str, rows: list[tuple[str, str]]) -> tuple[S
     return sides, f"losses {our_step(1):.5f} and {their_step(16):.5f}"
 
 
+def mntp_sides(folder: Path, dtype: str, rows: list[tuple[str, str]], lora: bool) -> tuple[Sides, str]:
+    """Both sides, and their losses."""
+    loaded, theirs = _embedded(dtype), _stock(folder, dtype)
+    ids = np.array(loaded.tokenizer("\n".join(document for _, document in rows))["input_ids"])
+    ids = ids[: BLOCK * (len(ids) // BLOCK)].reshape(-1, BLOCK)
+    chosen = np.random.default_rng(0).random(ids.shape) < 0.2
+    chosen[:, 0] = False
+    labels, masked = np.where(chosen, ids, IGNORE), np.where(chosen, loaded.tokenizer.convert_tokens_to_ids("_"), ids)
+    count = int(chosen.sum())
+    model = loaded.causal_lm
+    if lora:
+        apply_lora(model, LoraConfig(r=16, alpha=32.0, dropout=0.05), seed=0)
+        settings = PeftConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
+        theirs = get_peft_model(theirs, settings).base_model.model
+    objective = build_objective(MaskedNextTokenConfig())
+    trainable = TrainingModule(Backbone(model, "auto"), "mean", {STREAM: objective}).train()
+    step = GradCacheStep(trainable, torch.Tensor.backward, {STREAM: 1.0})
+    blocks = zip(masked, labels, strict=True)
+    samples = [
+        Sample(input_ids=row, stream=STREAM, labels=label, bidirectional=(0, BLOCK), group=i)
+        for i, (row, label) in enumerate(blocks)
+    ]
+    batch = make_batch(samples, BUDGET, {STREAM: float(count)}).to(local_device())
+
+    def our_step() -> float:
+        """Loss of a step whose gradients are thrown away."""
+        trainable.zero_grad(set_to_none=False)
+        return step(batch).total
+
+    def their_step() -> float:
+        """The same of the other side."""
+        theirs.zero_grad(set_to_none=False)
+        total = 0.0
+        for start in range(0, len(masked), 8):
+            inputs, wanted = (torch.from_numpy(part[start : start + 8]).to(local_device()) for part in (masked, labels))
+            found = theirs(input_ids=inputs, labels=wanted, num_items_in_batch=count).loss
+            found.backward()
+            total += float(found.detach())
+        return total
+
+    return {"unified_lm": our_step, "stock transformers": their_step}, f"losses {our_step():.5f} and {their_step():.5f}"
+
+
+def _stock(folder: Path, dtype: str) -> PreTrainedModel:
+    """The export as a stock language model that is read bidirectionally, as LLM2Vec's class."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.config.is_causal = False
+    return model.to(local_device()).train()
+
+
 def _batch(encoder: PromptEncoder, rows: list[tuple[str, str]]) -> Batch:
     samples = []
     for slot in (0, 1):
@@ -158,10 +222,11 @@ def _batch(encoder: PromptEncoder, rows: list[tuple[str, str]]) -> Batch:
 def main() -> None:
     """Print seconds, tokens and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("encode", "step"))
+    parser.add_argument("what", choices=("encode", "step", "mntp"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rows", type=int, default=500, help="texts to encode, or pairs of a step")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--lora", action="store_true", help="adapters instead of all weights (mntp)")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     keep_freed_memory()
@@ -170,6 +235,8 @@ def main() -> None:
         rows = pairs(options.rows)
         if options.what == "encode":
             sides, compared = encode_sides(folder, options.dtype, [document for _, document in rows])
+        elif options.what == "mntp":
+            sides, compared = mntp_sides(folder, options.dtype, rows, options.lora)
         else:
             sides, compared = step_sides(folder, options.dtype, rows)
         seconds = timed(sides, options.repetitions)

@@ -163,6 +163,11 @@ def test_large_weights_are_compared_on_request(copy: Path, monkeypatch: pytest.M
         ("tokenizer_config.json", b"false", "cannot load the model in"),
         ("tokenizer_config.json", b'{"model_max_length": []}', "cannot load the model in"),  # loads, and fails when it is used
         ("generation_config.json", b'" "', "cannot load the model in"),
+        *(
+            ("generation_config.json", f'{{"{name}": {value}}}'.encode(), "cannot load the model in")
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+            for value in ("1e308", "1" + 30 * "0", "{}", "true", '[1, "2"]')
+        ),
         ("unified_lm.json", b"[" * 100_000, "is not valid JSON"),
         ("unified_lm.json", b"\xff", "is not valid JSON"),
     ],

@@ -186,7 +186,7 @@ def _tokens_of(path: Path, name: str) -> list[int]:
     where = [("group", "=", f"router {router}"), ("i", "=", i), ("j", "=", j)]
     try:
         found = parquet.read_table(path, columns=["rank", "token_id"], filters=where).sort_by("rank")
-    except (OSError, pa.ArrowException, KeyError) as error:
+    except (OSError, pa.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise DataError(f"{path} holds no contexts of experts ({error}). `unified-lm experts contexts` writes them.") from error
     if not len(found):
         raise DataError(f"{path} has no expert {name}: no token that was read uses it.")

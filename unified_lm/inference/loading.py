@@ -22,7 +22,7 @@ from unified_lm.export.manifest import FILE_NAME, Manifest
 from unified_lm.export.standardizer_files import load_standardizer
 from unified_lm.export.verify import load_projection
 from unified_lm.models.adapters import CONFIG_FILE, Adapter, find_adapter, has_tokenizer, merge_adapter
-from unified_lm.models.load_errors import check_complete, explain, tried
+from unified_lm.models.load_errors import check_complete, check_special_tokens, explain, tried
 from unified_lm.models.monet.masks import ExpertMask, leave_out
 from unified_lm.models.pooling import Projection
 from unified_lm.models.precision import AUTO, auto_inference_dtype
@@ -100,6 +100,7 @@ def load_parts(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base, dtype=weights_dtype(dtype), local_files_only=True, output_loading_info=True
             )
+            check_special_tokens(loaded[0])
     except UserError:
         raise
     except Exception as error:  # a damaged file can make the libraries raise anything, bare Exception included

@@ -59,6 +59,20 @@ def tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_special_tokens(causal_lm: PreTrainedModel) -> None:
+    """Check the token ids of a generation config: transformers takes any value, and fails when it generates.
+
+    Raises:
+        ValueError: names the entry and its value; call this where errors of loading are turned into messages.
+    """
+    for name, value in vars(getattr(causal_lm, "generation_config", None) or object).items():
+        if value is None or not name.endswith("_token_id"):
+            continue
+        for token in value if isinstance(value, list) else [value]:
+            if type(token) is not int or abs(token) >= 1 << 63:  # negative: "none", in old configurations
+                raise ValueError(f"generation_config.json: {name} is {value!r:.60}, expected a token id (an integer)")
+
+
 _OLD_BUFFER = re.compile(r"(.*\.(?:attn|attention|self_attn|self_attention))\.(?:bias|masked_bias|causal_mask|embed_positions)")
 """Tensors of an attention module that are computed, not learned, and that older versions of transformers wrote into checkpoints
 (GPT-J, CodeGen): the causal mask, the value of what it hides, and the table of positions."""

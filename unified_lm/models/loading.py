@@ -29,7 +29,7 @@ from unified_lm.models.embedded import EMBEDDED_MODELS, embedded_directory
 from unified_lm.models.families import OWN_FAMILIES
 from unified_lm.models.headless import is_headless
 from unified_lm.models.identity import fingerprint
-from unified_lm.models.load_errors import check_complete, explain, tried
+from unified_lm.models.load_errors import check_complete, check_special_tokens, explain, tried
 from unified_lm.models.origin import Origin, base_of, locate, merged_origin, of_adapter
 from unified_lm.models.precision import AUTO, auto_dtype, four_bit_config
 from unified_lm.models.quiet import quiet_loading
@@ -201,6 +201,7 @@ def _load_weights(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             origin.location, revision=origin.revision, output_loading_info=True, **options
         )
+        check_special_tokens(loaded[0])
     causal_lm, info = loaded
     check_complete(info, origin.name, causal_lm, needs_head=needs_head)
     return causal_lm if quantize_4bit else _move(causal_lm, device)

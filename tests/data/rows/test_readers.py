@@ -85,6 +85,15 @@ def test_what_json_cannot_be_read_has_a_line(content: str, told: str, tmp_path: 
         list(read_rows(path))
 
 
+def test_names_of_parquet_that_are_not_utf8_are_told(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"query": ["a"], "pos": [["b"]]}), tmp_path / "a.parquet", store_schema=False)
+    content = (tmp_path / "a.parquet").read_bytes()
+    for name in (b"query", b"pos", b"list", b"element"):  # of columns, and of what is in a list
+        (tmp_path / "b.parquet").write_bytes(content.replace(name, b"\x80" + name[1:]))
+        with pytest.raises(DataError, match=r"b\.parquet: not a readable parquet file"):
+            list(read_rows(tmp_path / "b.parquet"))
+
+
 def test_texts_of_parquet_that_are_not_utf8_have_a_row(tmp_path: Path) -> None:
     offsets = pa.py_buffer(b"\0\0\0\0\2\0\0\0\4\0\0\0")
     texts = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"ok\xff\xfe")])

@@ -153,7 +153,7 @@ def _read_parquet(path: Path) -> Rows:
                 for index in range(len(batch)):
                     number += 1
                     yield f"row {number}", _plain_row(batch, index, f"{path}, row {number}")
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter from names of columns, which nothing has checked
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
 
 
