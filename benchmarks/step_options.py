@@ -1,16 +1,16 @@
 """One contrastive step with each option that trades memory, recomputation and compilation, side by side on the same samples.
 
-SmolLM2-135M, 32 pairs of running text with log-normal lengths in packs of 512 tokens, forward and backward. "peak" counts live
-tensors beyond weights and gradients in one step of its own (`LiveTensors`); compiled blocks hide theirs. Each repetition runs
-all sides one after another, and a ratio is that of one repetition.
+SmolLM2-135M, 32 pairs of running text with log-normal lengths in packs of 512 tokens, forward and backward. Each repetition
+runs all sides one after another, and a ratio is that of one repetition. With `--peaks` the most bytes of live tensors beyond
+weights and gradients are counted too (`LiveTensors`; compiled blocks hide theirs), in a step of its own that takes minutes.
 
-Usage: python benchmarks/step_options.py [dtype] [repetitions]
+Usage: python benchmarks/step_options.py [--dtype float32] [--repetitions 3] [--peaks]
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +75,14 @@ def peak_bytes(trainable: TrainingModule, step: GradCacheStep, batch: Batch) -> 
     return live.peak
 
 
-def main(dtype: str = "float32", repetitions: int = 3) -> None:
+def main() -> None:
     """Print seconds, ratios, losses and peaks of all sides."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--peaks", action="store_true", help="count live tensors")
+    options = parser.parse_args()
+    dtype, repetitions = options.dtype, options.repetitions
     keep_freed_memory()
     tokenizer = load_model(ModelConfig(source="embedded", name="smollm2-135m", family="llama")).tokenizer
     samples = make_samples(tokenizer, num_chats=0)
@@ -90,17 +96,17 @@ def main(dtype: str = "float32", repetitions: int = 3) -> None:
             started = now()
             losses[name] = step(batch).total
             seconds[name].append(now() - started)
-            if repetition == 0 and not SIDES[name].compiled:
+            if options.peaks and repetition == 0 and not SIDES[name].compiled:
                 peaks[name] = peak_bytes(trainable, step, batch)
             trainable.zero_grad(set_to_none=False)
     first = next(iter(SIDES))
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(seconds[first][1:], values[1:], strict=True)]
-        peak = f"{peaks[name] / 2**20:8,.0f} MiB" if name in peaks else "       ?    "
+        peak = f"  peak {peaks[name] / 2**20:8,.0f} MiB" if name in peaks else ""
         difference = abs(losses[name] - losses[first]) / abs(losses[first])
         print(
             f"{name:26} {statistics.median(values[1:]):7.2f} s  {statistics.median(ratios):5.2f} times as fast "
-            f"[{min(ratios):.2f}, {max(ratios):.2f}]  peak {peak}  loss differs by {difference:.1e}",
+            f"[{min(ratios):.2f}, {max(ratios):.2f}]{peak}  loss differs by {difference:.1e}",
             flush=True,
         )
     pairs = zip(seconds["checkpointed"][1:], seconds["products kept"][1:], strict=True)
@@ -110,4 +116,4 @@ def main(dtype: str = "float32", repetitions: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))
+    main()

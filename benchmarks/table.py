@@ -41,6 +41,8 @@ class Claim:
     line: str = ""
 
 
+OPTIONS = "step_options.py --dtype bfloat16 --repetitions 2"
+MNTP = "peers.py mntp --rows 20 --repetitions 2 --dtype bfloat16"
 CLAIMS: Mapping[str, Claim] = {
     "step": Claim("GRIT step, packed, against padded batches through stock transformers, bfloat16", "packed_vs_padded.py 3"),
     "cached loss": Claim(
@@ -57,15 +59,21 @@ CLAIMS: Mapping[str, Claim] = {
         "unified_lm: ",
     ),
     "encode float32": Claim("the same in float32", "peers.py encode --rows 100 --repetitions 2", "unified_lm: "),
+    "mntp": Claim(
+        "MNTP step, all weights, against stock transformers with the logits of every position (LLM2Vec's class), bfloat16",
+        MNTP,
+        "unified_lm: ",
+    ),
+    "mntp lora": Claim("the same with LoRA, ours and peft's", f"{MNTP} --lora", "unified_lm: "),
     "graphs": Claim(
         "GradCache step in 8 packs, all graphs kept, against one, bfloat16",
-        "step_options.py bfloat16 2",
+        OPTIONS,
         "all graphs kept ",
     ),
-    "compile": Claim("the same step, compiled blocks against plain ones", "step_options.py bfloat16 2", "compiled  "),
+    "compile": Claim("the same step, compiled blocks against plain ones", OPTIONS, "compiled  "),
     "products": Claim(
         "checkpoints that keep products, against those that keep inputs",
-        "step_options.py bfloat16 2",
+        OPTIONS,
         "products kept against checkpointed",
     ),
     "lora": Claim("LoRA step against full fine-tuning, bfloat16", "lora_step.py --repetitions 8", "LoRA (ours)"),

@@ -12,7 +12,15 @@ Shape legend, used across the package:
 
 from unified_lm.batch.loss import LossTerm, OutputHead, SequenceScores
 from unified_lm.batch.pack import Batch, Pack, ScoredPacks, Supervision, empty_pack, make_batch, make_pack
-from unified_lm.batch.plan import AttentionMode, AttentionPlan, Block, ModeRun, attention_span, consecutive_blocks
+from unified_lm.batch.plan import (
+    AttentionMode,
+    AttentionPlan,
+    Block,
+    ModeRun,
+    attention_span,
+    consecutive_blocks,
+    seeing_attention,
+)
 from unified_lm.batch.sample import IGNORE, MISSING, Sample, SequenceLabel
 
 __all__ = [
@@ -36,4 +44,5 @@ __all__ = [
     "empty_pack",
     "make_batch",
     "make_pack",
+    "seeing_attention",
 ]

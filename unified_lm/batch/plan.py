@@ -67,6 +67,11 @@ def attention_span(attention: str, length: int) -> tuple[int, int]:
     return (start, length) if start < length else (0, 0)
 
 
+def seeing_attention(attention: str) -> str:
+    """The attention with which a model of this one sees what follows: itself, or "bidirectional" for "causal"."""
+    return "bidirectional" if attention == "causal" else attention
+
+
 def consecutive_blocks(lengths: Sequence[int], attention: str) -> tuple[Block, ...]:
     """Blocks of the given lengths, one after the other from the first token on, each read as `attention_span` says."""
     stops = list(accumulate(lengths))

@@ -150,7 +150,7 @@ def _analyze_parser(names: dict[str, str]) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("name", metavar="NAME", help=f"{', '.join((*names, *GROUPED))}")
-    model_help = "[LABEL=]MODEL[@causal|@bidirectional]: export, run, folder or Hub name of a causal model, or 'embedded'"
+    model_help = "[LABEL=]MODEL[@ATTENTION]: export, run, folder or Hub name of a causal model, or 'embedded'"
     add("models", nargs="+", metavar="MODEL", help=model_help)
     add("--out", type=Path, default=Path("analysis"), help="folder for NAME.json and NAME.png (analysis)")
     add("--overwrite", action="store_true", help="ignore existing measurements")

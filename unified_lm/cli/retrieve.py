@@ -35,9 +35,15 @@ def index(argv: Sequence[str]) -> None:
         raise ConfigError("--budget-gb: 0 stores nothing; expected more, or --states none.")
     check_place(options.out)
     model = _load(options.model, options)
+    from unified_lm.batch import seeing_attention
     from unified_lm.retrieval.index import Index
 
-    states = {"embedded": [model.attention], "causal": ["causal"], "both": ["bidirectional", "causal"], "none": []}
+    states = {
+        "embedded": [model.attention],
+        "causal": ["causal"],
+        "both": [seeing_attention(model.attention), "causal"],
+        "none": [],
+    }
     with Index.create(
         options.out,
         model,

@@ -50,7 +50,7 @@ class Embedder:
         encoder: template and tokenizer.
         device: where the model runs.
         pooling: what becomes of the states of a text.
-        attention: "bidirectional" or "causal".
+        attention: "bidirectional", "bidirectional_keep_first" or "causal".
         normalize: whether vectors are scaled to length 1, unless a call says otherwise.
         max_tokens: limit of a text with its prompt, unless a call says otherwise.
         projection: linear head on the pooled vector, or None.

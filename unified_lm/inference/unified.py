@@ -67,7 +67,7 @@ class UnifiedLM:
             tokenizer: its fast tokenizer.
             template: prompt template, or its name.
             pooling: "mean", "weighted_mean", "last_token" or "cls".
-            attention: for embedding texts, "bidirectional" or "causal".
+            attention: for embedding texts, "bidirectional", "bidirectional_keep_first" or "causal".
             normalize: whether `encode` scales vectors to length 1 by default.
             projection: linear head on the pooled vector, or None.
             standardizer: applied after the head and before scaling to length 1, or None.
@@ -170,7 +170,7 @@ class UnifiedLM:
 
     @property
     def attention(self) -> str:
-        """Attention for embedding texts, "bidirectional" or "causal"."""
+        """Attention for embedding texts, "bidirectional", "bidirectional_keep_first" or "causal"."""
         return self._embedder.attention
 
     @property
@@ -285,7 +285,7 @@ class UnifiedLM:
 
         Args:
             texts: see `encode`, as `instruction`, `max_tokens` and `token_budget`.
-            attention: "bidirectional" or "causal"; None as the model embeds. Vectors are what `encode` gives only then.
+            attention: a name as of `attention`; None as the model embeds. Vectors are what `encode` gives only then.
 
         Yields:
             The index of a text, its vector, float32 `[D]`, and its keys and values on the model's device; longest texts first.

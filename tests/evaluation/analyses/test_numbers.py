@@ -68,6 +68,23 @@ def test_only_the_prefix_is_pooled(model: UnifiedLM) -> None:
     np.testing.assert_allclose(got, states[start:stop].mean(0).numpy(), atol=1e-5)
 
 
+def test_a_model_is_probed_with_the_attention_that_it_embeds_with(folder: Path) -> None:
+    """A model whose first token sees itself alone is not read fully bidirectionally."""
+    keeps = UnifiedLM.from_pretrained(folder, device="cpu", template="plain", attention="bidirectional_keep_first")
+    material = FUTURE.prepare(AnalysisSettings())
+    material = type(material)(material.description, material.fingerprint, TRIPLES)
+    numbers = FUTURE.measure(keeps, material, False)
+    assert numbers["attention"] == "bidirectional_keep_first"
+    sequences, spans = encode_triples(keeps, TRIPLES)
+    vectors = prefix_vectors(keeps, sequences, spans, "bidirectional_keep_first")[:, :, -1]
+    unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    assert numbers["bidirectional"]["similar"] == pytest.approx((unit[:, 0] * unit[:, 1]).sum(-1).mean(), abs=1e-5)
+    texts = type(material)({}, "texts", (sentences(3, words=14), 3, 12))
+    states = LAYERS.measure(keeps, texts, False)
+    assert states["attention"] == "bidirectional_keep_first"
+    np.testing.assert_allclose(states["by_layer_first"], 1, atol=1e-5)  # the first token sees the same under both
+
+
 def test_a_leak_fails_loudly(model: UnifiedLM) -> None:
     vectors = prefix_vectors(model, *encode_triples(model, TRIPLES), "bidirectional")
     with pytest.raises(ModelError, match="causal control failed"):
@@ -124,8 +141,12 @@ def test_a_change_of_the_gap_is_paired_by_triple() -> None:
     assert change.value == pytest.approx(0.02 + wobble.mean(), abs=1e-6)
     assert 0.01 < change.low < change.high < 0.03
     numbers = dict.fromkeys(("similar", "different", "gap", "gap_low", "gap_high"), 0.0)
-    arms = {name: {"causal": numbers, "bidirectional": numbers | values} for name, values in (("a", first), ("b", other))}
+    read = {"attention": "bidirectional_keep_first"}
+    arms = {
+        name: {**read, "causal": numbers, "bidirectional": numbers | values} for name, values in (("a", first), ("b", other))
+    }
     rows = FUTURE.tabulate(arms, {"num_triples": 30, "triples": "own"}).rows
+    assert [row[1] for row in rows] == ["causal", "bidirectional_keep_first"] * 2
     assert [row[7] for row in rows] == [None, None, None, pytest.approx(change.value, abs=1e-6)]
 
 

@@ -93,7 +93,7 @@ def parse_arms(specs: Sequence[str], settings: ArmSettings) -> list[Arm]:
     """Parse the arms that a user names.
 
     Args:
-        specs: each `[LABEL=]MODEL[@causal|@bidirectional]`, where MODEL is an export, a run with an export, a folder or Hub
+        specs: each `[LABEL=]MODEL[@ATTENTION]`, where MODEL is an export, a run with an export, a folder or Hub
             name of a causal language model, or "embedded".
         settings: for all arms; an attention in a spec takes precedence.
 
@@ -108,7 +108,7 @@ def parse_arms(specs: Sequence[str], settings: ArmSettings) -> list[Arm]:
         else:
             match = _SPEC.match(spec)
             if match is None:
-                raise ConfigError(f"'{spec}' does not name a model; expected [LABEL=]MODEL[@causal|@bidirectional].")
+                raise ConfigError(f"'{spec}' does not name a model; expected [LABEL=]MODEL[@ATTENTION].")
             label, location, attention = match["label"], match["location"], match["attention"]
         if attention is not None and attention not in ATTENTIONS:
             raise ConfigError(f"'{spec}': unknown attention '{attention}'.{did_you_mean(attention, ATTENTIONS)}")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from unified_lm.batch import seeing_attention
 from unified_lm.core.errors import DataError, ModelError
 from unified_lm.data.rows.readers import read_rows
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
@@ -122,9 +123,10 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
         ModelError: the causal control fails, because a vector of A depends on what follows it.
     """
     sequences, spans = encode_triples(model, material.content)
-    result: Numbers = {}
+    result: Numbers = {"attention": seeing_attention(model.attention)}
     for attention in ("causal", "bidirectional"):
-        vectors = prefix_vectors(model, sequences, spans, attention, show_progress)
+        read = "causal" if attention == "causal" else seeing_attention(model.attention)
+        vectors = prefix_vectors(model, sequences, spans, read, show_progress)
         anchor, similar, different = vectors[:, 0], vectors[:, 1], vectors[:, 2]
         if attention == "causal":
             result["causal_deviation"] = check_control(model, anchor, similar, different)
@@ -202,7 +204,7 @@ def _draw_cosines(axis: Any, arms: Mapping[str, Numbers], rows: list[tuple[str, 
             values = numbers[f"{key}_by_triple"]
             axis.scatter(values, [row + shift] * len(values), s=10, color=color, alpha=0.35, linewidths=0, marker=marker)
             axis.plot([numbers[key]] * 2, [row + shift - 0.14, row + shift + 0.14], color=color, linewidth=2.4)
-    _name_rows(axis, rows)
+    _name_rows(axis, arms, rows)
     finish(axis, "the prefix, before a similar and a different end", "cosine of the prefix's vectors", "")
 
 
@@ -214,13 +216,19 @@ def _draw_gaps(axis: Any, arms: Mapping[str, Numbers], rows: list[tuple[str, str
         color, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
         axis.errorbar(numbers["gap"], row, xerr=np.maximum(error, 0), color=color, marker=marker, capsize=3, markersize=6)
     axis.axvline(0, color="#555555", linewidth=0.8)
-    _name_rows(axis, rows)
+    _name_rows(axis, arms, rows)
     axis.set_yticklabels([])
     finish(axis, "gap, 95% interval", "cosine similar − different", "")
 
 
-def _name_rows(axis: Any, rows: list[tuple[str, str]]) -> None:
-    axis.set_yticks(range(len(rows)), [f"{label}\n{attention}" for label, attention in rows])
+def _read(numbers: Numbers, attention: str) -> str:
+    """The attention of a row by name; "bidirectional" may be the one with the first token alone."""
+    name: str = attention if attention == "causal" else numbers["attention"]
+    return name
+
+
+def _name_rows(axis: Any, arms: Mapping[str, Numbers], rows: list[tuple[str, str]]) -> None:
+    axis.set_yticks(range(len(rows)), [f"{label}\n{_read(arms[label], attention)}" for label, attention in rows])
     axis.set_ylim(len(rows) - 0.45, -0.55)
 
 
@@ -243,7 +251,7 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
     rows: list[list[Any]] = []
     for label, numbers in arms.items():
         for attention in ("causal", "bidirectional"):
-            row = [label, attention, *(numbers[attention][key] for key in keys)]
+            row = [label, _read(numbers, attention), *(numbers[attention][key] for key in keys)]
             if label != first and attention == "bidirectional":
                 change = gap_change(arms[first][attention], numbers[attention])
                 row += [rounded(value) for value in (change.value, change.low, change.high)]

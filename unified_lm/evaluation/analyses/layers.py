@@ -1,5 +1,7 @@
 """How much do a model's states differ between causal and bidirectional attention? LLM2Vec (arXiv:2404.05961), section 5.
 
+Bidirectional is what the model embeds with, if that is not causal: also with the first token alone.
+
 The same tokens pass through the model twice, and the cosine between the two states is measured at every layer and position. The
 paper finds that Mistral-7B's states stay close while LLaMA's diverge ("why Mistral works" without training).
 """
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from unified_lm.batch import seeing_attention
 from unified_lm.evaluation.analyses.base import Analysis, Material, Numbers, rounded
 from unified_lm.evaluation.analyses.by_layer import Curve, draw_by_layer, finish_curves, window_material
 from unified_lm.evaluation.analyses.figure import save
@@ -26,7 +29,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
     texts, count, positions = material.content
     windows = token_windows(model, texts, positions, count)
     both = [window for window in windows for _ in range(2)]
-    attentions = ["causal", "bidirectional"] * len(windows)
+    attentions = ["causal", seeing_attention(model.attention)] * len(windows)
     waiting: dict[int, torch.Tensor] = {}
     total = np.zeros(0)
     for index, states in layer_states(model, both, attentions, show_progress=show_progress):
@@ -38,6 +41,7 @@ def _measure(model: UnifiedLM, material: Material, show_progress: bool) -> Numbe
         total = cosine if not total.size else total + cosine
     mean_LP = total / len(windows)
     return {
+        "attention": seeing_attention(model.attention),
         "num_windows": len(windows),
         "cosine": rounded(mean_LP, 4),
         "by_layer": rounded(mean_LP.mean(axis=1)),
@@ -83,7 +87,7 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
 LAYERS = Analysis(
     name="layers",
     summary="cosine between causal and bidirectional states of the same tokens, by layer and position",
-    version=1,
+    version=2,
     prepare=window_material,
     measure=_measure,
     draw=_draw,

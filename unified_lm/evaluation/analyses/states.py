@@ -27,7 +27,7 @@ def layer_states(
     Args:
         model: only its backbone is used, not its template, pooling or head.
         sequences: int `[T]` each.
-        attention: "causal" or "bidirectional", for all sequences or one per sequence.
+        attention: "causal", "bidirectional" or "bidirectional_keep_first", for all sequences or one per sequence.
         show_progress: draw a progress bar on stderr.
 
     Yields:

@@ -90,7 +90,7 @@ class FeatureSettings:
     """Settings that decide a word's vector, besides model and words.
 
     Attributes:
-        attention: "causal" or "bidirectional".
+        attention: "causal", "bidirectional" or "bidirectional_keep_first".
         subtoken: how a word's tokens become one vector.
         max_tokens: see `MAX_TOKENS`.
     """

@@ -37,7 +37,7 @@ def word_level_scores(
         data: training and test sentences.
         tasks: "pos", "chunk", "ner"; empty selects all tasks of the data.
         alignments: "same_token", "next_token"; see `Alignment`.
-        attention: "causal" or "bidirectional"; None selects the model's own.
+        attention: "causal", "bidirectional" or "bidirectional_keep_first"; None selects the model's own.
         subtoken: "mean", "first" or "last"; see `Subtoken`.
         probe: None selects `LogisticProbe()`.
         max_tokens: see `MAX_TOKENS`.
