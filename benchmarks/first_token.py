@@ -10,7 +10,7 @@ Arms are masks and interventions on the untrained embedded model (or `--model`),
   others read of it is not;
 - bidirectional with a sink and no token: a logit in every softmax's denominator, the mean score that the first token has in
   a causal read, by layer and head;
-- each of the plain ones with a begin-of-text token.
+- each of the plain ones with a begin-of-text token, and behind the prompt of GRIT's template, which is not pooled.
 
 Measured: STS-B dev (Spearman times 100), held-out pydocs retrieval (nDCG@10 times 100), each with a 95 % interval (bootstrap
 over items), and on 100 sentences the norm of the middle layer's states at the first token and at the others, and the share
@@ -88,6 +88,9 @@ ARMS: dict[str, Arm] = {
     "causal, begin of text": Arm(lambda _: {}, template="plain_bos"),
     "bidirectional, begin of text": Arm(_from(0), template="plain_bos"),
     "begin of text alone": Arm(_from(1), template="plain_bos"),
+    "causal, GRIT's prompt": Arm(lambda _: {}, template="grit"),
+    "bidirectional, GRIT's prompt": Arm(_from(0), template="grit"),
+    "GRIT's prompt, first token alone": Arm(_from(1), template="grit"),
 }
 
 

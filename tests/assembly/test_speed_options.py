@@ -47,6 +47,25 @@ def test_losses_agree_and_a_resume_gives_the_same_bits(option: str, plain: Path,
     assert equal(tensors(tmp_path / "cut" / last), tensors(tmp_path / "whole" / last))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 5e-3)])
+def test_losses_of_the_embedded_recipe_agree(dtype: str, tolerance: float, tmp_path: Path) -> None:
+    """`grit_smollm2` itself, in packs that GradCache forwards twice: two steps with every option."""
+    steps = ("max_steps=2", "packing.token_budget=1024", f"model.dtype={dtype}", "seed=3")
+    quiet = ("~validation.sources", "~validation.retrieval", "export.enabled=false", "logging.progress=false")
+    found = {}
+    for name in ("plain", "retained", "checkpointing", "products", "compile"):
+        option = OPTIONS.get(name, ())
+        kept = () if name == "retained" else ("packing.num_retained=1",)
+        train(["recipe=grit_smollm2", f"run_dir={tmp_path / name}", *steps, *quiet, *kept, *option])
+        found[name] = metrics(tmp_path / name)
+        assert found[name][0]["packs"] > 3
+    for name, lines in found.items():
+        for line, expected in zip(lines, found["plain"], strict=True):
+            for key in ("loss", "loss/embedding", "loss/generation"):
+                assert line[key] == pytest.approx(expected[key], rel=tolerance), (name, line["step"], key)
+
+
 @NEEDS_DEEPSPEED
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "zero1", "zero2"])
