@@ -132,3 +132,15 @@ def test_a_run_that_goes_on_with_other_vectors_says_so(tmp_path: Path) -> None:
         compose_run([*kept, f"model.init_from={export}", "model.family=mixtral", "model.dtype=float32"])
     ).loaded.provenance["notices"]
     assert any("embeds with method rw; this run compares hs" in notice for notice in notices)
+
+
+@pytest.mark.parametrize("trained", ["bidirectional", "bidirectional_keep_first", "causal"])
+def test_a_run_that_goes_on_with_another_attention_says_so(trained: str, tmp_path: Path) -> None:
+    export = make_export(tmp_path / "export", changes={"attention": trained})
+    kept = [a for a in small_run(tmp_path, tmp_path / "run", "max_steps=1") if a != "model=tiny_random"]
+    for attention in ("bidirectional", "bidirectional_keep_first", "causal"):
+        arguments = [*kept, f"model.init_from={export}", "model.family=llama", f"streams.embedding.attention={attention}"]
+        notices = build_run(compose_run(arguments)).loaded.provenance["notices"]
+        said = [notice for notice in notices if f"embeds with {trained} attention" in notice]
+        assert len(said) == (attention != trained)
+        assert all(f"streams.embedding.attention={trained} keeps it" in notice for notice in said)

@@ -18,6 +18,7 @@ from unified_lm.batch import Batch
 from unified_lm.checkpoint.state import Identity, load_state
 from unified_lm.checkpoint.store import find_checkpoint, restore_metrics
 from unified_lm.config.schema import ModelConfig, RunConfig, StreamConfig
+from unified_lm.config.streams import EMBED
 from unified_lm.core import distributed
 from unified_lm.core.agreement import run_on_rank0
 from unified_lm.core.allocator import keep_freed_memory
@@ -224,13 +225,23 @@ def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
 
 def _vector_notices(config: RunConfig, provenance: Mapping[str, Any]) -> list[str]:
     """What a user should know where training goes on with other vectors than those of the export that it starts from."""
-    earlier = (provenance.get("manifest") or {}).get("method", "hs")
-    if earlier == "hs" or earlier == config.vectors[0] or not config.trains_embeddings:
+    manifest = provenance.get("manifest") or {}
+    if EMBED not in manifest.get("modes", ()):
         return []
-    return [
-        f"{config.model.init_from} embeds with method {earlier}; this run compares {config.vectors[0]}, and so will its export "
-        f"(streams.NAME.objective.vectors={earlier} keeps it)."
-    ]
+    notices, earlier, start = [], manifest.get("method", "hs"), config.model.init_from
+    if earlier not in ("hs", config.vectors[0]) and config.trains_embeddings:
+        notices.append(
+            f"{start} embeds with method {earlier}; this run compares {config.vectors[0]}, and so will its export "
+            f"(streams.NAME.objective.vectors={earlier} keeps it)."
+        )
+    attention = manifest.get("attention")
+    for name, stream in config.streams.items():
+        if EMBED in stream.modes and attention not in (None, stream.attention):
+            notices.append(
+                f"{start} embeds with {attention} attention; streams.{name}.attention={stream.attention} is another, and a "
+                f"model reads worse with another than its own (streams.{name}.attention={attention} keeps it)."
+            )
+    return notices
 
 
 def make_projection(config: RunConfig, loaded: LoadedModel, hidden_size: int) -> Projection | None:
