@@ -121,7 +121,7 @@ def add_embedding_options(parser: argparse._ActionsContainer, *, methods: bool =
     add = parser.add_argument
     add("--template", default=None, help="prompt template; needed for a model that is not an export")
     add("--pooling", default=None, help="mean, weighted_mean, last_token or cls, in place of the export's")
-    add("--attention", default=None, help="bidirectional or causal, in place of the export's")
+    add("--attention", default=None, help="bidirectional, bidirectional_keep_first or causal, in place of the export's")
     add("--max-tokens", type=positive, default=None, help="limit of a text with its prompt, in place of the export's")
     if not methods:
         return

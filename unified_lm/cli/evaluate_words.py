@@ -125,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--comment", default="", metavar="PREFIX", help="what a comment line of a CoNLL file begins with; by default none")
     add("--alignment", nargs="+", default=list(_ALIGNMENTS), metavar="NAME", help=f"{', '.join(_ALIGNMENTS)} (both)")
-    add("--attention", nargs="+", default=None, metavar="MODE", help="causal, bidirectional; by default the model's own")
+    modes = "causal, bidirectional, bidirectional_keep_first; by default the model's own"
+    add("--attention", nargs="+", default=None, metavar="MODE", help=modes)
     add("--subtoken", default="mean", help="how a word of several tokens becomes one vector: mean (default), first or last")
     add("--probe", default="logistic", help="logistic (default; regularized, no seed), or linear (trained as in LLM2Vec)")
     add("--seed", type=whole, default=0, help="of the linear probe (0)")

@@ -183,7 +183,9 @@ def _answer_parser(name: str, description: str, example: str) -> argparse.Argume
     parser.add_argument("--model", default=None, help="the model, where it is no longer where it was")
     parser.add_argument("-k", type=positive, default=1, help="documents that an answer is given (1)")
     parser.add_argument("--mode", default="auto", help="what comes from a cache (auto: what is stored, and long questions)")
-    parser.add_argument("--states", default=None, help="bidirectional or causal; as the index keeps them if left out")
+    parser.add_argument(
+        "--states", default=None, help="bidirectional, bidirectional_keep_first or causal; as the index keeps them if left out"
+    )
     parser.add_argument("--rerank", default=None, help="pointwise or listwise: reorder the passages first; not, if left out")
     parser.add_argument("--candidates", type=positive, default=20, help="passages that are reranked (20)")
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="limit of the answer in tokens (256)")
