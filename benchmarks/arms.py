@@ -141,15 +141,21 @@ def trained(folders: Sequence[Path]) -> list[Entry]:
 
 def arm_of(config: RunConfig) -> str:
     """Attention of the run's texts, and its stages: those of the run that it started from, then its own."""
-    before = Path(str(config.model.init_from)).expanduser() if config.model.init_from else None
-    stages = []
-    if before is not None:
-        started = from_yaml((before.parent if before.name == "export" else before) / "config.yaml")
-        assert isinstance(started, RunConfig)
-        stages = arm_of(started).split(" + ")[1:]
-    embeds = next(stream for stream in config.streams.values() if stream.format in STAGES)
-    stage = "GRIT" if len(config.streams) > 1 else STAGES[embeds.format]
-    return " + ".join([{attention: arm for arm, attention in READ_AS.items()}[embeds.attention], *stages, stage])
+    arm, *stages = [""]
+    if config.model.init_from:
+        before = Path(str(config.model.init_from)).expanduser()
+        saved = (before.parent if before.name == "export" else before) / "config.yaml"
+        if saved.is_file():  # else it started from a model that is no run
+            started = from_yaml(saved)
+            assert isinstance(started, RunConfig)
+            arm, *stages = arm_of(started).split(" + ")
+    embeds = [stream for stream in config.streams.values() if stream.format in STAGES]
+    if not embeds:
+        raise DataError(f"{config.run_dir} trains no stream that embeds ({', '.join(STAGES)}); leave it out.")
+    stage = "GRIT" if len(config.streams) > len(embeds) else STAGES[embeds[0].format]
+    own = {attention: name for name, attention in READ_AS.items()}[embeds[0].attention]
+    changed = f" (then {own})" if stages and own != arm else ""
+    return " + ".join([arm if stages else own, *stages, stage + changed])
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------------

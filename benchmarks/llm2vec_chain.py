@@ -4,7 +4,7 @@ Spearman correlation of cosine similarity and human scores, mean pooling, no pro
 without its tokenization (" @-@ ", spaces before punctuation), headings and unknown words. STS-B is not trained on; the recipe's
 template and SimCSE's learning rate were chosen on pairs of its training split, with bidirectional attention. Both stages take
 the attention of `--attention`; `--stages simcse` trains SimCSE alone. With `checkpoint.every=20 checkpoint.keep_last=99` every
-checkpoint is measured too, which gives a learning curve. A stage that has its export is not trained again.
+checkpoint is measured too, which gives a learning curve.
 
 Usage: python benchmarks/llm2vec_chain.py WIKITEXT.txt STS_DEV.csv RUN_DIR [--attention NAME] [--stages simcse] [key=value ...]
 """
@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("sts", type=Path, metavar="STS_DEV.csv")
     parser.add_argument("folder", type=Path, metavar="RUN_DIR")
     parser.add_argument("--attention", default="bidirectional", help="of both stages (bidirectional)")
-    parser.add_argument("--stages", nargs="+", choices=["mntp", "simcse"], default=["mntp", "simcse"])
+    parser.add_argument("--stages", choices=["mntp,simcse", "mntp", "simcse"], default="mntp,simcse")
     options, overrides = parser.parse_known_args(argv)
     paragraphs, sentences = prepare(options.wikitext, options.folder / "text")
     with open(options.sts, encoding="utf-8", newline="") as handle:
@@ -114,14 +114,13 @@ def main(argv: Sequence[str]) -> None:
         measure(f"{attention}, untrained", model)
     common = ["model=smollm2_135m", "data=files", f"data.text_path={paragraphs}", f"data.sentences_path={sentences}"]
     before: list[str] = []
-    for number, stage in enumerate(options.stages, 1):
+    stages = options.stages.split(",")
+    for number, stage in enumerate(stages, 1):
         run_dir = options.folder / f"{number}-{stage}"
-        if not (run_dir / "export").is_dir():
-            attention = f"streams.{stage}.attention={options.attention}"
-            recipe = [f"recipe=llm2vec_{stage}", f"run_dir={run_dir}", attention]
-            train([*recipe, *before, *common, "logging.progress=false", *overrides])
+        recipe = [f"recipe=llm2vec_{stage}", f"run_dir={run_dir}", f"streams.{stage}.attention={options.attention}"]
+        train([*recipe, *before, *common, "logging.progress=false", *overrides])
         measure_curve(run_dir, measure)
-        measure(", ".join(options.stages[:number]), UnifiedLM.from_pretrained(run_dir / "export"))
+        measure(", ".join(stages[:number]), UnifiedLM.from_pretrained(run_dir / "export"))
         before = [f"model.init_from={run_dir}"]
 
 

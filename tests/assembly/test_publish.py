@@ -141,6 +141,6 @@ def test_a_run_that_goes_on_with_another_attention_says_so(trained: str, tmp_pat
     for attention in ("bidirectional", "bidirectional_keep_first", "causal"):
         arguments = [*kept, f"model.init_from={export}", "model.family=llama", f"streams.embedding.attention={attention}"]
         notices = build_run(compose_run(arguments)).loaded.provenance["notices"]
-        said = [notice for notice in notices if f"embeds with {trained} attention" in notice]
+        said = [notice for notice in notices if f"trained to embed with {trained} attention" in notice]
         assert len(said) == (attention != trained)
         assert all(f"streams.embedding.attention={trained} keeps it" in notice for notice in said)

@@ -83,16 +83,23 @@ def test_an_arm_is_named_by_its_attention_and_all_its_stages(arms: ModuleType, t
     keep = "streams.simcse.attention=bidirectional_keep_first"
     run("a/2", "recipe=llm2vec_simcse", *data, f"model.init_from={first}", keep)
     run("a/3", "recipe=llm2vec_simcse", *data, "streams.simcse.attention=causal")
+    run("a/4", "recipe=llm2vec_simcse", *data, f"model.init_from={first}", "streams.simcse.attention=causal")
+    run("a/5", "recipe=llm2vec_simcse", *data, f"model.init_from={tmp_path}", keep)  # a folder of weights, no run
     run("b", "recipe=grit_smollm2")
+    generative = run("c", "recipe=generative_only", "data=pydocs", "model=smollm2_135m")
     arms_found = [(entry.arm, entry.seed) for entry in arms.trained([tmp_path / "a", tmp_path / "b"])]
     assert arms_found == [
         ("bi + GRIT", 42),
         ("first alone + MNTP", 7),
+        ("first alone + SimCSE", 7),
         ("first alone + MNTP + SimCSE", 7),
+        ("first alone + MNTP + SimCSE (then uni)", 7),
         ("uni + SimCSE", 7),
     ]
     with pytest.raises(DataError, match="the second run of 'bi \\+ GRIT' with seed 42"):
         arms.trained([tmp_path / "b", tmp_path / "b"])
+    with pytest.raises(DataError, match=f"{generative} trains no stream that embeds"):
+        arms.trained([generative])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no run with an export"):
         arms.trained([tmp_path / "empty"])

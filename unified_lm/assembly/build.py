@@ -224,7 +224,7 @@ def _is_cached(config: RunConfig, stream: StreamConfig) -> bool:
 
 
 def _vector_notices(config: RunConfig, provenance: Mapping[str, Any]) -> list[str]:
-    """What a user should know where training goes on with other vectors than those of the export that it starts from."""
+    """What a user should know where training goes on with other vectors, or another mask, than the export it starts from."""
     manifest = provenance.get("manifest") or {}
     if EMBED not in manifest.get("modes", ()):
         return []
@@ -238,8 +238,8 @@ def _vector_notices(config: RunConfig, provenance: Mapping[str, Any]) -> list[st
     for name, stream in config.streams.items():
         if EMBED in stream.modes and attention not in (None, stream.attention):
             notices.append(
-                f"{start} embeds with {attention} attention; streams.{name}.attention={stream.attention} is another, and a "
-                f"model reads worse with another than its own (streams.{name}.attention={attention} keeps it)."
+                f"{start} was trained to embed with {attention} attention; streams.{name}.attention={stream.attention} is "
+                f"another, which it has to learn first (streams.{name}.attention={attention} keeps it)."
             )
     return notices
 

@@ -60,17 +60,17 @@ def tried(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def check_special_tokens(causal_lm: PreTrainedModel) -> None:
-    """Check the token ids of a generation config: transformers takes any value, and fails when it generates.
+    """Check the token ids of the model's generation config: transformers takes any value, and fails when it generates.
 
     Raises:
         ValueError: names the entry and its value; call this where errors of loading are turned into messages.
     """
-    for name, value in vars(getattr(causal_lm, "generation_config", None) or object).items():
-        if value is None or not name.endswith("_token_id"):
-            continue
-        for token in value if isinstance(value, list) else [value]:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        value = getattr(getattr(causal_lm, "generation_config", None), name, None)
+        for token in value if isinstance(value, list) else [] if value is None else [value]:
             if type(token) is not int or abs(token) >= 1 << 63:  # negative: "none", in old configurations
-                raise ValueError(f"generation_config.json: {name} is {value!r:.60}, expected a token id (an integer)")
+                where = "generation_config.json or config.json"
+                raise ValueError(f"{where}: {name} is {value!r:.60}, expected a token id (an integer)")
 
 
 _OLD_BUFFER = re.compile(r"(.*\.(?:attn|attention|self_attn|self_attention))\.(?:bias|masked_bias|causal_mask|embed_positions)")

@@ -78,7 +78,7 @@ class RoutedPooling:
         def read(number: int, routing: LayerRouting) -> None:
             told = routing if rows is None else routing.rows(rows)
             values = told.logits.float().flatten(1) if self._logits else told.probabilities
-            self._layers[number] = pool(values, spans, self._method) if rows is None else values
+            self._layers[number] = pool(values, spans, self._method, pack.num_pooled) if rows is None else values
 
         with self._routers.reading(read):
             yield

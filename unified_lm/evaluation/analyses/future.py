@@ -187,7 +187,7 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
         axes[0][2].plot(range(len(gaps)), gaps, markersize=4, linewidth=1.6, **style)
     axes[0][2].axhline(0, color="#555555", linewidth=0.8)
     axes[0][2].xaxis.get_major_locator().set_params(integer=True)
-    finish(axes[0][2], "gap by layer, bidirectional", "layer (0: embeddings)", "cosine similar − different")
+    finish(axes[0][2], "gap by layer, not causal", "layer (0: embeddings)", "cosine similar − different")
     from matplotlib.lines import Line2D
 
     kinds = (("similar continuation", _ALIKE, "o"), ("different continuation", _OTHER, "s"))
@@ -239,7 +239,7 @@ def gap_change(first: Numbers, other: Numbers) -> Interval:
     other, and pairing cancels this.
 
     Args:
-        first, other: measurements of `FUTURE` under one attention mode.
+        first, other: measurements of `FUTURE` of two models, each under the attention that it sees with.
     """
     gaps = [np.subtract(numbers["similar_by_triple"], numbers["different_by_triple"]) for numbers in (first, other)]
     return bootstrap_interval(lambda change: float(change.mean()), gaps[1] - gaps[0])
@@ -269,7 +269,7 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
 FUTURE = Analysis(
     name="future",
     summary="whether tokens know what follows them: cosine of a prefix before similar and different ends",
-    version=2,
+    version=3,
     prepare=_prepare,
     measure=_measure,
     draw=_draw,

@@ -61,7 +61,7 @@ def _draw(arms: Mapping[str, Numbers], material: Mapping[str, Any], path: Path) 
         Curve("by_layer_first", "position 0", ":"),
         Curve("by_layer_last", "last position", "--"),
     )
-    label = "cosine, causal and bidirectional state"
+    label = "cosine of the states under causal attention and its own"
     figure, axis = draw_by_layer(arms, "cosine", list(arms), Normalize(low, 1), label, curves, legend="lower left")
     axis.set_ylim(min(low, 0) - 0.05, 1.03)
     finish_curves(axis, "mean over positions", "cosine")
@@ -73,10 +73,10 @@ def _tabulate(arms: Mapping[str, Numbers], material: Mapping[str, Any]) -> Resul
     for label, numbers in arms.items():
         inner = numbers["by_layer_inner"]
         lowest = int(np.argmin(inner))
-        rows.append([label, numbers["mean"], inner[-1], inner[lowest], lowest])
+        rows.append([label, numbers["attention"], numbers["mean"], inner[-1], inner[lowest], lowest])
     return ResultTable(
         title="Causal against bidirectional states of the same tokens",
-        columns=("model", "mean cosine", "last layer", "lowest layer's", "lowest layer"),
+        columns=("model", "attention", "mean cosine", "last layer", "lowest layer's", "lowest layer"),
         rows=rows,
         note=f"Cosines over the first {material['positions']} tokens of {material['num_windows']} texts of "
         f"{material['texts']}: the mean over layers (without the embeddings) and positions; the others without the first and "

@@ -94,9 +94,9 @@ def _block_mask(plan: AttentionPlan, sliding_window: int | None, device: torch.d
         # On the host, which knows the lengths; on the device, their sum would have to be waited for.
         sequence = torch.repeat_interleave(torch.arange(len(plan.lengths)), torch.tensor(plan.lengths))
         sequence = sequence.to(device, non_blocking=True)
-        position = torch.cat([torch.arange(length) for length in plan.lengths]).to(device)
+        position = torch.cat([torch.arange(length) for length in plan.lengths]).to(device, non_blocking=True)
         sequences = zip(plan.lengths, plan.spans, plan.blocks, strict=True)
-        start, stop, first = torch.cat([sight(*own) for own in sequences], dim=1).to(device)
+        start, stop, first = torch.cat([sight(*own) for own in sequences], dim=1).to(device, non_blocking=True)
 
         def mask_mod(_b: torch.Tensor, _h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             """Whether a query sees a key, both as token indices of the pack."""
