@@ -64,6 +64,8 @@ def main() -> None:
                 end.recv()
             if repetition:
                 seconds[name].append(time.perf_counter() - started)
+    for end in (end for ends in ways.values() for end in ends):
+        end.send(False)
     print(f"{describe_device()}, {cores} cores, {options.dtype}, {len(texts)} texts")
     for name, values in seconds.items():
         print(f"{name:20} median {statistics.median(values):6.2f} s of {[round(v, 2) for v in values]}")
