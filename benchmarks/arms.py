@@ -72,7 +72,7 @@ TASKS = ("sts", "retrieval", "labels", "words")
 READ_AS = {"uni": "causal", "bi": "bidirectional", "first alone": "bidirectional_keep_first"}
 """Arm -> name of its attention."""
 STAGES = {"masked_text": "MNTP", "views": "SimCSE", "pairs": "supervised"}
-"""Format of the stream that embeds -> name of the stage; with a second stream beside it, it is GRIT."""
+"""Format of the stream that embeds -> name of the stage; with a stream beside it that does not embed, it is GRIT."""
 QUERY_SEED = 0
 
 
