@@ -143,6 +143,14 @@ def test_a_backend_that_other_settings_forbid_is_not_chosen() -> None:
     assert choose_backend(config, 8, 8 * GIB)[0] == "zero2"
 
 
+def test_what_cannot_be_estimated_is_trained_as_ddp() -> None:
+    config = compose_run(["recipe=grit_mistral7b", "model.name=no/such-model"])
+    backend, reason = choose_backend(config, 8, 8 * GIB)
+    assert backend == "ddp"
+    assert "cannot estimate: no configuration of the model 'no/such-model'" in reason
+    assert reason.endswith("Set parallel to choose another")
+
+
 def test_one_process_needs_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unified_lm.assembly.machine.estimate", lambda *_: pytest.fail("estimated"))
     config = compose_run(["recipe=grit_mistral7b"])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.engine.small_run import small_run
 from tests.processes import Group
-from unified_lm.assembly import build_run
+from unified_lm.assembly import build_run, same_inputs
 from unified_lm.assembly.same_inputs import require_same, setting_facts
 from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose_run
@@ -22,8 +23,9 @@ from unified_lm.composition.flat import flatten
 from unified_lm.config.continuation import Change, change_of
 from unified_lm.config.schema import RunConfig, SourceConfig, StreamConfig
 from unified_lm.core import distributed
-from unified_lm.core.errors import DataError
+from unified_lm.core.errors import CheckpointError, DataError
 from unified_lm.data.formats import FORMATS
+from unified_lm.models.identity import held_weights_key
 from unified_lm.models.tiny import tiny_model, tiny_tokenizer
 
 
@@ -102,6 +104,7 @@ def ranks_differ(monkeypatch: pytest.MonkeyPatch, first: list[str], second: list
 
     with monkeypatch.context() as patch:
         patch.setattr(distributed, "all_gather_objects", gather)
+        patch.setattr(same_inputs, "weights_key", lambda loaded: held_weights_key(loaded.causal_lm))  # as with several ranks
         build_run(compose_run(first))
         of_rank0 = iter(list(seen))
         patch.setattr(distributed, "all_gather_objects", lambda value: [next(of_rank0), value])
@@ -165,6 +168,48 @@ def test_weights_tokenizer_and_projection_are_compared(tmp_path: Path, monkeypat
         train([*arguments, fresh, "export.enabled=true", "max_steps=1", f"seed={seed}", f"run_dir={tmp_path}/{name}"])
     starts = [[*arguments, f"model.init_from={tmp_path}/{name}", f"run_dir={tmp_path}/next"] for name in ("a", "b")]
     assert differing(ranks_differ(monkeypatch, *starts)) == ["weights", "projection"]
+
+
+def edit_configuration(folder: Path) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    values["rope_parameters"]["rope_theta"] *= 50
+    values["rms_norm_eps"] = 1e-3
+    path.write_text(json.dumps(values))
+
+
+def edit_one_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+STALE_MODELS = {
+    edit_configuration: [f"configuration of the model: {key}" for key in ("rms_norm_eps", "rope_parameters.rope_theta")],
+    edit_one_weight: ["weights"],
+}
+
+
+@pytest.mark.parametrize("edit", STALE_MODELS)
+def test_stale_files_of_a_model_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edit: Callable[[Path], None]) -> None:
+    """With adapters: nothing would bring frozen weights of ranks together."""
+    arguments = [a for a in small_run(tmp_path, tmp_path / "run", "lora=all_linear") if a != "model=tiny_random"]
+    arguments += ["model.source=hub", "model.family=llama", "model.dtype=float32"]
+    fresh, stale = write_base(tmp_path / "fresh", 0), write_base(tmp_path / "stale", 0)
+    edit(tmp_path / "stale")
+    found = differing(ranks_differ(monkeypatch, [*arguments, fresh], [*arguments, stale]))
+    assert sorted(set(found) - {"weights"}) == STALE_MODELS[edit] or found == STALE_MODELS[edit]
+
+
+def test_a_resume_of_a_model_whose_configuration_changed_is_refused(tmp_path: Path) -> None:
+    arguments = [a for a in small_run(tmp_path, tmp_path / "run", "max_steps=1") if a != "model=tiny_random"]
+    arguments += ["model.source=hub", "model.family=llama", "model.dtype=float32", write_base(tmp_path / "base", 0)]
+    train(arguments)
+    edit_configuration(tmp_path / "base")
+    with pytest.raises(
+        CheckpointError, match=r"configuration of the model, rope_parameters.rope_theta: the checkpoint has 10000"
+    ):
+        build_run(compose_run([*arguments, "resume=auto"]))
 
 
 def test_every_setting_is_compared_but_for_where_things_lie_and_what_rank_0_does_alone(tmp_path: Path) -> None:

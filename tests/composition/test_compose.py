@@ -183,6 +183,10 @@ def test_a_chain_composes_its_stages_with_shared_and_own_arguments() -> None:
 def test_a_chain_reports_the_problems_of_all_stages(tmp_path: Path) -> None:
     found = problems_of("recipe=llm2vec", "llm2vec_mntp.max_stps=1", "llm2vec_simcse.optim.schedule=x")
     assert [problem.partition(":")[0] for problem in found] == ["stage llm2vec_mntp", "stage llm2vec_simcse"]
+    (problem,) = problems_of("recipe=llm2vec", "data.wiki1m=sentences.txt")
+    assert problem.startswith("stage llm2vec_mntp: unknown key 'data.wiki1m'")
+    assert problem.endswith("What one stage alone has is set as STAGE.KEY=VALUE.")
+    assert compose(["recipe=llm2vec", "llm2vec_simcse.data.wiki1m=sentences.txt"]).stages[1].streams["simcse"].sources
     with pytest.raises(ConfigError, match="choose one of its stages: llm2vec_mntp, llm2vec_simcse"):
         compose_run(["recipe=llm2vec"])
     saved = tmp_path / "chain.yaml"

@@ -12,7 +12,7 @@ from tests.engine.small_run import small_run
 from unified_lm.assembly import build_run
 from unified_lm.composition.compose import compose_run
 from unified_lm.composition.convert import schema_keys
-from unified_lm.composition.idle import EFFECTIVE, IDLE
+from unified_lm.composition.idle import EFFECTIVE, IDLE, STREAM_IDLE
 
 GENERATIVE = "recipe=generative_only"
 SMALL = "recipe=grit_smollm2"
@@ -20,6 +20,7 @@ CASES: dict[str, tuple[list[str], list[str], str]] = {
     "model.source": ([SMALL, "model.init_from=runs/a"], ["model.source=embedded"], "model.init_from"),
     "model.name": ([SMALL, "model.init_from=runs/a"], ["model.name=org/model"], "model.init_from"),
     "model.revision": ([SMALL], ["model.revision=abc"], "model.source is embedded"),
+    "model.architecture": ([SMALL], ["model.architecture.rope_theta=5e5"], "weights bring their own configuration"),
     "model.init_seed": ([SMALL], ["model.init_seed=3"], "loaded, not drawn"),
     "model.tokenizer": (
         ["recipe=monet_tiny", "model.init_from=runs/a"],
@@ -49,6 +50,7 @@ USED = {
     "model.source": [SMALL, "model.name=org/m"],
     "model.name": [SMALL, "model.source=hub"],
     "model.revision": [SMALL, "model.source=hub", "model.name=org/m"],
+    "model.architecture": [SMALL, "dry_run=true"],
     "model.init_seed": ["recipe=monet_tiny"],
     "model.tokenizer": [SMALL, "model.tiny_random=true"],
     "model.trust_remote_code": [SMALL, "model.source=hub", "model.name=org/m"],
@@ -84,19 +86,39 @@ def test_every_setting_says_whether_it_can_be_idle() -> None:
 def test_a_setting_that_decides_nothing_is_told_where_it_is_given(key: str) -> None:
     run, given, reason = CASES[key]
     (notice,) = notices([*run, *given])
-    assert notice.startswith(f"{key}=")
+    assert notice.startswith(f"{key} " if key == "model.architecture" else f"{key}=")
     assert reason in notice
     assert not notices(run), "a recipe's own values, and defaults, are not told"
     assert not notices([*USED[key], *given]), "where it decides something nothing is said"
 
 
+NEGATIVES = "streams.embedding.num_hard_negatives"
+STREAM_CASES = {
+    "on_few_negatives": ("skip", f"{NEGATIVES}=0", f"{NEGATIVES}=1"),
+    "objective.reference_world_size": ("8", SMALL, "streams.embedding.objective.gradient_scale=inverse_world_size"),
+}
+"""Setting of a stream -> a value, an argument with which it decides nothing, and one with which it does."""
+
+
+@pytest.mark.parametrize("key", STREAM_IDLE)
+def test_a_setting_of_a_stream_that_decides_nothing_is_told(key: str) -> None:
+    value, idle, used = STREAM_CASES[key]
+    given = f"streams.embedding.{key}={value}"
+    (notice,) = notices([SMALL, idle, given])
+    assert notice.startswith(f"{given} has no effect here: ")
+    assert not notices([SMALL, used, given])
+    assert not notices([SMALL, idle])
+
+
 def test_shares_of_a_single_source_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """How many sources there are is known once they are open: a folder holds several."""
     arguments = small_run(tmp_path, tmp_path / "run", "streams.generation.source_temperature=0.5")
+    arguments.append("streams.embedding.mix_sources=true")
     build_run(compose_run([*arguments, "streams.embedding.sources.0.weight=3"]))
     told = capsys.readouterr().err
     assert "streams.generation.source_temperature=0.5 has no effect here: the stream has one source" in told
     assert "streams.embedding.sources.0.weight=3 has no effect here" in told
+    assert "streams.embedding.mix_sources=true has no effect here" in told
     (tmp_path / "chats").mkdir()
     for name in ("a", "b"):
         shutil.copy(tmp_path / "chats.jsonl", tmp_path / "chats" / f"{name}.jsonl")

@@ -48,6 +48,7 @@ from unified_lm.export.verify import load_projection
 from unified_lm.models.backbone import Backbone
 from unified_lm.models.compiled import compile_blocks
 from unified_lm.models.frozen import freeze
+from unified_lm.models.identity import configuration_facts
 from unified_lm.models.loading import LoadedModel, load_model
 from unified_lm.models.lora import LoraReport, apply_lora
 from unified_lm.models.modes import GatherParameters, no_gathering
@@ -386,4 +387,5 @@ def identity_of(config: RunConfig, loaded: LoadedModel, trainable: TrainingModul
         model=f"{loaded.provenance['family']} {loaded.provenance['fingerprint']}",
         tokenizer=blake2b(tokenizer.encode(), digest_size=16).hexdigest(),
         trained=shapes,
+        configuration=configuration_facts(loaded.causal_lm),
     )

@@ -63,9 +63,6 @@ def settle_backend(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
     Returns:
         The run, and a notice of what was chosen and why.
-
-    Raises:
-        ModelError: the model's configuration cannot be found.
     """
     ranks = distributed.world_size()
     if config.parallel.backend != AUTO or ranks == 1:
@@ -91,7 +88,10 @@ def choose_backend(config: RunConfig, ranks: int, memory: int) -> tuple[str, str
         candidate = with_backend(config, backend)
         if find_problems(candidate):
             continue
-        needed = estimate(candidate, ranks).total_bytes
+        try:
+            needed = estimate(candidate, ranks).total_bytes
+        except ModelError as unknown:  # a family that only its own code describes, say
+            return _BACKENDS[0], f"{unknown} Set parallel to choose another"
         tried[backend] = needed / 2**30
         if needed <= _USABLE * memory:
             break

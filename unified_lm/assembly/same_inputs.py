@@ -14,6 +14,7 @@ from unified_lm.core import distributed
 from unified_lm.core.errors import DataError
 from unified_lm.data.retrieval import RetrievalSet
 from unified_lm.data.stream import Stream
+from unified_lm.models.identity import configuration_facts, held_weights_key
 from unified_lm.models.loading import LoadedModel
 from unified_lm.models.pooling import Projection
 
@@ -59,7 +60,8 @@ def input_facts(
         retrieval: what held-out retrieval asks and searches.
     """
     tokenizer = loaded.tokenizer.backend_tokenizer.to_str()
-    facts = {"weights": f"hash {loaded.provenance['fingerprint']}", "tokenizer": f"hash {_hash(tokenizer.encode())}"}
+    facts = {"weights": f"hash {weights_key(loaded)}", "tokenizer": f"hash {_hash(tokenizer.encode())}"}
+    facts |= {f"configuration of the model: {key}": value for key, value in configuration_facts(loaded.causal_lm).items()}
     if projection is not None:
         values = (value.detach().float().cpu().numpy().tobytes() for value in projection.state_dict().values())
         facts["projection"] = f"hash {_hash(*values)}"
@@ -70,6 +72,11 @@ def input_facts(
         counts = f"{len(retrieval.queries):,} queries, {len(retrieval.documents):,} documents"
         facts["validation.retrieval.queries"] = f"{counts}, hash {_hash(answers.encode(), *texts)}"
     return facts
+
+
+def weights_key(loaded: LoadedModel) -> str:
+    """A hash of what a rank holds. Frozen weights stay what it read, so ranks compare every byte; a single process need not."""
+    return held_weights_key(loaded.causal_lm) if distributed.world_size() > 1 else str(loaded.provenance["fingerprint"])
 
 
 def _stream_facts(streams: Mapping[str, Stream], section: str) -> dict[str, str]:

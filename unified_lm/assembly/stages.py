@@ -229,10 +229,12 @@ def _single_source_notices(run: Run) -> Iterator[str]:
     """Say where shares of draws are set and there is nothing to share; how many sources a folder holds is known only now."""
     for name, stream in run.streams.items():
         config = stream.config
-        given = ("source_temperature", config.source_temperature), ("sources.0.weight", config.sources[0].weight)
-        for key, value in given:
-            if len(stream.entries) == 1 and value != 1:
-                yield f"streams.{name}.{key}={value:g} has no effect here: the stream has one source."
+        shares = {"source_temperature": config.source_temperature, "sources.0.weight": config.sources[0].weight}
+        given = {key: f"{value:g}" for key, value in shares.items() if value != 1}
+        if getattr(config, "mix_sources", False):
+            given["mix_sources"] = "true"
+        for key, value in given.items() if len(stream.entries) == 1 else ():
+            yield f"streams.{name}.{key}={value} has no effect here: the stream has one source."
 
 
 def _pooling_notices(run: Run) -> Iterator[str]:

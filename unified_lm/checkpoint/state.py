@@ -57,12 +57,15 @@ class Identity:
         model: name and fingerprint of the starting weights.
         tokenizer: hash of the tokenizer.
         trained: name -> shape of every trained parameter; distinguishes LoRA from full fine-tuning, and LoRA ranks.
+        configuration: what the model's configuration says, as dotted key -> JSON value. Keys that only one side has are left
+            out of account: versions of transformers write more and fewer, and the first checkpoints none.
     """
 
     recipe: str
     model: str
     tokenizer: str
     trained: Mapping[str, tuple[int, ...]]
+    configuration: Mapping[str, str] = field(default_factory=dict)
 
     def differences(self, found: Mapping[str, Any]) -> list[str]:
         """How a saved identity (as JSON) differs from this one, in words."""
@@ -70,6 +73,11 @@ class Identity:
             f"{name}: the checkpoint has {found.get(name)!r}, this run {getattr(self, name)!r}"
             for name in ("recipe", "model", "tokenizer")
             if found.get(name) != getattr(self, name)
+        ]
+        texts += [
+            f"configuration of the model, {key}: the checkpoint has {value}, this run {self.configuration[key]}"
+            for key, value in found.get("configuration", {}).items()
+            if self.configuration.get(key, value) != value
         ]
         saved = {name: tuple(shape) for name, shape in found.get("trained", {}).items()}
         different = [name for name in {**saved, **self.trained} if saved.get(name) != self.trained.get(name)]

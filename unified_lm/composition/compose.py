@@ -44,6 +44,7 @@ __all__ = ["compose", "compose_run", "from_yaml", "to_yaml"]
 
 _ALIASES = {"push_to_hub": "export.push_to_hub"}
 _TINY_RANDOM = "tiny_random"
+_OF_ONE = " What one stage alone has is set as STAGE.KEY=VALUE."
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ def compose(argv: Sequence[str]) -> RunConfig | ChainConfig | SweepConfig:
     """
     problems: list[str] = []
     recipe, rest = _split_recipe(argv, problems)
-    path = find_recipe(recipe)
-    raw = read_yaml(path)
+    raw = read_yaml(path := find_recipe(recipe))
     if "chain" in raw:
         return _compose_chain(path.stem, raw, rest, problems)
     if ABLATION in raw:
@@ -302,7 +302,7 @@ def _compose_chain(name: str, raw: dict[str, Any], argv: Sequence[str], problems
         try:
             stages.append(compose_run([f"recipe={stage}", *folder, *rest, *own]))
         except ConfigError as error:
-            problems.extend(f"stage {stage}: {problem}" for problem in error.problems)
+            problems.extend(f"stage {stage}: {text}{_OF_ONE * text.startswith('unknown key')}" for text in error.problems)
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     description = str(raw.get("description", "")).strip()

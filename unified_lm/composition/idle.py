@@ -7,6 +7,7 @@ often holds what only some of them use. So nothing is refused, and only what was
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from unified_lm.config.objectives import ObjectiveKind
@@ -19,7 +20,7 @@ from unified_lm.config.schema import (
     RunConfig,
     ValidationConfig,
 )
-from unified_lm.config.streams import EMBED
+from unified_lm.config.streams import EMBED, StreamConfig
 
 _DEFAULTS = {
     "model": ModelConfig(),
@@ -47,6 +48,12 @@ def _runs_no_code(config: RunConfig) -> str:
 
 def _not_from_scratch(config: RunConfig) -> str:
     return _from_elsewhere(config) or ("" if config.model.source == "scratch" else "its weights are loaded, not drawn")
+
+
+def _describes_loaded(config: RunConfig) -> str:
+    if config.dry_run or not _not_from_scratch(config):
+        return ""
+    return _from_elsewhere(config) or "weights bring their own configuration; it describes them for dry_run and parallel=auto"
 
 
 def _own_tokenizer(config: RunConfig) -> str:
@@ -102,6 +109,7 @@ IDLE: Mapping[str, Callable[[RunConfig], str]] = {
     "model.source": _from_elsewhere,
     "model.name": _from_elsewhere,
     "model.revision": _not_from_hub,
+    "model.architecture": _describes_loaded,
     "model.init_seed": _not_from_scratch,
     "model.tokenizer": _own_tokenizer,
     "model.trust_remote_code": _runs_no_code,
@@ -119,10 +127,18 @@ IDLE: Mapping[str, Callable[[RunConfig], str]] = {
 }
 """Settings that decide something in some runs only -> why one decides nothing in this run; "" where it does."""
 
+STREAM_IDLE: Mapping[str, Callable[[StreamConfig], str]] = {
+    "on_few_negatives": lambda stream: "" if getattr(stream, "num_hard_negatives", 1) else "num_hard_negatives is 0",
+    "objective.reference_world_size": lambda stream: (
+        "" if getattr(stream.objective, "gradient_scale", "") != "exact" else "objective.gradient_scale is exact"
+    ),
+}
+"""The same of a stream and its objective. Most others are refused by their format or objective where they decide nothing."""
+
 EFFECTIVE = frozenset(
     {
         *("recipe", "description", "run_dir", "seed", "max_steps", "dry_run", "resume", "notices"),
-        *("model", "model.family", "model.architecture", "model.tiny_random", "model.init_from", "model.dtype"),
+        *("model", "model.family", "model.tiny_random", "model.init_from", "model.dtype"),
         *("model.autocast", "model.attention_kernel", "model.attention_dropout", "model.gradient_checkpointing"),
         *("model.checkpoint_keeps", "model.compile", "packing.num_retained"),
         *("model.projection_dim", "lora", "lora.*", "streams", "streams.*", "optim", "optim.*"),
@@ -147,7 +163,25 @@ def idle_notices(config: RunConfig, given: Collection[str]) -> Iterator[str]:
     for key, reason in IDLE.items():
         section, _, name = key.partition(".")
         value: Any = getattr(getattr(config, section), name)
-        if key in given or section in given:
-            why = "" if value == getattr(_DEFAULTS[section], name) else reason(config)
-            if why:
-                yield f"{key}={value} has no effect here: {why}."
+        if _is_given(key, given) and value != getattr(_DEFAULTS[section], name) and (why := reason(config)):
+            yield _sentence(key, value, why)
+    for stream_name, stream in config.streams.items():
+        for key, unused in STREAM_IDLE.items():
+            parent, _, name = key.rpartition(".")
+            owner: Any = getattr(stream, parent) if parent else stream
+            defaults = {field.name: field.default for field in fields(owner)}
+            path = f"streams.{stream_name}.{key}"
+            if name not in defaults or not _is_given(path, given) or getattr(owner, name) == defaults[name]:
+                continue
+            if why := unused(stream):
+                yield _sentence(path, getattr(owner, name), why)
+
+
+def _is_given(key: str, given: Collection[str]) -> bool:
+    """Whether a setting, what is below it or a section that holds it was given."""
+    return any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in given)
+
+
+def _sentence(key: str, value: Any, why: str) -> str:
+    said = key if isinstance(value, Mapping) else f"{key}={value}"
+    return f"{said} has no effect here: {why}."

@@ -14,7 +14,7 @@ from unified_lm.core.errors import ConfigError, DataError, about
 from unified_lm.data.formats.base import hash_text
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder
 from unified_lm.data.prompts.templates import get_template
-from unified_lm.data.rows.records import PairRecord, RecordKind, Text
+from unified_lm.data.rows.records import PairRecord, RecordKind, Text, answers_of
 from unified_lm.data.sources import HELD_OUT_SEED, open_source
 
 
@@ -64,7 +64,8 @@ def retrieval_set(
     """Format held-out pairs for retrieval.
 
     Every document of the source (positives and negatives, of all rows) is searched, each text once; the first `max_queries`
-    rows ask. Equal texts are one document, so that a query finds every copy of its answer.
+    rows ask. Equal texts are one document, so that a query finds every copy of its answer, and rows of one query have each
+    other's answers (MS MARCO and lists of questions have a row per answer).
 
     Args:
         name: the stream's name, written into the samples.
@@ -93,11 +94,11 @@ def retrieval_set(
     queries: list[Sample] = []
     relevant: list[set[int]] = []
     encoded_queries = encoder.embed([(r.query.text, r.query.instruction) for r in asking], query_limit)
-    for record, encoded in zip(asking, encoded_queries, strict=True):
-        answers = {place[key] for key in (hash_text(t.text) for t in record.positives) if key in place}
-        if isinstance(encoded, Encoded) and answers:
+    for record, answers, encoded in zip(asking, answers_of(records), encoded_queries, strict=False):
+        right = {place[key] for key in (hash_text(text.text) for text in answers) if key in place}
+        if isinstance(encoded, Encoded) and right:
             queries.append(_sample(encoded, name, stream, hash_text(record.query.text)))
-            relevant.append(answers)
+            relevant.append(right)
     if not queries:
         raise DataError(f"{source.name}: no query with a usable text and answer; held-out retrieval measures nothing")
     return RetrievalSet(queries, documents, relevant)

@@ -21,6 +21,8 @@ _BLOCK_BYTES = 1 << 26
 _MAX_THREADS = 8
 _IGNORED_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Keys of a configuration that do not say what a model computes: its origin, and the dtype, which is hashed per weight."""
+_SETTINGS = ("use_cache", "attn_implementation")
+"""Keys that say how a model computes, not what, as do those that begin with an underscore."""
 
 
 def fingerprint(causal_lm: PreTrainedModel) -> str:
@@ -47,18 +49,42 @@ def identity_key(causal_lm: PreTrainedModel, whole: GatherParameters = no_gather
     Returns:
         32 hexadecimal digits, the same on every rank.
     """
-    digest = blake2b(_configuration(causal_lm).encode(), digest_size=16)
+    return broadcast_object(_content(causal_lm, whole, distributed.is_rank0()))
+
+
+def held_weights_key(causal_lm: PreTrainedModel) -> str:
+    """A hash of every byte of every weight that this rank holds, so that ranks can compare them; partitioned ones are empty."""
+    return _content(causal_lm, no_gathering, True)
+
+
+def configuration_facts(causal_lm: PreTrainedModel) -> dict[str, str]:
+    """What a model's configuration says that it computes: dotted key -> JSON value."""
+    known = {key: value for key, value in _plain_configuration(causal_lm).items() if key not in _SETTINGS and key[0] != "_"}
+    return dict(_leaves(known, ""))
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else key)
+    else:
+        yield path, json.dumps(value, sort_keys=True, default=str)
+
+
+def _content(causal_lm: PreTrainedModel, whole: GatherParameters, reads: bool) -> str:
+    """Gather every weight, and hash all where `reads`."""
+    digest = blake2b(json.dumps(_plain_configuration(causal_lm), sort_keys=True, default=str).encode(), digest_size=16)
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:
         for name, parameter in causal_lm.named_parameters():
             with whole([parameter]):
-                if distributed.is_rank0():
+                if reads:
                     digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
                     # Blocks are hashed in parallel, and their digests in order, so the result does not depend on the threads.
                     for block in threads.map(_hash, _blocks(parameter.detach())):
                         digest.update(block)
-        if distributed.is_rank0():
+        if reads:
             digest.update(buffers_key(causal_lm).encode())
-    return broadcast_object(digest.hexdigest())
+    return digest.hexdigest()
 
 
 def buffers_key(causal_lm: PreTrainedModel) -> str:
@@ -71,8 +97,9 @@ def buffers_key(causal_lm: PreTrainedModel) -> str:
     return digest.hexdigest() if found else ""
 
 
-def _configuration(causal_lm: PreTrainedModel) -> str:
-    return json.dumps(_without_origin(causal_lm.config.to_dict()), sort_keys=True, default=str)
+def _plain_configuration(causal_lm: PreTrainedModel) -> dict[str, Any]:
+    plain: dict[str, Any] = _without_origin(causal_lm.config.to_dict())
+    return plain
 
 
 def _without_origin(value: Any) -> Any:

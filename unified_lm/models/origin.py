@@ -109,6 +109,17 @@ def base_of(adapter: Adapter, origin: Origin, config: ModelConfig) -> Origin:
     return base
 
 
+def weights_origin(config: ModelConfig) -> Origin:
+    """Where the configuration and most weights of a model come from: of an adapter, its base.
+
+    Raises:
+        ModelError: no such source, directory or run, or no base.
+    """
+    origin = locate(config)
+    adapter = find_adapter(origin.location, origin.revision)
+    return origin if adapter is None else base_of(adapter, origin, config)
+
+
 def merged_origin(adapter: Adapter, origin: Origin, base: Origin) -> Origin:
     """What the provenance says of a base with an adapter merged into it: the adapter is one more stage of its history."""
     own = Path(adapter.location) / MANIFEST

@@ -10,7 +10,7 @@ from tests.data.prompts.test_templates import TEXTS, stock_prompt_length
 from tests.data.prompts.tokenizers_for_tests import TOKENIZERS, chat_byte_level
 from unified_lm.core.errors import ConfigError
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder, Rejection
-from unified_lm.data.prompts.templates import Template, get_template
+from unified_lm.data.prompts.templates import TEMPLATES, Template, get_template
 from unified_lm.models.tiny import tiny_tokenizer
 
 
@@ -31,6 +31,33 @@ def test_every_text_ends_with_one_pooled_end_token_also_when_cut(kind: str, name
             start = 0 if template.pools_prompt else stock_prompt_length(tokenizer, prompt)
             assert encoded.spans == ((start, len(encoded.ids)),)
             assert encoded.truncated == (len(bare) >= limit)
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+def test_any_template_can_end_texts_with_a_pooled_token_or_says_why_not(kind: str, name: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    if TEMPLATES[name].suffix:
+        with pytest.raises(ConfigError, match="whose last token is what is pooled"):
+            get_template(f"{name}+eos")
+        return
+    for limit in (512, 40):
+        encoder = PromptEncoder(get_template(f"{name}+eos"), tokenizer)
+        assert encoder.ends_texts
+        for encoded in encoder.embed([(text, "") for text in TEXTS], limit):
+            if encoded is not Rejection.STRADDLES:
+                assert isinstance(encoded, Encoded)
+                assert encoded.ids[-1] == tokenizer.eos_token_id
+                assert encoded.spans[0][1] == len(encoded.ids)
+
+
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+def test_what_stands_after_every_text_is_its_end(kind: str) -> None:
+    """A suffix is; the second copy of an echoed text is not, whatever its tokenizer adds after it."""
+    ends = {
+        name: PromptEncoder(get_template(name), TOKENIZERS[kind]()).ends_texts for name in ("prompt_eol", "echo", "echo+eos")
+    }
+    assert ends == {"prompt_eol": True, "echo": False, "echo+eos": True}
 
 
 def test_the_end_is_a_special_token_of_the_tokenizer() -> None:

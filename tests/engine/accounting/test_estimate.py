@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -158,6 +160,26 @@ def test_a_local_folder_is_enough(tmp_path: Any) -> None:
     (tmp_path / "export").mkdir()
     tiny_model("llama").config.save_pretrained(tmp_path / "export")
     assert model_configuration(ModelConfig(init_from=str(tmp_path))).model_type == "llama"
+
+
+@pytest.mark.parametrize("key", ["name", "init_from"])
+def test_an_adapter_is_as_large_as_its_base(tmp_path: Any, key: str) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    settings = PeftConfig(target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), settings).save_pretrained(tmp_path / "adapter")
+    found = model_configuration(ModelConfig(**{key: str(tmp_path / "adapter")}, architecture={}))
+    assert found.model_type == "llama"
+    arguments = ["recipe=llm2vec_simcse", f"model.{key}={tmp_path}/adapter", "model.family=llama", "model.architecture={}"]
+    assert estimate(compose_run(arguments)).num_parameters >= sum(map(torch.numel, model.parameters()))
+
+
+def test_an_export_counts_before_the_description_of_a_recipe(tmp_path: Any) -> None:
+    """`grit_mistral7b` describes 7 billion parameters; a run from another export is as large as that."""
+    tiny_model("mistral").save_pretrained(tmp_path)
+    described = compose_run(["recipe=grit_mistral7b"]).model
+    assert model_configuration(replace(described, init_from=str(tmp_path))).hidden_size < described.architecture["hidden_size"]
+    assert model_configuration(replace(described, init_from="no/such")).hidden_size == described.architecture["hidden_size"]
 
 
 def test_balanced_routers_forward_every_sample_twice() -> None:

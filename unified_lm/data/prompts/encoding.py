@@ -152,7 +152,9 @@ class PromptEncoder:
 
     @property
     def ends_texts(self) -> bool:
-        """Whether every embedded text, also a truncated one, ends with a token of its own: what last-token pooling needs."""
+        """Whether the last pooled token is the same for every text, also a truncated one: what last-token pooling needs."""
+        if self.template.surrounds:  # a tokenizer's own end stands after what is pooled
+            return bool(self.template.suffix or self.template.embedding_end)
         return bool(self._trailing)
 
     @property
@@ -197,7 +199,8 @@ class PromptEncoder:
             return Rejection.STRADDLES
         ids = np.asarray([*self._leading, *tokens.ids, *self._trailing], dtype=np.int32)
         first = len(self._leading)
-        return Encoded(ids, ((first + tokens.start, first + len(tokens.ids)),), tokens.truncated)
+        end = len(ids) if self.template.embedding_end else first + len(tokens.ids)
+        return Encoded(ids, ((first + tokens.start, end),), tokens.truncated)
 
     def _surrounded(self, instruction: str) -> SurroundedPrompt:
         template = self.template

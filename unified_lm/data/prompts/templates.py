@@ -51,6 +51,7 @@ class Template:
             quotes become single ones, and underscores spaces, as MOEE's published prompts have it.
         embedding_end: special token that ends every embedded text, also a truncated one, and is pooled; "{eos}" stands for the
             tokenizer's EOS token. It is for tokenizers that add no end: where one adds its own, that one stays the only one.
+            It excludes a suffix.
         joined: whether one token may hold the last characters of the prompt and the first of the text; else such texts are
             refused. The ids are those of the whole string in either case. The pooled span then begins where it does in
             sentence-transformers: after as many tokens as the prompt alone has, so that a token across the border belongs
@@ -71,6 +72,13 @@ class Template:
     embedding_end: str = ""
     joined: bool = False
     pools_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        if self.suffix and self.embedding_end:
+            raise ConfigError(
+                f"template '{self.name}' ends every text with {self.suffix!r}, whose last token is what is pooled; an end of "
+                f"text after it would be pooled instead. Use it without embedding_end ({WITH_EOS})."
+            )
 
     @property
     def signature(self) -> str:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from unified_lm.config.streams import RecordKind
 
-__all__ = ["ChatRecord", "GroundedRecord", "PairRecord", "PreferenceRecord", "Record", "RecordKind", "Text", "TextRecord"]
+__all__ = [
+    "ChatRecord",
+    "GroundedRecord",
+    "PairRecord",
+    "PreferenceRecord",
+    "Record",
+    "RecordKind",
+    "Text",
+    "TextRecord",
+    "answers_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +35,14 @@ class PairRecord:
     query: Text
     positives: tuple[Text, ...]
     negatives: tuple[Text, ...] = ()
+
+
+def answers_of(pairs: Sequence[PairRecord]) -> list[tuple[Text, ...]]:
+    """Per row the texts that answer its query in any row: sets such as MS MARCO have one row per answer."""
+    answers: dict[str, dict[Text, None]] = {}
+    for pair in pairs:
+        answers.setdefault(pair.query.text.strip(), {}).update(dict.fromkeys(pair.positives))
+    return [tuple(answers[pair.query.text.strip()]) for pair in pairs]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -24,9 +23,9 @@ from unified_lm.core.errors import ModelError
 from unified_lm.engine.accounting.state_bytes import Sizes, state_bytes
 from unified_lm.engine.coupled import forwarded_twice
 from unified_lm.models.architecture import blaming_architecture, described_config
-from unified_lm.models.embedded import embedded_directory
 from unified_lm.models.frozen import freeze
 from unified_lm.models.lora import apply_lora, linear_module_names
+from unified_lm.models.origin import weights_origin
 from unified_lm.models.precision import AUTO, auto_dtype
 from unified_lm.models.tiny import tiny_config
 from unified_lm.objectives.cross_entropy import TILE_BYTES
@@ -137,31 +136,32 @@ def estimate(config: RunConfig, world_size: int = 1) -> Estimate:
 
 
 def model_configuration(model: ModelConfig) -> PretrainedConfig:
-    """The transformers configuration of a model: from the recipe where it is written down, else from the disk or the Hub.
+    """The transformers configuration of a model, an adapter's base among them: what the run would load, or a description of it.
+
+    A recipe's `architecture` describes its own base, so `init_from` counts before it, once there is an export.
 
     Raises:
         ModelError: nothing says what the model looks like.
     """
-    if model.architecture and not model.tiny_random:
-        return described_config(model)
-    if model.tiny_random:
-        return tiny_config(model.family)
-    place = str(embedded_directory(model.name)) if model.source == "embedded" else model.name
-    if model.init_from is not None:
-        candidates = (Path(model.init_from) / "export", Path(model.init_from))
-        place = next((str(folder) for folder in candidates if (folder / "config.json").is_file()), model.init_from)
+    described = tiny_config(model.family) if model.tiny_random else described_config(model) if model.architecture else None
+    if described is not None and model.init_from is None:
+        return described
     try:
-        return AutoConfig.from_pretrained(place, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+        base = weights_origin(model)
+        return AutoConfig.from_pretrained(base.location, revision=base.revision, trust_remote_code=model.trust_remote_code)
+    except (ModelError, OSError, ValueError) as error:
+        if described is not None:  # an earlier stage of a chain that has not been run
+            return described
         raise ModelError(
-            f"cannot estimate: no configuration of the model '{place}' at hand ({str(error).splitlines()[0]}). "
-            "Give model.family and model.architecture={hidden_size: ..., ...}, or a local folder."
+            f"cannot estimate: no configuration of the model '{model.init_from or model.name}' at hand "
+            f"({str(error).splitlines()[0]}). Give model.family and model.architecture={{hidden_size: ..., ...}}, or a local "
+            "folder."
         ) from error
 
 
 def _build_without_storage(config: PretrainedConfig, described: ModelConfig) -> PreTrainedModel:
     with blaming_architecture(described), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=described.trust_remote_code)
     if not any(parameter.numel() for parameter in model.parameters()):
         raise ModelError(f"model.architecture: a {described.family} model of these sizes has no parameters.")
     return model

@@ -12,7 +12,7 @@ from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import DataError
 from unified_lm.core.random import derive_seed
 from unified_lm.core.user_files import user_path
-from unified_lm.data.rows.records import PairRecord, RecordKind, Text, TextRecord
+from unified_lm.data.rows.records import PairRecord, RecordKind, Text, TextRecord, answers_of
 from unified_lm.data.sources import open_source
 from unified_lm.evaluation.embedding.offline import DESCRIPTION, Kind, read_task
 from unified_lm.evaluation.embedding.offline_files import Layout, read_fields
@@ -179,7 +179,7 @@ def read_retrieval(source: str, limit: int | None) -> RetrievalPairs:
     for row in rows:
         for text in (*row.positives, *row.negatives):
             index_of.setdefault(text, len(index_of))
-    relevant = [{index_of[text] for text in row.positives} for row in rows]
+    relevant = [{index_of[text] for text in answers} for answers in answers_of(rows)]
     return RetrievalPairs(records.name, [row.query for row in rows], list(index_of), relevant)
 
 

@@ -22,7 +22,7 @@ from unified_lm.batch import IGNORE, Sample, consecutive_blocks, make_pack
 from unified_lm.core.errors import DataError
 from unified_lm.data.prompts.encoding import Encoded, Rejection
 from unified_lm.data.prompts.layouts import DOCUMENTS, LAYOUTS, QUESTION
-from unified_lm.data.rows.records import GroundedRecord
+from unified_lm.data.rows.records import GroundedRecord, answers_of
 from unified_lm.evaluation.bootstrap import Interval, bootstrap_interval
 from unified_lm.models.embedding import sample_states
 from unified_lm.models.headless import require_head
@@ -104,7 +104,7 @@ def retrieve(
 
 def recall(rows: Sequence[GroundedRecord], found: Sequence[Sequence[Passage]], k: int) -> dict[int, float]:
     """Recall at 1, 3, 5, ... k: the share of questions with a right document among so many passages."""
-    right = [{text_id(text.text) for text in row.pair.positives} for row in rows]
+    right = [{text_id(text.text) for text in answers} for answers in answers_of([row.pair for row in rows])]
     ranks = [
         next((rank for rank, passage in enumerate(passages, 1) if passage.document.id in ids), k + 1)
         for passages, ids in zip(found, right, strict=True)
