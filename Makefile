@@ -46,7 +46,7 @@ format: $(READY) ## rewrite the sources in the house style
 docs: $(READY) ## serve the documentation on loopback
 	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8000
 
-bench: $(READY) ## the ratios that this project claims, measured here, as docs/benchmarks.md (an hour)
+bench: $(READY) ## the ratios that this project claims, measured here, as docs/benchmarks.md (20 minutes on 2 idle cores)
 	$(BIN)/python benchmarks/table.py
 
 clean: ## remove the environment and what builds left

@@ -1,8 +1,10 @@
-"""Peak memory of loading a model and of exporting it, in bytes per parameter, with a random Llama model with adapters.
+"""Peak memory of loading a model, of a run's start and of exports, in bytes per parameter, with a random Llama model.
 
-Three measurements, each in a process of its own, above what the process takes once its libraries are imported: `load_model`;
-`export_model` beside a loaded model, as a run exports itself; and `unified-lm export RUN`. Resident memory counts pages of
-memory-mapped files, which the system takes back when it needs them; anonymous memory is what must be there.
+Each measurement is in a process of its own, above what the process takes once its libraries are imported: `load_model`;
+`start`, a run until its first step (rows read, leaks probed, nothing trained), with adapters or `full`; `resume`, the same of a
+finished run, whose checkpoint is read; `export_model` beside a loaded model with adapters, as a run exports itself; and
+`unified-lm export RUN`. Resident memory counts pages of memory-mapped files, which the system takes back when it needs them;
+anonymous memory is what must be there.
 
 Usage: python benchmarks/export_memory.py [--parameters 1e9] [--dtype bfloat16]
 """
@@ -23,8 +25,10 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from unified_lm.assembly import build_run
 from unified_lm.assembly.checkpoints import export_checkpoint
 from unified_lm.cli.script import train
+from unified_lm.composition.compose import compose_run
 from unified_lm.config.schema import VERIFICATIONS, LoraConfig, ModelConfig
 from unified_lm.data.prompts.templates import get_template
 from unified_lm.export.directory import export_model
@@ -34,6 +38,7 @@ from unified_lm.models.lora import apply_lora
 from unified_lm.models.tiny import tiny_tokenizer
 
 LORA = LoraConfig(r=16, alpha=32.0, dropout=0.0)
+STAGES = ("load", "start", "resume", "export", "command")
 _WIDTH, _WIDE, _VOCABULARY = 2048, 5632, 32_000
 
 
@@ -88,15 +93,15 @@ def load(base: Path, dtype: str) -> LoadedModel:
     return load_model(ModelConfig(name=str(base), family="llama", dtype=dtype))
 
 
-def write_run(base: Path, folder: Path, dtype: str) -> None:
-    """A run of one step with adapters, not exported."""
+def run_arguments(base: Path, folder: Path, dtype: str, *, full: bool = False) -> list[str]:
+    """A run of one step, with adapters or all weights, not exported."""
     rows = folder / "rows.jsonl"
     rows.write_text('{"text": "one sentence"}\n{"text": "another one"}\n')
     model = ["model.source=hub", f"model.name={base}", "model.family=llama", f"model.dtype={dtype}"]
     stream = ["streams.simcse.batch_size=2", f"streams.simcse.sources=[{{path: {rows}}}]"]
     lora = ["lora=all_linear", f"lora.r={LORA.r}", f"lora.alpha={LORA.alpha}", f"lora.dropout={LORA.dropout}"]
-    run = ["max_steps=1", "export.enabled=false", "logging.progress=false", f"run_dir={folder / 'run'}"]
-    train(["recipe=llm2vec_simcse", *model, *stream, *lora, *run])
+    run = ["max_steps=1", "export.enabled=false", "logging.progress=false", f"run_dir={folder / ('full' if full else 'run')}"]
+    return ["recipe=llm2vec_simcse", *model, *stream, *(["lora=none"] if full else lora), *run]
 
 
 def measure(stage: str, folder: Path, dtype: str, verify: str) -> None:
@@ -107,6 +112,10 @@ def measure(stage: str, folder: Path, dtype: str, verify: str) -> None:
     with peaks(found):
         if stage == "command":
             export_checkpoint(folder / "run", out, Console(stderr=True), verify=verify)
+        elif stage == "start":
+            build_run(compose_run([*run_arguments(base, folder, dtype, full=verify == "full"), f"run_dir={out}"]))
+        elif stage == "resume":
+            train([*run_arguments(base, folder, dtype), "resume=auto"])
         else:
             loaded = load(base, dtype)
         if stage == "export":
@@ -126,18 +135,19 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, default=1e9)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--verify", choices=VERIFICATIONS, default="off", help=argparse.SUPPRESS)
-    parser.add_argument("--stage", choices=("base", "run", "load", "export", "command"), help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=("base", "run", *STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage == "base":
         write_base(options.folder / "base", options.parameters, options.dtype)
     elif options.stage == "run":
-        write_run(options.folder / "base", options.folder, options.dtype)
+        train(run_arguments(options.folder / "base", options.folder, options.dtype))
     elif options.stage:
         measure(options.stage, options.folder, options.dtype, options.verify)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            measured = [("load", "off"), *((stage, verify) for verify in VERIFICATIONS for stage in ("export", "command"))]
+            starts = [("load", "off"), ("start", "off"), ("resume", "off"), ("start", "full")]
+            measured = [*starts, *((stage, verify) for verify in VERIFICATIONS for stage in ("export", "command"))]
             for stage, verify in [("base", "off"), ("run", "off"), *measured]:
                 arguments = [*sys.argv[1:], "--stage", stage, "--folder", folder, "--verify", verify]
                 quiet = stage in ("base", "run")

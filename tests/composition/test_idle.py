@@ -95,7 +95,7 @@ def test_a_setting_that_decides_nothing_is_told_where_it_is_given(key: str) -> N
 NEGATIVES = "streams.embedding.num_hard_negatives"
 STREAM_CASES = {
     "on_few_negatives": ("skip", f"{NEGATIVES}=0", f"{NEGATIVES}=1"),
-    "objective.reference_world_size": ("8", SMALL, "streams.embedding.objective.gradient_scale=inverse_world_size"),
+    "objective.reference_world_size": ("8", "seed=7", "streams.embedding.objective.gradient_scale=inverse_world_size"),
 }
 """Setting of a stream -> a value, an argument with which it decides nothing, and one with which it does."""
 
@@ -113,8 +113,7 @@ def test_a_setting_of_a_stream_that_decides_nothing_is_told(key: str) -> None:
 def test_shares_of_a_single_source_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """How many sources there are is known once they are open: a folder holds several."""
     arguments = small_run(tmp_path, tmp_path / "run", "streams.generation.source_temperature=0.5")
-    arguments.append("streams.embedding.mix_sources=true")
-    build_run(compose_run([*arguments, "streams.embedding.sources.0.weight=3"]))
+    build_run(compose_run([*arguments, "streams.embedding.sources.0.weight=3", "streams.embedding.mix_sources=true"]))
     told = capsys.readouterr().err
     assert "streams.generation.source_temperature=0.5 has no effect here: the stream has one source" in told
     assert "streams.embedding.sources.0.weight=3 has no effect here" in told
