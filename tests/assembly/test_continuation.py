@@ -99,6 +99,19 @@ def test_a_changed_setting_is_refused_printed_or_free() -> None:
     assert {change_of(key) for key, _ in VARIANTS} == set(Change)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("seed", "lora.alpha", "lora.r", "model.pooling", "model.projection_dim"),
+        *(f"optim.{name}" for name in ("learning_rate", "betas", "schedule", "weight_decay")),
+        *(f"streams.embedding.{name}" for name in ("objective.temperature", "objective.weight", "batch_size", "attention")),
+    ],
+)
+def test_what_is_trained_and_how_makes_another_run(key: str) -> None:
+    assert change_of(key) is Change.REFUSED
+    assert change_of("max_steps") is Change.REPORTED
+
+
 def test_what_the_same_run_goes_on_with_is_not_mentioned() -> None:
     assert check_continuation(whole_run(), whole_run()) == []
 
