@@ -16,6 +16,7 @@ from unified_lm.core.outputs import check_folder
 from unified_lm.core.user_files import parse_json
 from unified_lm.engine.validation_items import FOLDER as ITEMS
 from unified_lm.engine.wandb_run import RUN_FILE
+from unified_lm.export.manifest import MERGED
 
 EXPORT = "export"
 """The folder inside a run's folder that its export is written to."""
@@ -59,7 +60,7 @@ def _refuse(config: RunConfig, run_dir: Path) -> None:
         _refuse_foreign_copies(Path(config.checkpoint.copy_to))
     if config.export.enabled:
         starts = [Path(name) for name in (config.model.init_from, config.model.name, config.model.tokenizer) if name]
-        check_folder(run_dir / EXPORT, [*starts, *(start / EXPORT for start in starts)])
+        check_folder(run_dir / EXPORT, MERGED, [*starts, *(start / EXPORT for start in starts)])
     _refuse_to_overwrite(config, run_dir)
 
 

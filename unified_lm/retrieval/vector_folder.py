@@ -121,7 +121,7 @@ def check_place(folder: Path) -> None:
     own, temporary = (_LOCK, _PARTIAL, DOCUMENTS, MANIFEST, SHARDS), (f".{DOCUMENTS}.", f".{MANIFEST}.")
     found = [path.name for path in folder.iterdir()] if folder.is_dir() and not folder.is_symlink() else []
     if _LOCK not in found or not all(name in own or name.startswith(temporary) for name in found):
-        check_folder(folder)
+        check_folder(folder, None)
 
 
 def embed_documents(
