@@ -1,5 +1,6 @@
 """One process at a time writes to the folder of a run, and no run writes over what is not a run's."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from tests.core.test_folder_lock import holder
 from tests.engine.small_run import small_run
 from unified_lm.assembly import stages
 from unified_lm.assembly.ablation.folder import begin, mark_failed
+from unified_lm.assembly.run_folder import leave, occupy, refuse_foreign
+from unified_lm.checkpoint.store import list_checkpoints
 from unified_lm.cli.script import train
 from unified_lm.composition.compose import compose
-from unified_lm.config.schema import SweepConfig
+from unified_lm.config.schema import RunConfig, SweepConfig
 from unified_lm.core.errors import CheckpointError, DataError, OutputError
 from unified_lm.core.folder_lock import LOCK_FILE
 
@@ -81,6 +84,40 @@ def test_a_lock_alone_makes_no_folder_of_a_run(name: str, tmp_path: Path) -> Non
     assert files(project) == before
 
 
+@pytest.mark.parametrize(
+    "content",
+    ['{"mine": 1}\n', '{"step": 1}\n', '{"step": 1, "loss": 2.0, "step_seconds": 0.5}\n', "step", "\n", "[]\n", '"step"'],
+)
+def test_a_lock_and_metrics_of_the_users_make_no_folder_of_a_run(content: str, tmp_path: Path) -> None:
+    """Whatever they look like: with resume=auto they would be cut."""
+    project = tmp_path / "proj"
+    project.mkdir()
+    (project / LOCK_FILE).touch()
+    (project / "metrics.jsonl").write_text(content)
+    before = files(project)
+    for more in ("resume=none", "resume=auto"):
+        with pytest.raises(OutputError, match=r"is not the folder of a run, and holds metrics\.jsonl"):
+            train(small_run(tmp_path, project, "max_steps=1", more))
+    assert files(project) == before
+
+
+def test_a_start_from_a_copy_that_was_killed_before_its_record_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metrics are there by then: those of the copy."""
+    arguments = small_run(tmp_path, tmp_path / "run", f"checkpoint.copy_to={tmp_path / 'copies'}", "checkpoint.every=1")
+    train([*arguments, "max_steps=1"])
+    shutil.rmtree(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "write_record", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train([*arguments, "max_steps=2", "resume=auto"])
+    found = tmp_path / "run" / "metrics.jsonl"
+    assert found.read_bytes() == (tmp_path / "copies" / "step-00000001" / "metrics.jsonl").read_bytes() != b""
+    with pytest.raises(OutputError, match=r"holds metrics\.jsonl"):
+        refuse_foreign(tmp_path / "run")
+    train([*arguments, "max_steps=2", "resume=auto"])
+    assert [json.loads(line)["step"] for line in found.read_text().splitlines()] == [1, 2]
+
+
 @pytest.mark.parametrize("after", ["assemble_run", "_report", "write_record", "write_text"])
 def test_a_start_that_was_killed_before_its_first_step_goes_on(
     after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,6 +150,61 @@ def test_two_runs_do_not_share_a_folder_of_copies(tmp_path: Path) -> None:
     assert (tmp_path / "copies" / "latest").read_text() == "step-00000001\n"
     train([a for a in arguments if not a.startswith("max_steps")] + ["max_steps=2", "resume=auto"])
     assert (tmp_path / "copies" / "latest").read_text() == "step-00000002\n"
+
+
+def may_start(arguments: list[str]) -> None:
+    """What a start checks of its folders, and nothing else of it."""
+    config = compose(arguments)
+    assert isinstance(config, RunConfig)
+    run_dir = Path(config.run_dir)
+    try:
+        occupy(config, run_dir)
+    finally:
+        leave(config)
+
+
+def test_copies_of_another_run_stay(tmp_path: Path) -> None:
+    """However this run starts; and a run finds its own again, wherever it was when they were made."""
+    a, b, copies = (tmp_path / name for name in ("a", "b", "copies"))
+
+    def arguments(run_dir: Path, resume: object, *more: str) -> list[str]:
+        return small_run(tmp_path, run_dir, "checkpoint.every=1", "checkpoint.keep_last=3", f"resume={resume}", *more)
+
+    copied = f"checkpoint.copy_to={copies}"
+    train(arguments(a, "none", "max_steps=2", copied))
+    train(arguments(b, "none", "max_steps=1"))
+    before = files(copies)
+    assert len(list_checkpoints(copies)) == 2
+    refused = [
+        (b, "auto"),
+        (b, b),
+        (b, b / "checkpoints" / "step-00000001"),
+        (tmp_path / "new", b),
+        (tmp_path / "new", a),  # a branch of the run whose copies they are
+        (tmp_path / "new", "none"),
+    ]
+    for run_dir, resume in refused:
+        with pytest.raises(CheckpointError, match=r"copies already holds checkpoints of a.* nothing was changed\. "):
+            may_start(arguments(run_dir, resume, "max_steps=3", copied))
+        assert files(copies) == before, (run_dir, resume)
+    for run_dir, resume in ((a, "auto"), (a, a), (tmp_path / "new", "auto"), (tmp_path / "new", copies)):
+        may_start(arguments(run_dir, resume, "max_steps=3", copied))
+    a.rename(tmp_path / "moved")
+    may_start(arguments(tmp_path / "moved", "auto", "max_steps=3", copied))
+    # On another machine, from the copies alone; killed after a checkpoint of its own and before that was copied.
+    train(arguments(tmp_path / "there", "auto", "max_steps=3", copied))
+    shutil.rmtree(copies / "step-00000003")
+    may_start(arguments(tmp_path / "there", "auto", "max_steps=3", copied))
+    # Without metrics nothing is certain but the recipe.
+    for copy in list_checkpoints(copies):
+        (copy / "metrics.jsonl").write_text("")
+    may_start(arguments(b, "auto", "max_steps=3", copied))
+    for copy in list_checkpoints(copies):
+        state = json.loads((copy / "state.json").read_text())
+        state["settings"]["recipe"] = "another"
+        (copy / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="of another run"):
+        may_start(arguments(b, "auto", "max_steps=3", copied))
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "folder"])

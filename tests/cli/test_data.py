@@ -84,6 +84,39 @@ def test_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean 'exact'" in capsys.readouterr().err
 
 
+def test_overlap_writes_rows_as_they_are_or_not_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "eval.tsv").write_text("sentence1\na text that is in both sets\n")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("two  spaces between\ta tab and words\na text that is in both sets\n")
+    clean = tmp_path / "out" / "clean.txt"
+    more = [str(tmp_path / "eval.tsv"), "--kinds", "exact", "--write"]
+    assert main(["data", "overlap", str(texts), *more, str(clean)]) == 0
+    assert clean.read_text() == "two  spaces between\ta tab and words\n"
+    before = clean.read_bytes()
+    tagged = tmp_path / "tagged.jsonl"
+    tagged.write_text('{"text": "a text"}\n{"text": "another text", "label": 1}\n')
+    capsys.readouterr()
+    for rows, told in (
+        (pairs(tmp_path / "rows.jsonl"), "rows.jsonl, line 1 has the columns"),
+        (tagged, "line 2 has the columns"),
+    ):
+        assert main(["data", "overlap", str(rows), *more, str(clean)]) == 2
+        assert told in capsys.readouterr().err
+        assert clean.read_bytes() == before
+    missing = [
+        "data",
+        "overlap",
+        str(tagged),
+        str(tmp_path / "eval.tsv"),
+        "--columns",
+        "none",
+        "--write",
+        str(tmp_path / "a.csv"),
+    ]
+    assert main(missing) == 2
+    assert "expected a name that ends in .jsonl" in capsys.readouterr().err, "before the evaluation sets are read"
+
+
 def test_the_former_spelling_of_a_kind_is_accepted(tmp_path: Path) -> None:
     rows, report = pairs(tmp_path / "rows.jsonl"), tmp_path / "overlap.yaml"
     (tmp_path / "eval.tsv").write_text("sentence1\nQuestion 3 about TEA!\n")

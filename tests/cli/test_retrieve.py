@@ -66,6 +66,9 @@ def test_mistakes(index: Path, folder: Path, tmp_path: Path, capsys: pytest.Capt
     common = ["--model", str(folder), "--device", "cpu", "--out"]
     with pytest.raises(DataError, match=r"line 1: no text under 'text' among \[body\]"):
         retrieve.index([str(rows), *common, str(tmp_path / "new")])
+    with pytest.raises(DataError, match="no such file"):
+        retrieve.index([str(tmp_path / "missing.txt"), *common, str(tmp_path / "new"), "--states", "none"])
+    assert not (tmp_path / "new").exists(), "what cannot be read makes no index, whose settings would be in the way"
     retrieve.index([str(rows), "--column", "body", *common, str(tmp_path / "new")])
     with pytest.raises(DataError, match="the question is empty"):
         retrieve.ask([str(index), " ", "--device", "cpu"])

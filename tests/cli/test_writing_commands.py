@@ -6,17 +6,23 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from hashlib import blake2b
 from pathlib import Path
 
 import pytest
 
 from tests.cli.all_commands import commands
+from tests.core.test_outputs import forget_kinds
 from tests.engine.small_run import small_run
 from tests.inference.conftest import exported  # noqa: F401 - the fixture
 from tests.reporting.test_report import write_run
+from unified_lm.cli.experts import CORRELATION, DOMAINS, ROUTING
 from unified_lm.cli.main import main
-from unified_lm.core.outputs import write_file, write_folder
+from unified_lm.cli.upcycle import UPCYCLED
+from unified_lm.core.errors import OutputError
+from unified_lm.core.outputs import FolderKind, write_file, write_folder, write_text_file
+from unified_lm.export.manifest import ADAPTER, FOR_ENGINE, MERGED, STANDARDIZED
 
 READERS = frozenset({"search", "generate", "recipes", "ask", "chat", "experts explain"})
 """Commands that write nothing."""
@@ -153,8 +159,8 @@ def place(tmp_path: Path, exported: Callable[..., Path], monkeypatch: pytest.Mon
     return Place(tmp_path / "home", exported())
 
 
-def refused(place: Place, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Run a command that must change nothing, and say so."""
+def refused(place: Place, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must change nothing, and say so; returns what it says."""
     if arguments[:2] == ["eval", "lm"]:
         pytest.importorskip("lm_eval")
     if arguments[0] == "train" or arguments[0] == "inspect":
@@ -167,6 +173,7 @@ def refused(place: Place, arguments: list[str], capsys: pytest.CaptureFixture[st
         message
     )
     assert tree(place.root) == before
+    return message
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,13 +209,21 @@ def test_a_run_is_not_replaced_by_its_own_export(place: Place, capsys: pytest.Ca
     refused(place, ["export", str(place.run), "--out", str(place.run)], capsys)
 
 
-FOLDERS = frozenset(
-    {
-        *("export", "export, engine", "export --adapter", "upcycle", "standardize", "index", "train"),
-        *("experts routing", "experts domains", "experts correlate"),
-    }
-)
-"""Commands whose output is a folder, which is replaced as a whole."""
+FOLDERS: Mapping[str, FolderKind] = {
+    "export": MERGED,
+    "export, engine": FOR_ENGINE,
+    "export --adapter": ADAPTER,
+    "upcycle": UPCYCLED,
+    "standardize": STANDARDIZED,
+    "train": MERGED,
+    "experts routing": ROUTING,
+    "experts domains": DOMAINS,
+    "experts correlate": CORRELATION,
+}
+"""Commands whose output is a folder, which is replaced as a whole, and its kind."""
+
+EMPTY_PLACES = ("index", "embed")
+"""Commands that fill a folder of their own step by step, and begin in an empty one."""
 
 
 def with_each_input_in_the_output(command: str, place: Place, target: Path) -> Iterator[list[str]]:
@@ -224,7 +239,7 @@ def with_each_input_in_the_output(command: str, place: Place, target: Path) -> I
             continue
         source = Path(value)
         content = source.read_bytes() if source.is_file() else b"years of work"
-        if command not in FOLDERS:
+        if command not in FOLDERS and command not in EMPTY_PLACES:
             if source.is_dir():
                 continue  # a folder cannot be the file that is written
             target.unlink(missing_ok=True)
@@ -232,7 +247,11 @@ def with_each_input_in_the_output(command: str, place: Place, target: Path) -> I
             read = target
         else:
             read = target / (source.name if source.suffix else "inner.txt")
-            write_folder(target, lambda path, name=read.name, content=content: (path / name).write_bytes(content))
+            write_folder(
+                target,
+                FOLDERS.get(command, MERGED),
+                lambda path, name=read.name, content=content: (path / name).write_bytes(content),
+            )
         yield [*arguments[:index], f"{name}{equals}{read}", *arguments[index + 1 :]]
 
 
@@ -258,7 +277,9 @@ def test_the_export_of_a_run_that_is_read_is_not_replaced(
     command: str, place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = place.root / "out"
-    write_folder(run / "export", lambda path: shutil.copytree(place.model, path, dirs_exist_ok=True))
+    write_folder(
+        run / "export", FOLDERS.get(command, MERGED), lambda path: shutil.copytree(place.model, path, dirs_exist_ok=True)
+    )
     arguments = WHOLE[command](place, run / "export")
     models = [index for index, argument in enumerate(arguments) if argument in (str(place.root / "missing"), str(place.model))]
     arguments[models[0]] = str(run)
@@ -267,7 +288,7 @@ def test_the_export_of_a_run_that_is_read_is_not_replaced(
 
 def test_a_run_does_not_replace_what_it_starts_from(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     run = place.root / "out"
-    write_folder(run / "export", lambda path: shutil.copytree(place.model, path, dirs_exist_ok=True))
+    write_folder(run / "export", MERGED, lambda path: shutil.copytree(place.model, path, dirs_exist_ok=True))
     (run / "run.json").write_text('{"recipe": "grit", "starts": []}')
     refused(place, _training(place, run, "export.enabled=true", f"model.init_from={run}", "resume=auto"), capsys)
 
@@ -286,3 +307,58 @@ def test_outputs_of_ours_are_written_again(place: Place) -> None:
 def test_every_command_is_in_this_test() -> None:
     tested = {name.partition(",")[0] for name in (*WHOLE, *INSIDE)}
     assert commands().keys() - READERS - tested == {"demo"}, "demo trains with a run_dir of its own, as train does"
+
+
+def folder_of(kind: FolderKind, target: Path) -> Path:
+    """An output of a kind, as far as the record tells."""
+    write_folder(target, kind, lambda building: (building / kind.mark).write_text("days of work"))
+    return target
+
+
+def try_to_replace(target: Path, kind: FolderKind, *, allowed: bool) -> None:
+    """A command of this kind replaces the folder, or leaves it as it is."""
+    before = tree(target)
+    with nullcontext() if allowed else pytest.raises(OutputError, match="holds other outputs of unified_lm"):
+        write_folder(target, kind, lambda building: (building / kind.mark).write_text("new"))
+    assert (tree(target) != before) == allowed
+
+
+def test_a_folder_is_replaced_by_its_own_kind_only(tmp_path: Path) -> None:
+    """Every kind over every kind; over one of an earlier version, which tells by its files alone; with a file of its own."""
+    kinds = set(FOLDERS.values())
+    assert len({kind.name for kind in kinds}) == len(kinds)
+    for there in kinds:
+        for kind in kinds:
+            target = tmp_path / there.name / kind.name
+            try_to_replace(folder_of(there, target), kind, allowed=there is kind)
+            earlier = folder_of(there, tmp_path / "earlier" / there.name / kind.name)
+            forget_kinds(earlier)
+            try_to_replace(earlier, kind, allowed=there.mark == kind.mark)
+        target = folder_of(there, tmp_path / "lone" / there.name)
+        write_text_file(target / "v.npy", "an output of its own")
+        try_to_replace(target, there, allowed=False)
+
+
+@pytest.mark.parametrize("command", [*FOLDERS, *EMPTY_PLACES])
+def test_a_command_replaces_no_output_of_another(command: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    target = place.root / "out" / NAMES.get(command, "out")
+    kind = FOLDERS.get(command)
+    folder_of(next(other for other in FOLDERS.values() if other is not kind), target)
+    if command == "train":
+        (target.parent / "run.json").write_text('{"recipe": "grit", "starts": []}')
+    assert "holds other outputs" in refused(place, WHOLE[command](place, target), capsys)
+    shutil.rmtree(target)
+    write_text_file(target / "v.npy", "an output of its own")
+    assert "holds other outputs" in refused(place, WHOLE[command](place, target), capsys)
+    if kind is not None and command != "train":  # which would train
+        shutil.rmtree(target)
+        main(WHOLE[command](place, folder_of(kind, target)))
+        assert "other outputs" not in capsys.readouterr().err
+
+
+def test_vectors_beside_which_a_copy_would_go_stay(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place.root / "out"
+    assert main(["encode", str(place.model), str(place.texts), "--out", str(out / "v.npy"), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    message = refused(place, ["standardize", str(place.model), "--corpus", str(place.texts), "--out", str(out)], capsys)
+    assert "holds other outputs of unified_lm: v.npy (file)" in message

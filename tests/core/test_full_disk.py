@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models
 from tests.full_disk import full_disk
 from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import write_array, write_directory, write_text
-from unified_lm.core.outputs import RECORD, write_file, write_folder, write_text_file
+from unified_lm.core.outputs import RECORD, FolderKind, write_file, write_folder, write_text_file
 from unified_lm.core.user_files import explain_os_error, naming, refusal
 from unified_lm.data.rows.files import WRITABLE, RowWriter
 
@@ -77,7 +77,11 @@ def test_a_file(kind: str, place: Path) -> None:
     assert {found.name for found in place.iterdir()} == {"v.npy", RECORD}
 
 
-@pytest.mark.parametrize("write", [write_directory, write_folder])
+def _write_of_ours(target: Path, fill: Callable[[Path], None]) -> None:
+    write_folder(target, FolderKind("thing", "a"), fill)
+
+
+@pytest.mark.parametrize("write", [write_directory, _write_of_ours])
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_folder(kind: str, write: Callable[[Path, Callable[[Path], None]], None], place: Path) -> None:
     target = place.parent / "folder"

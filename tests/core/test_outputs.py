@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from unified_lm.core.errors import OutputError
-from unified_lm.core.outputs import RECORD, check_file, check_folder, write_file, write_folder, write_text_file
+from unified_lm.core.outputs import RECORD, FolderKind, check_file, check_folder, write_file, write_folder, write_text_file
+
+KIND = FolderKind("thing", "a")
 
 
 def fill(*names: str) -> Callable[[Path], None]:
@@ -21,15 +23,15 @@ def fill(*names: str) -> Callable[[Path], None]:
 
 def test_a_folder_of_ours_is_replaced_as_a_whole(tmp_path: Path) -> None:
     target = tmp_path / "export"
-    write_folder(target, fill("a", "sub/b"))
-    write_folder(target, fill("c"))
+    write_folder(target, KIND, fill("a", "sub/b"))
+    write_folder(target, KIND, fill("c"))
     assert sorted(path.name for path in target.iterdir()) == [RECORD, "c"]
 
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
-    write_folder(tmp_path / "new", fill("a"))
+    write_folder(tmp_path / "new", KIND, fill("a"))
     (tmp_path / "empty").mkdir()
-    write_folder(tmp_path / "empty", fill("a"))
+    write_folder(tmp_path / "empty", KIND, fill("a"))
     assert (tmp_path / "empty" / "a").is_file()
 
 
@@ -48,12 +50,12 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
 )
 def test_a_folder_with_anything_of_the_users_is_refused(tmp_path: Path, change: Callable[[Path], object]) -> None:
     target = tmp_path / "export"
-    write_folder(target, fill("a", "sub/b"))
+    write_folder(target, KIND, fill("a", "sub/b"))
     change(target)
     with pytest.raises(OutputError, match="did not write there, or what was changed"):
-        check_folder(target)
+        check_folder(target, KIND)
     with pytest.raises(OutputError):
-        write_folder(target, lambda _: pytest.fail("the work began"))
+        write_folder(target, KIND, lambda _: pytest.fail("the work began"))
     assert (target / "sub" / "b").read_text() == "sub/b"
 
 
@@ -66,7 +68,7 @@ def test_what_comes_while_a_folder_is_filled_stays(tmp_path: Path) -> None:
         (target / "mine").write_text("mine")
 
     with pytest.raises(OutputError):
-        write_folder(target, fill_and_interfere)
+        write_folder(target, KIND, fill_and_interfere)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert [path.name for path in target.iterdir()] == ["mine"]
 
@@ -78,11 +80,11 @@ def test_files_links_and_the_working_directory_are_refused(tmp_path: Path, monke
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     for name, reason in (("file", "is a file"), ("link", "is a link"), ("dangling", "is a link"), ("file/sub", "is a file")):
         with pytest.raises(OutputError, match=reason):
-            write_folder(tmp_path / name, fill("a"))
+            write_folder(tmp_path / name, KIND, fill("a"))
     monkeypatch.chdir(tmp_path / "folder")
     for name in (".", "..", str(tmp_path / "folder")):
         with pytest.raises(OutputError, match="working directory"):
-            write_folder(Path(name), fill("a"))
+            write_folder(Path(name), KIND, fill("a"))
 
 
 def test_a_file_of_ours_is_replaced_and_no_other(tmp_path: Path) -> None:
@@ -117,3 +119,34 @@ def test_lines_of_several_writers_are_all_kept(tmp_path: Path) -> None:
     assert len({json.loads(line)["name"] for line in (tmp_path / RECORD).read_text().splitlines()}) == 5
     for index in range(5):
         check_file(tmp_path / f"{index}.txt")
+
+
+def test_a_file_of_a_folder_is_replaced_with_the_folder_only(tmp_path: Path) -> None:
+    """It is part of that output: of an export its model card, say."""
+    target = tmp_path / "export"
+    write_folder(target, KIND, fill("a"))
+    with pytest.raises(OutputError, match=r"part of another output of unified_lm, the folder it lies in \(thing\)"):
+        write_text_file(target / "a", "another output")
+    assert (target / "a").read_text() == "a"
+    write_text_file(target / "new", "one")
+    write_text_file(target / "new", "two")
+    with pytest.raises(OutputError, match=r"holds other outputs of unified_lm: new \(file\); nothing was changed"):
+        write_folder(target, KIND, fill("a"))
+    assert (target / "new").read_text() == "two"
+    (target / "new").unlink()
+    write_folder(target, KIND, fill("a"))
+
+
+def test_a_file_whose_record_names_no_kind_is_replaced(tmp_path: Path) -> None:
+    """An earlier version's record."""
+    path = write_text_file(tmp_path / "a.txt", "one")
+    forget_kinds(tmp_path)
+    assert write_text_file(path, "two").read_text() == "two"
+
+
+def forget_kinds(folder: Path) -> None:
+    """Make the record what earlier versions wrote."""
+    lines = [json.loads(line) for line in (folder / RECORD).read_text().splitlines()]
+    for line in lines:
+        del line["kind"]
+    (folder / RECORD).write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unified_lm.core.files import replacing, write_directory, write_text
-from unified_lm.core.outputs import write_folder, write_text_file
+from unified_lm.core.outputs import FolderKind, write_folder, write_text_file
 from unified_lm.core.temporary import BUILDING, OLD, beside, sweep
 
 
@@ -73,7 +73,7 @@ def test_what_living_processes_other_hosts_and_users_have_stays(tmp_path: Path) 
 @pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "a" * 200 + ".npy", "b." + "c" * 250])
 def test_every_name_that_a_file_can_have_can_be_written(name: str, tmp_path: Path) -> None:
     write_text_file(tmp_path / name, "text")
-    write_folder(tmp_path / "folder" / name, lambda building: (building / "f").write_text("text"))
+    write_folder(tmp_path / "folder" / name, FolderKind("thing", "f"), lambda building: (building / "f").write_text("text"))
     assert (tmp_path / name).read_text() == (tmp_path / "folder" / name / "f").read_text() == "text"
     assert beside(tmp_path / name, BUILDING) != beside(tmp_path / (name[:-1] + "z"), BUILDING)
 

@@ -127,7 +127,18 @@ PATHS = st.sampled_from(
 )
 OUTPUTS = st.sampled_from(
     [
-        *("out.npy", "out.jsonl", "out.parquet", "out.json", "out.yaml", "out.html", "new/folder", "folder", "texts.txt"),
+        *(
+            "out.npy",
+            "out.jsonl",
+            "out.parquet",
+            "out.txt",
+            "out.json",
+            "out.yaml",
+            "out.html",
+            "new/folder",
+            "folder",
+            "texts.txt",
+        ),
         *(*LONG, "x" * 254, "texts.txt/below", "~nobody_of_that_name/x", ".", "", "/proc/out", "/dev/full"),
     ]
 )

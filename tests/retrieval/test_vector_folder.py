@@ -6,8 +6,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,10 @@ from tests.processes import Child
 from unified_lm.cli.main import main
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, OutputError
 from unified_lm.inference import EmbedBatch, UnifiedLM
-from unified_lm.retrieval import vector_folder
+from unified_lm.retrieval import vector_folder, vector_work
 from unified_lm.retrieval.documents import Document
 from unified_lm.retrieval.vector_folder import embed_documents
+from unified_lm.retrieval.vector_work import LOCK, alone_in
 
 COUNT = 41
 
@@ -163,12 +166,97 @@ def test_what_cannot_be_embedded_is_refused_before_any_work(tmp_path: Path, mode
         fill(tmp_path / "mine", model)
 
 
+@pytest.mark.parametrize("there", [None, (), (LOCK,)], ids=["no folder", "an empty folder", "a lock"])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "no such file or folder"),
+        ("", "no rows"),
+        ('{"text": "a"}\n{"text": " "}\n', "line 2 is empty"),
+        ('{"a": "b"}', "no text"),
+    ],
+    ids=["missing", "no rows", "an empty text", "no column"],
+)
+def test_what_cannot_be_read_leaves_no_folder(
+    content: str | None,
+    told: str,
+    there: tuple[str, ...] | None,
+    tmp_path: Path,
+    export: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "v"
+    if content is not None:
+        rows.write_text(content)
+    if there is not None:
+        out.mkdir()
+        for name in there:
+            (out / name).touch()
+    assert main(["embed", str(rows), "--model", str(export), "--out", str(out), "--device", "cpu"]) == 2
+    assert told in capsys.readouterr().err
+    assert out.exists() == (there is not None)
+    assert there is None or not any(out.iterdir())
+
+
+def test_who_waits_for_a_folder_that_is_removed_makes_it_anew(tmp_path: Path) -> None:
+    """As the processes of torchrun do: the first one finds that its texts cannot be read, and the next one tries."""
+    folder, order = tmp_path / "v", []
+
+    def begin(name: str, waiting: threading.Event, error: Exception | None) -> None:
+        waiting.set()
+        with suppress(StoppedError), alone_in(folder):
+            order.append(name)
+            assert (folder / LOCK).is_file(), "what others would wait for"
+            if error is not None:
+                raise error
+            (folder / "embeddings.json").touch()
+
+    began = [threading.Event() for _ in range(3)]
+    errors = [StoppedError(), StoppedError(), None]
+    threads = [
+        threading.Thread(target=begin, args=(f"{number}", event, error))
+        for number, (event, error) in enumerate(zip(began, errors, strict=True))
+    ]
+    with suppress(StoppedError), alone_in(folder):
+        for thread, event in zip(threads, began, strict=True):
+            thread.start()
+            assert event.wait(10)
+        time.sleep(0.1)  # all of them stand at the lock
+        raise StoppedError
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert sorted(order) == ["0", "1", "2"]
+    assert sorted(path.name for path in folder.iterdir()) == [LOCK, "embeddings.json"]
+
+
+def test_files_of_the_users_among_the_marks_stay(tmp_path: Path, model: UnifiedLM) -> None:
+    fill(tmp_path / "v", model)
+    shards = tmp_path / "v" / "shards"
+    names = ("mine.txt", "1.json", "00000000.json.bak", "a00000000.json", ".00000000.json", "00000001.npy")
+    shards.mkdir()
+    for name in names:
+        (shards / name).write_text("mine")
+    for name in ("00000000.json", "00000005.lock", ".00000003.json.host-1.building.json"):
+        (shards / name).write_text("ours, of a process that was killed before it could remove it")
+    assert fill(tmp_path / "v", model).own_rows == 0
+    assert sorted(path.name for path in shards.iterdir()) == sorted(names)
+    # the same in a folder whose first pass did not end
+    (tmp_path / "w" / "shards").mkdir(parents=True)
+    (tmp_path / "w" / LOCK).touch()
+    (tmp_path / "w" / "shards" / "mine.txt").write_text("mine")
+    (tmp_path / "w" / "shards" / "00000000.json").write_text("{}")
+    assert fill(tmp_path / "w", model).own_rows == COUNT
+    assert vectors(tmp_path / "w").tobytes() == vectors(tmp_path / "v").tobytes()
+    assert [path.name for path in (tmp_path / "w" / "shards").iterdir()] == ["mine.txt"]
+
+
 def test_damage_is_found_before_the_file_gets_its_name(
     tmp_path: Path, model: UnifiedLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(tmp_path / "whole", model)
     with monkeypatch.context() as patch:
-        patch.setattr(vector_folder._Work, "complete", lambda self: 0)
+        patch.setattr(vector_work.Work, "complete", lambda self: 0)
         fill(tmp_path / "v", model)
     partial = tmp_path / "v" / "vectors.npy.partial"
     content = bytearray(partial.read_bytes())

@@ -22,6 +22,7 @@ from unified_lm.engine.backends.buffers import load_buffers
 from unified_lm.engine.backends.optimizer import load_weights
 from unified_lm.engine.training_module import TrainingModule
 from unified_lm.export.adapter_folder import write_adapter
+from unified_lm.export.manifest import ADAPTER, MERGED
 from unified_lm.models.backbone import PADDED, Backbone
 from unified_lm.models.frozen import freeze
 from unified_lm.models.loading import load_model
@@ -52,7 +53,7 @@ def export_checkpoint(
         CheckpointError: no such run or checkpoint, or it is torn, or of other starting weights.
         ConfigError: the run's configuration can no longer be read.
     """
-    check_folder(target)
+    check_folder(target, MERGED)
     trained = load_trained(run_dir, console, step)
     if verify is not None:
         export = replace(trained.config.export, verify=verify)
@@ -77,7 +78,7 @@ def export_adapter(run_dir: Path, target: Path, console: Console, step: int | No
         OutputError, CheckpointError, ConfigError: see `export_checkpoint`; also where the run has no adapter, or started from
             weights that are nowhere on disk.
     """
-    check_folder(target)
+    check_folder(target, ADAPTER)
     trained = load_trained(run_dir, console, step)
     provenance = trained.loaded.provenance
     if trained.config.lora is None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 from pathlib import Path
 
 from unified_lm.assembly.run_record import FILE_NAME as RECORD
-from unified_lm.checkpoint.state import LATEST
+from unified_lm.checkpoint.state import LATEST, saved_settings, torn
 from unified_lm.checkpoint.store import find_checkpoint, is_ours, list_checkpoints
 from unified_lm.composition.locate import RESOLVED_NAME
 from unified_lm.config.schema import RunConfig
@@ -16,6 +17,7 @@ from unified_lm.core.outputs import check_folder
 from unified_lm.core.user_files import parse_json
 from unified_lm.engine.validation_items import FOLDER as ITEMS
 from unified_lm.engine.wandb_run import RUN_FILE
+from unified_lm.export.manifest import MERGED
 
 EXPORT = "export"
 """The folder inside a run's folder that its export is written to."""
@@ -54,17 +56,22 @@ def _folders(config: RunConfig, run_dir: Path) -> list[Path]:
 
 
 def _refuse(config: RunConfig, run_dir: Path) -> None:
-    refuse_foreign(run_dir)
+    refuse_foreign(run_dir, config.checkpoint.copy_to)
     if config.checkpoint.copy_to:
         _refuse_foreign_copies(Path(config.checkpoint.copy_to))
     if config.export.enabled:
         starts = [Path(name) for name in (config.model.init_from, config.model.name, config.model.tokenizer) if name]
-        check_folder(run_dir / EXPORT, [*starts, *(start / EXPORT for start in starts)])
+        check_folder(run_dir / EXPORT, MERGED, [*starts, *(start / EXPORT for start in starts)])
     _refuse_to_overwrite(config, run_dir)
+    _refuse_to_mix_copies(config, run_dir)
 
 
-def refuse_foreign(run_dir: Path) -> None:
+def refuse_foreign(run_dir: Path, copies: str | None = None) -> None:
     """Raise where files of the user's have the names of those that a run writes, in a folder that is not a run's.
+
+    Args:
+        run_dir: the folder.
+        copies: where copies of its checkpoints are, or None.
 
     Raises:
         OutputError: there are some, or `run_dir` is a file.
@@ -76,7 +83,7 @@ def refuse_foreign(run_dir: Path) -> None:
     if _is_of_run(run_dir):
         return
     found = [name for name in _WRITTEN if _is_taken(run_dir / name)]
-    if (run_dir / LOCK_FILE).is_file() and set(found) <= {_METRICS, RUN_FILE} and _are_metrics(run_dir / _METRICS):
+    if (run_dir / LOCK_FILE).is_file() and found == [_METRICS] and _is_of_a_start(run_dir / _METRICS, copies):
         return  # a start that was killed before it wrote its record
     if found:
         raise OutputError(
@@ -98,16 +105,13 @@ def _is_of_run(run_dir: Path) -> bool:
     return isinstance(record, dict) and {"recipe", "starts"} <= set(record)
 
 
-def _are_metrics(path: Path) -> bool:
-    """Whether a file is missing or holds nothing but what a run reports."""
-    if path.is_symlink() or not path.is_file():
-        return not path.exists() and not path.is_symlink()
-    with open(path, "rb") as file:
-        first = file.readline()
-    try:
-        return not first or "step" in parse_json(first)
-    except (ValueError, TypeError):
+def _is_of_a_start(metrics: Path, copies: str | None) -> bool:
+    """Whether a start made a file of metrics before it wrote its record: an empty one, or that of a copy to go on from."""
+    if metrics.is_symlink() or not metrics.is_file():
         return False
+    saved = [copy / _METRICS for copy in list_checkpoints(Path(copies)) if is_ours(copy)] if copies else []
+    same = (path.is_file() and filecmp.cmp(path, metrics, shallow=False) for path in saved)
+    return metrics.stat().st_size == 0 or any(same)
 
 
 def _is_taken(path: Path) -> bool:
@@ -143,10 +147,7 @@ def _refuse_to_overwrite(config: RunConfig, run_dir: Path) -> None:
     metrics = run_dir / _METRICS
     own = list_checkpoints(run_dir / _CHECKPOINTS)
     used = bool(own) or (metrics.exists() and metrics.stat().st_size > 0)
-    if config.resume == "auto":
-        return
-    _refuse_to_mix_copies(config)
-    if not used:
+    if config.resume == "auto" or not used:
         return
     chosen = find_checkpoint(config.resume, run_dir / _CHECKPOINTS).path
     inside = [path.resolve() for path in own]
@@ -163,15 +164,47 @@ def _refuse_to_overwrite(config: RunConfig, run_dir: Path) -> None:
         )
 
 
-def _refuse_to_mix_copies(config: RunConfig) -> None:
-    """Raise when a new run would put its copies among those of another, where either would remove the other's.
+def _refuse_to_mix_copies(config: RunConfig, run_dir: Path) -> None:
+    """Raise when a run would put its copies among those of another, where either would remove the other's.
 
     Raises:
-        CheckpointError: `checkpoint.copy_to` holds checkpoints.
+        CheckpointError: `checkpoint.copy_to` holds checkpoints, and the run is a new one or certainly not theirs.
     """
-    copies = config.checkpoint.copy_to
-    if config.resume == "none" and copies and list_checkpoints(Path(copies)):
+    folder, own = config.checkpoint.copy_to, list_checkpoints(run_dir / _CHECKPOINTS)
+    copies = list_checkpoints(Path(folder)) if folder else []
+    if not copies:
+        return
+    if config.resume == "none":
         raise CheckpointError(
-            f"checkpoint.copy_to {copies} already holds checkpoints of a run; nothing was changed. "
+            f"checkpoint.copy_to {folder} already holds checkpoints of a run; nothing was changed. "
             "Continue it with resume=auto, or choose another folder."
         )
+    other = [copy for copy in copies if torn(copy) is None and _is_of_another_run(copy, config, run_dir, begun=bool(own))]
+    if config.resume != "auto":
+        chosen = find_checkpoint(config.resume, run_dir / _CHECKPOINTS).path
+        if chosen is None or chosen.resolve() not in (path.resolve() for path in (*own, *copies)):
+            other = copies  # the run branches off from a third place
+    if other:
+        raise CheckpointError(
+            f"checkpoint.copy_to {folder} already holds checkpoints of another run ({', '.join(copy.name for copy in other)}), "
+            "which copies of this one would replace; nothing was changed. Choose another folder."
+        )
+
+
+def _is_of_another_run(copy: Path, config: RunConfig, run_dir: Path, *, begun: bool) -> bool:
+    """Whether a complete copy is certainly not of the run in `run_dir`, wherever that was when the copy was made.
+
+    A run may go on in another place, from its copies alone; what stays is its metrics, of which a copy holds those until then.
+    """
+    here, there = _first_step(run_dir / _METRICS), _first_step(copy / _METRICS)
+    if here and there:
+        return here != there
+    return begun and (saved_settings(copy) or {}).get("recipe", config.recipe) != config.recipe
+
+
+def _first_step(metrics: Path) -> bytes | None:
+    """What a file of metrics says of the first step, the time that it took included: no two runs have the same line."""
+    if not metrics.is_file():
+        return None
+    with open(metrics, "rb") as file:
+        return next((line for line in file if b'"step_seconds"' in line and line.endswith(b"\n")), None)

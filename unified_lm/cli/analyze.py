@@ -77,14 +77,14 @@ def standardize(argv: Sequence[str]) -> None:
     """
     options = _standardize_parser().parse_args(list(argv))
     from unified_lm.evaluation.analyses.texts import read_scored_pairs, read_texts
-    from unified_lm.export.manifest import StandardizerRecord
+    from unified_lm.export.manifest import STANDARDIZED, StandardizerRecord
     from unified_lm.export.standardized import check_source, write_standardized
     from unified_lm.inference import UnifiedLM
     from unified_lm.inference.loading import model_folder
     from unified_lm.inference.standardize import fit_standardizer
     from unified_lm.models.standardizer import RELATIVE_EPS
 
-    check_folder(options.out)
+    check_folder(options.out, STANDARDIZED)
     if options.tune_on is not None and (options.method != "moee_sum" or options.alpha is not None):
         raise ConfigError("--tune-on chooses alpha of --method moee_sum; give that method, and no --alpha.")
     if options.alpha is not None and options.method != "moee_sum":

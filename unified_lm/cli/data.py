@@ -21,6 +21,7 @@ from unified_lm.mining.overlap import (
     OverlapKind,
     OverlapReport,
     build_index,
+    check_rows,
     find_overlap,
     output_paths,
 )
@@ -75,6 +76,8 @@ def overlap(argv: Sequence[str]) -> None:
     outputs = output_paths(train, options.write) if options.write is not None else []
     read = [file.path for file in (*train, *(file for _, file in evaluation)) if file.path is not None]
     check_files([*outputs, *([options.report] if options.report is not None else [])], read)
+    if outputs:
+        check_rows(train, outputs)
     index = build_index(evaluation, config)
     with counting("comparing rows") as progress:
         report = find_overlap(train, index, write=options.write, progress=progress)

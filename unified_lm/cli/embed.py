@@ -12,7 +12,8 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from unified_lm.cli.arguments import add_device_options, add_embedding_options, command_parser, embedding_options, positive
 from unified_lm.core import distributed
-from unified_lm.retrieval.vector_folder import DOCUMENTS, FORMS, SHARD_ROWS, VECTORS, check_place
+from unified_lm.retrieval.vector_folder import FORMS, SHARD_ROWS, check_place
+from unified_lm.retrieval.vector_work import DOCUMENTS, VECTORS
 
 
 def embed(argv: Sequence[str]) -> None:

@@ -16,13 +16,16 @@ from unified_lm.cli.evaluate_generation import read_domains
 from unified_lm.cli.evaluate_model import add_model_options, find_model, progress_bar
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.core.files import write_json
-from unified_lm.core.outputs import check_file, check_folder, write_folder, write_json_file
+from unified_lm.core.outputs import FolderKind, check_file, check_folder, write_folder, write_json_file
 from unified_lm.data.rows.readers import read_rows
 from unified_lm.data.rows.records import TextRecord
 from unified_lm.data.rows.violations import describe
 from unified_lm.evaluation.generation.perplexity import BUILT_IN, Domain
 
 _FILE = "routing.safetensors"
+ROUTING = FolderKind("use of experts", "routing.json")
+DOMAINS = FolderKind("experts by kind of text", "domains.json")
+CORRELATION = FolderKind("correlation of experts", "correlation.safetensors")
 CONTEXT = 256
 """Default number of tokens of a window."""
 
@@ -62,7 +65,7 @@ def routing(argv: Sequence[str]) -> None:
     add_data(parser)
     parser.add_argument("--out", type=Path, required=True, help=f"the folder to write {_FILE} into")
     options = parser.parse_args(list(argv))
-    check_folder(options.out)
+    check_folder(options.out, ROUTING)
     domains = read_domains(options.data, options.documents)
     model_ref = find_model(options.model)
     model = model_ref.load(options, template="plain")
@@ -75,7 +78,7 @@ def routing(argv: Sequence[str]) -> None:
         """Write the statistics, and whose they are."""
         found.save(building / _FILE)
         write_json(
-            building / "routing.json",
+            building / ROUTING.mark,
             {
                 "model": model_ref.name,
                 "revision": model_ref.revision,
@@ -85,7 +88,7 @@ def routing(argv: Sequence[str]) -> None:
             },
         )
 
-    write_folder(options.out, fill)
+    write_folder(options.out, ROUTING, fill)
     for name, count in found.tokens.items():
         print(f"{name}: {count:,} tokens, {int((found.means[name] > 0).sum()):,} of {found.means[name].size:,} experts used")
     print(options.out / _FILE)
@@ -108,7 +111,7 @@ def domains(argv: Sequence[str]) -> None:
     add("--ratio", type=finite, default=RATIO, help=ratio_help)
     add("--min-tokens", type=whole, default=MIN_TOKENS, help=f"refuse kinds of fewer tokens ({MIN_TOKENS})")
     options = parser.parse_args(list(argv))
-    check_folder(options.out)
+    check_folder(options.out, DOMAINS)
     found = RoutingStatistics.load(options.statistics)
     names, owner = owners(found, options.ratio, options.min_tokens)
     files = _mask_files(names)
@@ -124,9 +127,9 @@ def domains(argv: Sequence[str]) -> None:
                 mask.save(building / files[name])
         counts = {name: mask.num_left_out for name, mask in masks.items()}
         content = {"ratio": options.ratio, "tokens": dict(found.tokens), "experts_by_router": counts}
-        write_json(building / "domains.json", content)
+        write_json(building / DOMAINS.mark, content)
 
-    write_folder(options.out, fill)
+    write_folder(options.out, DOMAINS, fill)
     table = Table(title=f"Experts of one kind of text: used {options.ratio:g} times as much as by any other")
     for column in ("kind", "tokens", "experts", "share", "by router"):
         table.add_column(column, justify="left" if column in ("kind", "by router") else "right")
@@ -154,7 +157,7 @@ def correlate(argv: Sequence[str]) -> None:
     add("--context", type=positive, default=CONTEXT, help=f"tokens of a window ({CONTEXT})")
     add("--out", type=Path, required=True, help="the folder to write correlation.safetensors and masks into")
     options = parser.parse_args(list(argv))
-    check_folder(options.out)
+    check_folder(options.out, CORRELATION)
     texts, scores = _scored_rows(options.data, options.text, options.score)
     model = find_model(options.model).load(options, template="plain")
     from unified_lm.evaluation.experts.correlation import score_correlation
@@ -165,12 +168,12 @@ def correlate(argv: Sequence[str]) -> None:
 
     def fill(building: Path) -> None:
         """Write the correlation and the masks."""
-        found.save(building / "correlation.safetensors")
+        found.save(building / CORRELATION.mark)
         for limit, mask in masks.items():
             if any(mask.num_left_out):
                 mask.save(building / f"without-above-{limit:.15g}.safetensors")
 
-    write_folder(options.out, fill)
+    write_folder(options.out, CORRELATION, fill)
     print(f"{found.texts:,} texts, {found.tokens:,} tokens; correlation {found.values.min():+.3f} to {found.values.max():+.3f}")
     for limit, mask in masks.items():
         count = sum(mask.num_left_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ def index(argv: Sequence[str]) -> None:
     if options.budget_gb == 0:
         raise ConfigError("--budget-gb: 0 stores nothing; expected more, or --states none.")
     check_place(options.out)
+    documents = _documents(options)
+    first = list(islice(documents, 1))  # texts that cannot be read make no index
     model = _load(options.model, options)
     from unified_lm.batch import seeing_attention
     from unified_lm.retrieval.index import Index
@@ -59,7 +62,7 @@ def index(argv: Sequence[str]) -> None:
         columns = (SpinnerColumn(), TextColumn("reading documents"), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
             task = bar.add_task("reading", total=options.limit)
-            added = made.add(_documents(options), lambda count: bar.update(task, advance=count))
+            added = made.add(chain(first, documents), lambda count: bar.update(task, advance=count))
         speed = f"{added.tokens / added.seconds:,.0f} tokens/s" if added.seconds else ""
         told = [f"{getattr(added, name):,} {name}" for name in ("added", "unchanged", "cut", "split")]
         print(f"{options.out}: {len(made):,} documents, {made.num_bytes / 1e9:.2f} GB of keys and values")

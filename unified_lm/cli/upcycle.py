@@ -9,9 +9,10 @@ from pathlib import Path
 from unified_lm.cli.arguments import command_parser, from_zero, positive, whole
 from unified_lm.core.errors import ConfigError
 from unified_lm.core.files import write_json
-from unified_lm.core.outputs import check_folder, write_folder
+from unified_lm.core.outputs import FolderKind, check_folder, write_folder
 
 _RECORD = "upcycled.json"
+UPCYCLED = FolderKind("upcycled model", _RECORD)
 
 
 def upcycle(argv: Sequence[str]) -> None:
@@ -37,7 +38,7 @@ def upcycle(argv: Sequence[str]) -> None:
     add("--router-std", type=from_zero, default=0.02, help="deviation of the routers' weights (0.02); more is less even")
     add("--seed", type=whole, default=0, help="for routers, noise and draws (0)")
     options = parser.parse_args(list(argv))
-    check_folder(options.out)
+    check_folder(options.out, UPCYCLED)
     from unified_lm.cli.evaluate_model import find_model
     from unified_lm.inference.loading import load_parts
     from unified_lm.models.quiet import quiet_loading
@@ -60,7 +61,7 @@ def upcycle(argv: Sequence[str]) -> None:
         write_json(building / _RECORD, {"model": found.name, "revision": found.revision, **asdict(settings)})
 
     with quiet_loading(reports=False):
-        write_folder(options.out, fill)
+        write_folder(options.out, UPCYCLED, fill)
     millions = [sum(weight.numel() for weight in model.parameters()) / 1e6 for model in (parts.causal_lm, sparse)]
     family = sparse.config.model_type
     print(f"{options.out}: {family}, {options.experts} experts, {millions[0]:.0f} -> {millions[1]:.0f} million parameters")

@@ -1,9 +1,11 @@
 """Outputs that a user names: what may stand in their place is replaced only where this package wrote it.
 
-Every folder that receives an output also receives `.unified_lm_written`: one JSON line per file with its name, size and hash,
-the latest line of a name counts. A file is ours while it is what the line says; a folder is ours while it holds nothing but
-such files. Everything else is the user's: it is left alone, and the command ends before its work, not after it. What a command
-reads is not replaced by what it writes either, whoever wrote it.
+Every folder that receives an output also receives `.unified_lm_written`: one JSON line per file with its name, size, hash, and
+whether it was written alone or with a folder of some kind; the latest line of a name counts. A file is ours while it is what
+the line says; a folder is ours while it holds nothing but such files. Everything else is the user's: it is left alone, and the
+command ends before its work, not after it. A folder of ours is replaced by one of its own kind only, and not while it also
+holds files that were written alone, which are outputs of their own. What a command reads is not replaced by what it writes
+either, whoever wrote it.
 
 The runs' own folders have other rules (`assembly.run_folder`), and so do the caches, which nobody else writes to.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -29,13 +31,33 @@ RECORD = ".unified_lm_written"
 _HASHED_BYTES = 1 << 26
 """Larger files (weights) are known by their size: reading gigabytes to replace them would take minutes."""
 
+_ALONE = "file"
+"""What stands for a kind in the line of a file that was written alone."""
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of folder that a command writes as a whole; `write_folder` replaces a folder of the same kind only.
+
+    Attributes:
+        name: in the record and in messages.
+        mark: a file that each such folder has; it tells the kind where an earlier version wrote the record, which names none.
+    """
+
+    name: str
+    mark: str
+
 
 @dataclass(frozen=True)
 class _Written:
-    """A file as it was when it was written: size in bytes, and hash, or "" for a file too large to hash."""
+    """A file as it was when it was written.
+
+    Size in bytes; hash, or "" for a file too large to hash; kind of its folder, `_ALONE`, or "" by an earlier version.
+    """
 
     size: int
     digest: str
+    kind: str
 
 
 _inputs: tuple[Path, ...] = ()
@@ -56,14 +78,16 @@ def _refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
             raise OutputError(f"{target} {holds} what this command reads; {_UNCHANGED} Name another output.")
 
 
-def check_folder(target: Path, inputs: Iterable[Path] = ()) -> None:
+def check_folder(target: Path, kind: FolderKind | None, inputs: Iterable[Path] = ()) -> None:
     """Check that `target` may become a folder that a command writes as a whole.
 
-    It may if nothing is there, if it is an empty folder, or if it holds nothing but what this package wrote there, and nothing
-    that the command reads.
+    It may if nothing is there, if it is an empty folder, or if it holds nothing but what this package wrote there as a folder
+    of the same kind, and nothing that the command reads.
 
     Args:
         target: the folder.
+        kind: what is to be written there; None for what needs an empty place, because no `write_folder` makes it (an index,
+            vectors).
         inputs: what is read, beside what `note_inputs` was told.
 
     Raises:
@@ -79,16 +103,20 @@ def check_folder(target: Path, inputs: Iterable[Path] = ()) -> None:
     if target.resolve() in (here := Path.cwd().resolve(), *here.parents):
         raise OutputError(f"{target} is the working directory or a folder above it; {_UNCHANGED} Name a folder in it.")
     if foreign := _foreign(target):
-        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise OutputError(
-            f"{target} holds what unified_lm did not write there, or what was changed since: {shown}; {_UNCHANGED} "
+            f"{target} holds what unified_lm did not write there, or what was changed since: {_few(foreign)}; {_UNCHANGED} "
             "Name another folder, or move this one away."
         )
     _refuse_inputs(target, inputs)
+    if other := _of_another_kind(target, kind):
+        raise OutputError(
+            f"{target} holds other outputs of unified_lm: {_few(other)}; {_UNCHANGED} "
+            "Name another folder, or move this one away."
+        )
     _check_parent(target)
 
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(target: Path, kind: FolderKind, fill: Callable[[Path], None]) -> None:
     """Like `core.files.write_directory`, where `check_folder` allows it; the folder lists its files.
 
     Raises:
@@ -96,14 +124,14 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         CheckpointError: the operating system refused to write.
     """
     target = Path(os.path.abspath(target))
-    check_folder(target)
+    check_folder(target, kind)
 
     def fill_and_list(building: Path) -> None:
         """Fill the folder, and list what is in it then."""
         fill(building)
         (building / RECORD).unlink(missing_ok=True)
-        _record(building, sorted(_files(building)))
-        check_folder(target)  # what takes its place now may have come while it was filled
+        _record(building, sorted(_files(building)), kind.name)
+        check_folder(target, kind)  # what takes its place now may have come while it was filled
 
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
@@ -113,7 +141,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 def check_file(path: Path, inputs: Iterable[Path] = ()) -> None:
     """Check that `path` may become a file that a command writes.
 
-    It may if nothing is there, or a file that this package wrote and the command does not read.
+    It may if nothing is there, or a file that this package wrote there, alone, and the command does not read.
 
     Args:
         path: the file.
@@ -126,10 +154,16 @@ def check_file(path: Path, inputs: Iterable[Path] = ()) -> None:
         raise OutputError(f"{path} is a link to {os.readlink(path)}; {_UNCHANGED} Name the file itself, or another one.")
     if path.is_dir():
         raise OutputError(f"{path} is a folder, and a file is to be written there; {_UNCHANGED} Name a file.")
-    if path.exists() and not _is_ours(path, _recorded(path.parent).get(path.name)):
+    written = _recorded(path.parent).get(path.name) if path.exists() else None
+    if path.exists() and not _is_ours(path, written):
         raise OutputError(
             f"{path} exists, and unified_lm did not write it, or it was changed since; {_UNCHANGED} "
             "Name another file, or move this one away."
+        )
+    if written is not None and written.kind not in (_ALONE, ""):
+        raise OutputError(
+            f"{path} is part of another output of unified_lm, the folder it lies in ({written.kind}); {_UNCHANGED} "
+            "Name another file."
         )
     _refuse_inputs(path, inputs)
     _check_parent(path)
@@ -155,7 +189,7 @@ def building_file(path: Path) -> Iterator[Path]:
     def record(building: Path) -> None:
         """The line before the rename: a crash between them leaves a line without its file, which is harmless."""
         check_file(path)
-        _record(path.parent, [building], [path.name])
+        _record(path.parent, [building], _ALONE, [path.name])
 
     with replacing(path, record) as building:
         yield building
@@ -228,6 +262,20 @@ def _foreign(folder: Path) -> list[str]:
     )
 
 
+def _of_another_kind(folder: Path, kind: FolderKind | None) -> list[str]:
+    """What a folder of ours holds that was not written with a folder of this kind, sorted, each with what it is."""
+    recorded = {name: written for name, written in _recorded(folder).items() if (folder / name).exists()}
+    own = set() if kind is None else {kind.name, *([""] if kind.mark in recorded else [])}
+    return sorted(
+        f"{name} ({written.kind or 'of an earlier version'})" for name, written in recorded.items() if written.kind not in own
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _is_ours(path: Path, written: _Written | None) -> bool:
     if written is None or path.is_symlink() or not path.is_file() or path.stat().st_size != written.size:
         return False
@@ -242,20 +290,21 @@ def _recorded(folder: Path) -> dict[str, _Written]:
     for line in (folder / RECORD).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = json.loads(line)
-            found[str(entry["name"])] = _Written(int(entry["size"]), str(entry["hash"]))
+            found[str(entry["name"])] = _Written(int(entry["size"]), str(entry["hash"]), str(entry.get("kind", "")))
         except (ValueError, KeyError, TypeError):
             continue
     return found
 
 
-def _record(folder: Path, files: Iterable[Path], names: Iterable[str] | None = None) -> None:
+def _record(folder: Path, files: Iterable[Path], kind: str, names: Iterable[str] | None = None) -> None:
     """Append lines about files: one write, so that processes that write into one folder do not lose each other's lines."""
     files = list(files)
     names = [str(path.relative_to(folder)) for path in files] if names is None else names
     lines = []
     for path, name in zip(files, names, strict=True):
         size = path.stat().st_size
-        lines.append(json.dumps({"name": name, "size": size, "hash": _digest(path) if size <= _HASHED_BYTES else ""}) + "\n")
+        digest = _digest(path) if size <= _HASHED_BYTES else ""
+        lines.append(json.dumps({"name": name, "size": size, "hash": digest, "kind": kind}) + "\n")
     with open(folder / RECORD, "ab") as handle:
         handle.write("".join(lines).encode())
 

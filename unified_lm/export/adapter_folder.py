@@ -15,7 +15,7 @@ from unified_lm.core.files import write_text
 from unified_lm.core.outputs import write_folder
 from unified_lm.data.prompts.templates import Template
 from unified_lm.export.directory import DTYPES, complete_manifest, prompts, write_tokenizer
-from unified_lm.export.manifest import Manifest
+from unified_lm.export.manifest import ADAPTER, Manifest
 from unified_lm.export.merge import skeleton_of
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import write_projection
@@ -47,7 +47,7 @@ def write_adapter(
     Args:
         causal_lm: with the adapters of `models.lora.apply_lora`.
         tokenizer: its tokenizer.
-        target: the folder to create, or to replace where this package wrote all of it.
+        target: the folder to create, or to replace where it is one of an adapter.
         config: of the adapters.
         base: directory or Hub name of the model that the adapter belongs to.
         base_revision: Hub revision of the base.
@@ -95,7 +95,7 @@ def write_adapter(
         written.append(final)
 
     with quiet_loading(reports=False):
-        write_folder(target, fill)
+        write_folder(target, ADAPTER, fill)
     return written[0]
 
 

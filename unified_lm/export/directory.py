@@ -25,7 +25,7 @@ from unified_lm.core.files import write_json, write_text
 from unified_lm.core.outputs import check_folder, write_folder
 from unified_lm.core.typed import require_typed
 from unified_lm.data.prompts.templates import Template
-from unified_lm.export.manifest import Manifest, library_versions
+from unified_lm.export.manifest import MERGED, Manifest, library_versions
 from unified_lm.export.merge import ModelParts, merged_weights
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import (
@@ -124,7 +124,7 @@ def export_model(
         written.append(final)
 
     with quiet_loading(reports=False):
-        write_folder(Path(target), fill)
+        write_folder(Path(target), MERGED, fill)
     _log.info("exported to %s (verified: %s)", target, check.value)
     return written[0]
 
@@ -219,7 +219,7 @@ def stop_token_ids(
 
 
 def _check_request(manifest: Manifest, projection: Projection | None, target: Path) -> None:
-    check_folder(target)
+    check_folder(target, MERGED)
     if manifest.pooling not in POOLING_MODES:
         raise CheckpointError(f"unknown pooling '{manifest.pooling}'.{did_you_mean(manifest.pooling, POOLING_MODES)}")
     if manifest.dtype not in DTYPES:

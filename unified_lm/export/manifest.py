@@ -16,11 +16,18 @@ from unified_lm.config.objectives import EMBEDDING_METHODS
 from unified_lm.config.streams import MODES
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_json
+from unified_lm.core.outputs import FolderKind
 from unified_lm.core.typed import require_typed, show
 from unified_lm.core.user_files import read_json
 
 FILE_NAME = "unified_lm.json"
 """Name of the manifest inside an export."""
+
+MERGED = FolderKind("export", FILE_NAME)
+ADAPTER = FolderKind("adapter", FILE_NAME)
+FOR_ENGINE = FolderKind("copy of an export for an engine", FILE_NAME)
+STANDARDIZED = FolderKind("standardized export", FILE_NAME)
+"""The kinds of folders that have a manifest. None replaces another: a copy is soon made again, what was trained is not."""
 
 FORMAT_VERSION = 1
 """Incremented when an older reader would misread a newer manifest."""

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from unified_lm.core.errors import CheckpointError, did_you_mean
 from unified_lm.core.files import write_json, write_text
 from unified_lm.core.outputs import check_folder, write_folder
-from unified_lm.export.manifest import FILE_NAME, Manifest
+from unified_lm.export.manifest import FILE_NAME, FOR_ENGINE, Manifest
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import read_object, read_prompts
 from unified_lm.export.tokenizer_files import with_end
@@ -96,7 +96,7 @@ def write_serving(source: Path, target: Path, engine_name: str, *, pool_prompt: 
     """
     if engine_name not in ENGINES:
         raise CheckpointError(f"unknown engine '{engine_name}'.{did_you_mean(engine_name, ENGINES)}")
-    check_folder(target, [source])
+    check_folder(target, FOR_ENGINE, [source])
     engine = ENGINES[engine_name]
     manifest = Manifest.load(source)
     config = read_object(source / "config.json")
@@ -120,7 +120,7 @@ def write_serving(source: Path, target: Path, engine_name: str, *, pool_prompt: 
         card = model_card(complete, read_prompts(source), engine.mode == "embed")
         write_text(building / "README.md", f"{card.rstrip()}\n\n{_card_section(engine_name, engine, launch, pool_prompt)}")
 
-    write_folder(target, fill)
+    write_folder(target, FOR_ENGINE, fill)
     return launch
 
 

@@ -10,7 +10,7 @@ from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import write_json, write_text
 from unified_lm.core.outputs import write_folder
 from unified_lm.export.directory import template_of
-from unified_lm.export.manifest import FILE_NAME, Manifest, StandardizerRecord
+from unified_lm.export.manifest import FILE_NAME, STANDARDIZED, Manifest, StandardizerRecord
 from unified_lm.export.model_card import model_card
 from unified_lm.export.sentence_transformers_files import read_prompts, sentence_transformers_modules
 from unified_lm.export.standardizer_files import save_standardizer, standardizer_folder
@@ -58,7 +58,7 @@ def write_standardized(
 
     Args:
         source: the export.
-        target: the folder to create, or to replace where this package wrote all of it; not `source` or a folder in it.
+        target: the folder to create, or to replace where it is such a copy; not `source` or a folder in it.
         standardizer: fitted on vectors of this export that are not standardized.
         record: origin of its statistics.
         method: what the copy makes vectors of (`models.moee`). With routing, the statistics are of method "moee_concat".
@@ -104,5 +104,5 @@ def write_standardized(
         written.append(final)
 
     with quiet_loading(reports=False):
-        write_folder(target, fill)
+        write_folder(target, STANDARDIZED, fill)
     return written[0]

@@ -20,7 +20,7 @@ from typing import Any
 
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.core.outputs import check_files
-from unified_lm.data.rows.files import RowWriter, output_names
+from unified_lm.data.rows.files import RowWriter, check_txt_row, output_names
 from unified_lm.data.rows.texts import RowFile, row_texts
 from unified_lm.mining.text_match import SHINGLE_WORDS, jaccard, normalized_words, runs, shingles
 
@@ -338,6 +338,19 @@ def output_paths(train: Sequence[RowFile], write: Path) -> list[Path]:
     if len(train) == 1:
         return [write]
     return [write / name for name in output_names([file.name for file in train], ".jsonl")]
+
+
+def check_rows(train: Sequence[RowFile], paths: Sequence[Path]) -> None:
+    """Check before any work that the files of `output_paths` can hold the rows, which only a .txt file may not.
+
+    Raises:
+        DataError: an unknown extension, or a row that a .txt file would not give back as it is.
+    """
+    for file, path in zip(train, paths, strict=True):
+        if RowWriter(path).path.suffix == ".txt":
+            for location, row in file.rows():
+                _require_columns(row, file, location)
+                check_txt_row(path, row, f"{file.name}, {location}")
 
 
 def _require_columns(row: object, file: RowFile, location: str) -> None:

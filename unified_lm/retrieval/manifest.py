@@ -25,7 +25,7 @@ def check_place(folder: Path) -> None:
     """
     only_locked = folder.is_dir() and not folder.is_symlink() and [path.name for path in folder.iterdir()] == [LOCK_FILE]
     if not (folder / FILE_NAME).exists() and not only_locked:  # a lock is what an indexer leaves that was killed at once
-        check_folder(folder)
+        check_folder(folder, None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,3 +77,24 @@ def test_outputs_of_a_folder_do_not_meet() -> None:
     ]
     with pytest.raises(DataError, match=r"a\.jsonl and a\.csv would both be written to a\.jsonl"):
         output_names(["a.jsonl", "a.csv"], ".jsonl")
+
+
+def test_lines_come_back(tmp_path: Path) -> None:
+    texts = ["a text", "two  spaces and\ta tab", "a\rb", "a\u2028b", "a\x0cb", "naïve 日本", "\ufeffa"]
+    assert write_rows(tmp_path / "rows.txt", [{"text": text} for text in texts]) == len(texts)
+    assert [row for _, row in read_rows(tmp_path / "rows.txt")] == [{"text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(record_row(record) for kind, record in RECORDS.items() if kind is not RecordKind.TEXT),
+        *({"text": text} for text in (None, 1, ["a"], "", " ", "a\nb", " a", "a\n", "a\r")),
+        {"text": "a", "id": 1},
+        {},
+    ],
+)
+def test_a_row_that_is_no_line_goes_to_no_text_file(row: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 2 has .*a \.txt file holds texts of one line.*Name a \.jsonl or \.parquet file"):
+        write_rows(tmp_path / "rows.txt", [{"text": "before"}, row])
+    assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,9 @@ import pytest
 from tests.inference.conftest import make_export
 from unified_lm.cli.analyze import analyze
 from unified_lm.cli.main import main
-from unified_lm.core.errors import CheckpointError, ConfigError, UserError
+from unified_lm.core.errors import CheckpointError, ConfigError, OutputError, UserError
 from unified_lm.evaluation.analyses import GROUPS
-from unified_lm.evaluation.analyses.arms import ArmSettings, parse_arms
+from unified_lm.evaluation.analyses.arms import Arm, ArmSettings, parse_arms
 from unified_lm.evaluation.result_table import find_result_tables
 
 PNG = b"\x89PNG"
@@ -77,6 +77,22 @@ def test_the_report_of_a_run_finds_every_analysis(
     (row,) = [row for row in tables[1].rows if row[:2] == ["trained", "bidirectional"]]
     assert row[2:7] == [numbers[key] for key in ("similar", "different", "gap", "gap_low", "gap_high")]
     assert not (folder.parent / "evaluation").exists(), "a model that is no export has no report"
+
+
+@pytest.mark.parametrize("ending", ["json", "png"])
+@pytest.mark.parametrize("place", ["{out}/norms", "{run}/evaluation/analysis-norms"])
+def test_every_place_of_its_files_is_checked_before_the_work(
+    place: str, ending: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    make_export(run / "export")
+    taken = Path(f"{place.format(run=run, out=out)}.{ending}")
+    taken.parent.mkdir()
+    taken.write_text("mine")
+    monkeypatch.setattr(Arm, "load", lambda self: pytest.fail("the work began"))
+    with pytest.raises(OutputError, match=rf"{taken.name} exists, and unified_lm did not write it.*nothing was changed"):
+        analyze(["norms", f"trained={run}", *_arguments(files, out)])
+    assert [path.name for path in taken.parent.iterdir()] == [taken.name]
 
 
 def test_arms_have_their_own_attention(out: Path) -> None:

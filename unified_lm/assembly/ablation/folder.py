@@ -103,7 +103,7 @@ def mark_finished(folder: Path, arm: ArmConfig, *, keep: bool) -> None:
 def mark_failed(arm: ArmConfig, reason: str) -> None:
     """Write into an arm's folder why it failed; where the folder is not a run's, which is why then, it is left alone."""
     try:
-        refuse_foreign(Path(arm.run.run_dir))
+        refuse_foreign(Path(arm.run.run_dir), arm.run.checkpoint.copy_to)
     except OutputError:
         return
     write_json(Path(arm.run.run_dir) / FAILED, {"arm": arm.name, "seed": arm.run.seed, "reason": reason})

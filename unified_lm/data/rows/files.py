@@ -18,6 +18,7 @@ import yaml
 from unified_lm.core.errors import DataError
 from unified_lm.core.outputs import building_file, write_text_file
 from unified_lm.data.rows.records import ChatRecord, GroundedRecord, PairRecord, PreferenceRecord, Record, Text
+from unified_lm.data.rows.violations import describe
 
 WRITABLE = (".jsonl", ".parquet", ".txt")
 READABLE = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
@@ -47,13 +48,39 @@ def _pair(text: Text) -> list[str]:
     return [text.instruction, text.text]
 
 
+def check_txt_row(path: Path, row: Mapping[str, Any], where: str) -> None:
+    """Check that a .txt file gives a row back as it is: the file has a text on each line, and nothing else.
+
+    Args:
+        path: the file to write.
+        row: the row.
+        where: where the row is, for the message.
+
+    Raises:
+        DataError: the row has other columns than "text", or a text with line breaks, or white space around it.
+    """
+    text = row.get("text")
+    if row.keys() != {"text"}:
+        problem = f"has the columns [{', '.join(map(str, row))}]"
+    elif not isinstance(text, str) or not text.strip():
+        problem = f"has {describe(text)} for a text"
+    elif "\n" in text or text != text.strip():
+        problem = f"has a text that is no line as it is, {describe(text)}"
+    else:
+        return
+    raise DataError(
+        f"cannot write {path}: {where} {problem}; a .txt file holds texts of one line, without white space around them, and no "
+        "other columns. Name a .jsonl or .parquet file."
+    )
+
+
 class RowWriter:
     """Writes rows to a file, which appears, complete, when the `with` block ends without an error.
 
     A parquet file has the columns of all its rows; a row without one has null there.
 
     Args:
-        path: ends in .jsonl, .parquet or .txt (which stores only the field "text", one row per line).
+        path: ends in .jsonl, .parquet or .txt (see `check_txt_row`).
 
     Raises:
         DataError: another extension, a row that the format cannot store, or a file that cannot be written.
@@ -86,8 +113,10 @@ class RowWriter:
             if len(self._rows) == _ROWS_PER_GROUP:
                 self._flush()
             return
+        if self.path.suffix == ".txt":
+            check_txt_row(self.path, row, f"row {self.num_rows}")
         try:
-            line = " ".join(row["text"].split()) if self.path.suffix == ".txt" else json.dumps(row, ensure_ascii=False)
+            line = row["text"] if self.path.suffix == ".txt" else json.dumps(row, ensure_ascii=False)
             self._handle.write(f"{line}\n".encode())
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(

@@ -117,7 +117,8 @@ def _write(spec: Published, item: _Input, path: Path, limit: int | None) -> dict
     dropped: Counter[str] = Counter()
     with RowWriter(path) as writer:
         for row in _converted(spec, item, limit, dropped):
-            writer.write(row)
+            # one line a text, as the published files have them
+            writer.write({"text": " ".join(row["text"].split())} if spec.text_lines else row)
         if not writer.num_rows:
             why = ", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "it has none"
             raise DataError(f"{item.origin}: no row is left ({why}).")

@@ -18,6 +18,9 @@ from unified_lm.evaluation.analyses.arms import Arm
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers
 from unified_lm.evaluation.result_table import FOLDER
 
+_IN_RUN = "analysis-"
+"""What the names of table and figure begin with among the evaluations of a run."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -63,7 +66,10 @@ def run_analyses(
     Raises:
         UserError: unreadable material, a model that cannot be loaded, or a failed control.
     """
-    check_files(out / f"{analysis.name}.{ending}" for analysis in analyses for ending in ("json", "png"))
+    runs = list(dict.fromkeys(arm.run_dir for arm in arms if arm.run_dir is not None))
+    places = [(out, ""), *((run / FOLDER, _IN_RUN) for run in runs)]
+    names = [f"{analysis.name}.{ending}" for analysis in analyses for ending in ("json", "png")]
+    check_files(folder / f"{prefix}{name}" for folder, prefix in places for name in names)
     materials = {analysis.name: analysis.prepare(settings) for analysis in analyses}
     found = {a.name: {} if overwrite else _read(out / f"{a.name}.json") for a in analyses}
     results: dict[str, dict[str, Numbers]] = {analysis.name: {} for analysis in analyses}
@@ -83,7 +89,6 @@ def run_analyses(
                 report(f"{analysis.name}, {arm.label}: measured before")
             results[analysis.name][arm.label] = {"key": key, "model": str(arm.folder), **numbers}
             _write(out, analysis, material, results[analysis.name], found[analysis.name])
-    runs = list(dict.fromkeys(arm.run_dir for arm in arms if arm.run_dir is not None))
     return [_finish(analysis, materials[analysis.name], results[analysis.name], out, runs) for analysis in analyses]
 
 
@@ -91,7 +96,7 @@ def _finish(analysis: Analysis, material: Material, arms: dict[str, Numbers], ou
     path = _write(out, analysis, material, arms, {})
     figure = analysis.draw(arms, material.description, out / f"{analysis.name}.png")
     for run in runs:
-        target = run / FOLDER / f"analysis-{analysis.name}.png"
+        target = run / FOLDER / f"{_IN_RUN}{analysis.name}.png"
         write_file(target, partial(shutil.copyfile, figure))
         replace(analysis.tabulate(arms, material.description), figure=target.name).save(target.with_suffix(".json"))
     return Outcome(analysis.name, path, figure, arms)
