@@ -23,7 +23,7 @@ from unified_lm.data.rows.files import output_names
 from unified_lm.data.rows.records import RecordKind
 from unified_lm.data.sources import open_source, open_sources
 from unified_lm.mining.embedders import load_embedder
-from unified_lm.mining.mine import Mining, WorkShard
+from unified_lm.mining.mine import Mining, WorkShard, check_places
 from unified_lm.mining.mine import Progress as Report
 from unified_lm.mining.negatives import Given, MiningConfig, Sampling
 
@@ -55,6 +55,7 @@ def mine(argv: Sequence[str]) -> None:
     sources = open_sources(where, RecordKind.PAIR, options.seed)
     corpus = open_source(SourceConfig(path=options.corpus), RecordKind.TEXT, options.seed) if options.corpus else None
     outputs = _outputs(options.out, [source.name for source in sources])
+    check_places(outputs)
     embedder = load_embedder(
         options.model,
         device=options.device,

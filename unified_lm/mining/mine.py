@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -103,8 +103,7 @@ class Mining:
         block_rows: int = BLOCK_ROWS,
         chunk: int = CHUNK,
     ) -> None:
-        if out.suffix != ".jsonl":
-            raise DataError(f"cannot write {out}: mined rows go to a file whose name ends in .jsonl.")
+        check_places([out])
         self.source, self.config, self.out = source, config, out
         self._corpus = corpus
         self._device = device
@@ -113,7 +112,7 @@ class Mining:
         self._documents = VectorCache(cache, f"document:{embedder.key}", embedder.documents, chunk)
         self.key = _job_key(source, corpus, embedder, config, block_rows)
         self._parts = out.with_name(f".{out.name}.{self.key[:12]}.parts")
-        self.report_path = out.with_name(f"{out.stem}.report.yaml")
+        self.report_path = _report_of(out)
         self._refuse_other_output()
 
     @property
@@ -261,6 +260,24 @@ class Mining:
         if self.out.is_file() and not self.out.is_symlink():
             raise DataError(f"{self.out} exists and belongs to another job: remove it, or choose another --out.")
         check_files([self.out, self.report_path])
+
+
+def check_places(outputs: Iterable[Path]) -> None:
+    """Check that mined rows may go to files, as far as that is known without their jobs: to be called before a model is loaded.
+
+    Raises:
+        DataError: a name does not end in .jsonl.
+        OutputError: a file or its report would replace what this package did not write.
+    """
+    for out in outputs:
+        if out.suffix != ".jsonl":
+            raise DataError(f"cannot write {out}: mined rows go to a file whose name ends in .jsonl.")
+        if not (out.is_file() and _report_of(out).is_file()):  # those of a job, which says whether it is this one
+            check_files([out, _report_of(out)])
+
+
+def _report_of(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.report.yaml")
 
 
 class _Gather:

@@ -83,12 +83,13 @@ def prepare(
         raise DataError(f"limit: got {limit}, expected at least 1 row.")
     if local is not None and revision is not None:
         raise DataError("--revision is for data from the Hub, --from for a local copy. Give only one of the two.")
+    ending = ".txt" if spec.text_lines else suffix
+    manifest = out_dir / f"{name}.manifest.yaml"
+    check_files([manifest, *(out_dir / f"{part.output}{ending}" for part in spec.parts)])  # before anything is fetched
     commit = None if local is not None else _commit(name, spec, revision)
     inputs = _local_inputs(spec, local) if local is not None else _hub_inputs(spec, commit)
-    ending = ".txt" if spec.text_lines else suffix
     dropped: Counter[str] = Counter()
     outputs: list[dict[str, Any]] = []
-    manifest = out_dir / f"{name}.manifest.yaml"
     paths = [out_dir / f"{item.output}{ending}" for item in inputs]
     check_files([*paths, manifest], () if local is None else data_files(local))
     for item, path in zip(inputs, paths, strict=True):
