@@ -106,6 +106,7 @@ class Shard:
     Attributes:
         content: hash of all records in order; independent of their file format and of their locations.
         rejected: number of rejected rows, by reason.
+        columns: those of the columns that the user named which a row had.
         ignored: number of rows with a value under a key that is not read, by key.
     """
 
@@ -118,6 +119,7 @@ class Shard:
         self.content: str = meta["content"]
         self.rejected: Counter[str] = Counter(meta["rejected"])
         self.ignored: Counter[str] = Counter(meta["ignored"])
+        self.columns = frozenset(meta["columns"])
 
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
@@ -185,6 +187,7 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip: Skip)
     rejected: Counter[str] = Counter()
     num_rows = 0
     parser.ignored.clear()
+    parser.used.clear()
     with pa.OSFile(str(target / "records.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in _batched(valid_rows(origin, rows, parser, skip, rejected)):
             # The hash covers records only: the same records from another format or location continue a run unchanged.
@@ -206,6 +209,7 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip: Skip)
             "content": digest.hexdigest(),
             "rejected": rejected,
             "ignored": parser.ignored,
+            "columns": sorted(parser.used),
         },
     )
 
