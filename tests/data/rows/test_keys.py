@@ -52,6 +52,17 @@ def test_every_meaningful_key_of_a_row_is_read_or_refused_or_means_nothing_to_it
     assert passing.ignored == {key: 1}
 
 
+@pytest.mark.parametrize("key", ["system", "system_prompt", "input", "context", "history", "tools", "tool_calls", "images"])
+@pytest.mark.parametrize("kind", [RecordKind.CHAT, RecordKind.PREFERENCE, RecordKind.GROUNDED])
+def test_what_an_answer_depends_on_is_read_or_refused_by_every_kind_with_an_answer(kind, key):
+    parser, row = RowParser(kind), ROWS[kind]
+    if any(key in names for names in FIELDS[kind].values()):
+        assert parser(row | {key: "something"}) != parser(row)
+        return
+    with pytest.raises(MeaningfulKeyError, match=f"field '{key}': got 'something'"):
+        parser(row | {key: "something"})
+
+
 @pytest.mark.parametrize("key", TURN_KEYS)
 def test_every_meaningful_key_of_a_turn_is_refused(key):
     chat = RowParser(RecordKind.CHAT)
