@@ -53,6 +53,13 @@ def test_untrained_rows_are_announced_with_the_fix(base: Path) -> None:
     assert "never been trained" not in said(arguments(base, "full", "lora=none")), "every row is trained"
 
 
+@pytest.mark.parametrize(("frozen", "is_told"), [("embed_tokens", True), ("lm_head", True), ("q_proj", False)])
+def test_untrained_rows_of_a_frozen_table_are_announced(frozen: str, is_told: bool, base: Path) -> None:
+    told = said(arguments(base, "frozen", "lora=none", f"optim.frozen=[{frozen}]"))
+    assert ("the embedding of </s> looks as if it had never been trained" in told) == is_told
+    assert ("optim.frozen leaves it so" in told) == is_told
+
+
 def test_rows_are_trained_and_exported(base: Path) -> None:
     # the end of embedded texts too: the end of a last answer is predicted, but nothing follows that would read it
     ends = [f"streams.{name}.template=grit+eos" for name in ("embedding", "generation")]

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.data.fake_source import FakeSource, pairs, stream_config
-from unified_lm.core import agreement, distributed, files, reading_once
+from unified_lm.core import agreement, cached_folder, distributed, files, reading_once
 from unified_lm.core.reading_once import once
 from unified_lm.data import sources, token_cache
 from unified_lm.data.streams import TableStream
@@ -100,13 +100,14 @@ def test_a_run_hashes_and_checks_its_data_once_per_machine(tmp_path, monkeypatch
     expected = open_all()
     read = []
     checksum = files.checksum
-    monkeypatch.setattr(token_cache, "checksum", lambda path: read.append(path.name) or checksum(path))
+    monkeypatch.setattr(cached_folder, "checksum", lambda path: read.append(path.name) or checksum(path))
     real_open = open
     monkeypatch.setattr(sources, "open", lambda *given: read.append(given[0].name) or real_open(*given), raising=False)
     for _ in range(2):
         with start("a", monkeypatch):
             assert open_all() == expected
-    assert sorted(read) == sorted(["0.jsonl", "1.jsonl", "2.jsonl", *(f"{name}.bin" for name in token_cache._ARRAYS)])
+    parsed = ["0.jsonl", "1.jsonl", "2.jsonl", *3 * ("meta.json", "records.arrow")]
+    assert sorted(read) == sorted([*parsed, "table.json", *(f"{name}.bin" for name in token_cache._ARRAYS)])
 
 
 def test_a_table_damaged_between_two_ranks_is_still_found(tmp_path, monkeypatch):

@@ -225,7 +225,7 @@ def test_a_damaged_cache_is_built_anew_with_a_warning(own_cache: Path, damage):
         ids.unlink()
     else:
         (folder / "table.json").write_text("{")
-    with pytest.warns(UserWarning, match=r"damaged .* it is rebuilt"):
+    with pytest.warns(UserWarning, match=r"is damaged .* it is made again"):
         assert content(make_stream(pairs(5)).draw(5)) == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,6 +13,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.inference.conftest import make_export
@@ -93,9 +94,19 @@ def served(folder: Path, engine: str) -> Any:
         shutil.rmtree(target, ignore_errors=True)
 
 
+def adapted(folder: Path) -> Any:
+    """Train from an adapter whose base the export is."""
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = str(folder)
+    model.save_pretrained(folder.parent / "adapter")
+    return load_model(ModelConfig(name=str(folder.parent / "adapter"), dtype="float32"))
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
     "UnifiedLM": lambda folder: UnifiedLM.from_pretrained(folder, device="cpu"),
     "training": lambda folder: load_model(ModelConfig(init_from=str(folder), dtype="float32")),
+    "training by name": lambda folder: load_model(ModelConfig(name=str(folder), dtype="float32")),
+    "training from an adapter": adapted,
     "evaluation": evaluated,
     "analysis": lambda folder: parse_arms([str(folder)], ArmSettings(device="cpu"))[0].load(),
     "eval lm": harnessed,
@@ -111,6 +122,11 @@ def test_every_reader_refuses_damaged_weights(reader: str, copy: Path) -> None:
     READERS[reader](copy)
     with pytest.raises(ModelError, match="are not those that were exported"):
         READERS[reader](flip(copy))
+
+
+def test_an_export_by_name_is_compared_and_starts_no_history(copy: Path) -> None:
+    provenance = load_model(ModelConfig(name=str(copy), dtype="float32")).provenance
+    assert (provenance["source"], "manifest" in provenance, "init_from" in provenance) == ("directory", False, False)
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -50,6 +50,24 @@ def test_converts_once_per_content(monkeypatch, tmp_path) -> None:
     assert len([path for path in first.parent.iterdir() if path.is_dir()]) == 2
 
 
+def test_a_flipped_byte_of_the_cached_weights_is_not_loaded(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("UNIFIED_LM_CACHE", str(tmp_path / "cache"))
+    gguf, calls = tmp_path / "model.gguf", []
+    gguf.write_bytes(b"one")
+
+    def convert(path, digest, folder):
+        calls.append(digest)
+        (folder / "model.safetensors").write_bytes(b"weights" * 1000)
+
+    monkeypatch.setitem(embedded.EMBEDDED_MODELS, "fake", (lambda: gguf, convert))
+    weights = embedded_directory("fake") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"r")
+    with pytest.warns(UserWarning, match=r"the cache of the embedded model fake, .*model\.safetensors is not what was written"):
+        assert (embedded_directory("fake") / "model.safetensors").read_bytes() == b"weights" * 1000
+    assert embedded_directory("fake") == weights.parent
+    assert len(calls) == 2
+
+
 @pytest.fixture(scope="module")
 def smollm2():
     try:

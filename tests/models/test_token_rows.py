@@ -133,6 +133,10 @@ def test_rows_that_look_untrained() -> None:
     table[5] = table[30]
     head[6] = 0.0
     table[8] = table[60]
+    assert untrained_tokens(model, tokens, [4, 5, 6, 7, 8, 30]) == [], "every row is trained"
+    head.requires_grad_(False)
+    assert untrained_tokens(model, tokens, [4, 5, 6, 7, 8, 30]) == ["head"]
+    table.requires_grad_(False)
     assert untrained_tokens(model, tokens, [4, 5, 6, 7, 8, 30]) == ["zero", "twin", "head"]
     assert untrained_tokens(model, {"trained": 7}, [7]) == []
     assert isinstance(with_rows("llama", True).get_output_embeddings(), TokenRowsHead)

@@ -123,11 +123,11 @@ def assemble_run(config: RunConfig, run_dir: Path, console: Console) -> Run:
         loaded = load_model(config.model, quantize_4bit=quantize, needs_head=config.needs_head)
     check_lengths(loaded.causal_lm, _lengths(config))
     tokens = trained_tokens(config, loaded.tokenizer)
-    loaded.provenance["notices"] += untrained_notices(config, loaded, tokens, whole)
     loaded.provenance["notices"] += _vector_notices(config, loaded.provenance)
     lora = apply_lora(loaded.causal_lm, config.lora, config.seed, tokens, whole) if config.lora else None
     if config.optim.frozen:
         loaded.provenance["notices"].append(freeze(loaded.causal_lm, config.optim.frozen))
+    loaded.provenance["notices"] += untrained_notices(config, loaded, tokens, whole)
     backbone = _make_backbone(config.model, loaded, device)
     streams = build_streams(config, loaded.tokenizer)
     held_out = build_validation_streams(config, loaded.tokenizer)

@@ -37,16 +37,24 @@ def trained_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> dic
 def untrained_notices(
     config: RunConfig, loaded: LoadedModel, trained: dict[str, int], whole: GatherParameters
 ) -> Iterator[str]:
-    """Name the special tokens of the templates whose rows look untrained, where adapters would leave them so. Collective."""
-    if config.lora is None:
+    """Name the special tokens of the templates whose rows look untrained, where training would leave them so. Collective.
+
+    After adapters are applied and weights frozen.
+    """
+    if config.lora is None and not config.optim.frozen:
         return
     tokenizer, rows = loaded.tokenizer, loaded.causal_lm.config.get_text_config().vocab_size
     left = {text: index for text, index in _used_tokens(config, tokenizer).items() if index not in trained.values()}
     reserved = {*special_tokens(tokenizer).values(), *range(len(tokenizer), rows)}
     if found := untrained_tokens(loaded.causal_lm, left, reserved, whole):
+        fix = (
+            "adapters leave it so; lora.trainable_tokens=template trains the template's tokens."
+            if config.lora is not None
+            else "optim.frozen leaves it so; without the embedding table there (or the output head) it is trained."
+        )
         yield (
             f"the embedding of {', '.join(found)} looks as if it had never been trained (next to 0, or equal to another "
-            "reserved token's), and adapters leave it so; lora.trainable_tokens=template trains the template's tokens."
+            f"reserved token's), and {fix}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -155,6 +156,11 @@ _DIGITS = 18
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def text_or_stdin(text: str) -> str:
+    """A text, or for "-" what stdin holds, for `argparse`; a byte-order mark at its start is left out."""
+    return sys.stdin.read().removeprefix("\ufeff") if text == "-" else text
 
 
 def positive(text: str) -> int:

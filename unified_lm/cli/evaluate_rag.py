@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
@@ -15,8 +16,9 @@ from rich.table import Table
 from unified_lm.cli.arguments import command_parser, positive, whole
 from unified_lm.cli.evaluate_model import EvaluatedModel, add_model_options, find_model, plain_table, progress_bar
 from unified_lm.config.streams import SourceConfig
-from unified_lm.core.errors import DataError, UserError, did_you_mean
+from unified_lm.core.errors import CheckpointError, DataError, OutputError, UserError, did_you_mean
 from unified_lm.core.files import cache_dir
+from unified_lm.core.folder_lock import hold_folder, release_folder
 from unified_lm.core.outputs import check_files, write_json_file
 from unified_lm.data.prompts.layouts import LAYOUTS
 from unified_lm.data.rows.records import GroundedRecord, RecordKind
@@ -142,7 +144,15 @@ def _index(options: argparse.Namespace, model_ref: EvaluatedModel, rows: list[Gr
         *sorted(document.id for document in documents),
     ]
     folder = cache_dir("rag", blake2b("\x1f".join(said).encode(), digest_size=16).hexdigest())
-    index = Index.create(folder, model, states=states, max_tokens=options.max_tokens)
+    hold_folder(folder)  # first: one that another process fills is not damaged
+    try:
+        index = Index.create(folder, model, states=states, max_tokens=options.max_tokens)
+    except (CheckpointError, OutputError) as error:
+        console.print(f"note: the cached index cannot be opened, and is made again: {error}", highlight=False, soft_wrap=True)
+        shutil.rmtree(folder)
+        index = Index.create(folder, model, states=states, max_tokens=options.max_tokens)
+    finally:
+        release_folder(folder)
     with progress_bar("reading documents", len(documents), console) as advance:
         index.add(documents, advance)
     return index

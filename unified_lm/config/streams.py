@@ -76,7 +76,7 @@ class SourceConfig:
     document_instruction: str | None = None
     """Instruction for every document of the source; None embeds documents without one."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column of the source for each field of the format, where names differ: {"query": "anchor"}."""
+    """Column for each field of the format whose name differs: {"query": "anchor"}; one that no row has is refused."""
     ignore: tuple[str, ...] = ()
     """Keys of rows or turns to leave out of account although they bear meaning ("label", "weight"); else they are refused."""
     on_empty: str = "error"

@@ -51,7 +51,7 @@ def once(stamp: Path, files: Sequence[Path], work: Callable[[], str]) -> str:
     """
     if _start is None:
         return work()
-    known = {"start": _start, "files": [_identity(file) for file in files]}
+    known = {"start": _start, "files": [identity(file) for file in files]}
     # per machine, because device and inode numbers mean nothing on another one
     place = stamp.with_name(f"{stamp.name}.{platform.node()}.read")
     try:
@@ -72,7 +72,8 @@ def once(stamp: Path, files: Sequence[Path], work: Callable[[], str]) -> str:
         lock.release()
 
 
-def _identity(file: Path) -> list[int]:
+def identity(file: Path) -> list[int]:
+    """What changes when a file is written anew: device, inode, size and time."""
     state = file.stat()
     return [state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns]
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core import distributed
-from unified_lm.core.errors import DataError
+from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.core.files import cache_dir
 from unified_lm.core.random import derive_seed
 from unified_lm.core.reading_once import once
@@ -201,7 +201,20 @@ def _open_shards(config: SourceConfig, kind: RecordKind) -> tuple[str, list[str]
     parts = _parts(config, kind)
     shards = [open_shard(shard_key(p.content, parser, skip), p.origin, p.rows, parser, skip) for p in parts]
     whole = parts[0].name if len(parts) == 1 or config.path is None else user_path(config.path).resolve().name
+    _check_columns(whole, parser, shards)
     return whole, [part.name for part in parts], shards
+
+
+def _check_columns(name: str, parser: RowParser, shards: Sequence[Shard]) -> None:
+    """Refuse a column that the user named and no row has: a field that rows may lack would be missing in silence."""
+    had = frozenset[str]().union(*(shard.columns for shard in shards))
+    unread = {key for shard in shards for key in shard.ignored}
+    for field, column in parser.columns.items():
+        if column not in had:
+            raise DataError(
+                f"{name}: no usable row has '{column}' to read, which columns={{{field}: {column}}} names."
+                f"{did_you_mean(column, unread)} Name a column of the rows, or leave it out."
+            )
 
 
 def _check(config: SourceConfig, kind: RecordKind) -> None:

@@ -7,8 +7,6 @@ All data is in flat arrays, so that a million rows need no Python objects and se
 from __future__ import annotations
 
 import json
-import shutil
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress
 
 from unified_lm.core import distributed
-from unified_lm.core.files import cache_dir, checksum, write_directory
-from unified_lm.core.reading_once import once
+from unified_lm.core.cached_folder import cached_folder
+from unified_lm.core.files import cache_dir, write_json
 from unified_lm.data.prompts.encoding import Encoded
 
 BUILDER_VERSION = 1
@@ -134,34 +131,9 @@ def cached_table(key: str, rows: Iterable[Row], rejected: Counter[str]) -> Token
         rows: the rows; consumed only if the table must be built.
         rejected: counter that the producer of `rows` fills; read after the rows are consumed.
     """
-    folder = cache_dir("tokens", key)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        table = _read(folder)
-        if table is None:
-            write_directory(folder, lambda target: _write(target, rows, rejected))
-            table = _read(folder)
-    assert table is not None, f"{folder} was just written"
-    return table
-
-
-def _read(folder: Path) -> TokenTable | None:
-    """The stored table, or None if there is none or, with a warning, if it is damaged."""
-    if not (folder / "table.json").exists():
-        return None
-    try:
-        meta = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        files = [folder / f"{name}.bin" for name in _ARRAYS]
-        found = json.loads(once(folder, files, lambda: json.dumps([checksum(file) for file in files])))
-        for name, value in zip(_ARRAYS, found, strict=True):
-            if value != meta["checksums"][name]:
-                raise ValueError(f"{name}.bin is not what was written")
-        arrays = {name: _map(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
-        return TokenTable(arrays, meta["rejected"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"tokenized data in {folder} is damaged ({error}); it is rebuilt", stacklevel=2)
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
+    folder = cached_folder(cache_dir("tokens", key), "tokenized rows", lambda target: _write(target, rows, rejected))
+    arrays = {name: _map(folder / f"{name}.bin", dtype) for name, dtype in _ARRAYS.items()}
+    return TokenTable(arrays, json.loads((folder / "table.json").read_text(encoding="utf-8"))["rejected"])
 
 
 def _map(path: Path, dtype: Any) -> np.ndarray:
@@ -169,7 +141,7 @@ def _map(path: Path, dtype: Any) -> np.ndarray:
 
 
 def _write(folder: Path, rows: Iterable[Row], rejected: Counter[str]) -> None:
-    """Stream rows into one flat file per array; the description is written last, so that its existence implies completeness."""
+    """Stream rows into one flat file per array."""
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in _ARRAYS}
         tokens = spans = items = 0
@@ -183,8 +155,7 @@ def _write(folder: Path, rows: Iterable[Row], rejected: Counter[str]) -> None:
             items += len(row.items)
             files["row_stops"].write(np.int64(items).tobytes())
             files["records"].write(np.int64(row.record).tobytes())
-    checksums = {name: checksum(folder / f"{name}.bin") for name in _ARRAYS}
-    (folder / "table.json").write_text(json.dumps({"checksums": checksums, "rejected": dict(rejected)}), encoding="utf-8")
+    write_json(folder / "table.json", {"rejected": rejected})
 
 
 def chunks(source: Sequence[Any], size: int = 512) -> Iterator[list[tuple[int, Any]]]:

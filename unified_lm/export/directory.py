@@ -276,15 +276,24 @@ def _write_config(building: Path, manifest: Manifest, own: Mapping[str, Any]) ->
 
 
 def _add_older_rope(text: dict[str, Any]) -> None:
-    """Repeat the rotary settings where transformers 4 looks for them: it reads the default base otherwise, in silence.
+    """Repeat the rotary settings where transformers 4 looks for them: it takes its defaults otherwise, in silence.
 
     Only settings that are the same for all layers; those that differ by type of layer have other names in every family.
     """
     rope = text.get("rope_parameters")
-    if isinstance(rope, dict) and isinstance(rope.get("rope_theta"), int | float):
-        text["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            text["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if not isinstance(rope, dict) or not isinstance(rope.get("rope_theta"), int | float):
+        return
+    text["rope_theta"] = rope["rope_theta"]
+    names = _OLDER_ROPE.get(text.get("model_type", ""), {"partial_rotary_factor": "partial_rotary_factor"})
+    text.update({older: rope[name] for older, name in names.items() if name in rope})
+    if rope.get("rope_type", "default") != "default":
+        own = {"rope_theta", "partial_rotary_factor"}  # never parts of the scaling there
+        text["rope_scaling"] = {name: value for name, value in rope.items() if name not in own}
+
+
+_NEOX_ROPE = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
+_OLDER_ROPE = {"gpt_neox": _NEOX_ROPE, "gpt_neox_japanese": _NEOX_ROPE}
+"""Family -> names of its own that transformers 4 has for rotary settings -> their names in `rope_parameters`."""
 
 
 def _text_section(config: dict[str, Any]) -> dict[str, Any]:

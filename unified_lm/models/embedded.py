@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from rich.console import Console
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from unified_lm.core.cached_folder import cached_folder
 from unified_lm.core.errors import ModelError, did_you_mean
-from unified_lm.core.files import cache_dir, write_directory, write_json
+from unified_lm.core.files import cache_dir, write_json
 from unified_lm.models.quiet import quiet_loading
 
 SMOLLM2_135M = "smollm2-135m"
@@ -31,6 +31,8 @@ _CONVERSION = 1  # increment it when the conversion below changes, so that old c
 
 def embedded_directory(name: str = SMOLLM2_135M) -> Path:
     """The folder with an embedded model's safetensors, config and tokenizer; created on first use (about half a minute).
+
+    It is created again, with a warning, where it is not what was written (`core.cached_folder`).
 
     Args:
         name: a key of `EMBEDDED_MODELS`; empty means the default.
@@ -46,12 +48,7 @@ def embedded_directory(name: str = SMOLLM2_135M) -> Path:
     gguf = find()
     digest = _sha256(gguf)
     target = cache_dir("models", f"{name}-{digest[:12]}-v{_CONVERSION}")
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{target.name}.lock")):  # one rank converts, the others wait
-            if not target.exists():  # again, because another process may have written it meanwhile
-                write_directory(target, lambda folder: convert(gguf, digest, folder))
-    return target
+    return cached_folder(target, f"the embedded model {name}", lambda folder: convert(gguf, digest, folder))
 
 
 def _sha256(path: Path) -> str:

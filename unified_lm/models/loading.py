@@ -30,7 +30,7 @@ from unified_lm.models.families import OWN_FAMILIES
 from unified_lm.models.headless import is_headless
 from unified_lm.models.identity import fingerprint
 from unified_lm.models.load_errors import check_complete, check_special_tokens, explain, tried
-from unified_lm.models.origin import Origin, base_of, locate, merged_origin, of_adapter
+from unified_lm.models.origin import Origin, base_of, locate, merged_origin, of_adapter, read_manifest
 from unified_lm.models.precision import AUTO, auto_dtype, four_bit_config
 from unified_lm.models.quiet import quiet_loading
 from unified_lm.models.scratch import build_model, description_hash
@@ -114,10 +114,10 @@ def load_model(
         raise ModelError(
             "lora.quantize_4bit: MONET's routers are linear layers, whose statistics are of exact weights. Set it false."
         )
-    for found in (origin, base):
-        if recorded := (found.extra.get("manifest") or {}).get("weights_hash"):
+    for folder in dict.fromkeys(Path(found.location) for found in (origin, base) if not found.is_hub):
+        if recorded := (read_manifest(folder) or {}).get("weights_hash"):
             # One rank is enough to refuse the run, and days of training on other weights cost more than seconds of reading.
-            check_weights_hash(Path(found.extra["init_from"]), str(recorded), always=is_rank0())
+            check_weights_hash(folder, str(recorded), always=is_rank0())
     own = override_dropout(hf_config, config.attention_dropout)
     with of_adapter(origin, adapter):
         causal_lm = _load_weights(base, config, hf_config, dtype, device, quantize_4bit, needs_head)

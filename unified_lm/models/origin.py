@@ -146,10 +146,19 @@ def locate_export(init_from: str) -> Origin:
             f"model.init_from={init_from}: {found}. Expected the run_dir of a finished run (with export.enabled=true), or its "
             "export folder."
         )
-    manifest_path = folder / MANIFEST
-    manifest = None
-    if manifest_path.is_file():
-        manifest = read_json(manifest_path, ModelError, fix="Export the run again.")
-        if not isinstance(manifest, dict):
-            raise ModelError(f"{manifest_path} holds {type(manifest).__name__}, expected an object. Export the run again.")
-    return Origin("init_from", str(folder), init_from, extra={"init_from": str(folder), "manifest": manifest})
+    return Origin("init_from", str(folder), init_from, extra={"init_from": str(folder), "manifest": read_manifest(folder)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of an export; None of a folder without one.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = read_json(path, ModelError, fix="Export the run again.")
+    if not isinstance(manifest, dict):
+        raise ModelError(f"{path} holds {type(manifest).__name__}, expected an object. Export the run again.")
+    return manifest

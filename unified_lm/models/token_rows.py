@@ -7,7 +7,7 @@ ZeRO-3 on CUDA only; here a lookup replaces the states of the tokens concerned.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -140,7 +140,7 @@ def remove_token_rows(causal_lm: nn.Module) -> None:
 def untrained_tokens(
     causal_lm: PreTrainedModel, tokens: Mapping[str, int], reserved: Collection[int], whole: GatherParameters = no_gathering
 ) -> list[str]:
-    """Tokens whose rows look as if they had never been trained, in the table or in the output head.
+    """Tokens whose rows look as if they had never been trained, in the table or in the output head, where these are frozen.
 
     Such a row is next to 0, or equal to that of another reserved token or of a row beyond the vocabulary.
 
@@ -150,12 +150,12 @@ def untrained_tokens(
         reserved: ids of tokens that may never have been used (special ones, rows beyond the vocabulary).
         whole: see `train_token_rows`.
     """
-    table: Any = causal_lm.get_input_embeddings()
-    head: Any = causal_lm.get_output_embeddings()
-    if table.weight.is_meta:
-        return []
+    layers: Iterable[Any] = filter(None, (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()))
+    weights = {id(weight): weight for layer in layers for weight in (getattr(layer, "base_layer", layer).weight,)}
     found: set[str] = set()
-    for weight in [table.weight] + ([head.weight] if head is not None and head.weight is not table.weight else []):
+    for weight in weights.values():
+        if weight.requires_grad or weight.is_meta:
+            continue
         with whole([weight]):
             stored = weight.detach()
             typical = stored[:: max(1, len(stored) // _SAMPLED_ROWS)].float().norm(dim=1).median()

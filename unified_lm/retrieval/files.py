@@ -38,7 +38,7 @@ def read_documents(named: str, column: str = "text") -> Iterator[Document]:
     pages = [file for file in files if file.is_file() and file.suffix in PAGES]
     for page in pages:
         try:
-            yield Document(str(page), page.read_text(encoding="utf-8"), str(page))
+            yield Document(str(page), page.read_text(encoding="utf-8-sig"), str(page))
         except UnicodeDecodeError as error:
             raise DataError(f"{page} is not UTF-8 ({error.reason} at byte {error.start}).") from error
     if not pages or any(extension(file) in FORMATS for file in files):  # without either it says what was found and expected

@@ -1,6 +1,7 @@
 """Docstring cleaning, and the built-in data set: size, splits that share no text, determinism."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,30 @@ def test_build_is_deterministic_and_says_what_is_missing(
     assert metadata["rows"]["pairs-train.jsonl"] > 400
     assert pydocs._key(metadata["versions"]) == again.name
     assert pydocs._key({**metadata["versions"], "not_installed_anywhere": "1.0"}) != again.name
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ("pairs", RecordKind.PAIR),
+        ("hard_pairs", RecordKind.PAIR),
+        ("hard_pairs/numpy", RecordKind.PAIR),
+        ("preferences", RecordKind.PREFERENCE),
+        ("grounded", RecordKind.GROUNDED),
+    ],
+)
+def test_an_emptied_file_of_the_cache_is_made_again(
+    part: str, kind: RecordKind, small_build: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every folder that is derived from another one, too."""
+    shutil.copytree(small_build.parents[1], own_cache)
+    monkeypatch.setenv("UNIFIED_LM_CACHE", str(own_cache))
+    before = list(opened(part, kind))
+    pydocs.pydocs_file(part, "train", kind)[1].write_text("")
+    with pytest.warns(
+        UserWarning, match=rf"the cache of pydocs.*, {own_cache}.* is damaged \(.*\.jsonl is not what was written"
+    ):
+        assert list(opened(part, kind)) == before
 
 
 @pytest.mark.parametrize(

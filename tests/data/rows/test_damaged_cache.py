@@ -21,6 +21,12 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(bytes(content))
 
 
+def edited(shard: Path, **values: object) -> None:
+    """A description of the right form that says something else."""
+    path = shard / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "flipped byte of a row": lambda shard: flip(
         shard / "records.arrow", (shard / "records.arrow").read_bytes().index(b"the text 7")
@@ -30,7 +36,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no rows": lambda shard: (shard / "records.arrow").unlink(),
     "empty description": lambda shard: (shard / "meta.json").write_text(""),
     "other description": lambda shard: (shard / "meta.json").write_text("[]"),
-    "description without checksum": lambda shard: (shard / "meta.json").write_text('{"rows": 20}'),
+    "fewer rows": lambda shard: edited(shard, rows=10),
+    "more rows": lambda shard: edited(shard, rows=60),
+    "another hash": lambda shard: edited(shard, content="0" * 32),
+    "another count": lambda shard: edited(shard, rejected={"empty": 3}),
+    "description of rows alone": lambda shard: (shard / "meta.json").write_text('{"rows": 20}'),
     "no description": lambda shard: (shard / "meta.json").unlink(),
 }
 
@@ -43,6 +53,6 @@ def test_damage_is_found_and_mended(damage: str, tmp_path: Path, monkeypatch: py
     before = rows_of(path)
     (shard,) = (folder for folder in (tmp_path / "cache" / "records").iterdir() if folder.is_dir())
     DAMAGE[damage](shard)
-    with pytest.warns(UserWarning, match="are damaged"):
+    with pytest.warns(UserWarning, match="the cache of parsed rows of .*rows.jsonl, .* is damaged"):
         assert rows_of(path) == before
     assert rows_of(path) == before, "and without a warning from then on"

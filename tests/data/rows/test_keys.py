@@ -52,6 +52,17 @@ def test_every_meaningful_key_of_a_row_is_read_or_refused_or_means_nothing_to_it
     assert passing.ignored == {key: 1}
 
 
+@pytest.mark.parametrize("key", ["system", "system_prompt", "input", "context", "history", "tools", "tool_calls", "images"])
+@pytest.mark.parametrize("kind", [RecordKind.CHAT, RecordKind.PREFERENCE, RecordKind.GROUNDED])
+def test_what_an_answer_depends_on_is_read_or_refused_by_every_kind_with_an_answer(kind, key):
+    parser, row = RowParser(kind), ROWS[kind]
+    if any(key in names for names in FIELDS[kind].values()):
+        assert parser(row | {key: "something"}) != parser(row)
+        return
+    with pytest.raises(MeaningfulKeyError, match=f"field '{key}': got 'something'"):
+        parser(row | {key: "something"})
+
+
 @pytest.mark.parametrize("key", TURN_KEYS)
 def test_every_meaningful_key_of_a_turn_is_refused(key):
     chat = RowParser(RecordKind.CHAT)
@@ -105,7 +116,10 @@ def test_the_prompt_of_flag_embedding_is_the_querys_instruction():
     assert as_query({"prompt": "q", "completion": "p"}) == PairRecord(Text("q"), (Text("p"),))
 
 
-@pytest.mark.parametrize("name", ["negative", "neg", "negatives", "hard_negatives", "hard_negative", "negative_1", "neg1"])
+@pytest.mark.parametrize(
+    "name",
+    ["negative", "neg", "negatives", "hard_negatives", "hard_negative", "hard_neg", "hard_negs", "negs", "negative_1", "neg1"],
+)
 def test_negatives_under_all_their_names(name):
     assert RowParser(RecordKind.PAIR)({"query": "q", "pos": "p", name: "n"}).negatives == (Text("n"),)
 
@@ -154,7 +168,21 @@ def test_every_near_miss_of_a_field_is_refused_also_beside_the_field(kind):
                 parser(row | {name: "x"})
 
 
-@pytest.mark.parametrize("name", ["Neg_1", "negatve_2", "negatives_1", "hard-negative-1", "positives_2", "Pos2", "positive_2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Neg_1",
+        "negatve_2",
+        "negatives_1",
+        "negs_1",
+        "hard_negs_2",
+        "Negs",
+        "hard-negative-1",
+        "positives_2",
+        "Pos2",
+        "positive_2",
+    ],
+)
 def test_near_misses_of_numbered_columns_are_refused(name):
     with pytest.raises(MeaningfulKeyError, match=f"field '{name}'"):
         RowParser(RecordKind.PAIR)(ROWS[RecordKind.PAIR] | {name: "x"})
@@ -169,7 +197,7 @@ def test_near_misses_of_keys_of_turns_are_refused():
 def test_words_and_names_that_resemble_a_key_are_not_refused(kind):
     parser = RowParser(kind)
     ordinary = ("id", "_id", "idx", "index", "title", "source", "lang", "language", "url", "dataset", "type", "topic", "tags")
-    for name in (*ordinary, *ORDINARY, "negs", "query_id", "prompt_id", "pos_scores", "token_count"):
+    for name in (*ordinary, *ORDINARY, "query_id", "prompt_id", "pos_scores", "token_count"):
         assert parser(ROWS[kind] | {name: 0}) == parser(ROWS[kind])
         assert parser.ignored[name] == 1
 

@@ -96,6 +96,11 @@ def test_the_revision_follows_the_data(tmp_path: Path) -> None:
         ("type: sts", "sentence1\tsentence2\tscore\na\tb\t1\nc\td\t1\n", "every row has 1.0"),
         ("type: pair_classification", "sentence1\tsentence2\tlabel\na\tb\tyes\n", "field 'label': got 'yes', expected 0 or 1"),
         ("type: classification", "text\tlabel\na\tb\n", "no file for 'train'"),
+        (
+            "type: sts\ncolumns: {scor: x}",
+            "sentence1\tsentence2\tscore\na\tb\t1\n",
+            "columns.scor is no field .*Did you mean 'score'",
+        ),
         ("type: reranking", "query\tpositive\tnegative\na\tb\t\n", "line 2, field 'negative': got ''"),
     ],
 )
@@ -122,6 +127,20 @@ def test_mistakes_of_rankings(tmp_path: Path) -> None:
     corpus.write_text(corpus.read_text() + '{"_id": "d0", "text": "twice"}\n')
     with pytest.raises(DataError, match=r"corpus.jsonl, line 12, field 'id': 'd0' occurs in an earlier row"):
         read_task(folder)
+
+
+@pytest.mark.parametrize("name", ["title", "score"])
+def test_a_column_of_a_field_that_rows_may_lack_is_one_that_rows_have(tmp_path: Path, name: str) -> None:
+    folder = task_folders.retrieval(tmp_path)
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(line for line in corpus.read_text().splitlines(keepends=True) if "only a title" not in line))
+    before = read_task(folder)
+    describe(folder, f"type: retrieval\ncolumns: {{{name}: elsewhere}}\n")
+    with pytest.raises(DataError, match=f"columns.{name} names 'elsewhere', which no row has"):
+        read_task(folder)
+    file = corpus if name == "title" else folder / "qrels" / "test.tsv"
+    file.write_text(file.read_text().replace(f'"{name}"', '"elsewhere"').replace("\tscore\n", "\telsewhere\n"))
+    assert read_task(folder).ranking == before.ranking
 
 
 def test_folders_without_tasks(tmp_path: Path) -> None:

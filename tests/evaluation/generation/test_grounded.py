@@ -152,3 +152,39 @@ def test_the_command_writes_a_table(
     capsys.readouterr()
     assert main([*common, "--modes", "cache"]) == 2
     assert "unknown mode 'cache'" in capsys.readouterr().err
+
+
+def corrupted(manifest: Path) -> None:
+    for path in manifest.parent.glob("vectors/**/_versions/*.manifest"):
+        path.write_bytes(b"damaged" + path.read_bytes()[20:])
+
+
+DAMAGE = {
+    "emptied": lambda manifest: manifest.write_text(""),
+    "no object": lambda manifest: manifest.write_text("[]"),
+    "another number": lambda manifest: manifest.write_text(manifest.read_text().replace('"max_tokens": ', '"max_tokens": 1')),
+    "removed": lambda manifest: manifest.unlink(),
+    "vectors": corrupted,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_index_in_the_cache_is_made_again(
+    damage: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNIFIED_LM_CACHE", str(tmp_path / "cache"))
+    rows = [{"query": f"q {i}", "pos": [f"right {i}"], "answers": [f"a {i}"]} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["eval", "rag", str(folder), "--data", str(tmp_path / "rows.jsonl"), "--device", "cpu", "--generate", "0"]
+    command += ["--modes", "document_cache", "--states", "causal", "--out", str(tmp_path / "rag.json")]
+    assert main(command) == 0
+    before = json.loads((tmp_path / "rag.json").read_text())
+    (manifest,) = (tmp_path / "cache" / "rag").glob("*/index.json")
+    DAMAGE[damage](manifest)
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "the cached index cannot be opened, and is made again" in capsys.readouterr().err
+    after = json.loads((tmp_path / "rag.json").read_text())
+    assert (after["recall"], after["modes"][0]["loss"]) == (before["recall"], before["modes"][0]["loss"])
+    assert main(command) == 0
+    assert "made again" not in capsys.readouterr().err

@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from filelock import FileLock
-
+from unified_lm.core.cached_folder import cached_folder
 from unified_lm.core.errors import DataError, did_you_mean
-from unified_lm.core.files import cache_dir, write_directory, write_json
+from unified_lm.core.files import cache_dir, write_json
 from unified_lm.data.pydocs.docstrings import Docstring, extract
 from unified_lm.data.pydocs.grounded import PART as GROUNDED
 from unified_lm.data.pydocs.grounded import grounded_file
@@ -130,7 +129,7 @@ def _file_name(part: str, split: str) -> str:
 
 
 def build() -> Path:
-    """Find the data set in the cache, or build it there.
+    """Find the data set in the cache, or build it there; a damaged one is built again, with a warning.
 
     Returns:
         Its folder, with a jsonl file per subset and split, and metadata.json (versions, counts, seconds).
@@ -138,13 +137,9 @@ def build() -> Path:
     versions = _versions()
     target = cache_dir("pydocs", _key(versions))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_suffix(".lock")):
-            if not target.exists():
-                write_directory(target, lambda folder: _fill(folder, versions))
+        return cached_folder(target, "pydocs", lambda folder: _fill(folder, versions))
     except OSError as error:
         raise DataError(f"cannot write the pydocs cache, {target}: {error}. Set UNIFIED_LM_CACHE.") from error
-    return target
 
 
 def _key(versions: dict[str, str]) -> str:

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from unified_lm.core.files import cache_dir, write_directory
+from unified_lm.core.cached_folder import cached_folder
+from unified_lm.core.files import cache_dir
 from unified_lm.core.random import derive_seed
 from unified_lm.data.pydocs.negatives import object_name, with_negatives
 
@@ -33,10 +32,7 @@ _MAX_ANSWER_CHARACTERS = 240
 def grounded_file(pairs: Path) -> Path:
     """The file of grounded rows, built beside the file of `pairs` (one split) if this machine lacks it."""
     target = cache_dir("pydocs_grounded", f"{pairs.parent.name}-{pairs.stem}-{VERSION}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if not target.exists():
-            write_directory(target, lambda folder: _fill(folder, pairs))
+    cached_folder(target, f"pydocs/{PART}", lambda folder: _fill(folder, pairs))
     return target / "grounded.jsonl"
 
 

@@ -15,10 +15,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from unified_lm.core.cached_folder import cached_folder
 from unified_lm.core.errors import DataError
-from unified_lm.core.files import cache_dir, write_directory
+from unified_lm.core.files import cache_dir
 
 PART = "hard_pairs"
 """Name of the subset with all rows; `hard_pairs/PACKAGE` has those of one package ("python" is the standard library)."""
@@ -42,10 +41,7 @@ def hard_pairs_file(pairs: Path, package: str | None, packages: Sequence[str]) -
         DataError: no rows of that package.
     """
     target = cache_dir("pydocs_negatives", f"{pairs.parent.name}-{pairs.stem}-{VERSION}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if not target.exists():
-            write_directory(target, lambda folder: _fill(folder, pairs, packages))
+    cached_folder(target, f"pydocs/{PART}", lambda folder: _fill(folder, pairs, packages))
     file = target / f"{package or 'all'}.jsonl"
     if not file.is_file():
         known = sorted(path.stem for path in target.glob("*.jsonl") if path.stem != "all")

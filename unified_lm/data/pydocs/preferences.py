@@ -13,9 +13,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from unified_lm.core.files import cache_dir, write_directory
+from unified_lm.core.cached_folder import cached_folder
+from unified_lm.core.files import cache_dir
 from unified_lm.core.random import derive_seed
 
 PART = "preferences"
@@ -75,10 +74,7 @@ def preferences_file(chats: Path, question: str) -> Path:
         question: form of its questions, with "{name}" for the object.
     """
     target = cache_dir("pydocs_preferences", f"{chats.parent.name}-{chats.stem}-{VERSION}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_suffix(".lock")):
-        if not target.exists():
-            write_directory(target, lambda folder: _fill(folder, chats, question))
+    cached_folder(target, f"pydocs/{PART}", lambda folder: _fill(folder, chats, question))
     return target / "preferences.jsonl"
 
 

@@ -16,6 +16,7 @@ from unified_lm.data.rows.violations import MeaningfulKeyError
 
 _ONE = frozenset({"1", "1.0", "true"})
 _LABELED = "drop such rows, or say with ignore=[{key}] that the column has no bearing here"
+_JOINED = "join it to the prompt (of a row with documents: to the query), or "
 _SHORTEST_NEAR_MISS = 5
 """Characters of the shortest name of which another name is a near miss: short ones resemble too much."""
 
@@ -47,7 +48,7 @@ class MeaningfulKey:
 
 
 _ALL = frozenset(RecordKind)
-_ANSWERED = frozenset({RecordKind.CHAT, RecordKind.PREFERENCE})
+_ANSWERED = frozenset({RecordKind.CHAT, RecordKind.PREFERENCE, RecordKind.GROUNDED})
 _PAIR = frozenset({RecordKind.PAIR, RecordKind.GROUNDED})
 _weight = MeaningfulKey("how much the row counts", _ALL, _ONE, "repeat rows, or give their source a weight; " + _LABELED)
 _loss = MeaningfulKey("what of the row is learned", _ALL, _ONE, _LABELED)
@@ -55,7 +56,8 @@ _label = MeaningfulKey("whether the texts belong together", _PAIR, _ONE, _LABELE
 _wanted = MeaningfulKey(
     "whether the answer is wanted", frozenset({RecordKind.CHAT}), _ONE, "use format=preference, or " + _LABELED
 )
-_input = MeaningfulKey("a part of the prompt", _ANSWERED, fix="join it to the prompt, or " + _LABELED)
+_input = MeaningfulKey("a part of the prompt", _ANSWERED, fix=_JOINED + _LABELED)
+_system = MeaningfulKey("the system turn", frozenset({RecordKind.PREFERENCE, RecordKind.GROUNDED}), fix=_JOINED + _LABELED)
 _tools = MeaningfulKey("tools that answers call", _ANSWERED, fix="turns of tools are not read; " + _LABELED)
 _document_instruction = MeaningfulKey(
     "the instruction of documents", _PAIR, fix="write [instruction, text], or give the source document_instruction"
@@ -77,9 +79,7 @@ ROW_KEYS: Mapping[str, tuple[MeaningfulKey, ...]] = {
         ("document_instruction", "passage_instruction", "pos_instruction", "neg_instruction"), (_document_instruction,)
     ),
     **dict.fromkeys(("chosen", "rejected"), (_choice,)),
-    "system": (
-        MeaningfulKey("the system turn", frozenset({RecordKind.PREFERENCE}), fix="join it to the prompt, or " + _LABELED),
-    ),
+    **dict.fromkeys(("system", "system_prompt"), (_system,)),
 }
 """Keys of a row. A kind that has a field of that name reads it instead."""
 

@@ -29,7 +29,7 @@ from unified_lm.data.rows.violations import EmptyTextError, MeaningfulKeyError, 
 _PAIR = {
     "query": ("query", "anchor"),
     "positive": ("positive", "pos", "positives"),
-    "negative": ("negative", "neg", "negatives", "hard_negative", "hard_negatives"),
+    "negative": ("negative", "neg", "negatives", "negs", "hard_negative", "hard_negatives", "hard_neg", "hard_negs"),
     "instruction": ("instruction", "prompt", "query_instruction"),
 }
 # Field of the format -> accepted column names.
@@ -85,6 +85,7 @@ class RowParser:
 
     Attributes:
         ignored: number of rows (or turns, as ``messages[].name``) with a value under a key that is not read, by key.
+        used: those columns of `columns` that a row had.
 
     Raises:
         DataError: `columns` names a field that this kind does not have.
@@ -94,6 +95,7 @@ class RowParser:
         self.kind = kind
         self.ignore = frozenset(ignore)
         self.ignored: Counter[str] = Counter()
+        self.used: set[str] = set()
         self.columns: dict[str, str] = {}
         canonical = {name: field for field, names in FIELDS[kind].items() for name in names}
         for field, column in (columns or {}).items():
@@ -121,6 +123,7 @@ class RowParser:
         record = self._parse(view)
         view.refuse_meaningful(self._refused)
         self.ignored.update(view.ignored)
+        self.used.update(column for column in self.columns.values() if column in row and column not in view.ignored)
         return record
 
 
@@ -251,7 +254,7 @@ def _negatives(row: _Row) -> tuple[Text, ...]:
     negatives = _texts(found[1], found[0]) if found else ()
     numbered = {name: match for name in row.values if isinstance(name, str) and (match := _NUMBERED_NEGATIVE.fullmatch(name))}
     for name in sorted(numbered, key=lambda name: int(numbered[name][1])):
-        if row.values[name] is not None and name not in row.ignore:
+        if row.values[name] is not None and name not in row.ignore and name not in row.read:
             row.read.add(name)
             negatives += (_text(row.values[name], name),)
     for name, value in row.values.items():

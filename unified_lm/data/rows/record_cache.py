@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from filelock import FileLock
 
+from unified_lm.core.cached_folder import cached_folder
 from unified_lm.core.errors import DataError
-from unified_lm.core.files import cache_dir, checksum, write_directory, write_json
-from unified_lm.core.reading_once import once
+from unified_lm.core.files import cache_dir, write_json
 from unified_lm.data.rows.parse import RowParser
 from unified_lm.data.rows.readers import Rows
 from unified_lm.data.rows.records import (
@@ -39,7 +37,7 @@ from unified_lm.data.rows.violations import EmptyTextError, RowError
 logger = logging.getLogger(__name__)
 
 # Increase when a parser or the layout below changes, so that shards of older versions are rebuilt.
-VERSION = 5
+VERSION = 6
 _ROWS_PER_BATCH = 1024
 _ROWS_BETWEEN_MESSAGES = 500_000
 
@@ -108,6 +106,7 @@ class Shard:
     Attributes:
         content: hash of all records in order; independent of their file format and of their locations.
         rejected: number of rejected rows, by reason.
+        columns: those of the columns that the user named which a row had.
         ignored: number of rows with a value under a key that is not read, by key.
     """
 
@@ -120,6 +119,7 @@ class Shard:
         self.content: str = meta["content"]
         self.rejected: Counter[str] = Counter(meta["rejected"])
         self.ignored: Counter[str] = Counter(meta["ignored"])
+        self.columns = frozenset(meta["columns"])
 
     @cached_property
     def _batches(self) -> list[pa.RecordBatch]:
@@ -174,33 +174,10 @@ def open_shard(key: str, origin: str, rows: Callable[[], Rows], parser: RowParse
     """
     directory = cache_dir("records", key)
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        # One process parses, the other ranks of the machine wait for it.
-        shard = _read(directory, parser.kind, origin)
-        if shard is None:
-            with FileLock(directory.with_suffix(".lock")):
-                shard = _read(directory, parser.kind, origin)
-                if shard is None:
-                    write_directory(directory, lambda target: _write(target, origin, rows(), parser, skip))
-                    shard = Shard(directory, parser.kind, origin)
+        cached_folder(directory, f"parsed rows of {origin}", lambda target: _write(target, origin, rows(), parser, skip))
     except OSError as error:
         raise DataError(f"cannot write the cache of parsed rows, {directory}: {error}. Set UNIFIED_LM_CACHE.") from error
-    return shard
-
-
-def _read(directory: Path, kind: RecordKind, origin: str) -> Shard | None:
-    """The stored shard; None if there is none or, with a warning, if it is damaged."""
-    if not directory.exists():
-        return None
-    try:
-        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        file = directory / "records.arrow"
-        if meta["checksum"] != int(once(directory, [file], lambda: str(checksum(file)))):
-            raise ValueError("records.arrow is not what was written")
-        return Shard(directory, kind, origin)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"the parsed rows of {origin} in {directory} are damaged ({error}); they are parsed again", stacklevel=2)
-        return None
+    return Shard(directory, parser.kind, origin)
 
 
 def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip: Skip) -> None:
@@ -210,6 +187,7 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip: Skip)
     rejected: Counter[str] = Counter()
     num_rows = 0
     parser.ignored.clear()
+    parser.used.clear()
     with pa.OSFile(str(target / "records.arrow"), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for batch in _batched(valid_rows(origin, rows, parser, skip, rejected)):
             # The hash covers records only: the same records from another format or location continue a run unchanged.
@@ -231,7 +209,7 @@ def _write(target: Path, origin: str, rows: Rows, parser: RowParser, skip: Skip)
             "content": digest.hexdigest(),
             "rejected": rejected,
             "ignored": parser.ignored,
-            "checksum": checksum(target / "records.arrow"),
+            "columns": sorted(parser.used),
         },
     )
 

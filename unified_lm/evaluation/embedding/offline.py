@@ -135,6 +135,9 @@ def read_task(folder: Path) -> OfflineTask:
     unknown = sorted(set(files) - set(needed))
     if unknown:
         raise DataError(f"{path}: files.{unknown[0]} is not part of a {kind.value} task.{did_you_mean(unknown[0], needed)}")
+    if unknown := sorted(set(columns) - set(_NAMES[kind])):
+        hint = did_you_mean(unknown[0], _NAMES[kind])
+        raise DataError(f"{path}: columns.{unknown[0]} is no field of a {kind.value} task.{hint}")
     found = {name: find_file(folder, name, files.get(name)) for name in needed}
     splits: dict[str, Columns] = {}
     ranking: Ranking | None = None
@@ -145,6 +148,9 @@ def read_task(folder: Path) -> OfflineTask:
         ranking = _read_reranking(found["test"], layout)
     else:
         splits = {name: _read_split(file, _FIELDS[kind], layout) for name, file in found.items()}
+    if absent := [name for name, column in columns.items() if column not in layout.seen]:
+        hint = did_you_mean(columns[absent[0]], layout.seen)
+        raise DataError(f"{path}: columns.{absent[0]} names '{columns[absent[0]]}', which no row has.{hint}")
     return OfflineTask(
         kind=kind,
         name=options.name or folder.resolve().name,
@@ -174,6 +180,13 @@ _FIELDS: Mapping[Kind, Mapping[str, Callable[[Row, str], Any]]] = {
     Kind.CLUSTERING: {"text": Row.text, "label": Row.label},
     Kind.PAIR_CLASSIFICATION: {"sentence1": Row.text, "sentence2": Row.text, "label": Row.truth},
 }
+
+_NAMES: Mapping[Kind, tuple[str, ...]] = {
+    **{kind: tuple(fields) for kind, fields in _FIELDS.items()},
+    Kind.RERANKING: ("query", "positive", "negative"),
+    Kind.RETRIEVAL: ("id", "text", "title", "query-id", "corpus-id", "score"),
+}
+"""The fields whose columns a description may name."""
 
 
 def _description(path: Path) -> _Description:

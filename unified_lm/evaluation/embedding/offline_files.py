@@ -6,7 +6,7 @@ import csv
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +26,13 @@ class Layout:
         columns: field -> name of its column, or its number, counted from 1, in a table without a header.
         header: whether the first line names the columns.
         delimiter: separator of cells; None infers it from the file extension.
+        seen: the columns that rows had, noted while they are read.
     """
 
     columns: Mapping[str, str | int]
     header: bool = True
     delimiter: str | None = None
+    seen: set[str | int] = field(default_factory=set)
 
 
 class Row:
@@ -131,7 +133,9 @@ def read_fields(path: Path, layout: Layout) -> Iterator[Row]:
     empty = True
     for where, content in read_rows(path) if delimiter is None else _table(path, delimiter, layout.header):
         empty = False
-        yield Row(path, where, content, layout)
+        row = Row(path, where, content, layout)
+        layout.seen.update(content)
+        yield row
     if empty:
         raise DataError(f"{path} has no rows.")
 
