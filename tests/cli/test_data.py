@@ -126,6 +126,11 @@ def test_the_former_spelling_of_a_kind_is_accepted(tmp_path: Path) -> None:
         assert yaml.safe_load(report.read_text())["kinds"] == {"exact": 0, "normalized": 1, "ngram": 0, "near": 0}
 
 
+def test_the_name_of_a_report_is_judged_before_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "overlap", "missing.jsonl", "missing.tsv", "--report", str(tmp_path / "overlap.json")]) == 2
+    assert "expected a name that ends in .yaml" in capsys.readouterr().err
+
+
 def test_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "wiki1m_for_simcse.txt").write_text("One sentence.\n\nAnother one.\n")
     out = tmp_path / "data"

@@ -14,7 +14,7 @@ from rich.table import Table
 from unified_lm.cli.arguments import Command, command_parser, from_zero, positive, run_group, whole
 from unified_lm.core.errors import UserError, did_you_mean
 from unified_lm.core.outputs import check_files
-from unified_lm.data.rows.files import write_report
+from unified_lm.data.rows.files import check_report, write_report
 from unified_lm.data.rows.texts import open_rows
 from unified_lm.mining.overlap import (
     OverlapConfig,
@@ -71,6 +71,8 @@ def overlap(argv: Sequence[str]) -> None:
         columns=tuple(filter(None, options.columns.split(","))),
         num_examples=options.examples,
     )
+    if options.report is not None:
+        check_report(options.report)
     train = open_rows(options.train)
     evaluation = [(name, file) for name in options.evaluation for file in open_rows(name)]
     outputs = output_paths(train, options.write) if options.write is not None else []

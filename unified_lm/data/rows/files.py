@@ -207,12 +207,21 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_report(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a report as YAML, an extension that the readers of data folders ignore.
+def check_report(path: Path) -> None:
+    """Check the name of a report: it is YAML, an extension that the readers of data folders ignore.
 
     Raises:
         DataError: the path has another extension.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise DataError(f"cannot write the report {path}: expected a name that ends in .yaml.")
+
+
+def write_report(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a report as YAML.
+
+    Raises:
+        DataError: the path has another extension.
+    """
+    check_report(path)
     write_text_file(path, yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120))
