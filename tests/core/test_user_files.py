@@ -77,6 +77,7 @@ def test_an_error_of_the_operating_system_names_the_path_that_the_user_knows(tmp
     assert caught.value.filename == "other", "an error that names its own file keeps it"
     with pytest.raises(OSError, match=r"v\.npy") as caught, naming(path, tmp_path / ".v"):
         raise OSError(errno.EACCES, "Permission denied", str(tmp_path / ".v"))
+    assert explain_os_error(BrokenPipeError(errno.EPIPE, "Broken pipe")) == "the operating system refused: Broken pipe."
     assert explain_os_error(OSError("a library's own words")) is None
 
 

@@ -163,14 +163,16 @@ def naming(path: Path, building: Path | None = None) -> Iterator[None]:
 
 
 def explain_os_error(error: OSError) -> str | None:
-    """A sentence with the path for what the operating system refused; None for an error that names no path.
+    """A sentence for what the operating system refused, with the path if there is one; None for an error of another kind.
 
     The path is one that the user gave, or lies below one: the package opens no others but its caches, which the user places.
     """
-    if error.errno is None or error.filename is None:
+    if error.errno is None:
         return None
     names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    shown = names if len(names) < 300 else f"{names[:150]}...{names[-50:]}"
+    shown = names or "the operating system refused"
+    if len(names) >= 300:
+        shown = f"{names[:150]}...{names[-50:]}"
     hint = _HINTS.get(error.errno, "")
     return f"{shown}: {error.strerror}.{hint}"
 
