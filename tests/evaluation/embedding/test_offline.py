@@ -81,6 +81,9 @@ def test_the_revision_follows_the_data(tmp_path: Path) -> None:
         ("type: sts\nfiles: {test: a, test: b}", "", "has the key 'test' more than once"),
         ("type: sts\nlanguages: eng-Latn", "", r"languages: got 'eng-Latn' \(str\), expected a list of text"),
         ("type: sts\ndelimiter: 7", "", "delimiter: got 7"),
+        *((f"type: sts\ndelimiter: '{mark}'", "", "expected one character, no quote and no line end") for mark in (";;", '"')),
+        ('type: sts\ndelimiter: "\\n"', "", r"delimiter is '\\n', expected one character"),
+        ('type: sts\ndelimiter: "\\r"', "", r"delimiter is '\\r', expected one character"),
         ("type: sts\ninstruction: {query: a}", "sentence1\tsentence2\tscore\na\tb\t1\na\tb\t2\n", "expected a text"),
         ("type: sts", "sentence1\tsentence2\tscore\na\tb\t1\na\tb\n", "line 3: got 2 cells, expected 3"),
         (
