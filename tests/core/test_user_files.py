@@ -17,6 +17,9 @@ def test_a_path_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert user_path("~/runs") == Path("/home/me/runs")
     assert user_path("runs/~x") == Path("runs/~x")
+    written = user_path("./~nobody_of_that_name/x")
+    assert written == Path.cwd() / "~nobody_of_that_name" / "x"
+    assert user_path(written) == written
     with pytest.raises(UserError, match=r"~nobody_of_that_name/x: there is no user of that name.*\./~"):
         user_path("~nobody_of_that_name/x")
     with pytest.raises(UserError, match="holds a NUL character"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from unified_lm.config.objectives import EMBEDDING_METHODS
-from unified_lm.core.errors import UserError, did_you_mean
+from unified_lm.core.errors import DataError, UserError, did_you_mean
 from unified_lm.core.outputs import note_inputs
+from unified_lm.core.user_files import user_path
 
 PROGRAM = "unified-lm"
 HELP = ("-h", "--help")
@@ -37,7 +39,11 @@ _OUTPUTS = frozenset({"out", "write", "report", "prompts", "cache"})
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that notes what the command reads, so that no output replaces it (`core.outputs`)."""
+    """A parser that expands `~` in paths and notes what the command reads, so that no output replaces it (`core.outputs`)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", Path, _path)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See `argparse`."""
@@ -135,6 +141,13 @@ def embedding_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
+def _path(text: str) -> Path:
+    try:
+        return user_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def device(text: str) -> str:
     """Parse the name of a device, for `argparse`: it is tried before any work.
 
@@ -147,6 +160,19 @@ def device(text: str) -> str:
         return str(find_device(text))
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def read_stdin(*, line: bool = False) -> str:
+    """The text of standard input: all of it, or its next line.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    raw = sys.stdin.buffer.readline() if line else sys.stdin.buffer.read()
+    try:
+        return raw.decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 ({error.reason} at byte {error.start}).") from error
 
 
 _DIGITS = 18

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from unified_lm.cli.arguments import add_device_options, command_parser, from_zero, positive
+from unified_lm.cli.arguments import add_device_options, command_parser, from_zero, positive, read_stdin
 from unified_lm.core.errors import ConfigError
 from unified_lm.retrieval.manifest import IndexManifest, check_place
 
@@ -123,7 +123,7 @@ def ask(argv: Sequence[str]) -> None:
     parser.add_argument("question", help='the question; "-" reads it from stdin')
     parser.add_argument("--compare", action="store_true", help="also answer without caches, and show the time of both")
     options = parser.parse_args(list(argv))
-    question = sys.stdin.read() if options.question == "-" else options.question
+    question = read_stdin() if options.question == "-" else options.question
     console = Console(stderr=True)
     with _open(options) as opened:
         answer = _answer(opened, question, options, ())
@@ -150,7 +150,7 @@ def chat(argv: Sequence[str]) -> None:
         history: list[tuple[str, str]] = []
         while True:
             console.print("> ", end="")
-            question = sys.stdin.readline().strip()
+            question = read_stdin(line=True).strip()
             if not question:
                 return
             answer = _answer(opened, question, options, tuple(history))

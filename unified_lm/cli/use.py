@@ -17,6 +17,7 @@ from unified_lm.cli.arguments import (
     embedding_options,
     from_zero,
     positive,
+    read_stdin,
 )
 from unified_lm.core.errors import DataError
 from unified_lm.core.outputs import check_file, write_file
@@ -78,7 +79,7 @@ def generate(argv: Sequence[str]) -> None:
         "--temperature", type=from_zero, default=0.0, help="sampling temperature; 0.0 (the default) takes the most likely token"
     )
     options = parser.parse_args(list(argv))
-    message = sys.stdin.read() if options.message == "-" else options.message
+    message = read_stdin() if options.message == "-" else options.message
     print(_load(options).generate(message, max_new_tokens=options.max_new_tokens, temperature=options.temperature))
 
 

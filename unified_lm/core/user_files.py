@@ -21,19 +21,19 @@ from unified_lm.core.errors import DataError, UserError
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user writes it, with `~` and `~user` expanded.
+    """A path as a user writes it, with `~` and `~user` expanded; `./~name` is a name that begins so.
 
     Raises:
         UserError: there is no such user, or the text can be no path.
     """
-    if "\0" in str(text):
-        raise UserError(f"{str(text)!r} is no path: it holds a NUL character.")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise UserError(
-            f"{text}: there is no user of that name. A folder whose name begins with ~ is written ./~name."
-        ) from error
+    raw = str(text)
+    if "\0" in raw:
+        raise UserError(f"{raw!r} is no path: it holds a NUL character.")
+    expanded = os.path.expanduser(raw)
+    if raw.startswith("~") and expanded == raw:
+        raise UserError(f"{text}: there is no user of that name. A folder whose name begins with ~ is written ./~name.")
+    path = Path(expanded)
+    return path.absolute() if str(path).startswith("~") else path  # Path drops "./", and the next reader would expand it
 
 
 class RepeatedKeyError(ValueError):
