@@ -15,6 +15,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from tests.checkpoint.test_state import save
 from tests.inference.conftest import make_export
 from tests.properties.cases import VALUES, Case, mutated, to_json
 from tests.reporting.test_report import write_run
@@ -22,8 +23,8 @@ from unified_lm.cli.main import main
 
 
 @cache
-def _originals() -> Path:
-    """A folder with an export and a run, made once per process."""
+def originals() -> Path:
+    """A folder with one of each, made once per process."""
     root = Path(tempfile.mkdtemp(prefix="unified_lm_properties_"))
     make_export(root / "export")
     write_run(root / "run")
@@ -41,6 +42,7 @@ def _originals() -> Path:
     adapter = {"peft_type": "LORA", "base_model_name_or_path": str(root / "export"), "revision": None, "r": 4}
     adapter |= {"lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj"]}
     (root / "adapter" / "adapter_config.json").write_text(json.dumps(adapter))
+    save(root / "checkpoints", 1)
     (root / "texts.txt").write_text(_TEXTS)
     model = ["--model", str(root / "export"), "--device", "cpu", "--out"]
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
@@ -70,7 +72,7 @@ _LINE = {"step": 4, "heldout/embedding": 1.0, "retrieval/ndcg@10": 0.75, "loss":
 
 
 def _values_of(root: str, name: str) -> Any:
-    path = _originals() / root / name
+    path = originals() / root / name
     if name == "metrics.jsonl" or not path.is_file() or path.suffix == ".safetensors":
         return _LINE if name == "metrics.jsonl" else {"a": 1}
     if path.suffix == ".yaml":
@@ -92,7 +94,8 @@ def damages(root: str, names: tuple[str, ...]) -> st.SearchStrategy[tuple[str, s
     return st.sampled_from(names).flatmap(of)
 
 
-def _damage(folder: Path, name: str, how: str, new: Any) -> None:
+def damage(folder: Path, name: str, how: str, new: Any) -> None:
+    """Damage a file of a folder in one of the ways of `damages`."""
     path = folder / name
     old = path.read_bytes() if path.is_file() else b""
     path.unlink(missing_ok=True)
@@ -121,9 +124,9 @@ class Place:
         (root / "task" / "task.yaml").write_text("type: sts\n")
         rows = [{"sentence1": "a text", "sentence2": f"text {i}", "score": i} for i in range(3)]
         (root / "task" / "test.jsonl").write_bytes(b"".join(to_json(row) + b"\n" for row in rows))
-        shutil.copytree(_originals() / "export", root / "export", copy_function=os.link)
+        shutil.copytree(originals() / "export", root / "export", copy_function=os.link)
         for folder in ("run", "sweep", "adapter", "vectors", "index"):
-            shutil.copytree(_originals() / folder, root / folder)
+            shutil.copytree(originals() / folder, root / folder)
         if case["damage"] is not None:
-            folder, damage = case["damage"]
-            _damage(root / folder, *damage)
+            folder, how = case["damage"]
+            damage(root / folder, *how)
