@@ -76,6 +76,7 @@ RAW = st.sampled_from(
         b'{"text": "' + b"\xed\xa0\x80" + b'"}\n',
         b'{"text": "\\ud800"}\n',
         b'{"text": "some words", "query": "\\ud800 and a word", "sentence1": "\\ud800", "score": 1}\n' * 2,
+        b'{"text": "some words", "x\\ud800": 1}\n' * 2,
         b'{"prefix": "a", "anchor": "b", "similar": "c \\udfff", "different": "d"}\n' * 2,
         b'{"id": "\\ud800", "title": "\\udfff", "text": "some words of a text"}\n{"id": "b", "text": "some words of a text"}\n',
         b'{"query": "a", "pos": ["b"], "neg_' + b"9" * 5000 + b'": "c"}\n',

@@ -124,7 +124,7 @@ def run_command(command: Callable[[], object]) -> int:
     failures.quieten_libraries()
     try:
         code = _exit_code(command)
-        sys.stdout.flush()  # at the end of the process nobody could say why it failed
+        print(end="", flush=True)  # at the end of the process nobody could say why it failed
         return code
     except UserError as error:
         _print_traceback()
@@ -183,7 +183,7 @@ def _reader_is_gone() -> bool:
 def _takes_output() -> bool:
     """Whether standard output takes what it was given; if not, that is dropped: Python would fail over it again at its end."""
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)  # does nothing where there is no standard output
     except OSError:
         _drop(sys.stdout.fileno())
         return False

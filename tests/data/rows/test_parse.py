@@ -87,6 +87,13 @@ def test_numbered_negatives_come_by_number() -> None:
     assert [text.text for text in pair(row).negatives] == ["a", "b", "c", "d"]
 
 
+def test_names_of_ignored_keys_can_be_written() -> None:
+    parser = RowParser(RecordKind.CHAT)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "b\ud800": 1}]
+    parser({"messages": turns, "a\ud800": 1})
+    assert parser.ignored == {"a\\ud800": 1, "messages[].b\\ud800": 1}
+
+
 def test_columns_with_an_unknown_field() -> None:
     with pytest.raises(DataError, match=r"columns: a pair row has no field 'querry'\. Did you mean 'query'\?"):
         RowParser(RecordKind.PAIR, {"querry": "question"})

@@ -121,7 +121,8 @@ class RowParser:
         view = _Row(row, self.columns, self.kind, self.ignore)
         record = self._parse(view)
         view.refuse_meaningful(self._refused)
-        self.ignored.update(view.ignored)
+        # names are told and recorded, and JSON can spell such as nothing can write
+        self.ignored.update({name.encode("utf-8", "backslashreplace").decode(): count for name, count in view.ignored.items()})
         return record
 
 
