@@ -94,6 +94,13 @@ def test_a_job_must_be_gone_through(tmp_path: Path) -> None:
         fit_run(job.run)
 
 
+def test_an_error_of_a_chain_says_in_which_stage(tmp_path: Path) -> None:
+    arguments = ["recipe=llm2vec", "model=tiny_random", "max_steps=1", "logging.progress=false", f"run_dir={tmp_path}"]
+    (tmp_path / "2-llm2vec_simcse").write_text("a file of the user")
+    with pytest.raises(UserError, match=r"^stage 2 of 2 \(llm2vec_simcse\): .*2-llm2vec_simcse"):
+        train(arguments)
+
+
 def test_a_signal_between_fit_and_export_waits_for_the_end_of_the_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,18 @@ def test_what_is_torn_is_told(tmp_path):
     assert "state.json cannot be read" in str(torn(path))
     index.write_text(json.dumps({"step": 1}))
     assert "format None, expected 2" in str(torn(path))
+    whole = json.loads(text)
+    for told, broken in (
+        ("got [] (list)", []),
+        ("files: got 5", {**whole, "files": 5}),
+        ("files.rng.safetensors: got 'x'", {**whole, "files": {"rng.safetensors": "x"}}),
+        ("identity.trained.w: got 5", {**whole, "identity": {**whole["identity"], "trained": {"w": 5}}}),
+        ("tensors: got []", {**whole, "tensors": []}),
+        ("missing field 'loader'", {name: value for name, value in whole.items() if name != "loader"}),
+        ("nested too deeply", "[" * 100_000),
+    ):
+        index.write_text(broken if isinstance(broken, str) else json.dumps(broken))
+        assert f"state.json cannot be read ({told}" in str(torn(path))
     index.unlink()
     assert torn(path) == "state.json is missing"
     with pytest.raises(CheckpointError, match=r"is not complete: state\.json is missing"):

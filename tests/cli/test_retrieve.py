@@ -50,10 +50,19 @@ def test_ask_shows_passages_mode_and_times(index: Path, capsys: pytest.CaptureFi
 
 
 def test_chat_ends_with_an_empty_line(index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("Which are red?\nAnd white?\n\nnot read\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Which are red?\r\nAnd white?\n\nnot read\n")))
     retrieve.chat([str(index), "--max-new-tokens", "2", "--device", "cpu"])
     said = capsys.readouterr().err
     assert said.count("first token after") == 2
+
+
+def test_input_that_is_no_utf8_is_one_message(
+    index: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["ask", str(index), "-"], ["chat", str(index)], ["generate", str(folder), "-"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n")))
+        assert main([*command, "--device", "cpu"]) == 2
+        assert "error: standard input is not UTF-8 (invalid continuation byte at byte 3)" in capsys.readouterr().err
 
 
 def test_mistakes(index: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

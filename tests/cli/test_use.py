@@ -70,6 +70,21 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_looked_
     assert told in capsys.readouterr().err
 
 
+def test_an_output_at_home(
+    folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    assert main(["encode", str(folder), str(texts), "--out=~/v.npy", "--device", "cpu"]) == 0
+    assert np.load(tmp_path / "home" / "v.npy").shape == (3, 64)
+    assert not (tmp_path / "~").exists()
+    assert main(["encode", str(folder), str(texts), "--out=~nobody_of_that_name/v.npy", "--device", "cpu"]) == 2
+    assert "argument --out: ~nobody_of_that_name/v.npy: there is no user of that name." in capsys.readouterr().err
+    assert main(["encode", str(folder), str(texts), "--out=./~v.npy", "--device", "cpu"]) == 0
+    assert (tmp_path / "~v.npy").is_file()
+
+
 def test_a_disk_that_is_full_at_the_end_is_one_message(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from unified_lm.composition import compose as composition
 from unified_lm.composition import locate
 from unified_lm.composition.compose import compose, compose_run, from_yaml, to_yaml
 from unified_lm.composition.locate import group_options
-from unified_lm.config.schema import ChainConfig, RunConfig, SourceConfig
+from unified_lm.config.schema import ChainConfig, RunConfig, SourceConfig, SweepConfig
 from unified_lm.core.errors import ConfigError
 
 
@@ -20,6 +20,28 @@ def problems_of(*argv: str) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
         compose(argv)
     return caught.value.problems
+
+
+def test_folders_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "from").mkdir()
+    places = ["run_dir='~/x'", "resume='~/from'", "checkpoint.copy_to='~/copies'"]
+    config = compose_run(["recipe=grit_smollm2", "model=tiny_random", *places])
+    assert (config.run_dir, config.resume, config.checkpoint.copy_to) == (
+        *(str(tmp_path / name) for name in ("x", "from", "copies")),
+    )
+    chain = compose(["recipe=llm2vec", "model=tiny_random", "run_dir='~/x'"])
+    assert isinstance(chain, ChainConfig)
+    assert chain.run_dir == str(tmp_path / "x")
+    assert chain.stages[0].run_dir == str(tmp_path / "x" / "1-llm2vec_mntp")
+    sweep = compose(["recipe=ablation_attention", "model=tiny_random", "run_dir='~/x'"])
+    assert isinstance(sweep, SweepConfig)
+    assert sweep.arms[0].run.run_dir == f"{tmp_path}/x/{sweep.arms[0].name}-seed{sweep.arms[0].run.seed}"
+    written = compose_run(["recipe=grit_smollm2", "model=tiny_random", "run_dir='./~x'"])
+    assert written.run_dir == "./~x", "what begins otherwise is as it was"
+    for arguments in (["recipe=grit_smollm2"], ["recipe=llm2vec"], ["recipe=ablation_attention"]):
+        told, *_ = problems_of(*arguments, "model=tiny_random", "run_dir='~nobody_of_that_name/x'")
+        assert told.startswith("run_dir: ~nobody_of_that_name/x: there is no user of that name.")
 
 
 def test_values_of_every_kind_reach_their_fields() -> None:

@@ -9,6 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from unified_lm.core.distributed import local_device
+from unified_lm.core.errors import UserError
 
 # the agent starts a worker in a session of its own, as torchrun does, and waits to be killed
 AGENT = """
@@ -41,6 +45,16 @@ def test_a_worker_follows_its_agent(tmp_path, launched):
     agent.wait()
     wait_for(tmp_path / ("stopped" if launched else "outlived"))
     assert not (tmp_path / ("outlived" if launched else "stopped")).exists()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert local_device() == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"number 3 of its machine \(LOCAL_RANK=2\), which shows it 2 GPUs.*--nproc-per-node 2"):
+        local_device()
 
 
 def wait_for(path: Path) -> None:

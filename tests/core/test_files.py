@@ -1,11 +1,11 @@
-"""Arrays of caches carry a checksum."""
+"""Arrays of caches carry a checksum; what is not written leaves no folder."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from unified_lm.core.files import read_array, write_array
+from unified_lm.core.files import read_array, replacing, write_array, write_directory
 
 VALUES = np.arange(600, dtype=np.float32).reshape(200, 3)
 
@@ -47,3 +47,23 @@ def test_a_file_without_checksum_is_not_trusted(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", VALUES)
     with pytest.warns(UserWarning, match="is damaged"):
         assert read_array(tmp_path / "a.npy") is None
+
+
+def test_what_fails_leaves_no_folder(tmp_path: Path) -> None:
+    def fail(building: Path) -> None:
+        if building.parent.name == "shared":
+            (building.parent / "of another process").touch()
+        raise ValueError("nothing to write")
+
+    def fail_in_file(target: Path) -> None:
+        with replacing(target) as building:
+            building.write_text("half")
+            fail(building)
+
+    (tmp_path / "there").mkdir()
+    for place in ("new/inner", "there", "shared"):
+        with pytest.raises(ValueError, match="nothing to write"):
+            fail_in_file(tmp_path / place / "a")
+        with pytest.raises(ValueError, match="nothing to write"):
+            write_directory(tmp_path / place / "b", fail)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {"there", "shared", "shared/of another process"}

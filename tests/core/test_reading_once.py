@@ -6,7 +6,9 @@ from contextlib import contextmanager
 import pytest
 
 from tests.data.fake_source import FakeSource, pairs, stream_config
+from tests.full_disk import full_disk
 from unified_lm.core import agreement, cached_folder, distributed, files, reading_once
+from unified_lm.core.errors import DataError
 from unified_lm.core.reading_once import once
 from unified_lm.data import sources, token_cache
 from unified_lm.data.streams import TableStream
@@ -80,6 +82,14 @@ def test_what_failed_is_not_kept(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="not what was written"):
             once(tmp_path / "stamp", [file], broken)
         assert once(tmp_path / "stamp", [file], file.read_text) == "first"
+
+
+def test_a_full_cache_is_named_and_nothing_stays_of_it(read, tmp_path, monkeypatch):
+    with start("a", monkeypatch):
+        with full_disk(10), pytest.raises(DataError, match=r"cannot write the cache, .*cache/stamp..*: File too large\."):
+            read()
+        assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock"}
+        assert read() == "first"
 
 
 def test_a_run_hashes_and_checks_its_data_once_per_machine(tmp_path, monkeypatch):

@@ -17,6 +17,9 @@ def test_a_path_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert user_path("~/runs") == Path("/home/me/runs")
     assert user_path("runs/~x") == Path("runs/~x")
+    written = user_path("./~nobody_of_that_name/x")
+    assert written == Path.cwd() / "~nobody_of_that_name" / "x"
+    assert user_path(written) == written
     with pytest.raises(UserError, match=r"~nobody_of_that_name/x: there is no user of that name.*\./~"):
         user_path("~nobody_of_that_name/x")
     with pytest.raises(UserError, match="holds a NUL character"):
@@ -77,6 +80,7 @@ def test_an_error_of_the_operating_system_names_the_path_that_the_user_knows(tmp
     assert caught.value.filename == "other", "an error that names its own file keeps it"
     with pytest.raises(OSError, match=r"v\.npy") as caught, naming(path, tmp_path / ".v"):
         raise OSError(errno.EACCES, "Permission denied", str(tmp_path / ".v"))
+    assert explain_os_error(BrokenPipeError(errno.EPIPE, "Broken pipe")) == "the operating system refused: Broken pipe."
     assert explain_os_error(OSError("a library's own words")) is None
 
 

@@ -1,5 +1,6 @@
 """A byte-order mark at the start of a user's file is no part of what is read, whatever the file."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from unified_lm.cli.arguments import text_or_stdin
+from unified_lm.cli.arguments import read_stdin
 from unified_lm.composition.locate import read_yaml
 from unified_lm.config.streams import RecordKind, SourceConfig
 from unified_lm.core.user_files import parse_yaml
@@ -71,7 +72,7 @@ def test_a_file_with_the_mark_is_read_as_the_one_without(
     assert "\ufeff" not in repr(found)
 
 
-def test_standard_input_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin.read", lambda: "\ufeffWhich are red?\n", raising=False)
-    assert text_or_stdin("-") == "Which are red?\n"
-    assert text_or_stdin("Which?") == "Which?"
+@pytest.mark.parametrize("line", [False, True])
+def test_standard_input_too(monkeypatch: pytest.MonkeyPatch, line: bool) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(MARK + b"Which are red?\n")))
+    assert read_stdin(line=line) == "Which are red?\n"

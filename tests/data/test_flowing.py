@@ -142,7 +142,7 @@ def test_nothing_is_read_ahead_of_a_block(tmp_path):
 def test_what_cannot_be_used(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one of them"}\n{"text": " "}\n{"text": 5}\n{"text": "x"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"a\.jsonl, line 3, field 'text': got"):
+    with pytest.raises(DataError, match=r"streams\.s: .*a\.jsonl, line 3, field 'text': got"):
         make(path).draw(1)
     flow = open_flow(SourceConfig(path=str(path), streaming=True, on_unusable="skip"), RecordKind.TEXT)
     stream = FlowingStream("s", stream_config("text", max_tokens=LIMIT), [flow], TOKENIZER, 0, [1.0])

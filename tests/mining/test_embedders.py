@@ -10,7 +10,7 @@ from tests.inference.conftest import (
     exported,  # noqa: F401 - the fixture
     make_export,
 )
-from unified_lm.core.errors import CheckpointError, ConfigError
+from unified_lm.core.errors import CheckpointError, ConfigError, ModelError
 from unified_lm.data.rows.records import Text
 from unified_lm.inference import UnifiedLM
 from unified_lm.mining.embedders import folder_hash, load_embedder
@@ -81,6 +81,17 @@ def test_the_key_follows_content_and_settings(folder: Path, tmp_path: Path) -> N
     assert folder_hash(tmp_path) == before
     (tmp_path / "b").write_text("y")
     assert folder_hash(tmp_path) != before
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_teacher_with_damaged_files_is_one_message(damaged: str, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    teacher = make_export(tmp_path / "teacher")
+    (teacher / "unified_lm.json").unlink()
+    content = (teacher / damaged).read_bytes()
+    (teacher / damaged).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError, match=r"'.*teacher'"):
+        load_embedder(str(teacher), device="cpu")
 
 
 def test_mistakes(folder: Path, tmp_path: Path) -> None:

@@ -254,6 +254,10 @@ def test_another_jobs_output_is_refused(tmp_path: Path) -> None:
         job(source, tmp_path / "mined.jsonl", seed=1)
     with pytest.raises(DataError, match=r"ends in \.jsonl"):
         job(source, tmp_path / "mined.parquet")
+    for damaged in (b"job: [", b"\xff\xfe", b"[" * 100_000, b"- a\n", b"job: 1\njob: 2\n"):
+        (tmp_path / "mined.report.yaml").write_bytes(damaged)
+        with pytest.raises(DataError, match="exists and belongs to another job"):
+            job(source, tmp_path / "mined.jsonl")
 
 
 def test_shares_are_parsed() -> None:

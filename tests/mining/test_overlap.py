@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from unified_lm.core.errors import ConfigError, DataError
-from unified_lm.data.rows.texts import open_rows, row_texts
+from unified_lm.data.rows.texts import RowFile, open_rows, row_texts
 from unified_lm.mining.overlap import OverlapConfig, OverlapKind, OverlapReport, build_index, find_overlap
 
 LONG = "the quick brown fox jumps over the lazy dog while seven wizards quietly mix a potion of amber light at noon"
@@ -118,6 +118,33 @@ def test_a_folder_is_cleaned_file_by_file(tmp_path: Path) -> None:
     assert report.num_overlapping == 1
     assert sorted(path.name for path in (tmp_path / "clean").glob("[!.]*")) == ["a.jsonl", "b.jsonl"]
     assert (tmp_path / "clean" / "b.jsonl").read_text() == (tmp_path / "train" / "b.jsonl").read_text()
+
+
+@pytest.mark.parametrize("which", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"text": "some words and half of \ud800 more"}, r"line 2, field 'text': got half of a surrogate pair at character 23"),
+        ({"a\udc00": "some words of a text"}, r"line 2, field 'a\\udc00': got such a name"),
+    ],
+)
+def test_what_is_no_unicode_is_refused_where_it_is_read(row: dict, told: str, which: str, tmp_path: Path) -> None:
+    files = {name: write(tmp_path / f"{name}.jsonl", [{"text": LONG}]) for name in ("train", "eval")}
+    write(files[which], [{"text": LONG}, row])
+    with pytest.raises(DataError, match=rf"{which}\.jsonl, {told}"):
+        compare(files["train"], files["eval"])
+
+
+def test_a_row_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    nested: list = []
+    for _ in range(2000):
+        nested = [nested]
+    file = RowFile("train.jsonl", lambda: iter([("line 1", {"text": nested})]))
+    index = build_index(
+        [("sts", each) for each in open_rows(str(write(tmp_path / "eval.jsonl", [{"text": LONG}])))], OverlapConfig()
+    )
+    with pytest.raises(DataError, match=r"train\.jsonl, line 1: nested too deeply"):
+        find_overlap([file], index)
 
 
 def test_columns_limit_the_evaluation_set(tmp_path: Path) -> None:

@@ -113,6 +113,12 @@ def name_an_adapter(adapter: Path) -> None:
         (lambda path: edit(path, peft_type="IA3"), r"is an adapter of kind IA3; only those of kind LORA are merged"),
         (name_an_adapter, r"the base of the adapter '.*adapter' is an adapter itself"),
         (lambda path: (path / "adapter_config.json").write_text("{"), r"is not valid JSON"),
+        (lambda path: (path / "adapter_config.json").write_text("[]"), r"json: got \[\] \(list\), expected an object"),
+        (lambda path: (path / "adapter_config.json").write_text("[" * 100_000), r"nested too deeply to be read"),
+        (lambda path: edit(path, r=None), r"adapter_config\.json: r: got None"),
+        (lambda path: edit(path, r="x"), r"adapter_config\.json: r: got 'x' \(str\), expected a whole number"),
+        (lambda path: edit(path, lora_alpha=[]), r"lora_alpha: got \[\] \(list\), expected a number"),
+        (lambda path: edit(path, target_modules=5), r"target_modules: got 5 \(int\), expected text or a list of text"),
     ],
 )
 def test_what_does_not_fit_is_refused(damage: object, message: str, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import gzip
 import io
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 from hypothesis import strategies as st
 
 from tests.properties.cases import MANY, TEXTS, VALUES, Case, mutated, require_text, run_cases, to_json
+from unified_lm.cli.experts import _scored_rows
 from unified_lm.config.schema import SourceConfig
 from unified_lm.core.errors import UserError
 from unified_lm.data.rows.files import record_row
@@ -35,6 +37,7 @@ from unified_lm.evaluation.embedding.offline import Kind, read_task
 from unified_lm.evaluation.generation.perplexity import read_domain
 from unified_lm.evaluation.words.data import read_conll
 from unified_lm.mining.overlap import OverlapConfig, build_index, find_overlap
+from unified_lm.retrieval.files import read_documents
 
 # --- what files hold ---------------------------------------------------------------------------------------------------
 
@@ -72,6 +75,11 @@ RAW = st.sampled_from(
         *(b"", b"\n\n", b"{", b"[", b"[1,", b"null\n", b"1\n", b'"a"\n', b"\xff\xfe{", b"\xef\xbb\xbf{}", b"\0\0\0\0\n"),
         b'{"text": "' + b"\xed\xa0\x80" + b'"}\n',
         b'{"text": "\\ud800"}\n',
+        b'{"text": "some words", "query": "\\ud800 and a word", "sentence1": "\\ud800", "score": 1}\n' * 2,
+        b'{"text": "some words", "x\\ud800": 1}\n' * 2,
+        b'{"prefix": "a", "anchor": "b", "similar": "c \\udfff", "different": "d"}\n' * 2,
+        b'{"id": "\\ud800", "title": "\\udfff", "text": "some words of a text"}\n{"id": "b", "text": "some words of a text"}\n',
+        b'{"query": "a", "pos": ["b"], "neg_' + b"9" * 5000 + b'": "c"}\n',
         b'{"text": "a", "text": "b"}\n',
         b'{"text": ' + b"9" * 5000 + b"}\n",
         b'{"id": "1", "text": "a", "score": ' + b"9" * 5000 + b"}\n",
@@ -117,14 +125,16 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value)
 
 
-def content(rows: list[Any], suffix: str) -> bytes:
-    """Rows in the format of an extension, as a careless program writes them."""
+def content(rows: list[Any], suffix: str, escaped: bool = False) -> bytes:
+    """Rows in the format of an extension, as a careless program writes them; JSON may spell half a pair of surrogates."""
     if suffix == ".parquet":
         return _parquet(rows) or _bad_text_parquet()
     if suffix in (".csv", ".tsv"):
         return _table(rows, "," if suffix == ".csv" else "\t")
     if suffix == ".txt":
         return "".join(f"{row}\n" for row in rows).encode("utf-8", "surrogatepass")
+    if escaped:
+        return json.dumps(rows).encode() if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows).encode()
     return to_json(rows) if suffix == ".json" else b"".join(to_json(row) + b"\n" for row in rows)
 
 
@@ -132,8 +142,8 @@ def content(rows: list[Any], suffix: str) -> bytes:
 def files(draw: st.DrawFn) -> tuple[str, bytes]:
     """(extension, content) of a file: rows, rows with damaged bytes, or no rows at all."""
     suffix = draw(st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".jsonl.gz", ".csv.gz"]))
-    plain = suffix.removesuffix(".gz")
-    data = draw(st.one_of(ROWS.map(lambda rows: content(rows, plain)), RAW))
+    plain, escaped = suffix.removesuffix(".gz"), draw(st.booleans())
+    data = draw(st.one_of(ROWS.map(lambda rows: content(rows, plain, escaped)), RAW))
     if suffix.endswith(".gz"):
         data = gzip.compress(data, mtime=0)
     damage = draw(st.sampled_from(["none", "none", "none", "cut", "byte"]))
@@ -189,6 +199,8 @@ READERS: Mapping[str, Callable[[Path, Case], object]] = {
     "scored pairs": lambda path, case: read_scored_pairs(str(path), 5),
     "domain": lambda path, case: read_domain("d", path),
     "lines": lambda path, case: read_text_lines(path),
+    "documents": lambda path, case: list(read_documents(str(path), "text" if case["way"] else "query")),
+    "scored rows": lambda path, case: _scored_rows(path, "sentence1" if case["way"] else "text", "score"),
     "conll": lambda path, case: read_conll(path, path, {"word": 0, "pos": -1} if case["way"] else None),
 }
 CASES = st.fixed_dictionaries(
@@ -215,6 +227,18 @@ CASES = st.fixed_dictionaries(
 )
 
 
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in what a reader returns."""
+    if isinstance(value, str):
+        yield value
+    elif is_dataclass(value):
+        yield from (text for field in fields(value) for text in _texts(getattr(value, field.name)))
+    elif isinstance(value, Mapping):
+        yield from (text for item in value.items() for text in _texts(item))
+    elif isinstance(value, (list, tuple)):
+        yield from (text for item in value for text in _texts(item))
+
+
 def check(case: Case) -> None:
     suffix, data = case["file"]
     with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +246,8 @@ def check(case: Case) -> None:
         path.parent.mkdir()
         path.write_bytes(data)
         try:
-            READERS[case["reader"]](path, case)
+            for text in _texts(READERS[case["reader"]](path, case)):
+                text.encode()  # what is read can be tokenized, hashed, stored and printed
         except UserError as error:
             require_text(error, naming=("rows", str(path.parent), "columns", "ignore", "evaluation sets", "evaluation.jsonl"))
         left = [str(p) for p in Path(folder).rglob(".*") if p.name != ".unified_lm_written"]
@@ -283,6 +308,35 @@ def check_description(case: Case) -> None:
                 assert all(isinstance(name, str) for name in table.documents_with_instruction)
         except UserError as error:
             require_text(error, naming=(str(folder),))
+
+
+def _halved(value: Any) -> Any:
+    """A row whose every text ends in half a pair of surrogates."""
+    if isinstance(value, str):
+        return f"{value} \ud800"
+    if isinstance(value, list):
+        return [_halved(item) for item in value]
+    return (
+        {key: item if key in ("role", "from") else _halved(item) for key, item in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
+
+
+@pytest.mark.parametrize("reader", sorted(set(READERS) - {"lines", "conll", "prepare"}))
+def test_half_a_pair_of_surrogates_is_refused_by_every_reader(reader: str, tmp_path: Path) -> None:
+    case = {"options": {}, "way": True, "format": False, "task": {"type": "sts"}, "part": "test"}
+    told = []
+    for number, row in enumerate(GOOD_ROWS):
+        path = tmp_path / str(number) / "rows.jsonl"
+        path.parent.mkdir()
+        path.write_text(2 * f"{json.dumps(_halved(row))}\n")
+        try:
+            for text in _texts(READERS[reader](path, case)):
+                text.encode()
+        except UserError as error:
+            told.append(str(error))
+    assert any("surrogate" in text or "Unicode" in text for text in told), told
 
 
 def test_rows_are_read_or_refused() -> None:

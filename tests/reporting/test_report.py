@@ -172,6 +172,21 @@ def test_scores_of_another_run_and_damaged_ones_are_refused(tmp_path: Path) -> N
     path.write_text('{"step": 4, "metrics": {"x": {"unit": "query", "scores": [1.0], "weights": [1.0, 2.0]}}}')
     with pytest.raises(DataError, match="1 scores, 2 weights"):
         read_items(run, 4)
+    for values, weights in (
+        ("1.0, 2.0", "0.0, 0.0"),
+        ("1.0, 2.0", "-1.0, 2.0"),
+        ("1.0, 2.0", "1.0, Infinity"),
+        ("1.0, 2.0", "1.0, NaN"),
+        ("Infinity, -Infinity", "1.0, 1.0"),
+        ("1e308, 1e308", "1.0, 1.0"),
+        (f"1.0, {'9' * 400}", "1.0, 1.0"),
+    ):
+        path.write_text(f'{{"step": 4, "metrics": {{"x": {{"unit": "query", "scores": [{values}], "weights": [{weights}]}}}}}}')
+        with pytest.raises(DataError, match=r"step-00000004\.json is damaged .*Remove it"):
+            read_items(run, 4)
+    for kept in ("NaN, 1.0", "Infinity, 1.0"):  # of a run that diverged
+        path.write_text(f'{{"step": 4, "metrics": {{"x": {{"unit": "query", "scores": [{kept}], "weights": null}}}}}}')
+        assert not np.isfinite(read_items(run, 4)["x"].mean)
 
 
 def test_cost_adds_up_over_starts_with_different_ranks_and_thinned_steps(tmp_path: Path) -> None:
@@ -242,6 +257,9 @@ def test_a_table_is_written_and_read_back(tmp_path: Path) -> None:
         ('{"title": "x", "columns": ["a"], "rows": [[1, 2]]}', "row 1 does not have one cell"),
         ('{"title": "x", "columns": ["a"], "rows": [[{}]]}', "row 1 has a cell that is neither"),
         ('{"title": "x", "columns": ["a"], "rows": [], "figur": "p.png"}', "unknown key 'figur'. Did you mean 'figure'"),
+        ('{"title": "x", "columns": ["a"], "rows": [["b \\ud800"]]}', "the text 'b \\ud800' holds"),
+        ('{"title": "\\udc00", "columns": ["a"], "rows": []}', "half of a surrogate pair"),
+        ('{"title": "x", "columns": ["a"], "rows": [], "figure": "p\\u0000.png"}', "holds a NUL character"),
     ],
 )
 def test_a_damaged_table_is_refused(tmp_path: Path, content: str, told: str) -> None:
@@ -269,6 +287,10 @@ def test_results_of_mteb_are_read_in_their_own_layout(tmp_path: Path) -> None:
     (table,) = find_result_tables(tmp_path)
     assert table.title == "mteb: unified_lm/a"
     assert table.rows == [["STSBenchmark", "test", "default", 0.3429]]
+    for name in ("half \ud800", ["a list"]):
+        (folder / "STSBenchmark.json").write_text(json.dumps({**result, "task_name": name}))
+        with pytest.raises(DataError, match=r"f96e holds a result that is none of mteb: .*Run the task again"):
+            find_result_tables(tmp_path)
     (folder / "STSBenchmark.json").write_text("{}")
     with pytest.raises(DataError, match=r"STSBenchmark\.json is not an mteb result"):
         find_result_tables(tmp_path)
@@ -382,6 +404,9 @@ def test_missing_and_torn_files_are_refused_by_name(tmp_path: Path, capsys: pyte
     (run / "config.yaml").write_text("recipe: [")
     with pytest.raises(ConfigError, match=r"config\.yaml"):
         read_report(run)
+    (run / "config.yaml").write_text('recipe: x\ndescription: "half \\ud800"\n')
+    with pytest.raises(DataError, match=r"config\.yaml: the setting 'description' holds .*half of a surrogate"):
+        read_report(run)
     (run / "config.yaml").unlink()
     with pytest.raises(DataError, match=r"has no config\.yaml"):
         read_report(run)
@@ -405,6 +430,26 @@ READERS = {
         ("metrics.jsonl", '{"loss": 1.0}', r", line 7: step: got None \(null\), expected a whole number"),
         ("metrics.jsonl", '{"step": 4, "loss": "x"}', r", line 7: loss: got 'x' \(str\), expected a number"),
         ("metrics.jsonl", '{"step": 4, "loss": [1]}', r", line 7: loss: got \[1\] \(list\), expected a number"),
+        ("metrics.jsonl", '{"step": -4, "loss": 1.0}', ", line 7: step: got -4, expected 0 or more"),
+        ("metrics.jsonl", '{"step": 0, "step_seconds": 1.0}', ", line 7: step: got 0, expected 1 or more"),
+        *(
+            (
+                "metrics.jsonl",
+                f'{{"step": 4, "{name}": {value}}}',
+                rf", line 7: {name}: got .*, expected .* from {least} to 1e\+18",
+            )
+            for name, value, least in (
+                *(("step_seconds", value, "1e-09") for value in ("NaN", "Infinity", "-1.0", "0.0", "1e300", "9" * 400)),
+                *(("tokens", value, "0") for value in ("NaN", "Infinity", "-1", "9" * 400)),
+                ("mfu", "NaN", "0"),
+                ("model_teraflops_per_second", "Infinity", "0"),
+            )
+        ),
+        (
+            "metrics.jsonl",
+            '{"step": 4, "heldout/\\ud800": 1.0}',
+            r", line 7: the name 'heldout/\\ud800' holds .*",
+        ),
         ("run.json", "[]", r": got \[\] \(list\), expected an object"),
         ("run.json", '{"starts": 5}', r": starts: got 5 \(int\), expected a list"),
         ("run.json", '{"starts": [5]}', r": starts\.0: got 5 \(int\), expected an object"),

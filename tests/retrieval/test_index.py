@@ -261,12 +261,19 @@ def test_what_cannot_be_opened_says_so(
     with pytest.raises(OutputError, match=r"thesis\.txt"):
         Index.create(tmp_path / "mine", model)
     manifest = index.folder / "index.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    whole = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**whole, "format": 99}))
     with pytest.raises(CheckpointError, match="format 99"):
         Index.open(index.folder, model)
-    manifest.write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
-        Index.open(index.folder, model)
+    for told, broken in (
+        ("not valid JSON", "{"),
+        ("got \\[\\]", "[]"),
+        ("nested too deeply", "[" * 100_000),
+        ("states: got 5", whole | {"states": 5}),
+    ):
+        manifest.write_text(broken if isinstance(broken, str) else json.dumps(broken))
+        with pytest.raises(CheckpointError, match=rf"index\.json.*{told}.*Build the index again"):
+            Index.open(index.folder, model)
 
 
 def test_an_engine_that_cannot_be_opened_leaves_the_place_to_another(

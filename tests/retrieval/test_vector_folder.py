@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.full_disk import full_disk
 from tests.processes import Child
 from unified_lm.cli.main import main
 from unified_lm.core.errors import CheckpointError, ConfigError, DataError, OutputError
@@ -267,10 +268,39 @@ def test_damage_is_found_before_the_file_gets_its_name(
     assert fill(tmp_path / "v", model).own_rows == 1
     assert vectors(tmp_path / "v").tobytes() == vectors(tmp_path / "whole").tobytes()
     manifest = tmp_path / "v" / "embeddings.json"
-    for broken in ("{", "[]", json.dumps({"format": 1}), json.dumps({"format": 9})):
+    whole = json.loads(manifest.read_text())
+    for told, broken in (
+        ("not valid JSON", "{"),
+        ("got \\[\\]", "[]"),
+        ("nested too deeply", "[" * 100_000),
+        ("missing field 'model_key'", json.dumps({"format": 1})),
+        ("has format 9", json.dumps({"format": 9})),
+        ("rows: got inf", json.dumps({**whole, "rows": float("inf")})),
+        ("6 hashes for 48000 texts", json.dumps({**whole, "rows": 48000})),
+        ("digests: got 5", json.dumps({**whole, "digests": 5})),
+    ):
         manifest.write_text(broken)
-        with pytest.raises(CheckpointError, match=r"damaged|format 9"):
+        with pytest.raises(CheckpointError, match=rf"embeddings\.json.*{told}.*embed again"):
             fill(tmp_path / "v", model)
+
+
+def test_a_full_disk_is_one_error_with_the_path(tmp_path: Path, model: UnifiedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = str(tmp_path / "v" / "vectors.npy.partial")
+    with full_disk(8000), pytest.raises(OSError, match="File too large") as caught:  # no room for all vectors
+        fill(tmp_path / "v", model)
+    assert caught.value.filename == partial
+    store = vector_work.Work.store
+
+    def refused(work: vector_work.Work, number: int, *rest: object) -> None:
+        with full_disk(8000):
+            store(work, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vector_work.Work, "store", refused)
+        with pytest.raises(OSError, match="File too large") as caught:  # nor for those of a later shard
+            fill(tmp_path / "v", model)
+    assert caught.value.filename == partial
+    assert fill(tmp_path / "v", model).own_rows < COUNT, "it goes on with what was not written"
 
 
 def test_the_command(tmp_path: Path, export: Path, model: UnifiedLM, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +324,8 @@ def test_a_batch_gets_a_column_of_vectors(export: Path, model: UnifiedLM) -> Non
         embed({"txt": batch["text"]})
     with pytest.raises(DataError, match="'embedding' already"):
         embed(found)
+    with pytest.raises(DataError, match=r"texts\[1\]: character 0 is half of a surrogate pair"):
+        embed({"text": np.array(["a", "\ud800"], dtype=object)})
 
 
 @pytest.mark.slow

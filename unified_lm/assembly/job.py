@@ -12,7 +12,7 @@ from unified_lm.assembly.build import Run, RunResult
 from unified_lm.assembly.run_folder import leave
 from unified_lm.config.schema import RunConfig
 from unified_lm.core import distributed
-from unified_lm.core.errors import UserError
+from unified_lm.core.errors import UserError, begin_with
 
 
 class Job:
@@ -25,16 +25,18 @@ class Job:
         config: the run, with its folder and what it starts from.
         on_failure: takes an error of the block, which then ends as if there had been none; it may raise. It is called from the
             handler of the error, on every rank that has one.
+        stage: what a user error of the block begins with; "" where there is one run alone.
 
     Attributes:
         config: as given.
         result: how the run ended, once it has; None where it failed.
     """
 
-    def __init__(self, config: RunConfig, on_failure: Callable[[Exception], None] | None = None) -> None:
+    def __init__(self, config: RunConfig, on_failure: Callable[[Exception], None] | None = None, stage: str = "") -> None:
         self.config = config
         self.result: RunResult | None = None
         self._on_failure = on_failure
+        self._stage = stage
         self._run: Run | None = None
         self._is_over = False
 
@@ -58,6 +60,8 @@ class Job:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         self._is_over = True
+        if self._stage and isinstance(error, UserError):
+            begin_with(error, self._stage)
         try:
             self._close(error)
         except Exception as failure:

@@ -16,7 +16,7 @@ from unified_lm.assembly.stages import default_run_dir, print_notices, rank0_con
 from unified_lm.config.schema import ChainConfig, RunConfig, SweepConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import broadcast_object, run_on_rank0
-from unified_lm.core.errors import OutputError
+from unified_lm.core.errors import OutputError, about
 from unified_lm.core.folder_lock import hold_folder, release_folder
 from unified_lm.core.watchdog import watching
 from unified_lm.engine.accounting.dry_run import print_dry_run
@@ -97,18 +97,20 @@ class Session:
         for index, stage in enumerate(chain.stages):
             config = _placed(stage, run_dir / f"{index + 1}-{stage.recipe}", previous)
             previous = Path(config.run_dir)
+            name = f"stage {index + 1} of {len(chain.stages)} ({stage.recipe})"
             if config.dry_run:
-                _show(config)
+                with about(name):
+                    _show(config)
                 self.run_dir = previous
                 continue
-            job = Job(config)
+            job = Job(config, stage=name)
             yield job
             if not self._note_end(job):
                 return
             assert job.result is not None
             if job.result.stopped_by is not None and index + 1 < len(chain.stages):
-                after = f"stage {index + 1} of {len(chain.stages)} ({stage.recipe}), which is finished"
-                rank0_console().print(stop_message(job.result.stopped_by, after), highlight=False, soft_wrap=True)
+                told = stop_message(job.result.stopped_by, f"{name}, which is finished")
+                rank0_console().print(told, highlight=False, soft_wrap=True)
                 return
             free_memory()
 

@@ -13,7 +13,6 @@ checkpoints is in `checkpoint.store`.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -31,7 +30,8 @@ from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import commit_directory, sync, write_json, write_text
 from unified_lm.core.random import RngState
 from unified_lm.core.tracing import trace_span
-from unified_lm.core.user_files import refusal
+from unified_lm.core.typed import read_typed
+from unified_lm.core.user_files import parse_json, refusal
 from unified_lm.core.watchdog import finish_together
 
 FORMAT = 2
@@ -67,19 +67,19 @@ class Identity:
     trained: Mapping[str, tuple[int, ...]]
     configuration: Mapping[str, str] = field(default_factory=dict)
 
-    def differences(self, found: Mapping[str, Any]) -> list[str]:
-        """How a saved identity (as JSON) differs from this one, in words."""
+    def differences(self, found: Identity) -> list[str]:
+        """How a saved identity differs from this one, in words."""
         texts = [
-            f"{name}: the checkpoint has {found.get(name)!r}, this run {getattr(self, name)!r}"
+            f"{name}: the checkpoint has {getattr(found, name)!r}, this run {getattr(self, name)!r}"
             for name in ("recipe", "model", "tokenizer")
-            if found.get(name) != getattr(self, name)
+            if getattr(found, name) != getattr(self, name)
         ]
         texts += [
             f"configuration of the model, {key}: the checkpoint has {value}, this run {self.configuration[key]}"
-            for key, value in found.get("configuration", {}).items()
+            for key, value in found.configuration.items()
             if self.configuration.get(key, value) != value
         ]
-        saved = {name: tuple(shape) for name, shape in found.get("trained", {}).items()}
+        saved = found.trained
         different = [name for name in {**saved, **self.trained} if saved.get(name) != self.trained.get(name)]
         if different:
             shapes = [(name, _shape(saved.get(name)), _shape(self.trained.get(name))) for name in different[:_MAX_EXAMPLES]]
@@ -117,6 +117,19 @@ class RunState:
     backend: str
     identity: Identity
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Index(RunState):
+    """The content of `state.json`.
+
+    Attributes:
+        files: name -> bytes of every other file.
+        tensors: file name -> names of the tensors in it.
+    """
+
+    files: Mapping[str, int]
+    tensors: Mapping[str, tuple[str, ...]]
 
 
 def save_state(state: RunState, rng: RngState, tensors: Iterable[tuple[str, torch.Tensor]], folder: Path) -> Path:
@@ -212,24 +225,33 @@ def _rng_tensors(rngs: list[RngState]) -> dict[str, torch.Tensor]:
 def torn(path: Path) -> str | None:
     """Why a folder is not a complete checkpoint, or None if it is one, judged by its index and the sizes of its files."""
     try:
-        content = _read_index(path)
-        for name, size in content["files"].items():
+        for name, size in _read_index(path).files.items():
             # Sizes, not hashes: reading a large checkpoint takes minutes, and incomplete files are short.
             found = (path / name).stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes instead of {size:,}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f"{STATE} cannot be read ({error})"
     return None
 
 
-def _read_index(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-    if content.get("format") != FORMAT:
-        raise ValueError(f"format {content.get('format')}, expected {FORMAT}")
-    return content
+def _read_index(path: Path) -> _Index:
+    """The index of a checkpoint.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged or of another version; the text says how.
+    """
+    content = parse_json((path / STATE).read_bytes())
+    if isinstance(content, Mapping) and content.get("format") != FORMAT:
+        raise ValueError(f"format {content.get('format')!r:.60}, expected {FORMAT}")
+    problems: list[str] = []
+    found: _Index = read_typed(_Index, content, "", problems, open_ended=True)
+    if problems:
+        raise ValueError(" ".join(problems))
+    return found
 
 
 def load_state(path: Path, identity: Identity) -> RunState:
@@ -245,26 +267,24 @@ def load_state(path: Path, identity: Identity) -> RunState:
     reason = torn(path)
     if reason is not None:
         raise CheckpointError(f"checkpoint {path} is not complete: {reason}. Remove it to resume from an earlier one.")
-    content = _read_index(path)
-    differences = identity.differences(content["identity"])
+    found = _read_index(path)
+    differences = identity.differences(found.identity)
     if differences:
         raise CheckpointError(
             f"checkpoint {path} belongs to another run. " + "; ".join(differences) + ". Use another run_dir, or resume=none."
         )
-    content.setdefault("settings", {})  # younger than the first checkpoints
-    fields = {name: content[name] for name in RunState.__dataclass_fields__ if name != "identity"}
+    fields = {name: getattr(found, name) for name in RunState.__dataclass_fields__ if name != "identity"}
     return RunState(**fields, identity=identity)
 
 
 def saved_settings(path: Path) -> dict[str, Any] | None:
     """The configuration of the run that wrote a complete checkpoint; None if it was written before checkpoints kept it."""
-    settings: dict[str, Any] | None = _read_index(path).get("settings")
-    return settings or None
+    return _read_index(path).settings or None
 
 
 def open_tensors(path: Path) -> ShardReader:
     """The tensors of a complete checkpoint."""
-    return ShardReader(path, _read_index(path)["tensors"])
+    return ShardReader(path, _read_index(path).tensors)
 
 
 def load_rng(path: Path, rank: int) -> RngState:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from unified_lm.config.objectives import EMBEDDING_METHODS
-from unified_lm.core.errors import UserError, did_you_mean
+from unified_lm.core.errors import DataError, UserError, did_you_mean
 from unified_lm.core.outputs import note_inputs
+from unified_lm.core.user_files import user_path
 
 PROGRAM = "unified-lm"
 HELP = ("-h", "--help")
@@ -38,7 +39,11 @@ _OUTPUTS = frozenset({"out", "write", "report", "prompts", "cache"})
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that notes what the command reads, so that no output replaces it (`core.outputs`)."""
+    """A parser that expands `~` in paths and notes what the command reads, so that no output replaces it (`core.outputs`)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", Path, _path)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See `argparse`."""
@@ -136,6 +141,13 @@ def embedding_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
+def _path(text: str) -> Path:
+    try:
+        return user_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def device(text: str) -> str:
     """Parse the name of a device, for `argparse`: it is tried before any work.
 
@@ -150,17 +162,25 @@ def device(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def read_stdin(*, line: bool = False) -> str:
+    """The text of standard input: all of it, or its next line; a byte-order mark is no part of it.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    raw = sys.stdin.buffer.readline() if line else sys.stdin.buffer.read()
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 ({error.reason} at byte {error.start}).") from error
+
+
 _DIGITS = 18
 """Longer whole numbers do not fit the 64 bits of a counter."""
 
 
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
-
-
-def text_or_stdin(text: str) -> str:
-    """A text, or for "-" what stdin holds, for `argparse`; a byte-order mark at its start is left out."""
-    return sys.stdin.read().removeprefix("\ufeff") if text == "-" else text
 
 
 def positive(text: str) -> int:

@@ -15,6 +15,7 @@ from unified_lm.composition.locate import group_options, list_recipes
 from unified_lm.config.schema import VERIFICATIONS
 from unified_lm.core.errors import UserError
 from unified_lm.core.outputs import note_inputs
+from unified_lm.core.user_files import user_path
 
 _SETTINGS = (
     "any key of the configuration with its dots (optim.lr=1e-4), [a,b] for a list, ~key for its default; group=option "
@@ -157,4 +158,4 @@ def inspect(argv: Sequence[str]) -> None:
     console = Console()
     for notice in config.notices:
         console.print(notice, style="yellow", markup=False)
-    inspect_run(config, console, Path(folders[-1] if folders else "runs/inspect"))
+    inspect_run(config, console, user_path(folders[-1] if folders else "runs/inspect"))

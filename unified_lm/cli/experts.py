@@ -17,6 +17,7 @@ from unified_lm.cli.evaluate_model import add_model_options, find_model, progres
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.core.files import write_json
 from unified_lm.core.outputs import FolderKind, check_file, check_folder, write_folder, write_json_file
+from unified_lm.core.typed import half_pair
 from unified_lm.data.rows.readers import read_rows
 from unified_lm.data.rows.records import TextRecord
 from unified_lm.data.rows.violations import describe
@@ -215,8 +216,8 @@ def _scored_rows(path: Path, text: str, score: str) -> tuple[Domain, list[float]
                 "--score."
             )
         said = row[text]
-        if not isinstance(said, str) or not said.strip():
-            raise DataError(f"{path}, {location}, field '{text}': got {describe(said)}, expected a text.")
+        if not isinstance(said, str) or not said.strip() or half_pair(said) is not None:
+            raise DataError(f"{path}, {location}, field '{text}': got {describe(said)}, expected a Unicode text.")
         try:
             number = float("nan") if isinstance(row[score], bool) else float(row[score])  # a table has numbers as texts
         except (TypeError, ValueError, OverflowError):

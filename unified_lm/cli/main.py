@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,12 @@ from unified_lm.core import failures
 from unified_lm.core.errors import UserError, did_you_mean
 from unified_lm.core.outputs import note_inputs
 from unified_lm.core.typed import unusable_text
-from unified_lm.core.user_files import explain_os_error
+from unified_lm.core.user_files import explain_os_error, refusal
 
 USER_ERROR = 2
 _INTERRUPTED = 130
+_CLOSED_PIPE = 141
+"""What shells give for a program that a closed pipe ended."""
 TRACEBACK = "UNIFIED_LM_TRACEBACK"
 """Environment variable: if set, the traceback behind a message is printed as well."""
 
@@ -96,20 +99,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the name of the program; None reads those of the process.
 
     Returns:
-        The exit code: 0 on success, 2 after a user error (with one message on stderr), 130 after an interrupt.
+        The exit code: 0 on success, 2 after a user error (with one message on stderr), 130 after an interrupt, 141 where nobody
+        reads what is printed any more (`... | head -1`).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for number, argument in enumerate(arguments, start=1):
         if fault := unusable_text(argument):
             return run_command(partial(_refuse_text, number, fault))
     if not arguments or arguments[0] in (*HELP, "help"):
-        print(usage())
-        return 0 if arguments else USER_ERROR
+        return run_command(lambda: print(usage())) or (0 if arguments else USER_ERROR)
     if arguments[0] in ("-V", "--version"):
-        from unified_lm import __version__
-
-        print(f"unified_lm {__version__}")
-        return 0
+        return run_command(_print_version)
     name, rest = _ALIASES.get(arguments[0], arguments[0]), arguments[1:]
     if name not in COMMANDS:
         return run_command(lambda: _refuse(name))
@@ -123,11 +123,9 @@ def run_command(command: Callable[[], object]) -> int:
     """
     failures.quieten_libraries()
     try:
-        command()
-    except SystemExit as ended:
-        if not isinstance(ended.code, int):
-            raise
-        return ended.code  # argparse's: 0 after help, 2 after wrong arguments
+        code = _exit_code(command)
+        print(end="", flush=True)  # at the end of the process nobody could say why it failed
+        return code
     except UserError as error:
         _print_traceback()
         failures.report(str(error))
@@ -137,21 +135,76 @@ def run_command(command: Callable[[], object]) -> int:
             print("interrupted", file=sys.stderr)
         return _INTERRUPTED
     except Exception as error:
-        if isinstance(error, OSError) and (said := explain_os_error(error)) is not None:
-            _print_traceback()
-            failures.report(said)
-            return USER_ERROR
+        if (found := refusal(error)) is not None and found.errno is not None:
+            return _refused(found)
         if failures.is_consequence(error):
             return USER_ERROR
         raise
     finally:
         note_inputs(())
+        _takes_output()
+
+
+def _exit_code(command: Callable[[], object]) -> int:
+    try:
+        command()
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # what rich makes of it
+            return _CLOSED_PIPE
+        if not isinstance(ended.code, int):
+            raise
+        return ended.code  # argparse's: 0 after help, 2 after wrong arguments
     return 0
+
+
+def _refused(error: OSError) -> int:
+    """Say what the operating system refused; nothing where the reader of what is printed has gone."""
+    if isinstance(error, BrokenPipeError) and _reader_is_gone():
+        return _CLOSED_PIPE
+    _print_traceback()
+    if error.filename is None and not _takes_output():
+        error.filename = "standard output"
+    said = explain_os_error(error)
+    failures.report(f"{said}" if error.filename is not None else f"{said} {TRACEBACK}=1 shows where.")
+    return USER_ERROR
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output or error is a pipe that nobody reads any more; what is still to be printed is dropped then."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    gone = [descriptor for descriptor, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for descriptor in gone:
+        _drop(descriptor)
+    return bool(gone)
+
+
+def _takes_output() -> bool:
+    """Whether standard output takes what it was given; if not, that is dropped: Python would fail over it again at its end."""
+    try:
+        print(end="", flush=True)  # does nothing where there is no standard output
+    except OSError:
+        _drop(sys.stdout.fileno())
+        return False
+    return True
+
+
+def _drop(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _print_traceback() -> None:
     if os.environ.get(TRACEBACK):
         traceback.print_exc()
+
+
+def _print_version() -> None:
+    from unified_lm import __version__
+
+    print(f"unified_lm {__version__}")
 
 
 def usage() -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from unified_lm.cli.arguments import add_device_options, command_parser, from_zero, positive, text_or_stdin
+from unified_lm.cli.arguments import add_device_options, command_parser, from_zero, positive, read_stdin
 from unified_lm.core.errors import ConfigError
 from unified_lm.retrieval.manifest import IndexManifest, check_place
 
@@ -123,17 +123,16 @@ def ask(argv: Sequence[str]) -> None:
     parser = _answer_parser(
         "ask", "answer a question from the documents of an index", 'runs/index "What does shutil.copyfile do?"'
     )
-    parser.add_argument("question", type=text_or_stdin, help='the question; "-" reads it from stdin')
+    parser.add_argument("question", help='the question; "-" reads it from stdin')
     parser.add_argument("--compare", action="store_true", help="also answer without caches, and show the time of both")
     options = parser.parse_args(list(argv))
+    question = read_stdin() if options.question == "-" else options.question
     console = Console(stderr=True)
     with _open(options) as opened:
-        answer = _answer(opened, options.question, options, ())
+        answer = _answer(opened, question, options, ())
         show(answer, console)
         if options.compare:
-            plain = opened.answer(
-                options.question, k=options.k, mode="document_then_query", max_new_tokens=options.max_new_tokens
-            )
+            plain = opened.answer(question, k=options.k, mode="document_then_query", max_new_tokens=options.max_new_tokens)
             console.print(f"without caches ({plain.mode}): {plain.text}", highlight=False, markup=False, soft_wrap=True)
             ratio = plain.first_token_seconds / answer.first_token_seconds
             console.print(
@@ -154,7 +153,7 @@ def chat(argv: Sequence[str]) -> None:
         history: list[tuple[str, str]] = []
         while True:
             console.print("> ", end="")
-            question = sys.stdin.readline().removeprefix("\ufeff").strip()
+            question = read_stdin(line=True).strip()
             if not question:
                 return
             answer = _answer(opened, question, options, tuple(history))

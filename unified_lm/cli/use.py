@@ -17,7 +17,7 @@ from unified_lm.cli.arguments import (
     embedding_options,
     from_zero,
     positive,
-    text_or_stdin,
+    read_stdin,
 )
 from unified_lm.core.errors import DataError
 from unified_lm.core.outputs import check_file, write_file
@@ -73,13 +73,14 @@ def search(argv: Sequence[str]) -> None:
 def generate(argv: Sequence[str]) -> None:
     """Print the answer to one message."""
     parser = _parser("generate", "answer one message", 'runs/grit/export "What does json.loads do?" --max-new-tokens 60')
-    parser.add_argument("message", type=text_or_stdin, help='the message; "-" reads it from stdin')
+    parser.add_argument("message", help='the message; "-" reads it from stdin')
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="limit of the answer in tokens (256)")
     parser.add_argument(
         "--temperature", type=from_zero, default=0.0, help="sampling temperature; 0.0 (the default) takes the most likely token"
     )
     options = parser.parse_args(list(argv))
-    print(_load(options).generate(options.message, max_new_tokens=options.max_new_tokens, temperature=options.temperature))
+    message = read_stdin() if options.message == "-" else options.message
+    print(_load(options).generate(message, max_new_tokens=options.max_new_tokens, temperature=options.temperature))
 
 
 def _parser(name: str, description: str, example: str) -> argparse.ArgumentParser:

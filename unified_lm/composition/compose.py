@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from unified_lm.composition.ablation_plan import KEY as ABLATION
 from unified_lm.composition.ablation_plan import read_plan
-from unified_lm.composition.convert import build_config, from_yaml, to_yaml, without_idle
+from unified_lm.composition.convert import build_config, expanded, from_yaml, to_yaml, without_idle
 from unified_lm.composition.locate import (
     FileState,
     configs_dir,
@@ -319,7 +319,7 @@ def _is_names(value: Any) -> bool:
 def _run_dir(argv: Sequence[str], problems: list[str]) -> str:
     given = [argument for argument in argv if argument.startswith("run_dir=")]
     parsed = _parse_one(OverridesParser.create(), given[-1], problems) if given else None
-    return "" if parsed is None else str(parsed.value())
+    return "" if parsed is None else expanded(str(parsed.value()), "run_dir", problems)
 
 
 def _is_for(argument: str, stage: str) -> bool:
@@ -342,7 +342,7 @@ def _compose_sweep(name: str, raw: dict[str, Any], argv: Sequence[str], problems
     chosen = plan.choose_arms(own.get("arms"), problems)
     base = plan.choose_base(own.get("base"), problems)
     seeds = plan.choose_seeds(own.get("seeds", own.get("seed")), problems)
-    run_dir = str(own.get("run_dir") or f"runs/{name}")
+    run_dir = expanded(str(own.get("run_dir") or f"runs/{name}"), "run_dir", problems)
     shared = [a for a in argv if _key(a) not in _SWEEP_KEYS and not any(_is_for(a, arm) for arm in plan.arms)]
     arms: list[ArmConfig] = []
     refused: dict[str, list[str]] = {}

@@ -14,8 +14,9 @@ from unified_lm.composition.locate import read_yaml
 from unified_lm.composition.validate import find_problems
 from unified_lm.config.parts import PartConfig, find_description
 from unified_lm.config.schema import ChainConfig, ObjectiveConfig, RunConfig, StreamConfig
-from unified_lm.core.errors import ConfigError, did_you_mean
+from unified_lm.core.errors import ConfigError, UserError, did_you_mean
 from unified_lm.core.typed import FAILED, hints_of, name_of, show, show_briefly, typed_value
+from unified_lm.core.user_files import user_path
 from unified_lm.data.formats import FORMATS
 from unified_lm.objectives import OBJECTIVES
 
@@ -249,9 +250,39 @@ def build_config(
     cls = ChainConfig if "stages" in values else RunConfig
     config, found = convert(cls, values, resolved=resolved)
     found = [*(problems or []), *found]
+    if isinstance(config, RunConfig):
+        config = _at_home(config, found)
     if config is not None:
         found += find_problems(config)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))
     assert isinstance(config, (RunConfig, ChainConfig))
     return config
+
+
+def _at_home(config: RunConfig, problems: list[str]) -> RunConfig:
+    """A run whose folders have `~` expanded."""
+    copies = config.checkpoint.copy_to
+    return dataclasses.replace(
+        config,
+        run_dir=expanded(config.run_dir, "run_dir", problems),
+        resume=expanded(config.resume, "resume", problems),
+        checkpoint=dataclasses.replace(
+            config.checkpoint, copy_to=None if copies is None else expanded(copies, "checkpoint.copy_to", problems)
+        ),
+    )
+
+
+def expanded(text: str, key: str, problems: list[str]) -> str:
+    """The text of a path with `~` and `~user` expanded, and otherwise as it is.
+
+    Args:
+        text: the value of a key.
+        key: its dotted name.
+        problems: takes what is wrong.
+    """
+    try:
+        return str(user_path(text)) if text.startswith("~") else text
+    except UserError as error:
+        problems.append(f"{key}: {error}")
+        return text

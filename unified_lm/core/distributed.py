@@ -41,9 +41,19 @@ def is_rank0() -> bool:
 
 
 def local_device() -> torch.device:
-    """The accelerator of this process (by LOCAL_RANK), or the CPU."""
+    """The accelerator of this process (by LOCAL_RANK), or the CPU.
+
+    Raises:
+        UserError: more processes were started on this machine than it has accelerators.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        index, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= there:
+            raise UserError(
+                f"this process is number {index + 1} of its machine (LOCAL_RANK={index}), which shows it {there} GPUs. Start "
+                f"at most one process for each (torchrun --nproc-per-node {there}); CUDA_VISIBLE_DEVICES can hide some."
+            )
+        return torch.device("cuda", index)
     return torch.device("cpu")
 
 

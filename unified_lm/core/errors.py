@@ -54,9 +54,14 @@ def about(what: str | Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if str(what) not in str(error):
-            error.args = (f"{what}: {error}",)
+        begin_with(error, what)
         raise
+
+
+def begin_with(error: UserError, what: str | Path) -> None:
+    """Let the text of an error begin with what it is about, if it does not say."""
+    if str(what) not in str(error):
+        error.args = (f"{what}: {error}",)
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:

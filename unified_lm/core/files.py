@@ -8,7 +8,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def _folders_above(path: Path) -> Iterator[None]:
+    """Make the folders that a path lies in; an error inside removes those of them that are still empty."""
+    made = [folder for folder in path.parents if not os.path.exists(folder)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     """Fill a temporary sibling folder, flush it to disk, then rename it to `target`.
 
@@ -56,21 +70,21 @@ def write_directory(target: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         CheckpointError: the operating system refused to write (disk full, no permission).
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target)
     building = beside(target, BUILDING)
-    shutil.rmtree(building, ignore_errors=True)
-    try:
-        building.mkdir()
-        fill(building)
-        commit_directory(building, target)
-    except Exception as error:
-        if (refused := refusal(error)) is None:
-            raise
-        said = refused.strerror or str(refused)
-        raise CheckpointError(f"could not write {target}: {said}. What was there before is untouched.") from error
-    finally:
+    with _folders_above(target):
+        sweep(target)
         shutil.rmtree(building, ignore_errors=True)
+        try:
+            building.mkdir()
+            fill(building)
+            commit_directory(building, target)
+        except Exception as error:
+            if (refused := refusal(error)) is None:
+                raise
+            said = refused.strerror or str(refused)
+            raise CheckpointError(f"could not write {target}: {said}. What was there before is untouched.") from error
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def commit_directory(building: Path, target: Path, flush: Callable[[Path], None] = sync) -> None:
@@ -119,18 +133,18 @@ def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None
         OSError: the disk reported an error, which names `path`; what was there before is untouched and no partial file remains.
     """
     building = beside(path, BUILDING)
-    try:
-        with naming(path, building):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if durable:
-                sweep(path)
-            yield building
-            if durable:
-                sync(building)
-            before_rename(building)
-            building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)
+    with _folders_above(path):
+        try:
+            with naming(path, building):
+                if durable:
+                    sweep(path)
+                yield building
+                if durable:
+                    sync(building)
+                before_rename(building)
+                building.replace(path)
+        finally:
+            building.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,6 @@ identity. Another start reads again: a stamp never vouches for a file longer tha
 from __future__ import annotations
 
 import json
-import os
 import platform
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,17 +58,25 @@ def once(stamp: Path, files: Sequence[Path], work: Callable[[], str]) -> str:
         lock = FileLock(f"{place}.lock")
         lock.acquire()
     except OSError as error:
-        raise DataError(f"cannot write the cache, {place}: {error}. Set UNIFIED_LM_CACHE.") from error
+        raise _unwritable(place, error) from error
     try:
         if (found := _result(place, known)) is not None:
             return found
         result = work()
-        building = place.with_name(f"{place.name}.{os.getpid()}")
-        building.write_text(json.dumps({**known, "result": result}), encoding="utf-8")
-        building.replace(place)
+        building = place.with_name(f"{place.name}.new")  # the lock is held: what a killed process left here is written over
+        try:
+            building.write_text(json.dumps({**known, "result": result}), encoding="utf-8")
+            building.replace(place)
+        except OSError as error:
+            building.unlink(missing_ok=True)
+            raise _unwritable(place, error) from error
         return result
     finally:
         lock.release()
+
+
+def _unwritable(place: Path, error: OSError) -> DataError:
+    return DataError(f"cannot write the cache, {place}: {error.strerror or error}. Make room there, or set UNIFIED_LM_CACHE.")
 
 
 def identity(file: Path) -> list[int]:

@@ -151,10 +151,15 @@ def unusable_text(text: str) -> str | None:
     """Why a text can neither be written as UTF-8 nor handed to the operating system; None if it can."""
     if "\0" in text:
         return "holds a NUL character"
+    return None if half_pair(text) is None else "holds bytes that are not UTF-8, or half of a surrogate pair"
+
+
+def half_pair(text: str) -> int | None:
+    """Where a text has half of a pair of surrogates, which JSON can spell and nothing can write or read; None if nowhere."""
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:
-        return "holds bytes that are not UTF-8, or half of a surrogate pair"
+    except UnicodeEncodeError as error:
+        return error.start
     return None
 
 
@@ -205,4 +210,6 @@ def show_briefly(value: Any, most: int = 60) -> str:
         text = repr(value)
     except ValueError:  # a whole number of more digits than Python writes
         text = "a number of thousands of digits"
+    except RecursionError:
+        text = "something nested very deeply"
     return text if len(text) < most else text[: most - 3] + "..."

@@ -21,19 +21,19 @@ from unified_lm.core.errors import DataError, UserError
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user writes it, with `~` and `~user` expanded.
+    """A path as a user writes it, with `~` and `~user` expanded; `./~name` is a name that begins so.
 
     Raises:
         UserError: there is no such user, or the text can be no path.
     """
-    if "\0" in str(text):
-        raise UserError(f"{str(text)!r} is no path: it holds a NUL character.")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise UserError(
-            f"{text}: there is no user of that name. A folder whose name begins with ~ is written ./~name."
-        ) from error
+    raw = str(text)
+    if "\0" in raw:
+        raise UserError(f"{raw!r} is no path: it holds a NUL character.")
+    expanded = os.path.expanduser(raw)
+    if raw.startswith("~") and expanded == raw:
+        raise UserError(f"{text}: there is no user of that name. A folder whose name begins with ~ is written ./~name.")
+    path = Path(expanded)
+    return path.absolute() if str(path).startswith("~") else path  # Path drops "./", and the next reader would expand it
 
 
 class RepeatedKeyError(ValueError):
@@ -163,14 +163,16 @@ def naming(path: Path, building: Path | None = None) -> Iterator[None]:
 
 
 def explain_os_error(error: OSError) -> str | None:
-    """A sentence with the path for what the operating system refused; None for an error that names no path.
+    """A sentence for what the operating system refused, with the path if there is one; None for an error of another kind.
 
     The path is one that the user gave, or lies below one: the package opens no others but its caches, which the user places.
     """
-    if error.errno is None or error.filename is None:
+    if error.errno is None:
         return None
     names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    shown = names if len(names) < 300 else f"{names[:150]}...{names[-50:]}"
+    shown = names or "the operating system refused"
+    if len(names) >= 300:
+        shown = f"{names[:150]}...{names[-50:]}"
     hint = _HINTS.get(error.errno, "")
     return f"{shown}: {error.strerror}.{hint}"
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unified_lm.batch.sample import Sample
 from unified_lm.config.streams import RecordKind, SourceConfig, StreamConfig
-from unified_lm.core.errors import CheckpointError, ConfigError, DataError
+from unified_lm.core.errors import CheckpointError, ConfigError, DataError, about
 from unified_lm.core.random import derive_seed
 from unified_lm.core.user_files import user_path
 from unified_lm.data.formats.running_text import Text
@@ -280,7 +280,9 @@ class FlowingStream(Stream):
     def _samples(self, chosen: np.ndarray, rng: np.random.Generator) -> Iterator[Sample]:
         assert isinstance(self.format, Text)
         for group, index in enumerate(chosen.tolist()):
-            yield self.format.sample(self.cursors[index].take(), group, rng)
+            with about(f"streams.{self.name}"):
+                taken = self.cursors[index].take()
+            yield self.format.sample(taken, group, rng)
 
     @property
     def entries(self) -> list[SourceEntry]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,7 @@ from unified_lm.config.schema import LoggingConfig
 from unified_lm.core import distributed
 from unified_lm.core.agreement import run_on_rank0
 from unified_lm.core.errors import DataError
-from unified_lm.core.typed import read_typed, show
+from unified_lm.core.typed import read_typed, show, unusable_text
 from unified_lm.core.user_files import naming, parse_json
 from unified_lm.engine.wandb_run import WandbRun
 
@@ -163,6 +162,13 @@ MEASURED = (
 )
 """Values of a step that are read again; so are those with a "/" in their name."""
 
+_LEAST = {
+    **dict.fromkeys(("tokens", "samples", "tokens_per_second", "mfu", "model_teraflops_per_second", "memory_peak_gib"), 0.0),
+    "step_seconds": 1e-9,
+}
+_MOST = 1e18
+"""Bounds of what is summed, multiplied and divided by."""
+
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, oldest first.
@@ -183,22 +189,30 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
             values = parse_json(line.lstrip("\0"))
         except ValueError as error:
             raise DataError(f"{path}, line {number} is not JSON ({error}). Remove the line to read the others.") from error
-        if problems := list(_line_problems(values)):
+        problems: list[str] = []
+        found.append(_line(values, problems))
+        if problems:
             raise DataError(f"{path}, line {number}: {' '.join(problems)} Remove the line to read the others.")
-        found.append(values)
     return found
 
 
-def _line_problems(values: Any) -> Iterator[str]:
+def _line(values: Any, problems: list[str]) -> dict[str, Any]:
+    """A line with its measurements as floats (JSON has whole numbers of any size); `problems` takes what is wrong with it."""
     if not isinstance(values, dict):
-        yield f"got {show(values)}, expected an object."
-        return
-    problems: list[str] = []
-    read_typed(int, values.get("step"), "step", problems)
+        problems.append(f"got {show(values)}, expected an object.")
+        return {}
+    line = dict(values)
+    step = read_typed(int, values.get("step"), "step", problems)
+    if isinstance(step, int) and step < (least := 1 if "step_seconds" in values else 0):
+        problems.append(f"step: got {step}, expected {least} or more.")
     for name, value in values.items():
+        if fault := unusable_text(name):
+            problems.append(f"the name {name!r:.60} {fault}.")
         if name in MEASURED or "/" in name:
-            read_typed(float, value, name, problems)
-    yield from problems
+            number = line[name] = read_typed(float, value, name, problems)
+            if name in _LEAST and isinstance(number, float) and not _LEAST[name] <= number <= _MOST:
+                problems.append(f"{name}: got {show(value)}, expected a number from {_LEAST[name]:g} to {_MOST:g}.")
+    return line
 
 
 def held_out_lines(run_dir: Path) -> list[dict[str, Any]]:

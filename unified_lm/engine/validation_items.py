@@ -68,7 +68,7 @@ def read_items(run_dir: Path, step: int) -> dict[str, ItemScores]:
     content = read_json(path, fix=fix)
     try:
         return {str(name): _item_scores(value) for name, value in content["metrics"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise DataError(f"{path} is damaged ({error!r}). {fix}") from error
 
 
@@ -77,4 +77,8 @@ def _item_scores(value: Mapping[str, Any]) -> ItemScores:
     weights = None if value["weights"] is None else [float(weight) for weight in value["weights"]]
     if value["unit"] not in UNITS or not scores or (weights is not None and len(weights) != len(scores)):
         raise ValueError(f"unit {value['unit']!r}, {len(scores)} scores, {'no' if weights is None else len(weights)} weights")
-    return ItemScores(value["unit"], scores, weights)
+    if not all(0 <= weight < math.inf for weight in weights or ()):
+        raise ValueError("a weight that is below 0 or not finite")
+    found = ItemScores(value["unit"], scores, weights)
+    _ = found.mean  # raises where there is none: all weights are 0, or infinities cancel out
+    return found

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from unified_lm.config.schema import LoggingConfig
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.core.files import write_json
-from unified_lm.core.user_files import read_json
+from unified_lm.core.user_files import read_json, user_path
 from unified_lm.core.version import code_version
 
 RUN_FILE = "wandb.json"
@@ -137,7 +137,7 @@ def _api_key(settings: Any) -> str | None:
     key = os.environ.get("WANDB_API_KEY") or settings.api_key
     if key:
         return str(key)
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    path = user_path(os.environ.get("NETRC") or "~/.netrc")
     try:
         known = netrc.netrc(str(path))
     except (OSError, netrc.NetrcParseError):

@@ -14,6 +14,7 @@ from typing import Any
 
 from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.core.outputs import write_json_file
+from unified_lm.core.typed import unusable_text
 from unified_lm.core.user_files import read_json
 
 FOLDER = "evaluation"
@@ -107,6 +108,10 @@ def _problem(content: Any) -> str | None:
             return f"row {number} does not have one cell for each of the {len(columns)} columns."
         if not all(cell is None or isinstance(cell, (str, int, float, bool)) for cell in row):
             return f"row {number} has a cell that is neither text nor number."
+    texts = [*(content.get(key, "") for key in ("title", "note", "figure")), *columns, *(cell for row in rows for cell in row)]
+    for text in texts:
+        if isinstance(text, str) and (fault := unusable_text(text)):
+            return f"the text {text!r:.60} {fault}."
     return None
 
 
@@ -136,10 +141,12 @@ def _mteb_table(folder: Path) -> ResultTable:
             ]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"{path} is not an mteb result ({error!r}). Run the task again with --overwrite.") from error
-    return ResultTable(
-        title=f"mteb: {folder.parent.name.replace('__', '/')}",
-        columns=("task", "split", "subset", "main score"),
-        rows=rows,
-        note=f"Revision {folder.name}. mteb's main score of each task; no interval, since mteb stores no scores by item.",
-        folder=folder,
-    )
+    content = {
+        "title": f"mteb: {folder.parent.name.replace('__', '/')}",
+        "columns": ["task", "split", "subset", "main score"],
+        "rows": rows,
+        "note": f"Revision {folder.name}. mteb's main score of each task; no interval, since mteb stores no scores by item.",
+    }
+    if problem := _problem(content):
+        raise DataError(f"{folder} holds a result that is none of mteb: {problem} Run the task again with --overwrite.")
+    return ResultTable(**content, folder=folder)

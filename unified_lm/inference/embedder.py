@@ -14,6 +14,7 @@ from torch import nn
 
 from unified_lm.batch import Sample
 from unified_lm.core.errors import ConfigError, DataError
+from unified_lm.core.typed import half_pair
 from unified_lm.data.prompts.encoding import Encoded, PromptEncoder, Rejection
 from unified_lm.export.samples import embedding_sample
 from unified_lm.models.backbone import Backbone
@@ -137,7 +138,8 @@ class Embedder:
             attention: another one than the model embeds with.
 
         Raises:
-            DataError: a text is empty or not a string (the error names its index), or the instruction alone reaches the limit.
+            DataError: a text is empty, not a string or no Unicode (the error names its index), or the instruction alone
+                reaches the limit.
         """
         limit = self.max_tokens if max_tokens is None else max_tokens
         encoded = encode_texts(self.encoder, texts, instruction, limit)
@@ -214,9 +216,13 @@ class Embedder:
 
 def encode_texts(encoder: PromptEncoder, texts: Sequence[str], instruction: str, max_tokens: int) -> list[Encoded]:
     """The tokens of texts to embed, in order; see `Embedder.samples`."""
+    if half_pair(instruction) is not None:
+        raise DataError(f"the instruction {instruction!r} has half of a surrogate pair, which is no Unicode text.")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"texts[{index}] is a {type(text).__name__}, expected a string.")
+        if (place := half_pair(text)) is not None:
+            raise DataError(f"texts[{index}]: character {place} is half of a surrogate pair, which is no Unicode text.")
     encoded: list[Encoded] = []
     for index, item in enumerate(encoder.embed([(text, instruction) for text in texts], max_tokens)):
         if isinstance(item, Rejection):

@@ -10,6 +10,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTok
 
 from unified_lm.config.checks import above, at_least
 from unified_lm.core.errors import ConfigError, DataError, did_you_mean
+from unified_lm.core.typed import half_pair
 from unified_lm.data.prompts.encoding import PromptEncoder
 from unified_lm.data.prompts.templates import Template
 from unified_lm.export.directory import stop_token_ids
@@ -31,7 +32,7 @@ def conversation_turns(messages: str | Messages, template: Template) -> list[tup
         template: the prompt template, which says what roles there are.
 
     Raises:
-        DataError: a message without role or content, an unknown role, or an empty conversation.
+        DataError: a message without role or content or with no Unicode text, an unknown role, or an empty conversation.
         ConfigError: the template has no turns.
     """
     if isinstance(messages, str):
@@ -45,6 +46,8 @@ def conversation_turns(messages: str | Messages, template: Template) -> list[tup
             raise DataError(
                 f"messages[{index}]: unknown role '{message['role']}'.{did_you_mean(message['role'], template.turns)}"
             )
+        if half_pair(message["content"]) is not None:
+            raise DataError(f"messages[{index}] has half of a surrogate pair, which is no Unicode text.")
         turns.append((message["role"], message["content"]))
     if not turns:
         raise DataError("messages is empty, expected at least one turn.")

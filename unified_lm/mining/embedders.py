@@ -16,6 +16,7 @@ from unified_lm.data.rows.records import Text
 from unified_lm.export.manifest import FILE_NAME
 from unified_lm.inference.loading import model_folder, weights_dtype
 from unified_lm.inference.unified import UnifiedLM
+from unified_lm.models.load_errors import explain
 from unified_lm.models.precision import AUTO, auto_inference_dtype
 
 _READ_BYTES = 1 << 22
@@ -61,7 +62,7 @@ def load_embedder(
         batch_size: texts per forward (sentence-transformers only; exports of this package pack by tokens).
 
     Raises:
-        CheckpointError: no such model, or one that cannot be loaded.
+        CheckpointError, ModelError: no such model, or one that cannot be loaded.
         ConfigError: prompts for an export of this package, which has its own template.
     """
     folder = model_folder(name_or_path, None)
@@ -112,10 +113,8 @@ def _sentence_transformer(folder: Path, device: str | None, dtype: str | None) -
             "embeds is unknown. Give the 'export' folder of a run, or a sentence-transformers folder."
         )
     options = {"dtype": weights_dtype(dtype)}
-    try:
+    with explain(str(folder), "sentence-transformers model", is_hub=False):
         model = SentenceTransformer(str(folder), device=device, model_kwargs=options)
-    except (OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"cannot load the sentence-transformers model in {folder}: {error}") from error
     stored: torch.dtype = model.dtype or torch.float32
     if dtype == AUTO and (wider := auto_inference_dtype(stored, model.device)) is not stored:
         model.to(wider)

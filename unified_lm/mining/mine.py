@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from filelock import FileLock
 
 from unified_lm.core.errors import ConfigError, DataError
@@ -26,6 +25,7 @@ from unified_lm.core.files import write_json
 from unified_lm.core.outputs import building_file, check_files
 from unified_lm.core.random import derive_seed
 from unified_lm.core.typed import show_briefly
+from unified_lm.core.user_files import parse_yaml
 from unified_lm.data.rows.files import record_row, write_report, write_rows
 from unified_lm.data.rows.records import PairRecord
 from unified_lm.data.sources import RecordSource
@@ -245,14 +245,15 @@ class Mining:
         }
 
     def _report(self) -> dict[str, Any]:
-        loaded: dict[str, Any] = yaml.safe_load(self.report_path.read_text(encoding="utf-8"))
-        return loaded
+        """The report that stands at its place; empty where there is none that can be read."""
+        try:
+            loaded = parse_yaml(self.report_path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return loaded if isinstance(loaded, dict) else {}
 
     def _reported_key(self) -> str | None:
-        if not self.report_path.exists():
-            return None
-        loaded = yaml.safe_load(self.report_path.read_text(encoding="utf-8"))
-        return loaded.get("job") if isinstance(loaded, dict) else None
+        return self._report().get("job")
 
     def _refuse_other_output(self) -> None:
         if self.is_complete:

@@ -20,6 +20,7 @@ from typing import Any
 
 from unified_lm.core.errors import ConfigError, DataError
 from unified_lm.core.outputs import check_files
+from unified_lm.core.typed import half_pair
 from unified_lm.data.rows.files import RowWriter, check_txt_row, output_names
 from unified_lm.data.rows.texts import RowFile, row_texts
 from unified_lm.mining.text_match import SHINGLE_WORDS, jaccard, normalized_words, runs, shingles
@@ -224,7 +225,7 @@ def build_index(evaluation: Iterable[tuple[str, RowFile]], config: OverlapConfig
             _require_columns(row, file, location)
             chosen = {key: value for key, value in row.items() if not config.columns or key in config.columns}
             columns |= chosen.keys()
-            for field_name, text in row_texts(chosen):
+            for field_name, text in _texts(chosen, file, location):
                 index.add(EvaluationText(set_name, f"{file.name}, {location}, {field_name}", text))
         if config.columns and not columns:
             raise DataError(f"{file.name} of {set_name} has none of the columns {', '.join(config.columns)}.")
@@ -358,6 +359,23 @@ def _require_columns(row: object, file: RowFile, location: str) -> None:
         raise DataError(f"{file.name}, {location}: expected an object with named columns, got {type(row).__name__}.")
 
 
+def _texts(row: object, file: RowFile, location: str) -> list[tuple[str, str]]:
+    """The fields and texts of a row.
+
+    Raises:
+        DataError: one of them is no Unicode, or the row is nested too deeply.
+    """
+    try:
+        found = list(row_texts(row))
+    except RecursionError as error:
+        raise DataError(f"{file.name}, {location}: nested too deeply to be read.") from error
+    for name, text in found:
+        if (place := half_pair(f"{name}{text}")) is not None:
+            what = f"half of a surrogate pair at character {place - len(name)}" if place >= len(name) else "such a name"
+            raise DataError(f"{file.name}, {location}, field {name!r}: got {what}, expected valid Unicode text.")
+    return found
+
+
 def _clean_rows(
     file: RowFile, index: EvaluationIndex, report: OverlapReport, progress: Callable[[int], None] | None
 ) -> Iterator[Mapping[str, Any]]:
@@ -366,7 +384,7 @@ def _clean_rows(
     for location, row in file.rows():
         _require_columns(row, file, location)
         report.num_rows += 1
-        found = [(match, text) for name, text in row_texts(row) if (match := index.find(text, name)) is not None]
+        found = [(match, text) for name, text in _texts(row, file, location) if (match := index.find(text, name)) is not None]
         if found:
             match, text = min(found, key=lambda item: order.index(item[0].kind))
             report.add(match, index.texts[match.evaluation], f"{file.name}, {location}", text, index.config.num_examples)

@@ -6,7 +6,6 @@ layer by layer in float32 and rounded once to the base's dtype.
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from unified_lm.core.errors import ModelError
+from unified_lm.core.typed import require_typed
+from unified_lm.core.user_files import read_json
 from unified_lm.models.load_errors import explain
 from unified_lm.models.lora import ADAPTER
 
@@ -58,6 +59,23 @@ class Adapter:
         return not Path(self.location).is_dir()
 
 
+_FIX = "Fetch the adapter again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Said:
+    """What is read of peft's own file, under its names; another kind of adapter need not have it."""
+
+    peft_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: int = 0
+    lora_alpha: float = 0.0
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] | None = None
+    target_parameters: str | tuple[str, ...] | None = None
+
+
 def find_adapter(location: str, revision: str | None = None) -> Adapter | None:
     """The adapter in a directory or Hub repository; None where there is none.
 
@@ -69,30 +87,27 @@ def find_adapter(location: str, revision: str | None = None) -> Adapter | None:
         path = find_adapter_config_file(location, revision=revision or "main")
     if path is None:
         return None
-    try:
-        values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}). Fetch the adapter again.") from error
-    kind = str(values.get("peft_type"))
+    values = read_json(Path(path), ModelError, fix=_FIX)
+    said = require_typed(_Said, values, path, ModelError, fix=_FIX, open_ended=True)
+    kind = str(said.peft_type)
     if kind != PeftType.LORA.value:
         raise ModelError(
             f"'{location}' is an adapter of kind {kind}; only those of kind {PeftType.LORA.value} are merged. Merge it with "
             "peft and start from the result, with the tokenizer beside it: "
             "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER)."
         )
-    base = values.get("base_model_name_or_path")
-    if not base:
+    if not said.base_model_name_or_path:
         raise ModelError(f"{path} does not name the model that the adapter belongs to. Set base_model_name_or_path in it.")
-    targets = values.get("target_modules") or values.get("target_parameters") or ()
+    targets = said.target_modules or said.target_parameters or ()
     return Adapter(
         location=location,
         revision=revision,
-        base=str(base),
-        base_revision=values.get("revision"),
-        r=int(values.get("r", 0)),
-        alpha=float(values.get("lora_alpha", 0)),
-        dropout=float(values.get("lora_dropout", 0)),
-        target_modules=tuple(sorted([targets] if isinstance(targets, str) else map(str, targets))),
+        base=said.base_model_name_or_path,
+        base_revision=said.revision,
+        r=said.r,
+        alpha=said.lora_alpha,
+        dropout=said.lora_dropout,
+        target_modules=tuple(sorted([targets] if isinstance(targets, str) else targets)),
     )
 
 

@@ -90,7 +90,7 @@ def base_of(adapter: Adapter, origin: Origin, config: ModelConfig) -> Origin:
     Raises:
         ModelError: there is no such base, or it is an adapter itself.
     """
-    folder = Path(adapter.base).expanduser()
+    folder = user_path(adapter.base)
     with of_adapter(origin, adapter):
         if (folder / MANIFEST).is_file():
             base = locate_export(adapter.base)

@@ -16,7 +16,7 @@ from unified_lm.composition.compose import compose_run
 from unified_lm.composition.convert import to_plain
 from unified_lm.composition.locate import RESOLVED_NAME, read_yaml
 from unified_lm.core.errors import DataError, UserError
-from unified_lm.core.typed import require_typed, show
+from unified_lm.core.typed import require_typed, show, unusable_text
 from unified_lm.core.user_files import read_json
 from unified_lm.engine.metrics import read_metrics
 from unified_lm.engine.validation_items import FOLDER as ITEMS_FOLDER
@@ -140,7 +140,7 @@ def read_report(run_dir: Path) -> RunReport:
         description=str(config.get("description", "")),
         num_steps=0 if cost is None else cost.num_steps,
         max_steps=_steps(config, config_path),
-        settings=_settings(config),
+        settings=_settings(config, config_path),
         held_out=held_out,
         tables=tables,
         cost=cost,
@@ -221,8 +221,11 @@ class _Record:
 # --- settings ----------------------------------------------------------------------------------------------------------
 
 
-def _settings(config: Mapping[str, Any]) -> Settings:
+def _settings(config: Mapping[str, Any], path: Path) -> Settings:
     values = {key: _text(value) for key, value in _flatten(config, "")}
+    for key, value in values.items():
+        if fault := unusable_text(f"{key}{value}"):
+            raise DataError(f"{path}: the setting {key!r:.60} {fault}. Write its characters themselves, in UTF-8.")
     try:
         default = compose_run([f"recipe={config.get('recipe', '')}"])
     except UserError as error:

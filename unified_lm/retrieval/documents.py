@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from unified_lm.core.errors import DataError
+from unified_lm.core.typed import half_pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,20 @@ class Document:
     text: str
     origin: str = ""
 
+    def __post_init__(self) -> None:
+        """Check the texts: JSON can spell half of a pair of surrogates, a file's name can hold any bytes; no store takes these.
+
+        Raises:
+            DataError: one of the texts is no Unicode.
+        """
+        for field in (self.id, self.text, self.origin):
+            if isinstance(field, str) and (place := half_pair(field)) is not None:
+                where = f" ({self.origin})" if self.origin else ""
+                raise DataError(
+                    f"document {self.id!r}{where}: character {place + 1} of {field[:20]!r} is half of a surrogate pair, "
+                    "which is no Unicode text. Remove it from the document."
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class Passage:
@@ -33,7 +48,7 @@ class Passage:
 
 def text_id(text: str) -> str:
     """The id of a document that has none: a hash of its text, 32 hexadecimal digits."""
-    return blake2b(text.encode(), digest_size=16).hexdigest()
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class SeenDocuments:

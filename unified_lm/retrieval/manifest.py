@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from unified_lm.core.errors import CheckpointError
 from unified_lm.core.files import write_json
 from unified_lm.core.folder_lock import LOCK_FILE
 from unified_lm.core.outputs import check_folder
+from unified_lm.core.typed import require_typed
+from unified_lm.core.user_files import read_json
 
 FILE_NAME = "index.json"
 VECTORS, KEY_VALUES = "vectors", "key_values"
@@ -89,13 +91,10 @@ class IndexManifest:
         path = folder / FILE_NAME
         if not path.is_file():
             raise CheckpointError(f"{folder} is no index: it has no {FILE_NAME}. Make one with `unified-lm index`.")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values.get("format") != _FORMAT:
-                raise CheckpointError(
-                    f"{path} has format {values.get('format')!r}, and this version reads {_FORMAT}. Build the index again."
-                )
-            known = {field.name for field in fields(cls)}
-            return cls(**{**{name: values[name] for name in known}, "states": tuple(values["states"])})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}). Build the index again, or restore the file.") from error
+        fix = "Build the index again, or restore the file."
+        values = read_json(path, CheckpointError, fix=fix)
+        if isinstance(values, Mapping) and values.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {values.get('format')!r:.60}, and this version reads {_FORMAT}. Build the index again."
+            )
+        return require_typed(cls, values, path, CheckpointError, fix=fix, open_ended=True)

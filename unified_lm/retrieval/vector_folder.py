@@ -26,7 +26,8 @@ from unified_lm.core.outputs import check_folder
 from unified_lm.inference import UnifiedLM
 from unified_lm.inference.embedder import TOKEN_BUDGET
 from unified_lm.retrieval.documents import Document
-from unified_lm.retrieval.vector_work import DOCUMENTS, LOCK, MANIFEST, PARTIAL, SHARDS, Settings, Shard, Work, alone_in
+from unified_lm.retrieval.vector_manifest import MANIFEST, Settings
+from unified_lm.retrieval.vector_work import DOCUMENTS, LOCK, PARTIAL, SHARDS, Shard, Work, alone_in
 
 FORMS = ("float32", "float16")
 SHARD_ROWS = 2048

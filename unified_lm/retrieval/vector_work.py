@@ -27,45 +27,21 @@ from filelock import FileLock, Timeout
 from unified_lm.batch import Sample
 from unified_lm.core.errors import CheckpointError, DataError
 from unified_lm.core.files import replacing, sync, write_json
+from unified_lm.core.user_files import naming
 from unified_lm.inference import UnifiedLM
 from unified_lm.retrieval.documents import Document
+from unified_lm.retrieval.vector_manifest import FORMAT, MANIFEST, Settings, VectorManifest
 
-VECTORS, DOCUMENTS, MANIFEST, SHARDS = "vectors.npy", "documents.parquet", "embeddings.json", "shards"
+VECTORS, DOCUMENTS, SHARDS = "vectors.npy", "documents.parquet", "shards"
 PARTIAL = f"{VECTORS}.partial"
 LOCK = ".embeddings.lock"
 
-_FORMAT = 1
 _POLL_SECONDS = 0.5
 _COLUMNS = pa.schema([("id", pa.string()), ("origin", pa.string())])
 _MARK = re.compile(r"[0-9]{8,}\.(json|lock)|\.[0-9]{8,}\.json\..+\.building\.json")
 """Names in the folder of marks: of marks, locks, and what a process that writes a mark leaves when it is killed."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the vectors of a folder depend on.
-
-    Attributes:
-        model_key: hash of all that a vector depends on beside text, instruction and limit (`UnifiedLM.embedding_key`).
-        dtype: of the model's weights in memory.
-        dim: dimensions of a vector.
-        instruction: of all texts, "" for none.
-        max_tokens: limit of a text with its prompt.
-        form: dtype of the file, one of `FORMS`.
-        shard_rows: texts of a shard.
-        token_budget: most tokens of a forward.
-    """
-
-    model_key: str
-    dtype: str
-    dim: int
-    instruction: str
-    max_tokens: int
-    form: str
-    shard_rows: int
-    token_budget: int
 
 
 @dataclass(frozen=True)
@@ -126,23 +102,15 @@ class Work:
         Raises:
             CheckpointError: it is damaged, or of other settings.
         """
-        path = folder / MANIFEST
-        if not path.is_file():
+        if not (folder / MANIFEST).is_file():
             return None
-        try:
-            said = json.loads(path.read_text(encoding="utf-8"))
-            if said["format"] != _FORMAT:
-                raise CheckpointError(f"{path} has format {said['format']!r}, and this version reads {_FORMAT}. Embed again.")
-            found = Settings(**{item.name: said[item.name] for item in fields(Settings)})
-            work = cls(folder, settings, int(said["rows"]), list(map(str, said["digests"])))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}). Remove {folder} and embed again.") from error
+        found = VectorManifest.load(folder)
         if differing := [item.name for item in fields(Settings) if getattr(found, item.name) != getattr(settings, item.name)]:
             told = "; ".join(f"{name} is {getattr(found, name)!r}, now {getattr(settings, name)!r}" for name in differing)
             raise CheckpointError(f"{folder} was begun otherwise: {told}. Use its settings, or another folder.")
         if not any((folder / name).is_file() for name in (VECTORS, PARTIAL)):
             raise CheckpointError(f"{folder} has no {VECTORS}: it was moved or removed. Embed into another folder.")
-        return work
+        return cls(folder, settings, found.rows, list(found.digests))
 
     @classmethod
     def plan(cls, folder: Path, settings: Settings, documents: Iterable[Document]) -> Work:
@@ -164,9 +132,10 @@ class Work:
         _remove_marks(folder / SHARDS)
         (folder / SHARDS).mkdir(exist_ok=True)
         shape = (num_rows, settings.dim)
-        np.lib.format.open_memmap(folder / PARTIAL, mode="w+", dtype=work._dtype, shape=shape).flush()
+        with naming(folder / PARTIAL):
+            np.lib.format.open_memmap(folder / PARTIAL, mode="w+", dtype=work._dtype, shape=shape).flush()
         # last: a folder with a manifest has all else
-        write_json(folder / MANIFEST, {"format": _FORMAT, **asdict(settings), "rows": num_rows, "digests": digests})
+        write_json(folder / MANIFEST, {"format": FORMAT, **asdict(settings), "rows": num_rows, "digests": digests})
         return work
 
     def claimed(self, model: UnifiedLM, documents: Iterable[Document]) -> Iterator[Shard]:
@@ -231,7 +200,7 @@ class Work:
         """Write the vectors of a shard, flush them, and mark it."""
         rows = np.ascontiguousarray(vectors, dtype=self._dtype)
         path = self.folder / PARTIAL
-        with open(path, "r+b") as handle:
+        with naming(path), open(path, "r+b") as handle:
             handle.seek(self._header_bytes(path) + number * self.settings.shard_rows * self.settings.dim * self._dtype.itemsize)
             handle.write(rows.tobytes())
             handle.flush()
@@ -259,16 +228,16 @@ class Work:
         """
         with alone_in(self.folder):
             path, manifest = self.folder / PARTIAL, self.folder / MANIFEST
-            said = json.loads(manifest.read_text(encoding="utf-8"))
             if not (self.folder / VECTORS).is_file():
                 marks = [json.loads(self._path(number, "json").read_text()) for number in range(len(self.digests))]
                 self._compare(path, [int(mark["crc32"]) for mark in marks])
+                said = json.loads(manifest.read_text(encoding="utf-8"))
                 said["truncated"], said["tokens"] = (sum(mark[name] for mark in marks) for name in ("truncated", "tokens"))
                 write_json(manifest, said)
                 path.rename(self.folder / VECTORS)
                 sync(self.folder)
             _remove_marks(self.folder / SHARDS)
-        return int(said["truncated"])
+        return VectorManifest.load(self.folder).truncated
 
     def _compare(self, path: Path, expected: list[int]) -> None:
         size = self.settings.shard_rows * self.settings.dim * self._dtype.itemsize

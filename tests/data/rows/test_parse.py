@@ -82,6 +82,18 @@ def test_columns_rename_fields_under_any_of_their_names() -> None:
     assert alpaca({"instruction": "hi", "output": "hello"}) == ANSWERED
 
 
+def test_numbered_negatives_come_by_number() -> None:
+    row = {"query": "q", "pos": "p", "neg_10": "c", f"neg_{'9' * 5000}": "d", "neg_2": "b", "neg_01": "a"}
+    assert [text.text for text in pair(row).negatives] == ["a", "b", "c", "d"]
+
+
+def test_names_of_ignored_keys_can_be_written() -> None:
+    parser = RowParser(RecordKind.CHAT)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "b\ud800": 1}]
+    parser({"messages": turns, "a\ud800": 1})
+    assert parser.ignored == {"a\\ud800": 1, "messages[].b\\ud800": 1}
+
+
 def test_columns_with_an_unknown_field() -> None:
     with pytest.raises(DataError, match=r"columns: a pair row has no field 'querry'\. Did you mean 'query'\?"):
         RowParser(RecordKind.PAIR, {"querry": "question"})

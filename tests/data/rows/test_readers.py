@@ -102,3 +102,10 @@ def test_texts_of_parquet_that_are_not_utf8_have_a_row(tmp_path: Path) -> None:
     assert next(rows) == ("row 1", {"text": "ok"})
     with pytest.raises(DataError, match=r"a\.parquet, row 2: not UTF-8 \(invalid start byte at byte 0 of a text\)"):
         next(rows)
+
+
+def test_a_time_in_an_unknown_zone_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["a"], "time": pa.array([0], pa.timestamp("us", tz="Nowhere/At_All"))}), path)
+    with pytest.raises(DataError, match=r"rows\.parquet, row 1: "):
+        list(read_rows(path))

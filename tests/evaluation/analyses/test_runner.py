@@ -47,6 +47,13 @@ def test_every_analysis_writes_numbers_and_a_figure(out: Path, name: str) -> Non
     assert (out / f"{name}.png").read_bytes().startswith(PNG)
 
 
+def test_an_error_says_of_which_model(folder: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    broken = make_export(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^second: "):
+        analyze(["norms", f"first={folder}", f"second={broken}", *_arguments(files, tmp_path / "out")])
+
+
 @pytest.mark.parametrize("name", ["layers", "norms"])
 def test_too_few_positions_or_windows_are_refused(folder: Path, files: dict[str, Path], tmp_path: Path, name: str) -> None:
     arguments = [name, f"bi={folder}", *_arguments(files, tmp_path)]

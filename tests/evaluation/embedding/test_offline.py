@@ -81,6 +81,9 @@ def test_the_revision_follows_the_data(tmp_path: Path) -> None:
         ("type: sts\nfiles: {test: a, test: b}", "", "has the key 'test' more than once"),
         ("type: sts\nlanguages: eng-Latn", "", r"languages: got 'eng-Latn' \(str\), expected a list of text"),
         ("type: sts\ndelimiter: 7", "", "delimiter: got 7"),
+        *((f"type: sts\ndelimiter: '{mark}'", "", "expected one character, no quote and no line end") for mark in (";;", '"')),
+        ('type: sts\ndelimiter: "\\n"', "", r"delimiter is '\\n', expected one character"),
+        ('type: sts\ndelimiter: "\\r"', "", r"delimiter is '\\r', expected one character"),
         ("type: sts\ninstruction: {query: a}", "sentence1\tsentence2\tscore\na\tb\t1\na\tb\t2\n", "expected a text"),
         ("type: sts", "sentence1\tsentence2\tscore\na\tb\t1\na\tb\n", "line 3: got 2 cells, expected 3"),
         (
@@ -89,6 +92,11 @@ def test_the_revision_follows_the_data(tmp_path: Path) -> None:
             "line 3, field 'score': got 'four', expected a number",
         ),
         ("type: sts", "sentence1\tsentence2\tscore\na\tb\tnan\n", "field 'score': got 'nan'"),
+        (
+            "type: sts\nfiles: {test: test.jsonl}",
+            f'{{"sentence1": "a", "sentence2": "b", "score": {"9" * 400}}}\n',
+            "expected a number",
+        ),
         ("type: sts", "sentence1\tsentence2\tscore\na\t \t1\n", "line 2, field 'sentence2': got ' ', expected a text"),
         ("type: sts", "sentence1\tsentence3\tscore\na\tb\t1\n", "field 'sentence2': missing. .*Did you mean"),
         ("type: sts", "sentence1\tsentence2\tscore\n", "has no rows"),
@@ -107,7 +115,7 @@ def test_the_revision_follows_the_data(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path, description: str, rows: str, expected: str) -> None:
     folder = describe(tmp_path / "task", description)
     if rows:
-        (folder / "test.tsv").write_text(rows)
+        (folder / ("test.jsonl" if rows.startswith("{") else "test.tsv")).write_text(rows)
     with pytest.raises(DataError, match=expected):
         read_task(folder)
 

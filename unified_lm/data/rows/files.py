@@ -100,8 +100,8 @@ class RowWriter:
         with ExitStack() as opened:
             building = opened.enter_context(building_file(self.path))
             self._handle = opened.enter_context(open(building, "wb"))
-            # Groups wait here: a file has one schema, which is known only with its last row.
-            self._waiting = opened.enter_context(tempfile.TemporaryFile())
+            # Groups wait here, on the disk that an error names: a file has one schema, which is known only with its last row.
+            self._waiting = opened.enter_context(tempfile.TemporaryFile(dir=building.parent))
             self._open = opened.pop_all()
         return self
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.typed import half_pair
 from unified_lm.data.rows.keys import LEARNED_KEYS, TURN_KEYS, RefusedKeys, near_miss
 from unified_lm.data.rows.records import (
     ChatRecord,
@@ -69,7 +70,7 @@ ROLES = {
 _TURN_NAMES = (*LEARNED_KEYS, *TURN_KEYS)
 _FIELD_NAMES = frozenset(name for fields in FIELDS.values() for names in fields.values() for name in names)
 TEXT_OR_PAIR = "a text or [instruction, text]"
-_NUMBERED_NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?_?(\d+)")
+_NUMBERED_NEGATIVE = re.compile(r"(?:hard_)?neg(?:ative)?_?([0-9]+)")
 _NUMBERED_POSITIVE = re.compile(r"pos(?:itive)?_?(\d+)")
 # GritLM strips these from the instructions of its embedding rows: "Represent the query:" equals "Represent the query".
 _INSTRUCTION_EDGES = "\t\n :"
@@ -122,7 +123,8 @@ class RowParser:
         view = _Row(row, self.columns, self.kind, self.ignore)
         record = self._parse(view)
         view.refuse_meaningful(self._refused)
-        self.ignored.update(view.ignored)
+        # names are told and recorded, and JSON can spell such as nothing can write
+        self.ignored.update({name.encode("utf-8", "backslashreplace").decode(): count for name, count in view.ignored.items()})
         self.used.update(column for column in self.columns.values() if column in row and column not in view.ignored)
         return record
 
@@ -202,10 +204,8 @@ def _string(value: object, field: str, expected: str = "a text") -> str:
 
 
 def _unicode(value: str, field: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(field, f"half of a surrogate pair at character {error.start}", "valid Unicode text") from error
+    if (place := half_pair(value)) is not None:
+        raise RowError(field, f"half of a surrogate pair at character {place}", "valid Unicode text")
     return value
 
 
@@ -253,7 +253,8 @@ def _negatives(row: _Row) -> tuple[Text, ...]:
     found = row.find("negative")
     negatives = _texts(found[1], found[0]) if found else ()
     numbered = {name: match for name in row.values if isinstance(name, str) and (match := _NUMBERED_NEGATIVE.fullmatch(name))}
-    for name in sorted(numbered, key=lambda name: int(numbered[name][1])):
+    # by number; of thousands of digits Python makes none
+    for name in sorted(numbered, key=lambda name: (len(digits := numbered[name][1].lstrip("0")), digits)):
         if row.values[name] is not None and name not in row.ignore and name not in row.read:
             row.read.add(name)
             negatives += (_text(row.values[name], name),)

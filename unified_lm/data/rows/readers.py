@@ -162,8 +162,8 @@ def _plain_row(batch: pa.RecordBatch, index: int, where: str) -> dict[str, Any]:
         found: dict[str, Any] = batch.slice(index, 1).to_pylist()[0]
     except UnicodeDecodeError as error:  # parquet's texts are bytes, which nothing has checked
         raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start} of a text).") from error
-    except (ValueError, OverflowError) as error:  # a date beyond the years of Python, say
-        raise DataError(f"{where}: {error}.") from error
+    except (ValueError, OverflowError, KeyError) as error:  # a date beyond the years of Python or in an unknown time zone, say
+        raise DataError(f"{where}: {str(error).rstrip('.')}.") from error
     return found
 
 

@@ -54,6 +54,9 @@ def describe(value: object) -> str:
     """Describe a value briefly for an error message: its beginning and its type."""
     if value is None:
         return "null"
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except RecursionError:
+        shown = "something nested very deeply"
     shown = shown if len(shown) <= _MAX_SHOWN else shown[:_MAX_SHOWN] + "..."
     return f"{shown} ({type(value).__name__})"

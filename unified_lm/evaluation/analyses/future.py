@@ -18,6 +18,7 @@ import torch
 
 from unified_lm.batch import seeing_attention
 from unified_lm.core.errors import DataError, ModelError
+from unified_lm.core.typed import half_pair
 from unified_lm.data.rows.readers import read_rows
 from unified_lm.evaluation.analyses.base import Analysis, AnalysisSettings, Material, Numbers, rounded
 from unified_lm.evaluation.analyses.figure import MARKERS, PALETTE, arm_legend, finish, save, subplots
@@ -58,8 +59,8 @@ def read_triples(path: Path | None = None) -> list[Triple]:
     for where, row in read_rows(path):
         values = [row.get(name) if isinstance(row, dict) else None for name in names]
         for name, value in zip(names, values, strict=True):
-            if not isinstance(value, str) or not value.strip():
-                raise DataError(f"{path}, {where}, field '{name}': got {value!r}, expected a text that is not empty.")
+            if not isinstance(value, str) or not value.strip() or half_pair(value) is not None:
+                raise DataError(f"{path}, {where}, field '{name}': got {value!r}, expected a Unicode text that is not empty.")
         triples.append(Triple(*(str(value).strip() for value in values)))
     if len(triples) < 2:
         raise DataError(f"{path} has {len(triples)} triples; the probe needs at least 2, the paper has 35.")

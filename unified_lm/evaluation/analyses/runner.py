@@ -11,7 +11,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from unified_lm.core.errors import DataError
+from unified_lm.core.errors import DataError, about
 from unified_lm.core.outputs import check_files, write_file, write_json_file
 from unified_lm.core.user_files import read_json
 from unified_lm.evaluation.analyses.arms import Arm
@@ -81,9 +81,10 @@ def run_analyses(
             key = _key(analysis, material, content)
             numbers = found[analysis.name].get(key)
             if numbers is None:
-                model = model or arm.load()
-                start = time.perf_counter()
-                numbers = analysis.measure(model, material, show_progress)
+                with about(arm.label):
+                    model = model or arm.load()
+                    start = time.perf_counter()
+                    numbers = analysis.measure(model, material, show_progress)
                 report(f"{analysis.name}, {arm.label}: {time.perf_counter() - start:.1f} s")
             else:
                 report(f"{analysis.name}, {arm.label}: measured before")

@@ -128,8 +128,8 @@ def read_task(folder: Path) -> OfflineTask:
     options = _description(path)
     kind = _kind(options, path)
     columns, files = options.columns or {}, options.files or {}
-    if options.delimiter is not None and len(options.delimiter) != 1:
-        raise DataError(f"{path}: delimiter is {options.delimiter!r}, expected one character.")
+    if options.delimiter is not None and (len(options.delimiter) != 1 or options.delimiter in '\r\n"'):
+        raise DataError(f"{path}: delimiter is {options.delimiter!r}, expected one character, no quote and no line end.")
     layout = Layout(columns, header=options.header, delimiter=options.delimiter)
     needed = _FILES[kind]
     unknown = sorted(set(files) - set(needed))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unified_lm.core.errors import DataError, did_you_mean
+from unified_lm.core.typed import half_pair
 from unified_lm.core.user_files import user_path
 from unified_lm.data.rows.readers import FORMATS, extension, read_rows, refuse_repeated_columns
 
@@ -57,7 +58,7 @@ class Row:
         column = self._layout.columns.get(field)
         for name in (field, *aliases) if column is None else (column,):
             if name in self._content:
-                return self._content[name]
+                return self._unicode(field, self._content[name])
         raise self.error(
             field,
             f"missing. The row has {', '.join(map(str, self._content))}."
@@ -67,7 +68,13 @@ class Row:
     def optional(self, field: str, default: Any) -> Any:
         """The value of a field, or a default if the row lacks it or has null."""
         found = self._content.get(self._layout.columns.get(field, field))
-        return default if found is None else found
+        return default if found is None else self._unicode(field, found)
+
+    def _unicode(self, field: str, found: Any) -> Any:
+        for text in found if isinstance(found, list) else [found]:
+            if isinstance(text, str) and (place := half_pair(text)) is not None:
+                raise self.error(field, f"half of a surrogate pair at character {place}, expected valid Unicode text.")
+        return found
 
     def text(self, field: str, *aliases: str) -> str:
         """A non-empty text."""
@@ -97,7 +104,7 @@ class Row:
     def _number(self, field: str, found: Any) -> float:
         try:
             number = math.nan if isinstance(found, bool) else float(found)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise self.error(field, f"got {_show(found)}, expected a number.")

@@ -32,7 +32,7 @@ class VectorEngine(ABC):
             vectors: float32 `[N, D]`.
 
         Raises:
-            DataError: a vector is not finite, or a text is no Unicode; nothing is added.
+            DataError: a vector is not finite; nothing is added.
             CheckpointError: they could not be stored.
         """
         array = self._float32(vectors)
@@ -44,7 +44,6 @@ class VectorEngine(ABC):
                     f"document {document.id!r}: the model gave it a vector with NaN or infinity, which cannot be searched. "
                     "Nothing was added. Load the model in float32, or check its weights."
                 )
-            _check_unicode(document)
         if documents:
             self._upsert(documents, array)
 
@@ -125,15 +124,3 @@ class VectorEngine(ABC):
             shown = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise DataError(f"no document {shown} among the {len(self):,} of the index.")
         return [found[id] for id in ids]
-
-
-def _check_unicode(document: Document) -> None:
-    """JSON can spell half of a pair of surrogates, which no file and no server takes."""
-    for field in (document.id, document.text, document.origin):
-        try:
-            field.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"document {document.id!r}: character {error.start + 1} of {field[:20]!r} is half of a surrogate pair, "
-                "which is no Unicode text. Nothing was added. Remove it from the document."
-            ) from error
