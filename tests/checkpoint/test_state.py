@@ -58,6 +58,15 @@ def test_round_trip(tmp_path):
     assert (tmp_path / LATEST).read_text() == "step-00000003\n"
 
 
+def test_a_configuration_is_compared_where_both_sides_have_a_key():
+    saved = replace(IDENTITY, configuration={"rope.theta": "10000", "eps": "1e-05", "old": "1", "torn": "{"})
+    assert not replace(IDENTITY, configuration={"rope.theta": "10000.0", "eps": "0.00001", "new": "2"}).differences(saved)
+    assert not IDENTITY.differences(saved)
+    (told,) = replace(IDENTITY, configuration={"rope.theta": "500000.0"}).differences(saved)
+    assert told == "configuration of the model, rope.theta: the checkpoint has 10000, this run 500000.0"
+    assert len(replace(IDENTITY, configuration={"torn": "3"}).differences(saved)) == 1
+
+
 @pytest.mark.parametrize("room", [2**20, 64], ids=["header fits", "header does not fit"])
 def test_a_streamed_file_is_an_ordinary_safetensors_file(tmp_path, monkeypatch, room):
     monkeypatch.setattr(module, "_HEADER_BYTES", room)

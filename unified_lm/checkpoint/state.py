@@ -77,7 +77,7 @@ class Identity:
         texts += [
             f"configuration of the model, {key}: the checkpoint has {value}, this run {self.configuration[key]}"
             for key, value in found.configuration.items()
-            if self.configuration.get(key, value) != value
+            if not _same_value(self.configuration.get(key, value), value)
         ]
         saved = found.trained
         different = [name for name in {**saved, **self.trained} if saved.get(name) != self.trained.get(name)]
@@ -86,6 +86,14 @@ class Identity:
             examples = ", ".join(f"{name} ({there} there, {here} here)" for name, there, here in shapes)
             texts.append(f"trained: {len(different)} parameters differ, e.g. {examples}")
         return texts
+
+
+def _same_value(one: str, other: str) -> bool:
+    """Whether two JSON values are equal: 10000 is 10000.0, which versions of transformers write for it."""
+    try:
+        return one == other or bool(parse_json(one) == parse_json(other))
+    except ValueError:
+        return False
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
