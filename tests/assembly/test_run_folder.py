@@ -195,6 +195,15 @@ def test_copies_of_another_run_stay(tmp_path: Path) -> None:
     train(arguments(tmp_path / "there", "auto", "max_steps=3", copied))
     shutil.rmtree(copies / "step-00000003")
     may_start(arguments(tmp_path / "there", "auto", "max_steps=3", copied))
+    # On a machine where a start was killed before its first checkpoint, and where lines stand behind the newest one.
+    lost = tmp_path / "lost"
+    train(arguments(lost, "none", "max_steps=1"))
+    shutil.rmtree(lost / "checkpoints")
+    may_start(arguments(lost, "auto", "max_steps=3", copied))
+    (tmp_path / "there" / "metrics.jsonl").write_text((lost / "metrics.jsonl").read_text())
+    own = tmp_path / "there" / "checkpoints" / "step-00000003" / "state.json"
+    own.write_text(json.dumps({**json.loads(own.read_text()), "metrics_bytes": 0}))
+    may_start(arguments(tmp_path / "there", "auto", "max_steps=3", copied))
     # Without metrics nothing is certain but the recipe.
     for copy in list_checkpoints(copies):
         (copy / "metrics.jsonl").write_text("")

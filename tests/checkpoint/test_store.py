@@ -83,6 +83,10 @@ def test_copies_are_complete_and_bring_their_metrics(tmp_path):
     assert torn(copy) is None
     restore_metrics(copy, tmp_path / "lost")
     assert (tmp_path / "lost" / "metrics.jsonl").read_text() == metrics.read_text()
+    metrics.write_text("of a start that was killed before its first checkpoint\n")
+    restore_metrics(copy, tmp_path / "run")
+    assert metrics.read_text() == '{"step": 1}\n'
+    save(tmp_path / "run" / "checkpoints", 1)
     metrics.write_text("newer\n")
     restore_metrics(copy, tmp_path / "run")
     assert metrics.read_text() == "newer\n", "a run that has metrics keeps them"

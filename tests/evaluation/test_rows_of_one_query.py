@@ -11,7 +11,7 @@ from unified_lm.config.schema import RetrievalConfig, SourceConfig
 from unified_lm.config.streams import RecordKind
 from unified_lm.data.formats import FORMATS
 from unified_lm.data.retrieval import retrieval_set
-from unified_lm.data.rows.records import GroundedRecord, PairRecord, Text
+from unified_lm.data.rows.records import GroundedRecord, PairRecord, Text, answers_of
 from unified_lm.data.sources import open_source
 from unified_lm.evaluation.analyses.texts import read_retrieval
 from unified_lm.evaluation.generation.grounded import recall
@@ -41,6 +41,11 @@ def test_held_out_retrieval_of_a_run(file: Path) -> None:
 
 def test_analyses(file: Path) -> None:
     assert list(read_retrieval(str(file), None).relevant) == RIGHT
+
+
+def test_another_instruction_asks_something_else() -> None:
+    pairs = [PairRecord(Text("q", task), (Text(answer),)) for task, answer in (("for", "a"), ("against", "b"), ("for", "c"))]
+    assert [{text.text for text in answers} for answers in answers_of(pairs)] == [{"a", "c"}, {"b"}, {"a", "c"}]
 
 
 def test_recall_of_passages(file: Path) -> None:

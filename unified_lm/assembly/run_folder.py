@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from unified_lm.assembly.run_record import FILE_NAME as RECORD
-from unified_lm.checkpoint.state import LATEST, saved_settings, torn
+from unified_lm.checkpoint.state import LATEST, saved_metrics, saved_settings, torn
 from unified_lm.checkpoint.store import find_checkpoint, is_ours, list_checkpoints
 from unified_lm.composition.locate import RESOLVED_NAME
 from unified_lm.config.schema import RunConfig
@@ -179,7 +179,8 @@ def _refuse_to_mix_copies(config: RunConfig, run_dir: Path) -> None:
             f"checkpoint.copy_to {folder} already holds checkpoints of a run; nothing was changed. "
             "Continue it with resume=auto, or choose another folder."
         )
-    other = [copy for copy in copies if torn(copy) is None and _is_of_another_run(copy, config, run_dir, begun=bool(own))]
+    here = _first_step(run_dir / _METRICS, saved_metrics(own[-1])) if own and torn(own[-1]) is None else None
+    other = [copy for copy in copies if own and torn(copy) is None and _is_of_another_run(copy, config, here)]
     if config.resume != "auto":
         chosen = find_checkpoint(config.resume, run_dir / _CHECKPOINTS).path
         if chosen is None or chosen.resolve() not in (path.resolve() for path in (*own, *copies)):
@@ -187,24 +188,34 @@ def _refuse_to_mix_copies(config: RunConfig, run_dir: Path) -> None:
     if other:
         raise CheckpointError(
             f"checkpoint.copy_to {folder} already holds checkpoints of another run ({', '.join(copy.name for copy in other)}), "
-            "which copies of this one would replace; nothing was changed. Choose another folder."
+            "which copies of this one would replace; nothing was changed. Choose another folder; or, to go on from these, "
+            "resume=auto and a run_dir without checkpoints."
         )
 
 
-def _is_of_another_run(copy: Path, config: RunConfig, run_dir: Path, *, begun: bool) -> bool:
-    """Whether a complete copy is certainly not of the run in `run_dir`, wherever that was when the copy was made.
+def _is_of_another_run(copy: Path, config: RunConfig, here: bytes | None) -> bool:
+    """Whether a complete copy is certainly not of a run that has checkpoints, wherever that was when the copy was made.
 
     A run may go on in another place, from its copies alone; what stays is its metrics, of which a copy holds those until then.
+
+    Args:
+        copy: the copy.
+        config: the run.
+        here: `_first_step` of the run.
     """
-    here, there = _first_step(run_dir / _METRICS), _first_step(copy / _METRICS)
+    there = _first_step(copy / _METRICS, saved_metrics(copy))
     if here and there:
         return here != there
-    return begun and (saved_settings(copy) or {}).get("recipe", config.recipe) != config.recipe
+    return (saved_settings(copy) or {}).get("recipe", config.recipe) != config.recipe
 
 
-def _first_step(metrics: Path) -> bytes | None:
-    """What a file of metrics says of the first step, the time that it took included: no two runs have the same line."""
+def _first_step(metrics: Path, num_bytes: int) -> bytes | None:
+    """What a file of metrics says of the first step, the time that it took included: no two runs have the same line.
+
+    Only of its first bytes: a start that was killed may have left lines behind them, which a resume cuts off.
+    """
     if not metrics.is_file():
         return None
     with open(metrics, "rb") as file:
-        return next((line for line in file if b'"step_seconds"' in line and line.endswith(b"\n")), None)
+        lines = file.read(num_bytes).splitlines(keepends=True)
+    return next((line for line in lines if b'"step_seconds"' in line and line.endswith(b"\n")), None)

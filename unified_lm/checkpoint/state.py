@@ -290,6 +290,11 @@ def saved_settings(path: Path) -> dict[str, Any] | None:
     return _read_index(path).settings or None
 
 
+def saved_metrics(path: Path) -> int:
+    """The length in bytes that the metrics of its run had at a complete checkpoint."""
+    return _read_index(path).metrics_bytes
+
+
 def open_tensors(path: Path) -> ShardReader:
     """The tensors of a complete checkpoint."""
     return ShardReader(path, _read_index(path).tensors)

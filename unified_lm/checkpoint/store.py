@@ -152,9 +152,12 @@ def _remove(path: Path) -> None:
 
 
 def restore_metrics(checkpoint: Path, run_dir: Path) -> None:
-    """Restore the metrics of a lost run folder from a copy of its checkpoint; does nothing if the run has metrics."""
+    """Restore the metrics of a lost run folder from a copy of its checkpoint; does nothing if the run has metrics.
+
+    Those of a folder without checkpoints are of a start that was killed before its first one, and are replaced.
+    """
     saved = checkpoint / _METRICS
-    if saved.is_file() and not (run_dir / _METRICS).exists():
+    if saved.is_file() and not ((run_dir / _METRICS).exists() and list_checkpoints(run_dir / "checkpoints")):
         write_text(run_dir / _METRICS, saved.read_text(encoding="utf-8"))
 
 

@@ -7,6 +7,7 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 from unified_lm.cli.arguments import HELP, Command
@@ -124,7 +125,8 @@ def run_command(command: Callable[[], object]) -> int:
     failures.quieten_libraries()
     try:
         code = _exit_code(command)
-        print(end="", flush=True)  # at the end of the process nobody could say why it failed
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()  # at the end of the process nobody could say why it failed
         return code
     except UserError as error:
         _print_traceback()
@@ -182,10 +184,13 @@ def _reader_is_gone() -> bool:
 
 def _takes_output() -> bool:
     """Whether standard output takes what it was given; if not, that is dropped: Python would fail over it again at its end."""
+    if sys.stdout is None or sys.stdout.closed:
+        return True
     try:
-        print(end="", flush=True)  # does nothing where there is no standard output
+        sys.stdout.flush()
     except OSError:
-        _drop(sys.stdout.fileno())
+        with suppress(OSError):  # a stream of the caller's own has no descriptor
+            _drop(sys.stdout.fileno())
         return False
     return True
 

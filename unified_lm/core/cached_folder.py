@@ -15,11 +15,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from unified_lm.core.errors import UserError
 from unified_lm.core.files import checksum, write_directory, write_json
 from unified_lm.core.reading_once import identity, once
 
-LIST = "checksums.json"
-"""The file with the checksums of the others, and with its own."""
+LIST = ".checksums.json"
+"""The file with the checksums of the others, and with its own; hidden, so that it is no part of what readers find there."""
 
 
 def cached_folder(target: Path, what: str, fill: Callable[[Path], None]) -> Path:
@@ -70,6 +71,8 @@ def _is_whole(folder: Path, warn_of: str | None = None) -> bool:
         if changed := [name for name, value in zip(files, found, strict=True) if value != files[name]]:
             raise ValueError(f"{changed[0]} is not what was written")
         return True
+    except UserError:  # a cache that cannot be written is not a damaged one
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         if warn_of is not None:
             warnings.warn(f"the cache of {warn_of}, {folder}, is damaged ({error}); it is made again", stacklevel=3)

@@ -201,7 +201,8 @@ def _open_shards(config: SourceConfig, kind: RecordKind) -> tuple[str, list[str]
     parts = _parts(config, kind)
     shards = [open_shard(shard_key(p.content, parser, skip), p.origin, p.rows, parser, skip) for p in parts]
     whole = parts[0].name if len(parts) == 1 or config.path is None else user_path(config.path).resolve().name
-    _check_columns(whole, parser, shards)
+    if any(map(len, shards)) and not config.streaming:  # the first rows of a set may lack what later ones have
+        _check_columns(whole, parser, shards)
     return whole, [part.name for part in parts], shards
 
 

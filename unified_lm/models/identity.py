@@ -21,8 +21,8 @@ _BLOCK_BYTES = 1 << 26
 _MAX_THREADS = 8
 _IGNORED_KEYS = ("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Keys of a configuration that do not say what a model computes: its origin, and the dtype, which is hashed per weight."""
-_SETTINGS = ("use_cache", "attn_implementation")
-"""Keys that say how a model computes, not what, as do those that begin with an underscore."""
+_SETTINGS = ("use_cache", "attn_implementation", "quantization_config")
+"""Keys that say how a model computes, which settings of the run decide, as do those that begin with an underscore."""
 
 
 def fingerprint(causal_lm: PreTrainedModel) -> str:

@@ -119,13 +119,13 @@ class Index:
             model_key=model.embedding_key,
             model=name,
             dim=model.embedding_dim,
-            max_tokens=max_tokens or model.max_tokens,
+            max_tokens=int(max_tokens or model.max_tokens),
             on_long=on_long,
             engine=engine,
             address=address,
             states=tuple((model.attention,) if states is None else states),
             form=form,
-            budget_bytes=budget_bytes,
+            budget_bytes=None if budget_bytes is None else int(budget_bytes),
         )
         check_place(folder)
         if (folder / FILE_NAME).exists():

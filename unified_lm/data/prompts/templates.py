@@ -73,13 +73,6 @@ class Template:
     joined: bool = False
     pools_prompt: bool = False
 
-    def __post_init__(self) -> None:
-        if self.suffix and self.embedding_end:
-            raise ConfigError(
-                f"template '{self.name}' ends every text with {self.suffix!r}, whose last token is what is pooled; an end of "
-                f"text after it would be pooled instead. Use it without embedding_end ({WITH_EOS})."
-            )
-
     @property
     def signature(self) -> str:
         """Content of the template, for hashes. Fields added after the first checkpoints are included only if set."""
@@ -336,9 +329,16 @@ def get_template(name: str) -> Template:
     """The template with that name or at that dotted path; after "+eos", with the EOS token at the end of embedded texts.
 
     Raises:
-        ConfigError: there is no such template, or the path leads to something else.
+        ConfigError: there is no such template, the path leads to something else, or it has a suffix and an end.
     """
     template = resolve(name.removesuffix(WITH_EOS), TEMPLATES, "template")
     if not isinstance(template, Template):
         raise ConfigError(f"template '{name}' is a {type(template).__name__}; expected a Template")
-    return replace(template, name=name, embedding_end="{eos}") if name.endswith(WITH_EOS) else template
+    if name.endswith(WITH_EOS):
+        template = replace(template, name=name, embedding_end="{eos}")
+    if template.suffix and template.embedding_end:
+        raise ConfigError(
+            f"template '{template.name}' ends every text with {template.suffix!r}, whose last token is what is pooled; an end "
+            f"of text after it would be pooled instead. Use it without embedding_end ({WITH_EOS})."
+        )
+    return template

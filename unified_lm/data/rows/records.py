@@ -38,11 +38,12 @@ class PairRecord:
 
 
 def answers_of(pairs: Sequence[PairRecord]) -> list[tuple[Text, ...]]:
-    """Per row the texts that answer its query in any row: sets such as MS MARCO have one row per answer."""
-    answers: dict[str, dict[Text, None]] = {}
-    for pair in pairs:
-        answers.setdefault(pair.query.text.strip(), {}).update(dict.fromkeys(pair.positives))
-    return [tuple(answers[pair.query.text.strip()]) for pair in pairs]
+    """Per row the texts that answer its query (under its instruction) in any row: some sets have one row per answer."""
+    keys = [(pair.query.instruction, pair.query.text.strip()) for pair in pairs]
+    answers: dict[tuple[str, str], dict[Text, None]] = {}
+    for key, pair in zip(keys, pairs, strict=True):
+        answers.setdefault(key, {}).update(dict.fromkeys(pair.positives))
+    return [tuple(answers[key]) for key in keys]
 
 
 @dataclass(frozen=True, slots=True)
