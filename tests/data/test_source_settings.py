@@ -151,6 +151,17 @@ def test_unusable_rows_are_counted_by_reason(tmp_path):
         open_source(SourceConfig(path=str(path), on_empty="skip"), RecordKind.CHAT, 0)
 
 
+@pytest.mark.parametrize("key", [item.name for item in fields(SourceConfig) if item.name != "path"])
+def test_half_a_surrogate_in_a_setting_is_refused(tmp_path, key):
+    """Of a source that is made in Python; a recipe's settings are checked as they are read."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"query": "q", "pos": ["p"]}\n')
+    for text in ("\ud800", {"query": "\ud800"}, ("\ud800",)):
+        source = SourceConfig(**{"path": str(path), key: text})
+        with pytest.raises(DataError, match=rf"{key} of source .*rows.jsonl holds bytes that are not UTF-8|one of path, hub"):
+            open_source(source, RecordKind.PAIR, 0)
+
+
 def test_half_a_surrogate_in_an_instruction_is_a_row_to_refuse_or_skip(tmp_path):
     rows = [
         {"query": ["Find \ud83d", "q"], "pos": ["p"]},

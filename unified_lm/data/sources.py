@@ -6,11 +6,12 @@ found by content hash. A source therefore holds no rows in memory, whatever its 
 
 from __future__ import annotations
 
+import json
 import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
@@ -23,6 +24,7 @@ from unified_lm.core.errors import DataError, did_you_mean
 from unified_lm.core.files import cache_dir
 from unified_lm.core.random import derive_seed
 from unified_lm.core.reading_once import once
+from unified_lm.core.typed import unusable_text
 from unified_lm.core.user_files import user_path
 from unified_lm.data.pydocs.dataset import pydocs_file
 from unified_lm.data.rows.hub_datasets import hub_rows
@@ -223,6 +225,9 @@ def _check(config: SourceConfig, kind: RecordKind) -> None:
     if len(named) != 1:
         got = " and ".join(f"{key}={value}" for key, value in named.items()) or "none of them"
         raise DataError(f"a source takes its rows from one of path, hub or builtin: got {got}.")
+    for key, value in asdict(config).items():  # a recipe's are checked as they are read; a path may be of any bytes
+        if key != "path" and (fault := unusable_text(json.dumps(value, ensure_ascii=False))):
+            raise DataError(f"{key} of source {next(iter(named.values()))} {fault}.")
     if config.limit is not None and config.limit < 1:
         raise DataError(f"limit of source {next(iter(named.values()))}: got {config.limit}, expected at least 1 row.")
     if config.on_empty not in ("error", "skip"):
