@@ -226,7 +226,7 @@ def _check(config: SourceConfig, kind: RecordKind) -> None:
         got = " and ".join(f"{key}={value}" for key, value in named.items()) or "none of them"
         raise DataError(f"a source takes its rows from one of path, hub or builtin: got {got}.")
     for key, value in asdict(config).items():  # a recipe's are checked as they are read; a path may be of any bytes
-        if key != "path" and (fault := unusable_text(json.dumps(value, ensure_ascii=False))):
+        if key != "path" and (fault := unusable_text(json.dumps(value, ensure_ascii=False, default=str))):
             raise DataError(f"{key} of source {next(iter(named.values()))} {fault}.")
     if config.limit is not None and config.limit < 1:
         raise DataError(f"limit of source {next(iter(named.values()))}: got {config.limit}, expected at least 1 row.")

@@ -139,14 +139,24 @@ def merged_origin(adapter: Adapter, origin: Origin, base: Origin) -> Origin:
 def locate_export(init_from: str) -> Origin:
     """A run's `export` folder, or the export itself, with its manifest."""
     root = user_path(init_from)
-    folder = root / "export" if (root / "export").is_dir() else root
-    if not (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
+    folder = _export_folder(root)
+    if not has_export(init_from):
         found = "no such directory" if not root.is_dir() else "neither an export nor a run with an export inside"
         raise ModelError(
             f"model.init_from={init_from}: {found}. Expected the run_dir of a finished run (with export.enabled=true), or its "
             "export folder."
         )
     return Origin("init_from", str(folder), init_from, extra={"init_from": str(folder), "manifest": read_manifest(folder)})
+
+
+def has_export(init_from: str) -> bool:
+    """Whether there is an export, or an adapter, where `model.init_from` points."""
+    folder = _export_folder(user_path(init_from))
+    return (folder / "config.json").is_file() or (folder / CONFIG_FILE).is_file()
+
+
+def _export_folder(root: Path) -> Path:
+    return root / "export" if (root / "export").is_dir() else root
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

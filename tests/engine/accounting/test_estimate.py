@@ -180,6 +180,9 @@ def test_an_export_counts_before_the_description_of_a_recipe(tmp_path: Any) -> N
     described = compose_run(["recipe=grit_mistral7b"]).model
     assert model_configuration(replace(described, init_from=str(tmp_path))).hidden_size < described.architecture["hidden_size"]
     assert model_configuration(replace(described, init_from="no/such")).hidden_size == described.architecture["hidden_size"]
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot estimate"):  # not by what it does not start from
+        model_configuration(replace(described, init_from=str(tmp_path)))
 
 
 def test_balanced_routers_forward_every_sample_twice() -> None:

@@ -25,7 +25,7 @@ from unified_lm.engine.coupled import forwarded_twice
 from unified_lm.models.architecture import blaming_architecture, described_config
 from unified_lm.models.frozen import freeze
 from unified_lm.models.lora import apply_lora, linear_module_names
-from unified_lm.models.origin import weights_origin
+from unified_lm.models.origin import has_export, weights_origin
 from unified_lm.models.precision import AUTO, auto_dtype
 from unified_lm.models.tiny import tiny_config
 from unified_lm.objectives.cross_entropy import TILE_BYTES
@@ -144,18 +144,17 @@ def model_configuration(model: ModelConfig) -> PretrainedConfig:
         ModelError: nothing says what the model looks like.
     """
     described = tiny_config(model.family) if model.tiny_random else described_config(model) if model.architecture else None
-    if described is not None and model.init_from is None:
+    # Without an export an earlier stage of a chain has not been run.
+    if described is not None and (model.init_from is None or not has_export(model.init_from)):
         return described
     try:
         base = weights_origin(model)
         return AutoConfig.from_pretrained(base.location, revision=base.revision, trust_remote_code=model.trust_remote_code)
     except (ModelError, OSError, ValueError) as error:
-        if described is not None:  # an earlier stage of a chain that has not been run
-            return described
+        place, reason = model.init_from or model.name, str(error).splitlines()[0].rstrip(".")
         raise ModelError(
-            f"cannot estimate: no configuration of the model '{model.init_from or model.name}' at hand "
-            f"({str(error).splitlines()[0]}). Give model.family and model.architecture={{hidden_size: ..., ...}}, or a local "
-            "folder."
+            f"cannot estimate: no configuration of the model '{place}' at hand ({reason}). "
+            "Give model.family and model.architecture={hidden_size: ..., ...}, or a local folder."
         ) from error
 
 
